@@ -1,0 +1,274 @@
+"""The tokenizer against the real CLIP's tokens where they are at hand, and against small cases worked out here."""
+
+import gzip
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from hivg.tokenizer import N_CLIP_MERGES, Tokenizer, clean, end_positions, learn_merges, padding_after_end
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+TABLE, GOLDEN = SHARED / "clip_bpe" / "bpe_simple_vocab_16e6.txt.gz", SHARED / "golden" / "tokens.json"
+needs_clip = pytest.mark.skipif(
+    not (TABLE.exists() and GOLDEN.exists()), reason="no ../shared/clip_bpe and ../shared/golden/tokens.json here"
+)
+
+MERGES = [("l", "o"), ("lo", "w"), ("low", "e"), ("lo", "w</w>")]
+CORPUS = ["the red cup on the left", "the cup left of the red box", "a photo of a giraffe", "the largest giraffe"]
+TEXTS = ["the giraffe left of the fence", "it's 10th , isn't it ?", "日本語 の 😀", "café naïve", "!!! ??? ...", "</ w >", ""]
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return Tokenizer.from_file(TABLE)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return Tokenizer(learn_merges(CORPUS, 50))
+
+
+# --- the real table ---
+
+
+@needs_clip
+def test_golden_tokens(clip):
+    for case in json.loads(GOLDEN.read_text(encoding="utf-8")):
+        assert clip(case["text"])[0].tolist() == case["ids"], case["text"]
+
+
+@needs_clip
+def test_clip_vocabulary(clip):
+    assert (clip.vocab_size, clip.sot_id, clip.eot_id) == (49408, 49406, 49407)
+    assert Tokenizer.from_text(clip.to_text()).merges == clip.merges  # OpenAI's file goes on, ours does not
+    assert len(clip.merges) == N_CLIP_MERGES
+    for text in TEXTS:
+        assert clip.decode(clip.encode(text)).split() == clip.decode(clip(text)[0]).split()
+
+
+# --- text to ids and back ---
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_round_trip(small, text):
+    # The pattern splits "it's" and "10th", and decode puts a blank after each word: compare without blanks.
+    ids = small.encode(text)
+    assert small.decode(ids).replace(" ", "") == text.replace(" ", "")
+    assert small.decode(torch.tensor(ids, dtype=torch.long)) == small.decode(ids)
+
+
+def test_round_trip_is_exact_where_blanks_part_the_words(small):
+    for text in CORPUS + ["日本語 の 😀"]:
+        assert small.decode(small.encode(text)) == text
+
+
+def test_vocabulary_layout():
+    tokenizer = Tokenizer(MERGES)
+    assert tokenizer.vocab_size == 256 + 256 + len(MERGES) + 2
+    assert (tokenizer.sot_id, tokenizer.eot_id) == (516, 517)
+    # "!" is byte 33, the first printable one; a word's last symbol is the same one 256 further on.
+    assert tokenizer.encode("!") == [256] and tokenizer.encode("!?") == [0, 256 + ord("?") - 33]
+
+
+def test_merges_apply_by_rank():
+    tokenizer = Tokenizer(MERGES)
+    assert [tokenizer.symbols[i] for i in tokenizer.encode("lowest low")] == ["lowe", "s", "t</w>", "low</w>"]
+    # "w e" ranks first here, so "lo" never meets a "w" in "lowe"
+    tokenizer = Tokenizer([("w", "e"), ("l", "o"), ("lo", "w")])
+    assert [tokenizer.symbols[i] for i in tokenizer.encode("lowest")] == ["lo", "we", "s", "t</w>"]
+
+
+@pytest.mark.parametrize(
+    "raw, cleaned",
+    [
+        ("  multiple   spaces\tand\nnewlines ", "multiple spaces and newlines"),
+        ("UPPER MiXeD", "upper mixed"),
+        ("a &amp; b &amp;lt;c&gt;", "a & b <c>"),
+        ("â€œmojibakeâ€\x9d", '"mojibake"'),
+        ("giraffe’s", "giraffe's"),
+        ("left\u3000of\xa0it", "left of it"),
+        ("\ud800", "\ufffd"),  # half a surrogate pair, which has no UTF-8
+    ],
+)
+def test_clean(small, raw, cleaned):
+    assert clean(raw) == cleaned
+    assert small.encode(raw) == small.encode(cleaned)
+
+
+def test_special_tokens_in_text(small):
+    ids = small.encode("a <|startoftext|> b <|endoftext|>")
+    assert ids == [*small.encode("a"), small.sot_id, *small.encode("b"), small.eot_id]
+
+
+def test_decode_reads_one_row(small):
+    row = small(["a cup", "the largest giraffe of the photo"])[0]
+    assert row[-1] == 0 and small.decode(row) == "a cup"
+    assert small.decode(small.encode("😀")[:1]) == "\ufffd"  # a quarter of an emoji
+
+
+def test_pickles_for_data_loader_workers(small):
+    assert pickle.loads(pickle.dumps(small)).encode(CORPUS[0]) == small.encode(CORPUS[0])
+
+
+# --- batches ---
+
+
+def test_batch_shapes_and_padding(small):
+    texts = ["cup", "the red cup on the left"]
+    token_ids = small(texts)
+    longest = 2 + len(small.encode(texts[1]))
+    assert token_ids.shape == (2, longest) and token_ids.dtype == torch.long
+    full = small(texts, pad_to="context")
+    assert full.shape == (2, 77) and torch.equal(full[:, :longest], token_ids) and not full[:, longest:].any()
+    for row, text in zip(token_ids, texts):
+        ids = [small.sot_id, *small.encode(text), small.eot_id]
+        assert row.tolist() == ids + [0] * (longest - len(ids))
+    assert torch.equal(small(texts[1]), token_ids[1:])  # a string is a batch of one
+
+
+@pytest.mark.parametrize("text", ["", "   \t\n", "\x00"])
+def test_blank_text(small, text):
+    assert small(text).tolist() == [[small.sot_id, small.eot_id]]
+
+
+def test_truncation(small):
+    text = "word " * 400
+    row, ids = small(text)[0].tolist(), small.encode(text)
+    assert len(ids) > 400 and row == [small.sot_id, *ids[:75], small.eot_id]
+    assert small(text, context_length=5)[0].tolist() == [small.sot_id, *ids[:3], small.eot_id]
+    assert small("", context_length=2)[0].tolist() == [small.sot_id, small.eot_id]
+    assert Tokenizer(small.merges, context_length=8)(text).shape == (1, 8)
+    exact = "! " * 75  # one token a word: fits, with nothing to spare
+    assert small(exact)[0].tolist() == [small.sot_id, *small.encode(exact), small.eot_id]
+
+
+def test_exclamation_mark_is_not_padding(small):
+    token_ids = small(["!?", "red !?!? cup", ""])
+    assert token_ids[0, 1] == 0  # a real token with id 0
+    lengths = [2 + len(small.encode(text)) for text in ["!?", "red !?!? cup", ""]]
+    expected = torch.arange(token_ids.shape[1]) >= torch.tensor(lengths)[:, None]  # (B, T)
+    assert torch.equal(padding_after_end(token_ids), expected)
+    assert torch.equal(padding_after_end(token_ids, small.eot_id), expected)
+    assert end_positions(token_ids).tolist() == [n - 1 for n in lengths]
+
+
+def test_padding_starts_after_the_first_end_token():
+    token_ids = torch.tensor([[8, 0, 9, 0, 9, 9], [8, 9, 9, 9, 9, 9], [8, 1, 2, 3, 4, 0]])
+    assert end_positions(token_ids)[:2].tolist() == [2, 1]
+    expected = [[0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]]
+    assert padding_after_end(token_ids, eot_id=9).int().tolist() == expected  # no end token, no padding
+    assert padding_after_end(token_ids)[:2].int().tolist() == expected[:2]
+
+
+def test_bad_arguments(small):
+    with pytest.raises(ValueError, match="at least 2"):
+        small("cup", context_length=1)
+    with pytest.raises(ValueError, match="at least 2"):
+        Tokenizer([], context_length=0)
+    with pytest.raises(ValueError, match="longest"):
+        small("cup", pad_to="max")
+
+
+# --- learning ---
+
+
+def test_learner_on_paper():
+    # low</w>, lower</w>, lowest</w>: "l o" occurs 3 times. Then "lo w" and "w e" twice each, and "lo w" sorts first.
+    # Then "low e" twice. Then "lowe r</w>", "lowe s", "s t</w>" and "lo w</w>" once each: nothing left to learn.
+    assert learn_merges(["low lower lowest"], 10) == [("l", "o"), ("lo", "w"), ("low", "e")]
+    assert learn_merges(["low lower lowest"], 2) == [("l", "o"), ("lo", "w")]
+
+
+def test_learner_counts_words_not_kinds_of_words():
+    assert learn_merges(["xy", "xy", "ab ab", "ab"], 2) == [("a", "b</w>"), ("x", "y</w>")]
+
+
+def test_learner_edges():
+    assert learn_merges([], 5) == learn_merges(["", "  "], 5) == learn_merges(["a b a b"], 5) == []
+    assert learn_merges(CORPUS, 0) == []
+    assert learn_merges(CORPUS, 20) == learn_merges(CORPUS[::-1], 20) == learn_merges(CORPUS, 40)[:20]
+    assert learn_merges(["<|endoftext|> <|endoftext|>"], 5) == []
+    unicode = Tokenizer(learn_merges(["日本語 日本語 日本語"], 20))
+    assert len(unicode.encode("日本語")) == 1 and unicode.decode(unicode.encode("日本語")) == "日本語"
+
+
+# --- files ---
+
+LINES = "\n".join(" ".join(pair) for pair in MERGES) + "\n"
+FORMATS = {
+    "bpe_simple_vocab_16e6.txt.gz": gzip.compress(('"bpe_simple_vocab_16e6.txt#version: 0.2\n' + LINES).encode()),
+    "merges.txt": ("#version: 0.2\n" + LINES).encode(),
+    "windows.txt": ("#version: 0.2\n" + LINES).replace("\n", "\r\n").encode(),
+    "no_header.txt": LINES.encode(),
+    "gzip_without_its_suffix": gzip.compress(LINES.encode()),
+    "tokenizer.json": json.dumps({"model": {"end_of_word_suffix": "</w>", "merges": LINES.splitlines()}}).encode(),
+    "pairs.json": json.dumps({"model": {"merges": MERGES}}).encode(),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_file_formats(tmp_path, name):
+    (tmp_path / name).write_bytes(FORMATS[name])
+    tokenizer = Tokenizer.from_file(tmp_path / name, context_length=9)
+    assert tokenizer.merges == MERGES and tokenizer.context_length == 9
+
+
+def test_clip_stops_after_its_own_merges(tmp_path):
+    # OpenAI's file holds five times as many lines as CLIP uses; here every later line is a fresh, valid merge.
+    chars = [Tokenizer([]).symbols[i] for i in range(256) if Tokenizer([]).symbols[i] != "Ġ"]
+    pairs = [(a, b) for a in chars for b in chars]
+    (tmp_path / "long.txt").write_text("\n".join(f"{a} {b}" for a, b in pairs) + "\n", encoding="utf-8")
+    tokenizer = Tokenizer.from_file(tmp_path / "long.txt")
+    assert len(pairs) > N_CLIP_MERGES and tokenizer.merges == pairs[:N_CLIP_MERGES]
+    assert tokenizer.vocab_size == 49408
+
+
+def test_text_survives_json_metadata(small):
+    for tokenizer in (small, Tokenizer([]), Tokenizer(learn_merges(["日本語 日本語 é é"], 20))):
+        text = json.loads(json.dumps({"merges": tokenizer.to_text()}))["merges"]
+        assert Tokenizer.from_text(text).merges == tokenizer.merges
+
+
+MALFORMED = {
+    "empty.txt": (b"", "not two symbols"),
+    "prose.txt": (b"The quick brown fox\n", "merge 1 ('The quick brown fox') is not two symbols"),
+    "words.txt": (b"#version: 0.2\nl o\nhello world\n", "merge 2 ('hello world') joins symbols"),
+    "order.txt": (b"lo w\nl o\n", "merge 1 ('lo w') joins symbols"),
+    "over_the_end.txt": (b"l o</w>\nlo</w> w\n", "merge 2 ('lo</w> w') joins symbols"),
+    "twice.txt": (b"l o\nl o\n", "merge 1 ('l o') is repeated"),
+    "gap.txt": (b"l o\n\nlo w\n", "merge 2 ('') is not two symbols"),
+    "gpt2.txt": ("#version: 0.2\nĠ t\n".encode(), "merge 1 ('Ġ t') joins symbols"),
+    "weights.safetensors": (b"\x80\xff\x00\x01", "not a text file"),
+    "cut.txt.gz": (gzip.compress(LINES.encode())[:-12], "damaged or cut short"),
+    "broken.txt.gz": (b"\x1f\x8b" + b"nonsense, not deflated", "no merge table read"),
+    "cut.json": (FORMATS["pairs.json"][:20], "not valid JSON"),
+    "vocab.json": (b'{"a": 0}', "no list of merges under model.merges"),
+    "list.json": (b"[1, 2]", "no list of merges under model.merges"),
+    "numbers.json": (b'{"model": {"merges": [["l", "o"], [1, 2]]}}', "merge 2 ([1, 2]) is not two symbols"),
+    "deep.json": (b"[" * 100_000, "not valid JSON"),
+    "null.json": (b'{"model": {"merges": [null]}}', "merge 1 (None) is not two symbols"),
+    "gpt2.json": (b'{"model": {"end_of_word_suffix": "", "merges": []}}', "not '</w>'"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_files_get_one_line(tmp_path, name):
+    content, problem = MALFORMED[name]
+    (tmp_path / name).write_bytes(content)
+    assert_one_line(tmp_path / name, problem)
+
+
+def test_missing_file_and_folder_get_one_line(tmp_path):
+    assert_one_line(tmp_path / "missing.txt", "No such file")
+    assert_one_line(tmp_path, "")
+
+
+def assert_one_line(path, problem):
+    with pytest.raises(ValueError) as caught:
+        Tokenizer.from_file(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and problem in message and "\n" not in message
+    assert "merges.txt or tokenizer.json" in message  # the mend
