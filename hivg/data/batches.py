@@ -1,0 +1,62 @@
+"""Batches of the bundled data set: scenes to tensors, in an order that depends on the step alone."""
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from hivg.data.shapes import EXPRESSIONS_PER_SCENE, Shapes
+from hivg.data.transforms import Letterbox
+
+
+class ShapesTensors(Dataset):
+    """Scene i of a split of `shapes` as tensors: a row for each of its expressions, or, with `captions`, one row whose
+    expression is the caption of the whole picture (for the contrastive pre-training)."""
+
+    def __init__(self, split, size, normalization="clip", seed=0, captions=False):
+        self.shapes, self.size, self.normalization, self.captions = Shapes(split, seed), size, normalization, captions
+        self.rows = 1 if captions else EXPRESSIONS_PER_SCENE
+
+    def __len__(self):
+        return len(self.shapes)
+
+    def __getitem__(self, index):
+        item, n = self.shapes[index], self.rows
+        letterbox = Letterbox(*item["image"].size, self.size)
+        boxes = torch.from_numpy(item["boxes"])[:n]
+        return {
+            "images": letterbox.image(item["image"], self.normalization).expand(n, -1, -1, -1),  # (n, 3, S, S)
+            "padding_mask": letterbox.padding_mask().expand(n, -1, -1),  # (n, S, S) bool
+            "boxes": letterbox.to_square(boxes),  # (n, 4) cxcywh in 0..1
+            # every other pixel, (n, S / 2, S / 2): the resolution of the mask head
+            "masks": torch.stack([letterbox.mask(item["labels"] == t + 1)[::2, ::2] for t in item["targets"][:n]]),
+            "image_ids": torch.full((n,), index),
+            "expressions": [item["caption"]] if self.captions else item["expressions"],
+            "kinds": item["kinds"][:n],
+            "pixel_boxes": boxes,  # (n, 4) xyxy in the picture's pixels
+            "letterboxes": [letterbox] * n,
+        }
+
+
+def collate(items):
+    """Rows of several scenes -> one batch: tensors concatenated, lists joined."""
+    return {key: torch.cat([item[key] for item in items]) if isinstance(value, torch.Tensor)
+            else [row for item in items for row in item[key]] for key, value in items[0].items()}
+
+
+def training_batches(dataset, first_scene, batch_size, batches, start=0, workers=0):
+    """Batches `start`..`batches` - 1 of an endless split. Batch k always holds the same scenes, those from first_scene
+    + k * scenes per batch on, so a resumed run goes on exactly where it was."""
+    scenes = max(1, batch_size // dataset.rows)
+    return _loader(dataset, [range(first_scene + k * scenes, first_scene + (k + 1) * scenes)
+                             for k in range(start, batches)], workers)
+
+
+def evaluation_batches(dataset, batch_size=64, workers=0):
+    """The whole split, in order, every row once."""
+    scenes = max(1, batch_size // dataset.rows)
+    return _loader(dataset, [range(k, min(k + scenes, len(dataset))) for k in range(0, len(dataset), scenes)], workers)
+
+
+def _loader(dataset, order, workers):
+    # a generator of its own: the loader's seeding must not touch the random numbers of the training
+    return DataLoader(dataset, batch_sampler=order, num_workers=workers, collate_fn=collate,
+                      generator=torch.Generator())
