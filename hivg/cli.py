@@ -1,0 +1,55 @@
+"""What the command lines share: one-line errors, the choice of the device, progress."""
+
+import argparse
+import sys
+import time
+
+import torch
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line and exit code 2; flags cannot be abbreviated."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message):
+        fail(f"{message}; --help lists the flags")
+
+
+def fail(message, code=2):
+    """One plain line on stderr, whatever is in the message, and out."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(code)
+
+
+def choose_device(name):
+    """"auto", "cpu", "cuda" or "cuda:1" -> torch.device. Raises ValueError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"no device is called {name!r}; use auto, cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name} is not supported; use auto, cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name} is not there, PyTorch sees {torch.cuda.device_count()} GPUs; use --device cpu")
+    return device
+
+
+class Progress:
+    """A counter on stderr: a line that rewrites itself on a terminal, a line every 30 s elsewhere."""
+
+    def __init__(self, what, total):
+        self.what, self.total, self.start = what, total, time.monotonic()
+        self.tty, self.next = sys.stderr.isatty(), 0.5 if sys.stderr.isatty() else 30
+
+    def __call__(self, done):
+        seconds = time.monotonic() - self.start
+        if seconds < self.next and not (self.tty and done == self.total):
+            return
+        self.next = seconds + (0.5 if self.tty else 30)
+        left = seconds / max(done, 1) * (self.total - done)
+        print(f"{self.what}: {done} of {self.total}, {left:.0f} s left  ", file=sys.stderr, flush=True,
+              end="\r" if self.tty and done < self.total else "\n")

@@ -1,0 +1,344 @@
+"""Train HiVG: warm-up, then Hi LoRA stage by stage, on one GPU or a laptop.
+
+    python train.py                        all stages on the bundled data set, from the bundled tiny CLIP
+    python train.py --pretrain             the same, making the tiny CLIP first
+    python train.py --name NAME --resume   go on after an interruption, bit for bit
+
+Writes runs/NAME/: the best weights of each stage, state.pt (to resume), log.jsonl, curves.png. Read `train` from top to
+bottom: the stages are the rows of a table, and there is one loop for all of them.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+
+from hivg import weights
+from hivg.charts import plot_panels
+from hivg.cli import Parser, choose_device, fail
+from hivg.clip import CLIP, CLIP_SIZES
+from hivg.data.batches import ShapesTensors, evaluation_batches, training_batches
+from hivg.data.shapes import Shapes
+from hivg.evaluate import predict
+from hivg.losses import LossWeights, contrastive_loss, grounding_losses
+from hivg.metrics import accuracy, mean
+from hivg.model import HiVG, HiVGConfig
+from hivg.tokenizer import Tokenizer, learn_merges
+from hivg.weights import WeightsError
+
+
+@dataclass
+class Settings:
+    # what
+    name: str = "shapes"  # the run's folder under runs/
+    dataset: str = "shapes"
+    clip: str = "weights/clip-tiny.safetensors"  # the CLIP to start from
+    pretrain: bool = False  # make the tiny CLIP first, by contrastive learning on captions
+    resume: bool = False
+    seed: int = 0
+    # stages: pre-training, warm-up, Hi LoRA 1, 2, 3
+    epoch_samples: int = 8192  # expressions (captions in the pre-training) that make an epoch
+    pretrain_epochs: int = 12
+    epochs: tuple[int, ...] = (8, 2, 2, 2)
+    pretrain_lr: float = 1e-3
+    lr: tuple[float, ...] = (1e-3, 5e-4, 2.5e-4, 1.25e-4)
+    # optimisation
+    batch_size: int = 32  # expressions that are in memory at once
+    pretrain_batch_size: int = 64  # pictures with their captions
+    accumulate: int = 1  # batches to a step
+    warmup_steps: int = 100  # linear rise of the learning rate at the start of a stage
+    weight_decay: float = 1e-4
+    clip_grad: float = 1.0  # largest norm of the gradient
+    # model
+    bridge: str = "adaptive"
+    text_norm: bool = True
+    lora: str = "hierarchical"
+    lora_rank: int = 8
+    lora_alpha: float = 8.0
+    box_loss: str = "l1"
+    # machine
+    device: str = "auto"
+    compile: bool = False
+    workers: int = 1
+    save_minutes: float = 2.0  # how much an interruption may cost
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the schedule."""
+
+    name: str
+    lora_stage: int | None  # 0 = no adapters; None = contrastive pre-training of CLIP itself
+    epochs: int
+    lr: float
+    batch_size: int
+
+
+def stages(s: Settings):
+    rows = [Stage("pretrain", None, s.pretrain_epochs, s.pretrain_lr, s.pretrain_batch_size)] if s.pretrain else []
+    names = ["warmup", "lora1", "lora2", "lora3"] if s.lora in ("hierarchical", "shared") else ["warmup", "lora1"]
+    names = names[:1] if s.lora == "none" else names
+    return rows + [Stage(name, j, s.epochs[j], s.lr[j], s.batch_size) for j, name in enumerate(names)]
+
+
+def learning_rate(step, steps, peak, warmup_steps):
+    """Linear rise to `peak`, then half a cosine down to zero."""
+    rise = min(1.0, (step + 1) / max(1, warmup_steps))
+    return peak * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def new_clip(s: Settings):
+    """The tiny CLIP at random, with a merge table learned from the words of its own world."""
+    shapes = Shapes("train", s.seed)
+    texts = [text for i in range(1500) for text in [shapes[i]["caption"], *shapes[i]["expressions"]]]
+    tokenizer = Tokenizer(learn_merges(texts, 512))
+    clip = CLIP(replace(CLIP_SIZES["tiny"], vocab_size=tokenizer.vocab_size))
+    clip.tokenizer = tokenizer
+    return clip
+
+
+def begin_stage(s: Settings, stage, before, run):
+    """-> the model at the start of a stage, and the accuracy it comes with (-1 if there is none yet). `before` is the
+    stage before it, None for the first."""
+    torch.manual_seed(s.seed + 1000 * (1 + (-1 if stage.lora_stage is None else stage.lora_stage)))
+    if stage.lora_stage is None:
+        return new_clip(s), -1.0
+    if stage.lora_stage == 0:
+        clip = weights.load_clip(run / "pretrain.safetensors" if before else s.clip)
+        config = HiVGConfig.for_clip(clip.config, bridge=s.bridge, text_norm=s.text_norm, lora=s.lora,
+                                     lora_rank=s.lora_rank, lora_alpha=s.lora_alpha)
+        model = HiVG.from_clip(clip, config)
+        model.tokenizer = clip.tokenizer
+        return model, -1.0
+    model = weights.load_hivg(run / f"{before.name}.safetensors")
+    model.add_stage(stage.lora_stage)  # the new pairs change nothing yet, so the accuracy is still the one before
+    return model, model.info["accuracy"]
+
+
+def losses_of(model, batch, s):
+    """Forward and all the loss terms of one batch: {name: weighted scalar}."""
+    token_ids = batch["model_tokens"]
+    if isinstance(model, CLIP):  # CLIP's contrastive loss of pictures and their captions
+        return {"clc": contrastive_loss(model(batch["images"], token_ids))}
+    output = model(batch["images"], batch["padding_mask"], token_ids)
+    return grounding_losses(output, batch, LossWeights(), s.box_loss)
+
+
+@torch.no_grad()
+def validate(model, s, device):
+    """-> what is logged of the validation; "accuracy" decides which state of a stage is kept: Acc@0.5 of the `val`
+    split, or, for the pre-training, how often a caption finds its picture among all of the split."""
+    if isinstance(model, CLIP):
+        batches = evaluation_batches(ShapesTensors("val", model.config.image_size, captions=True, seed=s.seed))
+        model.eval()
+        pairs = [(model.encode_text(model.tokenizer(b["expressions"]).to(device)),
+                  model.encode_image(b["images"].to(device))) for b in batches]
+        model.train()
+        text, image = (torch.nn.functional.normalize(torch.cat(side), dim=-1) for side in zip(*pairs))
+        found = (text @ image.T).argmax(1).cpu() == torch.arange(len(text))
+        return {"accuracy": found.float().mean().item()}
+    rows = predict(model, evaluation_batches(ShapesTensors("val", model.config.clip.image_size, seed=s.seed)), device)
+    return {"accuracy": accuracy(r["iou"] for r in rows), "mean_iou": mean(r["iou"] for r in rows)}
+
+
+def to_device(batch, model, device):
+    batch = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    return batch | {"model_tokens": model.tokenizer(batch["expressions"]).to(device)}
+
+
+def save_whole(path, write):
+    """Call write(side path), then rename: the file is there whole or not at all, whenever the run is killed."""
+    side = path.with_name(path.name + ".part")
+    write(side)
+    os.replace(side, path)
+
+
+def describe_trained(model, stage):
+    """What is trained in this stage, by module: a line each on stderr."""
+    print(f"stage {stage.name}: {stage.epochs} epochs, learning rate {stage.lr:g}", file=sys.stderr)
+    rows = [(name, sum(p.numel() for p in child.parameters()), sum(p.numel() for p in child.parameters()
+             if p.requires_grad)) for name, child in model.named_children()]
+    own = [p for p in model.parameters(recurse=False)]
+    rows.append(("(own)", sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad)))
+    for name, n, trained in rows + [("in all", *(sum(r[i] for r in rows) for i in (1, 2)))]:
+        print(f"  {name:<14}{n:>12,} parameters, {trained:>12,} trained", file=sys.stderr)
+
+
+def train(s: Settings):
+    """The whole training: every stage of the table, every step of the stage."""
+    run = Path("runs") / s.name
+    device = choose_device(s.device)
+    if (run / "state.pt").exists() and not s.resume:
+        raise ValueError(f"{run} holds a run; go on with --resume, take another --name, or remove the folder")
+    run.mkdir(parents=True, exist_ok=True)
+    saved = torch.load(run / "state.pt", weights_only=True) if s.resume else None
+    log = Log(run, saved["log"]["bytes"] if saved else 0)
+    table = stages(s)
+
+    for number, stage in enumerate(table):
+        if saved and number < saved["stage"]:
+            continue
+        model, best = begin_stage(s, stage, table[number - 1] if number else None, run)
+        model = model.to(device).train()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=stage.lr, weight_decay=s.weight_decay)
+        per_epoch = max(1, s.epoch_samples // (stage.batch_size * s.accumulate))
+        steps, first = stage.epochs * per_epoch, 0
+        if saved and number == saved["stage"]:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            first, best = saved["step"], saved["best"]
+            log.restart(saved["log"]["sums"], saved["log"]["n"])
+            set_random_state(saved["random"])
+        elif best >= 0:  # a stage that never improves keeps what it started from
+            weights.save(run / f"{stage.name}.safetensors", model, {"stage": stage.name, "accuracy": best})
+        describe_trained(model, stage)
+
+        captions = stage.lora_stage is None
+        size = model.config.image_size if captions else model.config.clip.image_size
+        dataset = ShapesTensors("train", size, seed=s.seed, captions=captions)
+        batches = iter(training_batches(dataset, number * 2**32, stage.batch_size, steps * s.accumulate,
+                                        first * s.accumulate, s.workers))
+        forward = torch.compile(model) if s.compile else model
+        since_save = time.monotonic()
+        for step in range(first, steps):
+            lr = learning_rate(step, steps, stage.lr, s.warmup_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            for _ in range(s.accumulate):
+                batch = to_device(next(batches), model, device)
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    terms = losses_of(forward, batch, s)
+                loss = sum(terms.values())
+                if not loss.isfinite():
+                    raise SystemExit(f"the loss is {loss.item()} at step {step} of {stage.name}: {terms}; "
+                                     "the last good state is kept, try a lower --lr")
+                (loss / s.accumulate).backward()
+            norm = torch.nn.utils.clip_grad_norm_(trained, s.clip_grad)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            log.step(stage.name, step + 1, steps, lr, {"loss": loss, **terms, "gradient_norm": norm})
+
+            end_of_epoch = (step + 1) % per_epoch == 0
+            if end_of_epoch:
+                scores = validate(model, s, device)
+                if scores["accuracy"] > best:
+                    best = scores["accuracy"]
+                    weights.save(run / f"{stage.name}.safetensors", model, {"stage": stage.name, **scores})
+                log.epoch(stage.name, step + 1, (step + 1) // per_epoch, scores, best)
+            if end_of_epoch or time.monotonic() - since_save > 60 * s.save_minutes:
+                state = {"stage": number, "step": step + 1, "best": best, "settings": asdict(s),
+                         "log": log.state(), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                         "random": random_state()}
+                save_whole(run / "state.pt", lambda side: torch.save(state, side))
+                since_save = time.monotonic()
+    return run / f"{table[-1].name}.safetensors"
+
+
+def random_state():
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def set_random_state(state):
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+class Log:
+    """log.jsonl: a line every 50 steps (means since the last) and one for every epoch; the same on stderr; and
+    curves.png, drawn from it."""
+
+    def __init__(self, run, n_bytes):
+        self.run, self.file = run, open(run / "log.jsonl", "r+" if n_bytes else "w")
+        self.file.truncate(n_bytes)  # what a killed run logged after its last state will be run again
+        self.file.seek(n_bytes)
+        self.restart()
+
+    def restart(self, sums=None, n=0):
+        self.sums, self.n, self.start, self.timed = sums or {}, n, time.monotonic(), 0
+
+    def state(self):
+        """What a resumed run needs to log the same lines."""
+        return {"bytes": self.file.tell(), "sums": self.sums, "n": self.n}
+
+    def write(self, row):
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+    def step(self, stage, step, steps, lr, values):
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.item()
+        self.n, self.timed = self.n + 1, self.timed + 1
+        if step % 50 == 0 or step == steps:
+            means = {k: round(v / self.n, 5) for k, v in self.sums.items()}
+            self.write({"stage": stage, "step": step, "lr": lr, **means})
+            seconds = (time.monotonic() - self.start) / self.timed
+            print(f"{stage} step {step}/{steps}, loss {means['loss']:.3f}, {seconds:.2f} s a step, "
+                  f"{(steps - step) * seconds / 60:.0f} min left in the stage", file=sys.stderr)
+            self.restart()
+
+    def epoch(self, stage, step, epoch, scores, best):
+        self.write({"stage": stage, "step": step, "epoch": epoch, **scores, "best": best})
+        print(f"{stage} epoch {epoch}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()), file=sys.stderr)
+        self.draw()
+        self.start, self.timed = time.monotonic(), 0  # the validation is not part of a step's time
+
+    def draw(self):
+        panels, boundaries, offset, stage, last = {}, [], 0, None, 0
+        for line in (self.run / "log.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            if row["stage"] != stage:
+                offset, stage = offset + last, row["stage"]
+                boundaries.append((offset, stage))
+            last = row["step"]
+            for name in ("loss", "accuracy", "lr"):
+                if name in row:
+                    panels.setdefault(name, []).append((offset + last, row[name]))
+        titles = {"loss": "Training loss", "accuracy": "Accuracy on val", "lr": "Learning rate"}
+        plot_panels([{"curves": {name: points}, "title": titles[name], "x_label": "step", "boundaries": boundaries}
+                     for name, points in panels.items()], self.run / "curves.png")
+
+
+FREE = {"resume", "device", "workers", "save_minutes"}  # settings that a resumed run may change
+
+
+def settings_from_flags():
+    """Every setting is a flag of the same name. A resumed run takes its settings from its state, and refuses others."""
+    parser = Parser(description=__doc__)
+    for f in fields(Settings):
+        if f.type is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(f.default, tuple):
+            options = {"type": type(f.default[0]), "nargs": "+"}
+        else:
+            options = {"type": f.type}
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f"default: {f.default}", **options)
+    given = vars(parser.parse_args())
+    if not given.get("resume"):
+        return Settings(**given)
+    path = Path("runs") / given.get("name", Settings.name) / "state.pt"
+    if not path.is_file():
+        parser.error(f"--resume: there is no {path}; start the run without --resume")
+    saved = torch.load(path, weights_only=True)["settings"]
+    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    changed = [f"--{k} {given[k]} (was {saved[k]})" for k in given.keys() - FREE if given[k] != saved[k]]
+    if changed:
+        parser.error(f"--resume goes on with the settings of the run; it cannot change {', '.join(changed)}")
+    return Settings(**(saved | {k: given[k] for k in given.keys() & FREE}))
+
+
+if __name__ == "__main__":
+    try:
+        print(train(settings_from_flags()))
+    except KeyboardInterrupt:
+        fail("interrupted; the same command with --resume goes on", code=130)
+    except (ValueError, WeightsError) as error:
+        fail(error)
