@@ -6,6 +6,7 @@
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -41,50 +42,59 @@ def arguments():
 
 def list_pictures(names):
     """Files as they are, folders as their pictures by name. Raises ImageError for a folder that holds none."""
-    known, paths = Image.registered_extensions(), []
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    paths = []
     for name in names:
-        inside = sorted(p for p in Path(name).iterdir() if p.suffix.lower() in known) if Path(name).is_dir() else [name]
+        is_folder = os.path.isdir(name)  # unlike Path.is_dir, False for a name that no file can have
+        inside = sorted(p for p in Path(name).iterdir() if p.suffix.lower() in known) if is_folder else [name]
         if not inside:
             raise ImageError(f"{name}: no picture in this folder; name a folder with PNG or JPEG files")
         paths += map(str, inside)
     return paths
 
 
-def output_path(args, image, several):
-    """Where the drawing of this picture goes; None with --json and no --output."""
+def drawing_paths(args, images, several):
+    """Where the drawing of each picture goes, each to a file of its own; None with --json and no --output."""
     if args.json and not args.output:
-        return None
-    if several or (args.output and args.output.is_dir()):
-        return (args.output or Path("grounded")) / f"{Path(image).stem}.png"
-    return args.output or Path("grounded.png")
+        return [None] * len(images)
+    if not several and not (args.output and os.path.isdir(args.output)):
+        return [args.output or Path("grounded.png")]
+    folder, names = args.output or Path("grounded"), {}
+    for stem in (Path(image).stem for image in images):
+        name, number = stem, 1
+        while name in names:  # two pictures of one name, say a.jpg and a.png
+            number += 1
+            name = f"{stem}-{number}"
+        names[name] = True
+    return [folder / f"{name}.png" for name in names]
 
 
-def report(args, image, results, target):
-    """Print the results of one picture, and draw them."""
+def report(args, image, results):
+    """Print the results of one picture."""
     width, height = results[0].image.size
     if args.json:
         row = {"image": image, "width": width, "height": height, "results": [r.to_dict() for r in results]}
-        print(json.dumps(row, ensure_ascii=False), flush=True)
+        print(json.dumps(row), flush=True)
     else:
         print(f"{image} ({width} x {height})")
         for r in results:
-            print(f"  {r.expression}: box ({', '.join(f'{v:.1f}' for v in r.box)}), score {r.score:.2f}")
-    if target:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draw_results(results, heatmap=args.heatmap).save(target)
-        print(f"drawn in {target}", file=sys.stderr)
+            print(f"  {r.expression}: box ({', '.join(f'{v:.1f}' for v in r.box)}), score {r.score:.2f}", flush=True)
 
 
 def main():
     args = arguments()
+    sys.stdout.reconfigure(errors="backslashreplace")  # an expression need not fit the terminal's encoding
     try:
         images = list_pictures(args.images)
         grounder = Grounder.from_pretrained(args.weights, args.device, args.dtype)
     except (ImageError, WeightsError, ValueError) as error:
         fail(error)
-    several, bad = len(images) > 1 or Path(args.images[0]).is_dir(), 0
-    progress = Progress("grounded", len(images))
-    for done, image in enumerate(images, 1):
+    several, bad = len(images) > 1 or os.path.isdir(args.images[0]), 0
+    targets, progress = drawing_paths(args, images, several), Progress("grounded", len(images))
+    for image, target in zip(images, targets):
+        if target and os.path.exists(image) and os.path.exists(target) and os.path.samefile(image, target):
+            fail(f"{image}: the drawing would replace the picture; give another --output")
+    for done, (image, target) in enumerate(zip(images, targets), 1):
         try:
             results = grounder.ground(image, args.expression)
         except ImageError as error:
@@ -95,9 +105,12 @@ def main():
             continue
         except ValueError as error:
             fail(error)
-        target = output_path(args, image, several)
+        report(args, image, results)
         try:
-            report(args, image, results, target)
+            if target:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                draw_results(results, heatmap=args.heatmap).save(target)
+                print(f"drawn in {target}", file=sys.stderr)
         except (OSError, ValueError) as error:
             fail(f"{target}: the drawing cannot be written ({error}); give --output a .png path that can be")
         if several:
@@ -110,3 +123,6 @@ if __name__ == "__main__":
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # whoever read the output has had enough of it, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -18,11 +18,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
-from hivg import weights
+from hivg import distributed, weights
 from hivg.charts import plot_panels
 from hivg.cli import Parser, choose_device, fail
-from hivg.clip import CLIP, CLIP_SIZES
+from hivg.clip import CLIP, CLIP_SIZES, similarity
 from hivg.data.batches import ShapesTensors, evaluation_batches, training_batches
 from hivg.data.shapes import Shapes
 from hivg.evaluate import predict
@@ -30,7 +31,6 @@ from hivg.losses import LossWeights, contrastive_loss, grounding_losses
 from hivg.metrics import accuracy, mean
 from hivg.model import HiVG, HiVGConfig
 from hivg.tokenizer import Tokenizer, learn_merges
-from hivg.weights import WeightsError
 
 
 @dataclass
@@ -68,6 +68,20 @@ class Settings:
     workers: int = 1
     save_minutes: float = 2.0  # how much an interruption may cost
 
+    def __post_init__(self):
+        """Refuses at once what would fail hours later, or be passed over. Raises ValueError."""
+        for name in ("epoch_samples", "pretrain_epochs", "batch_size", "pretrain_batch_size", "accumulate",
+                     "lora_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be 1 or more, not {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"--seed must be 0 or more, not {self.seed}")
+        for name, known in (("dataset", ["shapes"]), ("box_loss", ["l1", "smooth_l1"])):
+            if getattr(self, name) not in known:
+                raise ValueError(f"--{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        stages(self)
+
+
 @dataclass(frozen=True)
 class Stage:
     """One row of the schedule."""
@@ -83,6 +97,9 @@ def stages(s: Settings):
     rows = [Stage("pretrain", None, s.pretrain_epochs, s.pretrain_lr, s.pretrain_batch_size)] if s.pretrain else []
     names = ["warmup", "lora1", "lora2", "lora3"] if s.lora in ("hierarchical", "shared") else ["warmup", "lora1"]
     names = names[:1] if s.lora == "none" else names
+    if min(len(s.epochs), len(s.lr)) < len(names) or s.epochs[0] < 1:
+        raise ValueError(f"--epochs and --lr need a number for each of {', '.join(names)}, --epochs 1 or more for the "
+                         f"first; not {s.epochs} and {s.lr}")
     return rows + [Stage(name, j, s.epochs[j], s.lr[j], s.batch_size) for j, name in enumerate(names)]
 
 
@@ -95,7 +112,8 @@ def learning_rate(step, steps, peak, warmup_steps):
 def new_clip(s: Settings):
     """The tiny CLIP at random, with a merge table learned from the words of its own world."""
     shapes = Shapes("train", s.seed)
-    texts = [text for i in range(1500) for text in [shapes[i]["caption"], *shapes[i]["expressions"]]]
+    items = (shapes[i] for i in range(1500))
+    texts = [text for item in items for text in [item["caption"], *item["expressions"]]]
     tokenizer = Tokenizer(learn_merges(texts, 512))
     clip = CLIP(replace(CLIP_SIZES["tiny"], vocab_size=tokenizer.vocab_size))
     clip.tokenizer = tokenizer
@@ -120,13 +138,26 @@ def begin_stage(s: Settings, stage, before, run):
     return model, model.info["accuracy"]
 
 
-def losses_of(model, batch, s):
-    """Forward and all the loss terms of one batch: {name: weighted scalar}."""
-    token_ids = batch["model_tokens"]
-    if isinstance(model, CLIP):  # CLIP's contrastive loss of pictures and their captions
-        return {"clc": contrastive_loss(model(batch["images"], token_ids))}
-    output = model(batch["images"], batch["padding_mask"], token_ids)
-    return grounding_losses(output, batch, LossWeights(), s.box_loss)
+class Objective(torch.nn.Module):
+    """A model and its losses in one module, so that data parallelism wraps both and the contrast sees every rank."""
+
+    def __init__(self, model, s: Settings):
+        super().__init__()
+        self.model, self.box_loss = model, s.box_loss
+        self.run = torch.compile(model) if s.compile else model
+
+    def forward(self, batch):
+        """-> {name: weighted scalar}, whose sum is the loss."""
+        if isinstance(self.model, CLIP):  # contrast of pictures and their captions
+            text, image = self.run(batch["images"], batch["token_ids"])
+            return {"clc": contrastive_loss(self.logits(text, image, self.model.logit_scale))}
+        output = self.run(batch["images"], batch["padding_mask"], batch["token_ids"])
+        logits = self.logits(output.text_features, output.image_features, self.model.clip.logit_scale)
+        image_ids = distributed.gather(batch["image_ids"])
+        return grounding_losses(output, batch, logits, image_ids, LossWeights(), self.box_loss)
+
+    def logits(self, text, image, scale):
+        return similarity(distributed.gather(text), distributed.gather(image), scale)
 
 
 @torch.no_grad()
@@ -136,19 +167,20 @@ def validate(model, s, device):
     if isinstance(model, CLIP):
         batches = evaluation_batches(ShapesTensors("val", model.config.image_size, captions=True, seed=s.seed))
         model.eval()
-        pairs = [(model.encode_text(model.tokenizer(b["expressions"]).to(device)),
-                  model.encode_image(b["images"].to(device))) for b in batches]
+        pairs = [model(b["images"].to(device), model.tokenizer(b["expressions"]).to(device)) for b in batches]
         model.train()
         text, image = (torch.nn.functional.normalize(torch.cat(side), dim=-1) for side in zip(*pairs))
         found = (text @ image.T).argmax(1).cpu() == torch.arange(len(text))
         return {"accuracy": found.float().mean().item()}
-    rows = predict(model, evaluation_batches(ShapesTensors("val", model.config.clip.image_size, seed=s.seed)), device)
+    dataset = ShapesTensors("val", model.config.clip.image_size, seed=s.seed)
+    share = evaluation_batches(dataset, rank=distributed.rank(), world=distributed.world())
+    rows = distributed.gather_rows(predict(model, share, device))  # every sample once, whatever the number of ranks
     return {"accuracy": accuracy(r["iou"] for r in rows), "mean_iou": mean(r["iou"] for r in rows)}
 
 
 def to_device(batch, model, device):
     batch = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    return batch | {"model_tokens": model.tokenizer(batch["expressions"]).to(device)}
+    return batch | {"token_ids": model.tokenizer(batch["expressions"]).to(device)}
 
 
 def save_whole(path, write):
@@ -172,12 +204,12 @@ def describe_trained(model, stage):
 def train(s: Settings):
     """The whole training: every stage of the table, every step of the stage."""
     run = Path("runs") / s.name
-    device = choose_device(s.device)
+    device = distributed.start(choose_device(s.device))
+    rank, world = distributed.rank(), distributed.world()
     if (run / "state.pt").exists() and not s.resume:
         raise ValueError(f"{run} holds a run; go on with --resume, take another --name, or remove the folder")
-    run.mkdir(parents=True, exist_ok=True)
-    saved = torch.load(run / "state.pt", weights_only=True) if s.resume else None
-    log = Log(run, saved["log"]["bytes"] if saved else 0)
+    saved = load_state(run) if s.resume else None
+    log = Log(run, saved["log"]["bytes"] if saved else 0) if rank == 0 else None
     table = stages(s)
 
     for number, stage in enumerate(table):
@@ -193,18 +225,22 @@ def train(s: Settings):
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             first, best = saved["step"], saved["best"]
-            log.restart(saved["log"]["sums"], saved["log"]["n"])
-            set_random_state(saved["random"])
-        elif best >= 0:  # a stage that never improves keeps what it started from
-            weights.save(run / f"{stage.name}.safetensors", model, {"stage": stage.name, "accuracy": best})
-        describe_trained(model, stage)
+            set_random_state(saved["random"][rank])
+        if rank == 0:
+            describe_trained(model, stage)
+            if first:
+                log.restart(saved["log"]["sums"], saved["log"]["n"])
+            elif best >= 0:  # a stage that never improves keeps what it started from
+                weights.save(run / f"{stage.name}.safetensors", model, {"stage": stage.name, "accuracy": best})
 
         captions = stage.lora_stage is None
         size = model.config.image_size if captions else model.config.clip.image_size
-        dataset = ShapesTensors("train", size, seed=s.seed, captions=captions)
+        dataset = ShapesTensors("pretrain" if captions else "train", size, seed=s.seed, captions=captions)
         batches = iter(training_batches(dataset, number * 2**32, stage.batch_size, steps * s.accumulate,
-                                        first * s.accumulate, s.workers))
-        forward = torch.compile(model) if s.compile else model
+                                        first * s.accumulate, s.workers, rank, world))
+        objective = Objective(model, s)
+        if world > 1:
+            objective = DistributedDataParallel(objective)
         since_save = time.monotonic()
         for step in range(first, steps):
             lr = learning_rate(step, steps, stage.lr, s.warmup_steps)
@@ -213,31 +249,52 @@ def train(s: Settings):
             for _ in range(s.accumulate):
                 batch = to_device(next(batches), model, device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    terms = losses_of(forward, batch, s)
+                    terms = objective(batch)
                 loss = sum(terms.values())
-                if not loss.isfinite():
-                    raise SystemExit(f"the loss is {loss.item()} at step {step} of {stage.name}: {terms}; "
-                                     "the last good state is kept, try a lower --lr")
                 (loss / s.accumulate).backward()
+            values = distributed.mean_of_ranks({"loss": loss, **terms})
             norm = torch.nn.utils.clip_grad_norm_(trained, s.clip_grad)
+            if not (values["loss"].isfinite() and norm.isfinite()):
+                raise ValueError(f"the loss is {values['loss'].item()} at step {step + 1} of {stage.name} ("
+                                 + ", ".join(f"{name} {v.item():g}" for name, v in terms.items())
+                                 + f"), the norm of its gradient {norm.item():g}; the last state, from before that, is "
+                                 "kept; try a lower --lr")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            log.step(stage.name, step + 1, steps, lr, {"loss": loss, **terms, "gradient_norm": norm})
+            if rank == 0:
+                log.step(stage.name, step + 1, steps, lr, values | {"gradient_norm": norm})
 
             end_of_epoch = (step + 1) % per_epoch == 0
             if end_of_epoch:
                 scores = validate(model, s, device)
-                if scores["accuracy"] > best:
-                    best = scores["accuracy"]
-                    weights.save(run / f"{stage.name}.safetensors", model, {"stage": stage.name, **scores})
-                log.epoch(stage.name, step + 1, (step + 1) // per_epoch, scores, best)
-            if end_of_epoch or time.monotonic() - since_save > 60 * s.save_minutes:
+                better, best = scores["accuracy"] > best, max(best, scores["accuracy"])
+                if rank == 0:
+                    if better:
+                        weights.save(run / f"{stage.name}.safetensors", model, {"stage": stage.name, **scores})
+                    log.epoch(stage.name, step + 1, (step + 1) // per_epoch, scores, best)
+            if distributed.any_rank(end_of_epoch or time.monotonic() - since_save > 60 * s.save_minutes, device):
                 state = {"stage": number, "step": step + 1, "best": best, "settings": asdict(s),
-                         "log": log.state(), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                         "random": random_state()}
-                save_whole(run / "state.pt", lambda side: torch.save(state, side))
+                         "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                         "random": distributed.gather_rows([random_state()])}
+                if rank == 0:
+                    save_whole(run / "state.pt", lambda side: torch.save(state | {"log": log.state()}, side))
                 since_save = time.monotonic()
+        distributed.wait()  # the next stage reads the file that rank 0 wrote
     return run / f"{table[-1].name}.safetensors"
+
+
+def load_state(run):
+    """What an interrupted run left, on the CPU, whatever device it was on. Raises ValueError."""
+    path = run / "state.pt"
+    if not path.is_file():
+        raise ValueError(f"--resume: there is no {path}; start the run without --resume")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        Settings(**state["settings"])
+        return state
+    except Exception:  # torch.load raises nearly anything
+        raise ValueError(f"{path}: damaged, or not a state of this version of train.py; "
+                         "remove it and start the run without --resume") from None
 
 
 def random_state():
@@ -256,6 +313,7 @@ class Log:
     curves.png, drawn from it."""
 
     def __init__(self, run, n_bytes):
+        run.mkdir(parents=True, exist_ok=True)
         self.run, self.file = run, open(run / "log.jsonl", "r+" if n_bytes else "w")
         self.file.truncate(n_bytes)  # what a killed run logged after its last state will be run again
         self.file.seek(n_bytes)
@@ -320,15 +378,10 @@ def settings_from_flags():
         else:
             options = {"type": f.type}
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f"default: {f.default}", **options)
-    given = vars(parser.parse_args())
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args()).items()}
     if not given.get("resume"):
         return Settings(**given)
-    path = Path("runs") / given.get("name", Settings.name) / "state.pt"
-    if not path.is_file():
-        parser.error(f"--resume: there is no {path}; start the run without --resume")
-    saved = torch.load(path, weights_only=True)["settings"]
-    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    saved = load_state(Path("runs") / given.get("name", Settings.name))["settings"]
     changed = [f"--{k} {given[k]} (was {saved[k]})" for k in given.keys() - FREE if given[k] != saved[k]]
     if changed:
         parser.error(f"--resume goes on with the settings of the run; it cannot change {', '.join(changed)}")
@@ -340,5 +393,5 @@ if __name__ == "__main__":
         print(train(settings_from_flags()))
     except KeyboardInterrupt:
         fail("interrupted; the same command with --resume goes on", code=130)
-    except (ValueError, WeightsError) as error:
+    except (ValueError, OSError) as error:
         fail(error)

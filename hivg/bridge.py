@@ -1,4 +1,4 @@
-"""The cross-modal bridge: text steers a ViT block, between its self-attention residual and its MLP (section 3.2).
+"""The cross-modal bridge: text steers a ViT block, between its self-attention residual and its MLP.
 
     s = fusion of the text layers' features                       (B, T, D_v), see fusion.py
     x = x + FFN(CrossAttention(LN(x), keys = values = s))         x (B, N, D_v), the ViT's visual tokens

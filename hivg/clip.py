@@ -28,7 +28,7 @@ class CLIPConfig:
 
 
 CLIP_SIZES = {
-    "tiny": CLIPConfig(128, 16, 128, 6, 4, 128, 4, 4, 128),  # for the bundled `shapes`; its vocabulary is set later
+    "tiny": CLIPConfig(64, 8, 128, 6, 4, 128, 4, 4, 128),  # for the bundled `shapes`; its vocabulary is set later
     "ViT-B/32": CLIPConfig(patch_size=32),
     "ViT-B/16": CLIPConfig(),
     "ViT-L/14": CLIPConfig(224, 14, 1024, 24, 16, 768, 12, 12, 768),
@@ -101,10 +101,10 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: CLIPConfig):
         super().__init__()
         width, self.patch_size = config.vision_width, config.patch_size
-        n_tokens = 1 + (config.image_size // config.patch_size) ** 2
+        side = config.image_size // config.patch_size
         self.conv1 = nn.Conv2d(3, width, self.patch_size, stride=self.patch_size, bias=False)
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
-        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(n_tokens, width))
+        self.positional_embedding = nn.Parameter(sine_positions(side, width))
         self.ln_pre = nn.LayerNorm(width)
         self.blocks = nn.ModuleList([Block(width, config.vision_heads) for _ in range(config.vision_layers)])
         self.ln_post = nn.LayerNorm(width)
@@ -127,6 +127,16 @@ class VisionTransformer(nn.Module):
     def pool(self, x):
         """Last hidden state (B, N, C) -> picture embedding (B, E), not normalised."""
         return self.ln_post(x[:, 0]) @ self.proj
+
+
+def sine_positions(side, width):
+    """(1 + side^2, width): sines and cosines of a patch's row and column, zero for the class token. A start at which
+    near patches look near; training moves it freely."""
+    n = -(-width // 4)
+    angles = torch.arange(side)[:, None] * 100 ** -(torch.arange(n) / n)  # (side, n)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, 2 n)
+    patches = torch.cat([waves[:, None].expand(side, side, -1), waves.expand(side, side, -1)], dim=-1)
+    return F.pad(patches.flatten(0, 1)[:, :width], (0, 0, 1, 0))
 
 
 def resize_positions(table, grid):
@@ -183,6 +193,9 @@ class CLIP(nn.Module):
                 std = width**-0.5 * (2 * len(tower.blocks)) ** -0.5
                 for linear in (block.attn.out_proj, block.mlp.c_proj):
                     nn.init.normal_(linear.weight, std=std)
+        for block in self.visual.blocks:  # ours: with keys = queries a patch first looks at what is alike and near
+            nn.init.normal_(block.attn.q_proj.weight, std=(2 * config.vision_width) ** -0.5)
+            block.attn.k_proj.weight.data.copy_(block.attn.q_proj.weight)
 
     def encode_image(self, images, return_hidden_states=False):
         """images (B, 3, H, W), normalised -> features (B, E), not normalised; with the hidden states after each
@@ -198,8 +211,12 @@ class CLIP(nn.Module):
         return (features, hidden_states) if return_hidden_states else features
 
     def forward(self, images, token_ids):
-        """-> logits_per_text (B_text, B_image): the scaled cosine of every text with every picture."""
-        return similarity(self.encode_text(token_ids), self.encode_image(images), self.logit_scale)
+        """-> text features (B, E) and picture features (B, E), not normalised: what contrastive training needs."""
+        return self.encode_text(token_ids), self.encode_image(images)
+
+    def logits_per_text(self, images, token_ids):
+        """-> (B_text, B_image): the scaled cosine of every text with every picture."""
+        return similarity(*self(images, token_ids), self.logit_scale)
 
 
 def similarity(text_features, image_features, logit_scale):

@@ -1,4 +1,4 @@
-"""Adaptive multi-layer fusion of the text features (paper section 3.2), the input of every cross-modal bridge.
+"""Adaptive multi-layer fusion of the text features, the input of every cross-modal bridge.
 
 Text block i gives f^i (B, T, D_t). Each of the K layers used is normalised, scaled position by position and channel
 by channel with learned adaptive weights w^i (T, D_t), and all are projected together to the vision width D_v:

@@ -36,7 +36,7 @@ def open_image(image):
     """
     if isinstance(image, (str, os.PathLike)):
         name, path = str(image), Path(image)
-        if not path.exists():
+        if not os.path.exists(path):  # unlike path.exists(), False for a name that no file can have
             raise ImageError(f"{name}: there is no such file; check the path")
         if path.is_dir():
             raise ImageError(f"{name}: is a folder; name a picture in it")

@@ -1,4 +1,4 @@
-"""Hi LoRA: low-rank adapters added in stages, from the shallow layers to the deep ones (paper section 3.3).
+"""Hi LoRA: low-rank adapters added in stages, from the shallow layers to the deep ones.
 
 Layers 1..L of a tower are cut in G groups. In stage j every layer l <= j L/G gets a NEW pair (A_j, B_j), and the
 pairs of earlier stages stay in place, frozen:

@@ -1,4 +1,4 @@
-"""The losses of HiVG (paper section 3.5): box, CLC, RTCC, mask. Every function returns a scalar, without its weight."""
+"""The losses of HiVG: box, CLC, RTCC, mask. Every function returns a scalar, without its weight."""
 
 from dataclasses import dataclass
 
@@ -64,22 +64,22 @@ class LossWeights:
 
     box: float = 2.0
     giou: float = 2.0
-    clc: float = 1.0  # contrast of pictures and expressions (paper eq. 9)
+    clc: float = 1.0  # contrast of pictures and expressions (CLIP's loss)
     token_focal: float = 20.0  # RTCC: the token map
     token_dice: float = 2.0
     mask_focal: float = 20.0
     mask_dice: float = 2.0
 
 
-def grounding_losses(output, batch, weights: LossWeights, box_kind="smooth_l1"):
+def grounding_losses(output, batch, logits_per_text, image_ids, weights: LossWeights, box_kind="smooth_l1"):
     """All terms, weighted: output an HiVGOutput, batch a dict with images (B, 3, S, S), boxes (B, 4) cxcywh in 0..1,
-    masks (B, M, M) bool, to whose size the mask logits are resized, and image_ids (B,) -> {name: scalar tensor}; their
-    sum is the loss."""
-    w, boxes, image_ids = weights, batch["boxes"], batch["image_ids"]
+    masks (B, M, M) bool, to whose size the mask logits are resized; logits_per_text (n, n) and image_ids (n,) are those
+    of all ranks -> {name: scalar tensor}; their sum is the loss."""
+    w, boxes, predicted = weights, batch["boxes"], output.boxes.float()  # in bfloat16 a GIoU is mostly rounding
     terms = {}
-    terms["box"] = lambda: box_loss(output.boxes, boxes, box_kind)
-    terms["giou"] = lambda: giou_loss(output.boxes, boxes)
-    terms["clc"] = lambda: contrastive_loss(output.logits_per_text, image_ids[:, None] == image_ids)
+    terms["box"] = lambda: box_loss(predicted, boxes, box_kind)
+    terms["giou"] = lambda: giou_loss(predicted, boxes)
+    terms["clc"] = lambda: contrastive_loss(logits_per_text, image_ids[:, None] == image_ids)
     if w.token_focal or w.token_dice:
         side = round(output.token_similarity.shape[1] ** 0.5)
         target = box_on_grid(boxes, (side, side), batch["images"].shape[-1])

@@ -102,7 +102,7 @@ class EncoderLayer(nn.Module):
 
 
 class HiVG(nn.Module):
-    """The grounding model (paper section 3.1). CLIP's own weights are frozen from the start, and only they."""
+    """The grounding model. CLIP's own weights are frozen from the start, and only they."""
 
     def __init__(self, config: HiVGConfig):
         super().__init__()
@@ -178,6 +178,9 @@ class HiVG(nn.Module):
         """images (B, 3, S, S) normalised letterboxes, padding_mask (B, S, S) bool, True = padding, token_ids (B, T)
         long -> HiVGOutput. token_map and mask: whether to compute the heads of that name."""
         c = self.config
+        if images.shape[-2:] != (c.clip.image_size,) * 2:
+            raise ValueError(f"images of {tuple(images.shape[-2:])} pixels; this model takes squares of "
+                             f"{c.clip.image_size}, see Letterbox")
         token_ids = token_ids[:, : int(token_ids.argmax(-1).max()) + 1]  # cut to the longest: only the time changes
         is_text = torch.arange(token_ids.shape[1], device=images.device) <= token_ids.argmax(-1, keepdim=True)  # (B, T)
 
@@ -226,7 +229,7 @@ class HiVG(nn.Module):
         return x[:, 0], x[:, 2 : 1 + N], x[:, 1 + N :]
 
     def token_map(self, patches, end):
-        """RTCC (section 3.4): patches (B, P, D), end token of unit length (B, D) -> logits (B, P)."""
+        """RTCC: patches (B, P, D), end token of unit length (B, D) -> logits (B, P)."""
         return torch.einsum("bpd,bd->bp", self.token_mlp(self.token_norm(patches)), end)
 
     def mask(self, patches, end, grid):

@@ -21,16 +21,18 @@ class ShapesTensors(Dataset):
     def __getitem__(self, index):
         item, n = self.shapes[index], self.rows
         letterbox = Letterbox(*item["image"].size, self.size)
-        boxes = torch.from_numpy(item["boxes"])[:n]
+        image = letterbox.image(item["image"], self.normalization)
+        if self.captions:
+            return {"images": image[None], "expressions": [item["caption"]]}
+        boxes, labels = torch.from_numpy(item["boxes"]), letterbox.labels(item["labels"])
         return {
-            "images": letterbox.image(item["image"], self.normalization).expand(n, -1, -1, -1),  # (n, 3, S, S)
+            "images": image.expand(n, -1, -1, -1),  # (n, 3, S, S)
             "padding_mask": letterbox.padding_mask().expand(n, -1, -1),  # (n, S, S) bool
             "boxes": letterbox.to_square(boxes),  # (n, 4) cxcywh in 0..1
-            # every other pixel, (n, S / 2, S / 2): the resolution of the mask head
-            "masks": torch.stack([letterbox.mask(item["labels"] == t + 1)[::2, ::2] for t in item["targets"][:n]]),
+            "masks": labels == torch.tensor(item["targets"])[:, None, None] + 1,  # (n, S, S) bool
             "image_ids": torch.full((n,), index),
-            "expressions": [item["caption"]] if self.captions else item["expressions"],
-            "kinds": item["kinds"][:n],
+            "expressions": item["expressions"],
+            "kinds": item["kinds"],
             "pixel_boxes": boxes,  # (n, 4) xyxy in the picture's pixels
             "letterboxes": [letterbox] * n,
         }
@@ -42,18 +44,23 @@ def collate(items):
             else [row for item in items for row in item[key]] for key, value in items[0].items()}
 
 
-def training_batches(dataset, first_scene, batch_size, batches, start=0, workers=0):
-    """Batches `start`..`batches` - 1 of an endless split. Batch k always holds the same scenes, those from first_scene
-    + k * scenes per batch on, so a resumed run goes on exactly where it was."""
-    scenes = max(1, batch_size // dataset.rows)
-    return _loader(dataset, [range(first_scene + k * scenes, first_scene + (k + 1) * scenes)
-                             for k in range(start, batches)], workers)
+def training_batches(dataset, first_scene, batch_size, batches, start=0, workers=0, rank=0, world=1):
+    """Batches `start`..`batches` - 1 of an endless split, of which this rank gets its share of each. Batch k always
+    holds the same scenes, those from first_scene + k * scenes per batch on, so a resumed run goes on exactly where it
+    was. Raises ValueError unless batch_size is a multiple of the rows of a scene times the ranks."""
+    scenes, rest = divmod(batch_size, dataset.rows * world)  # scenes of a rank's share
+    if rest or not scenes:
+        raise ValueError(f"the batch size must be a multiple of {dataset.rows * world} "
+                         f"({dataset.rows} expressions a picture, {world} processes), not {batch_size}")
+    starts = [first_scene + (k * world + rank) * scenes for k in range(start, batches)]
+    return _loader(dataset, [range(i, i + scenes) for i in starts], workers)
 
 
-def evaluation_batches(dataset, batch_size=64, workers=0):
-    """The whole split, in order, every row once."""
+def evaluation_batches(dataset, batch_size=64, workers=0, rank=0, world=1):
+    """The whole split, every row once, in order; with several ranks every world-th batch."""
     scenes = max(1, batch_size // dataset.rows)
-    return _loader(dataset, [range(k, min(k + scenes, len(dataset))) for k in range(0, len(dataset), scenes)], workers)
+    starts = range(rank * scenes, len(dataset), world * scenes)
+    return _loader(dataset, [range(k, min(k + scenes, len(dataset))) for k in starts], workers)
 
 
 def _loader(dataset, order, workers):

@@ -55,10 +55,14 @@ class Letterbox:
 
     def mask(self, mask):
         """(height, width) bool array of the picture -> (size, size) bool, nearest neighbour."""
+        return self.labels(mask.astype(np.uint8)).bool()
+
+    def labels(self, labels):
+        """(height, width) uint8 array of the picture -> (size, size) uint8, nearest neighbour, 0 where padded."""
         (w, h), (left, top) = self.inner, self.corner
-        square = torch.zeros(self.size, self.size, dtype=torch.bool)
-        inner = Image.fromarray(mask.astype(np.uint8)).resize((w, h), Image.NEAREST)
-        square[top : top + h, left : left + w] = torch.from_numpy(np.array(inner, dtype=bool))
+        square = torch.zeros(self.size, self.size, dtype=torch.uint8)
+        inner = Image.fromarray(labels).resize((w, h), Image.NEAREST)
+        square[top : top + h, left : left + w] = torch.from_numpy(np.array(inner))
         return square
 
     def to_square(self, boxes):

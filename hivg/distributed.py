@@ -1,0 +1,69 @@
+"""Data parallelism: the few calls that the training needs, each a plain identity when there is one process.
+
+Started by torchrun, every process (rank) takes its share of each batch. Gradients are averaged by
+DistributedDataParallel; the contrastive loss sees the features of all ranks.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.nn.functional import all_gather
+
+
+def start(device):
+    """Join the other processes if torchrun started this one -> the device of this one."""
+    if "RANK" not in os.environ:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def rank():
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gather(x):
+    """(B, ..) on every rank -> (world * B, ..), in the order of the ranks. Gradients flow back to every rank; every
+    rank must have the same B."""
+    return torch.cat(all_gather(x)) if world() > 1 else x
+
+
+def gather_rows(rows):
+    """The lists of all ranks, joined in the order of the ranks."""
+    if world() == 1:
+        return rows
+    lists = [None] * world()
+    dist.all_gather_object(lists, rows)
+    return [row for part in lists for row in part]
+
+
+def mean_of_ranks(values):
+    """{name: scalar tensor} -> the same, averaged over the ranks."""
+    if world() == 1:
+        return values
+    stacked = torch.stack([v.detach().float() for v in values.values()])
+    dist.all_reduce(stacked)
+    return dict(zip(values, stacked / world()))
+
+
+def any_rank(flag, device):
+    """True on every rank if `flag` is true on one, so that all save at the same step."""
+    if world() == 1:
+        return flag
+    flag = torch.tensor(float(flag), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def wait():
+    if world() > 1:
+        dist.barrier()

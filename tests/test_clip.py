@@ -1,0 +1,262 @@
+"""The hand-written CLIP against PyTorch's own attention, against formulas, and against OpenAI's where it is at hand."""
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import GOLDEN, assert_close, make_clip, needs_golden, randomise
+from safetensors.torch import load_file
+
+from hivg.clip import (CLIP, MLP, Attention, CLIPConfig, QuickGELU, at_end_token, resize_positions, similarity,
+                       sine_positions)
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# --- the parts ---
+
+
+@pytest.mark.parametrize("kind", ["self", "causal", "cross", "masked", "value"])
+def test_attention_is_pytorchs(kind):
+    torch.manual_seed(0)
+    attention, reference = randomise(Attention(24, 3)).double(), nn.MultiheadAttention(24, 3, batch_first=True).double()
+    qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
+    reference.load_state_dict({
+        "in_proj_weight": torch.cat([linear.weight for linear in qkv]).detach(),
+        "in_proj_bias": torch.cat([linear.bias for linear in qkv]).detach(),
+        "out_proj.weight": attention.out_proj.weight.detach(), "out_proj.bias": attention.out_proj.bias.detach()})
+    x, y, z = random(2, 5, 24), random(2, 7, 24, seed=1), random(2, 7, 24, seed=2)
+    keep = torch.arange(7) < torch.tensor([7, 4])[:, None]  # (B, M)
+    ours, theirs = {
+        "self": (attention(x), reference(x, x, x)),
+        "causal": (attention(x, causal=True), reference(x, x, x, attn_mask=torch.ones(5, 5).triu(1).bool())),
+        "cross": (attention(x, y), reference(x, y, y)),
+        "masked": (attention(x, y, mask=keep[:, None, None]), reference(x, y, y, key_padding_mask=~keep)),
+        "value": (attention(x, y, z), reference(x, y, z)),
+    }[kind]
+    assert_close(f"attention, {kind}", ours, theirs[0], 1e-10)
+
+
+def test_attention_formula():
+    """One head at a time, softmax(q k^T / sqrt(head width)) v."""
+    attention, x = randomise(Attention(12, 2)).double(), random(1, 4, 12)
+    q, k, v = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+    heads = []
+    for head in (slice(0, 6), slice(6, 12)):
+        weights = (q[..., head] @ k[..., head].transpose(1, 2) / 6**0.5).softmax(-1)
+        heads.append(weights @ v[..., head])
+    assert_close("attention", attention(x), attention.out_proj(torch.cat(heads, -1)), 1e-10)
+
+
+def test_attention_dropout_is_for_training_only():
+    attention, x = Attention(12, 2).double(), random(1, 4, 12)
+    assert torch.equal(attention.eval()(x, dropout=0.5), attention(x))
+    assert not torch.equal(attention.train()(x, dropout=0.5), attention(x))
+
+
+def test_quick_gelu():
+    x = torch.linspace(-8, 8, 101, dtype=torch.float64)
+    assert_close("QuickGELU", QuickGELU()(x), x * torch.sigmoid(1.702 * x), 1e-10)
+    mlp, x = randomise(MLP(6, 10, 3)).double(), random(2, 6)
+    hidden = mlp.c_fc(x)
+    assert_close("MLP", mlp(x), mlp.c_proj(hidden * torch.sigmoid(1.702 * hidden)), 1e-10)
+
+
+def test_similarity():
+    text, image = random(3, 8), 5 * random(2, 8, seed=1)
+    for scale, factor in ((2.0, 2.0), (400.0, 100.0)):  # held at 100
+        expected = factor * F.cosine_similarity(text[:, None], image[None], dim=-1)
+        assert_close("similarity", similarity(text, image, torch.tensor(scale).double().log()), expected, 1e-10)
+
+
+# --- the position table ---
+
+
+def test_positions_same_grid():
+    table = random(17, 6).float()
+    assert resize_positions(table, (4, 4)) is table
+    assert resize_positions(table, torch.Size([4, 4])) is table
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (3, 5), (2, 2), (7, 1), (2, 8)])
+def test_positions_resized(grid):
+    table = random(17, 6).float()
+    resized = resize_positions(table, grid)
+    assert torch.equal(resized[0], table[0])
+    patches = torch.empty(1, 6, 4, 4)
+    for row in range(4):
+        for column in range(4):
+            patches[0, :, row, column] = table[1 + row * 4 + column]
+    patches = F.interpolate(patches, grid, mode="bicubic", antialias=True, align_corners=False)
+    expected = [patches[0, :, row, column] for row in range(grid[0]) for column in range(grid[1])]
+    assert_close("positions", resized[1:], torch.stack(expected), 1e-6)
+
+    constant = torch.cat([table[:1], table[1:2].expand(16, 6)])
+    expected = table[1:2].expand(grid[0] * grid[1], 6)
+    assert_close("constant table", resize_positions(constant, grid)[1:], expected, 1e-6)
+
+
+def test_positions_keep_their_type():
+    assert resize_positions(random(17, 6).bfloat16(), (2, 3)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("side, width", [(4, 64), (7, 32)])
+def test_sine_positions(side, width):
+    """The class token has none; how alike two patches are depends on their distance, and falls with it."""
+    table = sine_positions(side, width).double()
+    assert table.shape == (1 + side**2, width) and not table[0].any()
+    patches = table[1:].unflatten(0, (side, side))
+    alike = torch.einsum("ijc,klc->ijkl", patches, patches)
+    for y in range(side):
+        for x in range(side):
+            down = torch.tensor([alike[y, x, k, x] for k in range(y, min(y + 4, side))])
+            right = torch.tensor([alike[y, x, y, k] for k in range(x, min(x + 4, side))])
+            assert (down.diff() < 0).all() and (right.diff() < 0).all()
+            assert_close("downwards", down, alike[0, 0, : len(down), 0], 1e-5)
+            assert_close("to the right", right, alike[0, 0, : len(right), 0], 1e-5)
+
+
+def test_sine_positions_of_any_width():
+    assert [sine_positions(3, width).shape for width in (6, 7, 64)] == [(10, 6), (10, 7), (10, 64)]
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (32, 96), (128, 16)])
+def test_picture_sizes(clip, height, width):
+    features, hidden_states = clip.encode_image(random(2, 3, height, width), return_hidden_states=True)
+    assert features.shape == (2, 40) and features.isfinite().all()
+    assert [h.shape for h in hidden_states] == [(2, 1 + height * width // 256, 64)] * 3
+
+
+# --- the towers ---
+
+
+def tokens(*lengths, T=10, vocab=100):
+    """Random ids, the largest one at the given end positions, more random ids behind it."""
+    ids = torch.randint(0, vocab - 1, (len(lengths), T), generator=torch.Generator().manual_seed(0))
+    ids[range(len(lengths)), list(lengths)] = vocab - 1
+    return ids
+
+
+def test_text_is_causal(clip):
+    ids = tokens(4, 9, 1)
+    features, states = clip.encode_text(ids, return_hidden_states=True)
+    for row, end in enumerate((4, 9, 1)):
+        changed = ids[row : row + 1].clone()
+        changed[:, end + 1 :] = (changed[:, end + 1 :] + 1) % 90
+        features_2, states_2 = clip.encode_text(changed, return_hidden_states=True)
+        assert_close(f"features of row {row}", features_2[0], features[row], 1e-10)
+        assert_close(f"states of row {row}", states_2[-1][0, : end + 1], states[-1][row, : end + 1], 1e-10)
+        if end < 9:
+            assert not torch.allclose(states_2[-1][0, end + 1 :], states[-1][row, end + 1 :], atol=1e-3)
+        cut = clip.encode_text(ids[row : row + 1, : end + 1])  # fewer positions
+        assert_close(f"features of row {row}, cut", cut[0], features[row], 1e-10)
+
+
+def test_every_earlier_token_counts(clip):
+    ids = tokens(6)
+    features = clip.encode_text(ids)
+    for position in range(6):
+        changed = ids.clone()
+        changed[0, position] = (changed[0, position] + 1) % 90
+        assert (clip.encode_text(changed) - features).abs().max() > 1e-3, f"position {position} has no effect"
+
+
+def test_at_end_token_takes_the_first():
+    ids = torch.tensor([[1, 9, 3, 9], [9, 0, 0, 0]])
+    x = torch.arange(8.0).view(2, 4, 1)
+    assert at_end_token(x, ids).tolist() == [[1.0], [4.0]]
+
+
+def test_hidden_states(clip, batch):
+    """One after each block, and the features come from the last; the bridges run where and when they should."""
+    images, _, ids = batch
+    features, states = clip.encode_image(images, return_hidden_states=True)
+    assert len(states) == 3
+    for number, block in enumerate(clip.visual.blocks[1:]):
+        assert_close(f"state {number + 1}", block(states[number]), states[number + 1], 1e-10)
+    assert_close("image features", clip.visual.ln_post(states[-1])[:, 0] @ clip.visual.proj, features, 1e-10)
+    assert torch.equal(features, clip.encode_image(images))
+
+    features, states = clip.encode_text(ids, return_hidden_states=True)
+    assert len(states) == 2
+    assert_close("text state 1", clip.text.blocks[1](states[0], causal=True), states[1], 1e-10)
+    ends = (ids == clip.config.vocab_size - 1).int().argmax(1)
+    for i, end in enumerate(ends):
+        expected = clip.text.ln_final(states[1][i, end]) @ clip.text.text_projection
+        assert_close(f"text features of row {i}", features[i], expected, 1e-10)
+    assert torch.equal(features, clip.encode_text(ids))
+
+
+def test_bridge_runs_between_attention_and_mlp(clip, batch):
+    images, block = batch[0], clip.visual.blocks[1]
+    without, states = clip.visual(images), clip.visual(images, {1: lambda x: 2 * x})
+    assert torch.equal(states[0], without[0])
+    x = states[0]
+    x = 2 * (x + block.attn(block.ln_1(x)))
+    assert_close("bridged block", states[1], x + block.mlp(block.ln_2(x)), 1e-10)
+
+
+def test_forward(clip, batch):
+    images, _, ids = batch
+    text, image = clip(images, ids[:3])
+    assert torch.equal(text, clip.encode_text(ids[:3])) and torch.equal(image, clip.encode_image(images))
+    logits, scale = clip.logits_per_text(images, ids[:3]), clip.logit_scale.exp()
+    assert_close("logits_per_text", logits, scale * F.cosine_similarity(text[:, None], image[None], dim=-1), 1e-10)
+
+
+def test_start():
+    """OpenAI's scales: biases zero, and the residual branches of deeper towers start smaller. In the vision tower keys
+    start as the queries, so that a patch looks at what is alike."""
+    torch.manual_seed(0)
+    clip = CLIP(CLIPConfig(64, 16, 256, 8, 4, 128, 2, 2, 64, vocab_size=600))
+    for tower, width, layers, std_q in ((clip.visual, 256, 8, 512**-0.5), (clip.text, 128, 2, 128**-0.5)):
+        block = tower.blocks[-1]
+        stds = {"attn.q_proj": std_q, "attn.k_proj": std_q, "attn.v_proj": width**-0.5,
+                "attn.out_proj": width**-0.5 * (2 * layers) ** -0.5, "mlp.c_fc": (2 * width) ** -0.5,
+                "mlp.c_proj": width**-0.5 * (2 * layers) ** -0.5}
+        for name, std in stds.items():
+            linear = block.get_submodule(name)
+            assert linear.weight.std().item() == pytest.approx(std, rel=0.03), name
+            assert not linear.bias.any(), name
+        alike = torch.equal(block.attn.q_proj.weight, block.attn.k_proj.weight)
+        assert alike == (tower is clip.visual)
+    assert clip.logit_scale.exp().item() == pytest.approx(1 / 0.07)
+
+
+# --- OpenAI's program ---
+
+
+def from_openai(tensors):
+    """OpenAI's key names to ours."""
+    ours = {}
+    for key, tensor in tensors.items():
+        key = key.replace("visual.transformer.resblocks", "visual.blocks")
+        key = key.replace("transformer.resblocks", "text.blocks")
+        if key.split(".")[0] in ("ln_final", "text_projection", "token_embedding", "positional_embedding"):
+            key = "text." + key
+        if "in_proj_" in key:
+            for letter, part in zip("qkv", tensor.float().chunk(3)):
+                ours[key.replace("in_proj_", f"{letter}_proj.")] = part
+        else:
+            ours[key] = tensor.float()
+    return ours
+
+
+@needs_golden
+def test_agrees_with_openai():
+    clip = make_clip(dtype=torch.float32, vision_width=128, vision_heads=2, text_width=64, text_heads=1, embed_dim=48,
+                     vocab_size=49408)
+    clip.load_state_dict(from_openai(load_file(GOLDEN / "openai_clip_tiny.checkpoint.safetensors")))
+    expected = load_file(GOLDEN / "openai_clip_tiny.expected.safetensors")
+    images, ids = expected["image"], expected["token_ids"]
+    with torch.no_grad():
+        image_features, vision = clip.encode_image(images, return_hidden_states=True)
+        text_features, text = clip.encode_text(ids, return_hidden_states=True)
+        logits = clip.logits_per_text(images, ids)
+    ours = {"image_features": image_features, "text_features": text_features, "vision_hidden_first": vision[0],
+            "vision_hidden_last": vision[-1], "text_hidden_first": text[0], "text_hidden_last": text[-1],
+            "logits_per_text": logits, "logits_per_image": logits.T}
+    for name, tensor in ours.items():
+        assert_close(name, tensor, expected[name], 1e-4)
