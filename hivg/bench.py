@@ -76,7 +76,8 @@ def main():
         fail(f"no benchmark is called {unknown[0]!r}; there are {', '.join(BENCHES)}")
     try:
         device = choose_device(args.device)
-        where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+        threads = f"{torch.get_num_threads()} CPU threads"
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
         print(f"torch {torch.__version__}, {where}")
         for name in args.names or BENCHES:
             BENCHES[name](args)

@@ -207,6 +207,11 @@ def test_bad_arguments_get_one_line(weights_file, monkeypatch, capfd, tmp_path, 
     assert (code, out) == (2, "") and re.fullmatch(r"error: [^\n]+\n", err) and word in err
 
 
+def test_help(monkeypatch, capfd):
+    code, out, err = run(monkeypatch, capfd, "--help")
+    assert (code, err) == (0, "") and all(word in out for word in ("--per-sample", "testA", "compose"))
+
+
 def test_as_a_module(tmp_path):
     """The one that starts a process."""
     done = subprocess.run([sys.executable, "-m", "hivg.evaluate", "--weights", tmp_path / "none.safetensors"], cwd=ROOT,

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,18 @@ def test_a_result(grounder, picture):
     assert (plain != np.asarray(picture)).any() and (plain != hot).any() and (plain != masked).any()
     assert result.to_dict() == {"label": TEXTS[0], "score": result.score, "box": {
         "xmin": result.box[0], "ymin": result.box[1], "xmax": result.box[2], "ymax": result.box[3]}}
+
+
+def test_maps_lie_where_their_patches_are(grounder, picture):
+    """Patch (2, 3) of the 4 x 4 on a square of 64; the picture is its rows 13 to 51."""
+    token_map, mask_map = np.zeros((4, 4), np.float32), np.zeros((32, 32), np.float32)
+    token_map[2, 3], mask_map[16:24, 24:32] = 1, 1
+    result = replace(grounder.ground(picture, TEXTS[0]), token_map=token_map, mask_map=mask_map)
+    assert_inside(result, 200, 120)  # bicubic resizing would leave 0..1
+    for values in (result.heatmap, result.mask):
+        y, x = np.unravel_index(values.argmax(), values.shape)
+        assert 150 <= x < 200 and (32 - 13) / 0.32 <= y < (48 - 13) / 0.32
+        assert values[:, :100].max() < 0.1 and values[:40].max() < 0.1
 
 
 def test_path_picture_and_array_are_the_same(grounder, picture, tmp_path):
@@ -515,8 +528,8 @@ def test_without_arguments(bundled, tmp_path):
     done = start(tmp_path)
     assert done.returncode == 0, done.stderr
     result = bundled.ground(ground.EXAMPLE, ground.EXAMPLE_EXPRESSION)
-    assert f"box ({', '.join(f'{v:.1f}' for v in result.box)})" in done.stdout
-    assert ground.EXAMPLE_EXPRESSION in done.stdout
+    printed = re.search(rf"{ground.EXAMPLE_EXPRESSION}: box \((.*)\), score", done.stdout)[1]
+    assert [float(v) for v in printed.split(", ")] == pytest.approx(result.box, abs=0.2)
     width, height = Image.open(ground.EXAMPLE).size
     assert_inside(result, width, height)
     assert Image.open(tmp_path / "grounded.png").size[0] >= width

@@ -544,6 +544,12 @@ def test_a_batch_is_of_whole_pictures(world, tiny):
         train.train(replace(tiny, batch_size=6))
 
 
+def test_help_names_every_setting(monkeypatch, capfd):
+    code, out, err = run_script(monkeypatch, capfd, "--help")
+    assert (code, err) == (0, "")
+    assert all(f"--{f.name}" in out and str(f.default) in out for f in fields(Settings))
+
+
 def test_wrong_clip_gets_one_line(world, clip_file, monkeypatch, capfd, whole):
     """A HiVG instead of a CLIP, and a CLIP of a depth that has no bridge blocks."""
     assert_one_line(run_script(monkeypatch, capfd, "--clip", whole / "warmup.safetensors"), "warmup.safetensors")

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, ImageDraw
 
-from hivg.data.expressions import COLOUR, SHAPE, Expression, caption, express, pick
+from hivg.data.expressions import COLOUR, FILL, SHAPE, Expression, caption, express, pick
 
 __all__ = ["Background", "Expression", "Object", "Scene", "Shapes", "boxes_of", "caption", "draw"]
 
-# All darker than any background: an outline then looks alike in every colour, and a small ViT learns shapes twice as fast
+# All darker than any background: an outline then looks alike in every colour, which a small ViT learns far sooner
 COLOURS = {"red": (205, 20, 30), "green": (10, 130, 45), "blue": (30, 65, 215), "brown": (125, 75, 30),
            "purple": (115, 25, 155), "orange": (240, 115, 0), "black": (18, 18, 22), "pink": (230, 70, 160)}
 SIZES = {"small": 0.19, "medium": 0.27, "large": 0.39}  # diameter / sqrt(picture's area)
@@ -251,6 +251,21 @@ def _scene(rng, held_out):
     return Scene(width, height, _background(rng), _place(rng, _looks(rng, held_out), width, height))
 
 
+def _twin(rng, scene):
+    """The scene with another shape (mostly), colour or filling for every object: (scene, the attribute that differs)."""
+    attribute = pick(rng, (SHAPE, SHAPE, SHAPE, SHAPE, COLOUR, FILL))
+    objects = []
+    for o in scene.objects:
+        if attribute == FILL:
+            o = replace(o, filled=not o.filled)
+        elif attribute == SHAPE:
+            o = replace(o, shape=pick(rng, [s for s in SHAPES if s != o.shape and (o.colour, s) not in HELD_OUT]))
+        else:
+            o = replace(o, colour=pick(rng, [c for c in COLOURS if c != o.colour and (c, o.shape) not in HELD_OUT]))
+        objects.append(o)
+    return replace(scene, objects=tuple(objects)), attribute
+
+
 class Shapes:
     """A split of the bundled data set, one of SPLITS; each item is a picture with EXPRESSIONS_PER_SCENE expressions.
 
@@ -259,7 +274,9 @@ class Shapes:
     testA          2,000 by attributes alone
     testB          2,000 by relations and ordinals
     compose        2,000 that mean and name a pair of colour and shape that no other split shows (HELD_OUT)
-    pretrain       endless; pictures of 1 to 8 objects with their captions, no expressions
+    pretrain       endless; pictures of 1 to 8 objects with their captions, no expressions. Pictures 2k and 2k + 1 are
+                   twins that differ in the shape, colour or filling of every object, and so do their captions: next
+                   to each other in a batch they make a contrastive loss look at just that
     """
 
     def __init__(self, split, seed=0):
@@ -283,8 +300,6 @@ class Shapes:
         for _ in range(1000):
             held_out = pick(rng, sorted(HELD_OUT)) if self.split == "compose" else None
             scene = _scene(rng, held_out)
-            if self.split == "pretrain":  # few objects make the words of a caption easy to tell apart, many make it rich
-                return replace(scene, objects=scene.objects[: 1 + int(8 * rng.random())]), []
             if len(scene.objects) < 3:
                 continue
             targets, must = None, 0
@@ -298,9 +313,17 @@ class Shapes:
                 return scene, expressions
         raise RuntimeError("no scene carried its expressions")
 
+    def _twins(self, index):
+        """Pictures 2k and 2k + 1 of the pre-training: -> (scene, attributes its caption must name, the generator)."""
+        rng = self._rng(index - index % 2)
+        scene = _scene(rng, None)
+        scene = replace(scene, objects=scene.objects[: 1 + int(8 * rng.random())])  # few: what a word means; many: order
+        other, attribute = _twin(rng, scene)
+        return other if index % 2 else scene, attribute, rng
+
     def scene(self, index):
         """Item `index` as numbers and words: (Scene, list of Expression). Depends on (seed, split, index) only."""
-        return self._make(self._rng(index))
+        return (self._twins(index)[0], []) if self.split == "pretrain" else self._make(self._rng(index))
 
     def __getitem__(self, index):
         """A dictionary:
@@ -313,10 +336,13 @@ class Shapes:
         kinds         4 of KINDS
         caption       a string about the whole picture
         """
-        rng = self._rng(index)
-        scene, expressions = self._make(rng)
+        if self.split == "pretrain":
+            (scene, must, rng), expressions = self._twins(index), []
+        else:
+            rng, must = self._rng(index), 0
+            scene, expressions = self._make(rng)
         image, labels = draw(scene)
         targets = [e.target for e in expressions]
         return {"image": image, "labels": labels, "expressions": [e.text for e in expressions], "targets": targets,
                 "boxes": boxes_of(labels, targets), "kinds": [e.kind for e in expressions],
-                "caption": caption(scene, rng)}
+                "caption": caption(scene, rng, must)}

@@ -1,0 +1,63 @@
+"""Data parallelism: two processes train as one does, on the same global batch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_clip
+
+from hivg import weights
+from hivg.data.shapes import Shapes
+from hivg.tokenizer import Tokenizer, learn_merges
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def clip_file(tmp_path_factory):
+    """A CLIP of the tiny depth, narrow."""
+    texts = [text for i in range(40) for text in Shapes("train")[i]["expressions"]]
+    tokenizer = Tokenizer(learn_merges(texts, 120), 24)
+    clip = make_clip(dtype=torch.float32, image_size=32, vision_width=32, vision_layers=6, vision_heads=2,
+                     text_width=32, text_layers=4, text_heads=2, embed_dim=32, context_length=24,
+                     vocab_size=tokenizer.vocab_size)
+    clip.tokenizer = tokenizer
+    path = tmp_path_factory.mktemp("clip") / "clip.safetensors"
+    weights.save(path, clip)
+    return path
+
+
+def log_of(folder, processes, *flags):
+    """Run train.py in `folder` -> the lines of its log."""
+    start = [] if processes == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+                                       "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    done = subprocess.run([sys.executable, *start, ROOT / "train.py", "--name", "run", "--device", "cpu", "--workers",
+                           "0", *map(str, flags)], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in (folder / "runs/run/log.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_train_as_one(tmp_path, clip_file):
+    """Losses, gradient norms and validation of warm-up and a first LoRA stage, to 1e-5 of their size; the contrastive
+    loss among them, which sees the features of both processes."""
+    flags = ["--clip", clip_file, "--epoch_samples", 48, "--batch_size", 16, "--epochs", 1, 1, "--lr", 1e-3, 1e-3,
+             "--lora", "vanilla", "--warmup_steps", 2]
+    runs = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        runs.append(log_of(folder, processes, *flags))
+    one, two = runs
+    assert len(one) == len(two) == 4 and {"clc", "box", "mask_dice"} <= one[0].keys()
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys()
+        for name, value in a.items():
+            assert b[name] == (pytest.approx(value, rel=1e-5, abs=2e-5) if isinstance(value, float) else value), name
+
+
+def test_batch_that_does_not_divide(tmp_path, clip_file):
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--device", "cpu", "--clip", clip_file, "--batch_size", "6"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: the batch size must be a multiple")
