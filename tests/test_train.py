@@ -25,26 +25,12 @@ from hivg.clip import CLIP, CLIPConfig
 from hivg.data.shapes import SPLITS, Shapes
 from hivg.lora import MODES
 from hivg.losses import LossWeights
-from hivg.tokenizer import Tokenizer, learn_merges, split_words
+from hivg.tokenizer import split_words
 from train import Settings, learning_rate, stages
 
 ROOT = Path(train.__file__).parent
 NAMES = ["warmup", "lora1", "lora2", "lora3"]
 ON_CPU = {"device": "cpu", "workers": 0}
-
-
-@pytest.fixture(scope="module")
-def clip_file(tmp_path_factory):
-    """The smallest CLIP that has bridge blocks of its own, with the words of its world."""
-    shapes = Shapes("train")
-    tokenizer = Tokenizer(learn_merges([t for i in range(40) for t in shapes[i]["expressions"]], 120), 24)
-    clip = make_clip(dtype=torch.float32, image_size=32, vision_width=32, vision_layers=6, vision_heads=2,
-                     text_width=32, text_layers=4, text_heads=2, embed_dim=32, context_length=24,
-                     vocab_size=tokenizer.vocab_size)
-    clip.tokenizer = tokenizer
-    path = tmp_path_factory.mktemp("clip") / "clip.safetensors"
-    weights.save(path, clip)
-    return path
 
 
 def shrink(monkeypatch, dropout=0.1):

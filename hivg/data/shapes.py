@@ -251,8 +251,18 @@ def _scene(rng, held_out):
     return Scene(width, height, _background(rng), _place(rng, _looks(rng, held_out), width, height))
 
 
+def _close_up(rng, scene):
+    """One object of the scene, 0.4 to 0.85 of a square picture across: shapes are learned from these first, as a
+    patch shows an edge of one, not a third of a whole."""
+    diameter = 0.4 + 0.45 * rng.random()
+    reach = REACH * diameter
+    x, y = (reach + rng.random() * (1 - 2 * reach) for _ in range(2))
+    thing = replace(scene.objects[0], size="large", diameter=diameter, x=x, y=y)
+    return replace(scene, width=1.0, height=1.0, objects=(thing,))
+
+
 def _twin(rng, scene):
-    """The scene with another shape (mostly), colour or filling for every object: (scene, the attribute that differs)."""
+    """The scene with another shape (mostly), colour or filling for every object -> (scene, what differs)."""
     attribute = pick(rng, (SHAPE, SHAPE, SHAPE, SHAPE, COLOUR, FILL))
     objects = []
     for o in scene.objects:
@@ -274,9 +284,9 @@ class Shapes:
     testA          2,000 by attributes alone
     testB          2,000 by relations and ordinals
     compose        2,000 that mean and name a pair of colour and shape that no other split shows (HELD_OUT)
-    pretrain       endless; pictures of 1 to 8 objects with their captions, no expressions. Pictures 2k and 2k + 1 are
-                   twins that differ in the shape, colour or filling of every object, and so do their captions: next
-                   to each other in a batch they make a contrastive loss look at just that
+    pretrain       endless; pictures of 1 to 8 objects, half of them close-ups of one, with captions and no expressions.
+                   2k and 2k + 1 are twins that differ in the shape, colour or filling of every object, and so do their
+                   captions: next to each other in a batch they make a contrastive loss look at just that
     """
 
     def __init__(self, split, seed=0):
@@ -317,7 +327,10 @@ class Shapes:
         """Pictures 2k and 2k + 1 of the pre-training: -> (scene, attributes its caption must name, the generator)."""
         rng = self._rng(index - index % 2)
         scene = _scene(rng, None)
-        scene = replace(scene, objects=scene.objects[: 1 + int(8 * rng.random())])  # few: what a word means; many: order
+        if rng.random() < 0.5:
+            scene = _close_up(rng, scene)
+        else:
+            scene = replace(scene, objects=scene.objects[: 1 + int(8 * rng.random())])
         other, attribute = _twin(rng, scene)
         return other if index % 2 else scene, attribute, rng
 
