@@ -125,7 +125,7 @@ def pairs_of(layer, n_layers, groups, stage, mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("n_layers, groups, last", CASES)
 def test_which_layers_hold_which_pairs(n_layers, groups, last, mode):
-    blocks, trained_before = make_blocks(n_layers).requires_grad_(False), {}
+    blocks = make_blocks(n_layers).requires_grad_(False)
     for stage in range(1, len(last) + 1):
         if mode in ("hierarchical", "shared"):
             assert adapted_layers(stage, n_layers, groups, mode) == list(range(1, last[stage - 1] + 1))

@@ -85,7 +85,7 @@ def _polar(radii, count):
 
 
 def _heart():
-    t = 2 * np.pi * np.arange(32) / 32
+    t = 2 * np.pi * np.arange(64) / 64
     y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
     return np.stack([16 * np.sin(t) ** 3, -y], 1) / 32
 
@@ -105,7 +105,7 @@ def _arrow(tip, barb, neck, half, end):
 # The corners (n, 2) of each shape for diameter 1, y pointing down. The extents differ a little, so that all look
 # equally large.
 CORNERS = {
-    "circle": _polar([0.48], 36),
+    "circle": _polar([0.48], 64),
     "square": np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * 0.43,
     "triangle": _polar([0.58], 3),
     "star": _polar([0.56, 0.25], 10),
