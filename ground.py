@@ -36,7 +36,7 @@ def arguments():
         parser.error("an expression, but no picture; name a picture before -e")
     if args.images and not args.expression:
         parser.error('a picture, but no expression; add -e "what to find"')
-    args.images, args.expression = args.images or [str(EXAMPLE)], args.expression or [EXAMPLE_EXPRESSION]
+    args.images, args.expression = args.images or [os.path.relpath(EXAMPLE)], args.expression or [EXAMPLE_EXPRESSION]
     return args
 
 
