@@ -123,7 +123,7 @@ def new_clip(s: Settings):
 def begin_stage(s: Settings, stage, before, run):
     """-> the model at the start of a stage, and the accuracy it comes with (-1 if there is none yet). `before` is the
     stage before it, None for the first."""
-    torch.manual_seed(s.seed + 1000 * (1 + (-1 if stage.lora_stage is None else stage.lora_stage)))
+    torch.manual_seed(s.seed + 1000 * (0 if stage.lora_stage is None else stage.lora_stage + 1))
     if stage.lora_stage is None:
         return new_clip(s), -1.0
     if stage.lora_stage == 0:

@@ -86,8 +86,7 @@ def load_clip(path):
 
 def load_hivg(path):
     """-> HiVG in float32 and evaluation mode, adapters apart, with its `tokenizer` and `info`. Raises WeightsError."""
-    model = _load(path, "hivg", lambda config: HiVG(HiVGConfig.from_dict(config)))
-    return model
+    return _load(path, "hivg", lambda config: HiVG(HiVGConfig.from_dict(config)))
 
 
 def check_keys(path, what, tensors, expected):
