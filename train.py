@@ -23,11 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 from hivg import distributed, weights
 from hivg.charts import plot_panels
 from hivg.cli import Parser, choose_device, fail
-from hivg.clip import CLIP, CLIP_SIZES, similarity
-from hivg.data.batches import ShapesTensors, evaluation_batches, training_batches
+from hivg.clip import CLIP, CLIP_SIZES, cut, similarity
+from hivg.data.batches import ShapesTensors, evaluation_batches, phrase_truth, training_batches
 from hivg.data.shapes import Shapes
 from hivg.evaluate import predict
-from hivg.losses import LossWeights, contrastive_loss, grounding_losses
+from hivg.losses import LossWeights, contrastive_loss, grounding_losses, patch_similarity, phrase_loss
 from hivg.metrics import accuracy, mean
 from hivg.model import HiVG, HiVGConfig
 from hivg.tokenizer import Tokenizer, learn_merges
@@ -45,12 +45,12 @@ class Settings:
     # stages: pre-training, warm-up, Hi LoRA 1, 2, 3
     epoch_samples: int = 8192  # expressions (captions in the pre-training) that make an epoch
     pretrain_epochs: int = 12
-    epochs: tuple[int, ...] = (8, 2, 2, 2)
+    epochs: tuple[int, ...] = (2, 2, 2, 8)
     pretrain_lr: float = 1e-3
-    lr: tuple[float, ...] = (1e-3, 5e-4, 2.5e-4, 1.25e-4)
+    lr: tuple[float, ...] = (1e-3, 1e-3, 1e-3, 1e-3)
     # optimisation
     batch_size: int = 32  # expressions that are in memory at once
-    pretrain_batch_size: int = 64  # pictures with their captions
+    pretrain_batch_size: int = 32  # pictures with their captions
     accumulate: int = 1  # batches to a step
     warmup_steps: int = 100  # linear rise of the learning rate at the start of a stage
     weight_decay: float = 1e-4
@@ -58,10 +58,12 @@ class Settings:
     # model
     bridge: str = "adaptive"
     text_norm: bool = True
+    level_norm: bool = True
     lora: str = "hierarchical"
-    lora_rank: int = 8
-    lora_alpha: float = 8.0
+    lora_rank: int = 16
+    lora_alpha: float = 16.0
     box_loss: str = "l1"
+    loss_weights: tuple[float, ...] = (2.0, 2.0, 0.1, 20.0, 2.0, 20.0, 2.0)  # in the order of LossWeights; 0 = without
     # machine
     device: str = "auto"
     compile: bool = False
@@ -79,6 +81,9 @@ class Settings:
         for name, known in (("dataset", ["shapes"]), ("box_loss", ["l1", "smooth_l1"])):
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if len(self.loss_weights) != len(fields(LossWeights)):
+            raise ValueError(f"--loss_weights needs {len(fields(LossWeights))} numbers, "
+                             f"{', '.join(f.name for f in fields(LossWeights))}; not {self.loss_weights}")
         stages(self)
 
 
@@ -128,8 +133,8 @@ def begin_stage(s: Settings, stage, before, run):
         return new_clip(s), -1.0
     if stage.lora_stage == 0:
         clip = weights.load_clip(run / "pretrain.safetensors" if before else s.clip)
-        config = HiVGConfig.for_clip(clip.config, bridge=s.bridge, text_norm=s.text_norm, lora=s.lora,
-                                     lora_rank=s.lora_rank, lora_alpha=s.lora_alpha)
+        config = HiVGConfig.for_clip(clip.config, bridge=s.bridge, text_norm=s.text_norm, level_norm=s.level_norm,
+                                     lora=s.lora, lora_rank=s.lora_rank, lora_alpha=s.lora_alpha)
         model = HiVG.from_clip(clip, config)
         model.tokenizer = clip.tokenizer
         return model, -1.0
@@ -143,21 +148,39 @@ class Objective(torch.nn.Module):
 
     def __init__(self, model, s: Settings):
         super().__init__()
-        self.model, self.box_loss = model, s.box_loss
-        self.run = torch.compile(model) if s.compile else model
+        self.model, self.box_loss, self.weights = model, s.box_loss, LossWeights(*s.loss_weights)
+        if s.compile:
+            for part in (model.visual, model.text) if isinstance(model, CLIP) else (model,):
+                part.compile()
 
     def forward(self, batch):
         """-> {name: weighted scalar}, whose sum is the loss."""
-        if isinstance(self.model, CLIP):  # contrast of pictures and their captions
-            text, image = self.run(batch["images"], batch["token_ids"])
-            return {"clc": contrastive_loss(self.logits(text, image, self.model.logit_scale))}
-        output = self.run(batch["images"], batch["padding_mask"], batch["token_ids"])
+        if isinstance(self.model, CLIP):
+            return self.pretraining_losses(batch)
+        output = self.model(batch["images"], batch["padding_mask"], batch["token_ids"])
         logits = self.logits(output.text_features, output.image_features, self.model.clip.logit_scale)
         image_ids = distributed.gather(batch["image_ids"])
-        return grounding_losses(output, batch, logits, image_ids, LossWeights(), self.box_loss)
+        return grounding_losses(output, batch, logits, image_ids, self.weights, self.box_loss)
 
     def logits(self, text, image, scale):
         return similarity(distributed.gather(text), distributed.gather(image), scale)
+
+    def pretraining_losses(self, batch):
+        """CLIP's contrast of pictures ([CLS]) with captions; and, as [CLS] alone would need many more pictures to tell
+        shapes apart, that of patches with phrases, of which the last word and the end token are compared."""
+        clip, ids = self.model, batch["phrase_ids"]
+        visual = clip.visual.project(clip.visual(batch["images"])[-1])  # (B, N, E)
+        logits = self.logits(clip.encode_text(batch["token_ids"]), visual[:, 0], clip.logit_scale)
+        phrases = clip.text.project(clip.text(ids)[-1])  # (8 B, T, E)
+        end, row = ids.argmax(-1), torch.arange(len(ids), device=ids.device)
+        words = distributed.gather(torch.stack([phrases[row, end - 1], phrases[row, end]], dim=1))  # (M, 2, E)
+        patches, attributes = distributed.gather(visual[:, 1:]), distributed.gather(batch["attributes"])
+        named = distributed.gather(batch["named"])
+        is_phrase = named.flatten(0, 1)[:, 0] > -2  # (M,)
+        own = torch.arange(len(named), device=ids.device).repeat_interleave(named.shape[1])[is_phrase]
+        fit = clip.logit_scale.exp().clamp(max=100) * patch_similarity(words[is_phrase], patches)
+        return {"clc": 0.5 * contrastive_loss(logits),
+                "phrases": phrase_loss(fit, phrase_truth(named.flatten(0, 1)[is_phrase], attributes), own)}
 
 
 @torch.no_grad()
@@ -180,7 +203,10 @@ def validate(model, s, device):
 
 def to_device(batch, model, device):
     batch = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    return batch | {"token_ids": model.tokenizer(batch["expressions"]).to(device)}
+    for texts, ids in (("expressions", "token_ids"), ("phrases", "phrase_ids")):
+        if texts in batch:
+            batch[ids] = cut(model.tokenizer(batch[texts])).to(device)
+    return batch
 
 
 def save_whole(path, write):

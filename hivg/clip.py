@@ -124,9 +124,13 @@ class VisionTransformer(nn.Module):
             hidden_states.append(x)
         return hidden_states
 
+    def project(self, x):
+        """Last hidden state (B, N, C) -> (B, N, E)."""
+        return self.ln_post(x) @ self.proj
+
     def pool(self, x):
-        """Last hidden state (B, N, C) -> picture embedding (B, E), not normalised."""
-        return self.ln_post(x[:, 0]) @ self.proj
+        """Last hidden state (B, N, C) -> picture embedding (B, E), not normalised: that of [CLS]."""
+        return self.project(x[:, 0])
 
 
 def sine_positions(side, width):
@@ -178,6 +182,11 @@ class TextTransformer(nn.Module):
 def at_end_token(x, token_ids):
     """x (B, T, C) -> (B, C) at the end token, which has the largest id of the vocabulary."""
     return x[torch.arange(len(x), device=x.device), token_ids.argmax(dim=-1)]
+
+
+def cut(token_ids):
+    """token_ids (B, T) without the columns behind the last end token: only the time changes."""
+    return token_ids[:, : int(token_ids.argmax(dim=-1).max()) + 1]
 
 
 class CLIP(nn.Module):

@@ -8,7 +8,6 @@ import os
 
 import torch
 import torch.distributed as dist
-from torch.distributed.nn.functional import all_gather
 
 
 def start(device):
@@ -31,10 +30,24 @@ def world():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(world())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)  # every rank's loss depends on this rank's x
+        return gradient.chunk(world())[rank()]
+
+
 def gather(x):
     """(B, ..) on every rank -> (world * B, ..), in the order of the ranks. Gradients flow back to every rank; every
     rank must have the same B."""
-    return torch.cat(all_gather(x)) if world() > 1 else x
+    return _Gather.apply(x) if world() > 1 else x
 
 
 def gather_rows(rows):

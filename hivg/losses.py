@@ -1,4 +1,4 @@
-"""The losses of HiVG: box, CLC, RTCC, mask. Every function returns a scalar, without its weight."""
+"""The losses of HiVG: box, CLC, RTCC, mask; and of the tiny CLIP's pre-training. Every function returns a scalar, without its weight."""
 
 from dataclasses import dataclass
 
@@ -28,6 +28,23 @@ def contrastive_loss(logits_per_text, same_image=None):
         logits_per_text = logits_per_text.masked_fill(others, float("-inf"))
     labels = torch.arange(n, device=logits_per_text.device)
     return (F.cross_entropy(logits_per_text, labels) + F.cross_entropy(logits_per_text.T, labels)) / 2
+
+
+def patch_similarity(words, patches, sharpness=20.0):
+    """How well each text fits each picture by its best patches, as in FILIP (Yao et al. 2022) with a soft maximum:
+    words (M, W, E) and patches (B, P, E), not normalised -> (M, B): the cosine of a word with the patches, averaged
+    with the weights softmax(sharpness * cosine), then averaged over the words."""
+    cosine = torch.einsum("mwe,bpe->mwbp", F.normalize(words, dim=-1), F.normalize(patches, dim=-1))
+    return (cosine * (sharpness * cosine).softmax(-1)).sum(-1).mean(1)
+
+
+def phrase_loss(logits, true, own):
+    """Contrast of phrases with pictures: logits (M, B), true (M, B) bool whether the phrase is true of the picture, own
+    (M,) the picture it was said about. A phrase has to find its own picture among those that it is not true of, and a
+    picture each of its phrases among those that are not true of it."""
+    right = logits[torch.arange(len(own), device=own.device), own]
+    wrong = logits.masked_fill(true, float("-inf"))
+    return (F.softplus(wrong.logsumexp(1) - right) + F.softplus(wrong.logsumexp(0)[own] - right)).mean()
 
 
 def focal_loss(logits, targets, alpha=0.25, gamma=2.0):

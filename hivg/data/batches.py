@@ -3,13 +3,14 @@
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from hivg.data.shapes import EXPRESSIONS_PER_SCENE, Shapes
+from hivg.data.shapes import EXPRESSIONS_PER_SCENE, MAX_OBJECTS, Shapes
 from hivg.data.transforms import Letterbox
 
 
 class ShapesTensors(Dataset):
-    """Scene i of a split of `shapes` as tensors: a row for each of its expressions, or, with `captions`, one row whose
-    expression is the caption of the whole picture (for the contrastive pre-training)."""
+    """Scene i of a split of `shapes` as tensors: a row for each of its expressions, or, with `captions` (for the
+    contrastive pre-training), one row whose expression is the caption of the whole picture, with a phrase for each of
+    its objects."""
 
     def __init__(self, split, size, normalization="clip", seed=0, captions=False):
         self.shapes, self.size, self.normalization, self.captions = Shapes(split, seed), size, normalization, captions
@@ -23,7 +24,14 @@ class ShapesTensors(Dataset):
         letterbox = Letterbox(*item["image"].size, self.size)
         image = letterbox.image(item["image"], self.normalization)
         if self.captions:
-            return {"images": image[None], "expressions": [item["caption"]]}
+            absent = MAX_OBJECTS - len(item["phrases"])
+            return {
+                "images": image[None],
+                "expressions": [item["caption"]],
+                "phrases": item["phrases"] + [""] * absent,  # 8
+                "named": torch.tensor([item["named"] + [[-2] * 4] * absent]),  # (1, 8, 4), see phrase_truth
+                "attributes": torch.tensor([item["attributes"] + [[-3] * 4] * absent]),  # (1, 8, 4)
+            }
         boxes, labels = torch.from_numpy(item["boxes"]), letterbox.labels(item["labels"])
         return {
             "images": image.expand(n, -1, -1, -1),  # (n, 3, S, S)
@@ -36,6 +44,14 @@ class ShapesTensors(Dataset):
             "pixel_boxes": boxes,  # (n, 4) xyxy in the picture's pixels
             "letterboxes": [letterbox] * n,
         }
+
+
+def phrase_truth(named, attributes):
+    """Which phrases are true of which pictures: named (M, 4), the attributes a phrase names, -1 where it names none;
+    attributes (B, O, 4) of the objects -> (M, B) bool. Rows of -2 and -3, where there is no phrase or object, match
+    nothing."""
+    named = named[:, None, None]
+    return ((named == -1) | (named == attributes)).all(-1).any(-1)
 
 
 def collate(items):

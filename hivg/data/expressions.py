@@ -399,15 +399,15 @@ def relate(rng, a, b):
     return pick(rng, RELATION_WORDS["above" if dy < 0 else "below"])
 
 
-def caption(scene, rng, must=0):
+def caption(scene, rng):
     """A caption that names all the objects of the scene in random order, at most MAX_CAPTION_WORDS words.
 
     One half says nothing of where they are, a quarter where in the picture, a quarter how they are to each other. Every
     object's shape is named; size, fill and colour only in two captions of five each, for what one attribute gives away
-    (colours nearly always do) teaches nothing of the others. must: attributes to name in any case.
+    (colours nearly always do) teaches nothing of the others.
     """
     things = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
-    attributes = SHAPE | must | sum(a for a in (SIZE, FILL, COLOUR) if rng.random() < 0.4)
+    attributes = SHAPE | sum(a for a in (SIZE, FILL, COLOUR) if rng.random() < 0.4)
     style = pick(rng, ("plain", "plain", "places", "relative"))
     names = [indefinite(rng, thing, attributes) for thing in things]
     parts = names

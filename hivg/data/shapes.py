@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, ImageDraw
 
-from hivg.data.expressions import COLOUR, FILL, SHAPE, Expression, caption, express, pick
+from hivg.data.expressions import ALL, COLOUR, FILL, SHAPE, SIZE, Expression, caption, express, indefinite, pick
 
-__all__ = ["Background", "Expression", "Object", "Scene", "Shapes", "boxes_of", "caption", "draw"]
+__all__ = ["Background", "Expression", "Object", "Scene", "Shapes", "attribute_ids", "boxes_of", "caption", "draw"]
 
 # All darker than any background: an outline then looks alike in every colour, which a small ViT learns far sooner
 COLOURS = {"red": (205, 20, 30), "green": (10, 130, 45), "blue": (30, 65, 215), "brown": (125, 75, 30),
            "purple": (115, 25, 155), "orange": (240, 115, 0), "black": (18, 18, 22), "pink": (230, 70, 160)}
-SIZES = {"small": 0.19, "medium": 0.27, "large": 0.39}  # diameter / sqrt(picture's area)
+SIZES = {"small": 0.22, "medium": 0.31, "large": 0.44}  # diameter / sqrt(picture's area)
 OUTLINE = 0.36  # an outlined shape has a hole of its own form, smaller by this share: 18 % of the diameter a side
 TEXTURES = ("plain", "gradient", "stripes", "checks", "speckle")
 
@@ -30,6 +30,8 @@ HELD_OUT = frozenset({("red", "star"), ("green", "heart"), ("blue", "triangle"),
                       ("purple", "circle"), ("black", "diamond")})
 
 EXPRESSIONS_PER_SCENE = 4
+MAX_OBJECTS = 8
+NAMED = {SHAPE: 1, COLOUR: 1, FILL: 0.3, SIZE: 0.15}  # how often a phrase names each attribute
 # How often each kind of expression is asked for. A scene that cannot serve a wish is drawn anew, so ordinals, which
 # need three of a class, end up a little rarer.
 MIXED = {"attribute": 0.35, "superlative": 0.17, "ordinal": 0.10, "relation": 0.25, "conjunction": 0.13}
@@ -246,34 +248,33 @@ def _place(rng, looks, width, height):
 
 def _scene(rng, held_out):
     """A scene without a word said about it."""
-    aspect = 2 ** (2 * rng.random() - 1)  # width / height from 1:2 to 2:1
+    aspect = 2 ** (rng.random() + rng.random() - 1)  # width / height from 1:2 to 2:1, mostly near 1:1
     width, height = min(1.0, aspect), min(1.0, 1 / aspect)
     return Scene(width, height, _background(rng), _place(rng, _looks(rng, held_out), width, height))
 
 
-def _close_up(rng, scene):
-    """One object of the scene, 0.4 to 0.85 of a square picture across: shapes are learned from these first, as a
-    patch shows an edge of one, not a third of a whole."""
-    diameter = 0.4 + 0.45 * rng.random()
-    reach = REACH * diameter
-    x, y = (reach + rng.random() * (1 - 2 * reach) for _ in range(2))
-    thing = replace(scene.objects[0], size="large", diameter=diameter, x=x, y=y)
-    return replace(scene, width=1.0, height=1.0, objects=(thing,))
+def _recolour(rng, scene):
+    """The scene with every object in another colour than all the others."""
+    colours = _some(rng, tuple(COLOURS), 8, 8)
+    return replace(scene, objects=tuple(
+        replace(o, colour=c, shape=o.shape if (c, o.shape) not in HELD_OUT else _other_shape(rng, o.shape, c))
+        for o, c in zip(scene.objects, colours)))
+
+
+def _other_shape(rng, shape, colour):
+    return pick(rng, [s for s in SHAPES if s != shape and (colour, s) not in HELD_OUT])
 
 
 def _twin(rng, scene):
-    """The scene with another shape (mostly), colour or filling for every object -> (scene, what differs)."""
-    attribute = pick(rng, (SHAPE, SHAPE, SHAPE, SHAPE, COLOUR, FILL))
-    objects = []
-    for o in scene.objects:
-        if attribute == FILL:
-            o = replace(o, filled=not o.filled)
-        elif attribute == SHAPE:
-            o = replace(o, shape=pick(rng, [s for s in SHAPES if s != o.shape and (o.colour, s) not in HELD_OUT]))
-        else:
-            o = replace(o, colour=pick(rng, [c for c in COLOURS if c != o.colour and (c, o.shape) not in HELD_OUT]))
-        objects.append(o)
-    return replace(scene, objects=tuple(objects)), attribute
+    """The scene with another shape for every object."""
+    return replace(scene, objects=tuple(replace(o, shape=_other_shape(rng, o.shape, o.colour)) for o in scene.objects))
+
+
+def attribute_ids(thing, attributes=ALL):
+    """[shape, colour, filling, size] as numbers, -1 for those that are not in `attributes`."""
+    ids = (SHAPES.index(thing.shape), list(COLOURS).index(thing.colour), int(thing.filled),
+           list(SIZES).index(thing.size))
+    return [i if attributes & bit else -1 for i, bit in zip(ids, (SHAPE, COLOUR, FILL, SIZE))]
 
 
 class Shapes:
@@ -284,9 +285,10 @@ class Shapes:
     testA          2,000 by attributes alone
     testB          2,000 by relations and ordinals
     compose        2,000 that mean and name a pair of colour and shape that no other split shows (HELD_OUT)
-    pretrain       endless; pictures of 1 to 8 objects, half of them close-ups of one, with captions and no expressions.
-                   2k and 2k + 1 are twins that differ in the shape, colour or filling of every object, and so do their
-                   captions: next to each other in a batch they make a contrastive loss look at just that
+    pretrain       endless; pictures with captions and no expressions. No two objects of a picture have the same colour,
+                   so a phrase like "a red star" says by its colour where to look and by its shape what is to be learned
+                   there. 2k and 2k + 1 are twins that differ in the shape of every object, and so do their captions:
+                   next to each other in a batch they make a contrastive loss look at just that
     """
 
     def __init__(self, split, seed=0):
@@ -324,15 +326,11 @@ class Shapes:
         raise RuntimeError("no scene carried its expressions")
 
     def _twins(self, index):
-        """Pictures 2k and 2k + 1 of the pre-training: -> (scene, attributes its caption must name, the generator)."""
+        """Pictures 2k and 2k + 1 of the pre-training: -> (scene, the generator)."""
         rng = self._rng(index - index % 2)
-        scene = _scene(rng, None)
-        if rng.random() < 0.5:
-            scene = _close_up(rng, scene)
-        else:
-            scene = replace(scene, objects=scene.objects[: 1 + int(8 * rng.random())])
-        other, attribute = _twin(rng, scene)
-        return other if index % 2 else scene, attribute, rng
+        scene = _recolour(rng, _scene(rng, None))
+        other = _twin(rng, scene)
+        return other if index % 2 else scene, rng
 
     def scene(self, index):
         """Item `index` as numbers and words: (Scene, list of Expression). Depends on (seed, split, index) only."""
@@ -348,14 +346,21 @@ class Shapes:
         boxes         (4, 4) float32, (xmin, ymin, xmax, ymax) in pixels, tight around the visible target
         kinds         4 of KINDS
         caption       a string about the whole picture
+        phrases       one for each object: a string, "a red star", true of it and perhaps of others
+        attributes    the objects' attributes (attribute_ids)
+        named         of these, the ones that each phrase names
         """
         if self.split == "pretrain":
-            (scene, must, rng), expressions = self._twins(index), []
+            (scene, rng), expressions = self._twins(index), []
         else:
-            rng, must = self._rng(index), 0
+            rng = self._rng(index)
             scene, expressions = self._make(rng)
         image, labels = draw(scene)
         targets = [e.target for e in expressions]
+        said = caption(scene, rng)
+        naming = [sum(bit for bit, chance in NAMED.items() if rng.random() < chance) for _ in scene.objects]
         return {"image": image, "labels": labels, "expressions": [e.text for e in expressions], "targets": targets,
-                "boxes": boxes_of(labels, targets), "kinds": [e.kind for e in expressions],
-                "caption": caption(scene, rng, must)}
+                "boxes": boxes_of(labels, targets), "kinds": [e.kind for e in expressions], "caption": said,
+                "phrases": [indefinite(rng, o, n) for o, n in zip(scene.objects, naming)],
+                "attributes": [attribute_ids(o) for o in scene.objects],
+                "named": [attribute_ids(o, n) for o, n in zip(scene.objects, naming)]}
