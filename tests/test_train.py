@@ -305,7 +305,7 @@ def ids(x):
 @pytest.mark.parametrize("save_minutes, name, call", [
     (0, "to_device", 2), (0, "to_device", 8),  # before a step
     (1000, "to_device", 6), (1000, "to_device", 8),  # with the state of the last epoch
-    (0, "validate", 1), (1000, "validate", 3), (0, "weights.save", 3), (0, "plot_panels", 2),  # between two steps
+    (0, "validate", 1), (1000, "validate", 3), (0, "weights.save", 3), (0, "Log.draw", 2),  # between two steps
     (0, "begin_stage", 2), (1000, "describe_trained", 3), (1000, "training_batches", 2),  # between two stages
     (0, "torch.save", 6), (1000, "torch.save", 3), (0, "os.replace", 4), (1000, "os.replace", 5)])  # writing a file
 def test_resumed_is_uninterrupted(whole, world, tiny, monkeypatch, save_minutes, name, call):
