@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hivg import distributed, weights
 from hivg.cli import Parser, choose_device, fail
-from hivg.clip import CLIP, CLIP_SIZES, cut, similarity
+from hivg.clip import CLIP, CLIP_SIZES, similarity
 from hivg.data.batches import ShapesTensors, evaluation_batches, phrase_truth, training_batches
 from hivg.data.shapes import Shapes
 from hivg.evaluate import predict
@@ -204,7 +204,7 @@ def to_device(batch, model, device):
     batch = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     for texts, ids in (("expressions", "token_ids"), ("phrases", "phrase_ids")):
         if texts in batch:
-            batch[ids] = cut(model.tokenizer(batch[texts])).to(device)
+            batch[ids] = model.tokenizer(batch[texts]).to(device)
     return batch
 
 

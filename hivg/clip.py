@@ -184,11 +184,6 @@ def at_end_token(x, token_ids):
     return x[torch.arange(len(x), device=x.device), token_ids.argmax(dim=-1)]
 
 
-def cut(token_ids):
-    """token_ids (B, T) without the columns behind the last end token: only the time changes."""
-    return token_ids[:, : int(token_ids.argmax(dim=-1).max()) + 1]
-
-
 class CLIP(nn.Module):
     def __init__(self, config: CLIPConfig):
         super().__init__()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hivg import lora
 from hivg.boxes import cxcywh_to_xyxy
 from hivg.bridge import KINDS, Bridge
-from hivg.clip import CLIP, MLP, Attention, CLIPConfig, at_end_token, cut, similarity
+from hivg.clip import CLIP, MLP, Attention, CLIPConfig, at_end_token, similarity
 
 # vision layers of the CLIP -> blocks with a bridge (counted from 0), visual levels (counted from 1)
 LAYERS = {
@@ -182,7 +182,7 @@ class HiVG(nn.Module):
         if images.shape[-2:] != (c.clip.image_size,) * 2:
             raise ValueError(f"images of {tuple(images.shape[-2:])} pixels; this model takes squares of "
                              f"{c.clip.image_size}, see Letterbox")
-        token_ids = cut(token_ids)
+        token_ids = token_ids[:, : int(token_ids.argmax(-1).max()) + 1]  # cut to the longest: only the time changes
         is_text = torch.arange(token_ids.shape[1], device=images.device) <= token_ids.argmax(-1, keepdim=True)  # (B, T)
 
         text_states = self.clip.text(token_ids)  # f^1 .. f^L, each (B, T, D_t)
