@@ -183,12 +183,17 @@ def test_end_token_is_the_texts_own(hivg, batch):
     assert_close("end token", end, F.normalize(words[range(4), ends], dim=-1), 1e-10)
 
 
-def test_levels_are_the_blocks_of_the_config(batch):
-    """Hidden states after these vision blocks, counted from 1, in this order, projected twice."""
-    model = make_hivg(bridge="none", visual_levels=(3, 1))
+@pytest.mark.parametrize("level_norm", [True, False])
+def test_levels_are_the_blocks_of_the_config(batch, level_norm):
+    """Hidden states after these vision blocks, counted from 1, in this order, each normalised or not, projected
+    twice."""
+    model = make_hivg(bridge="none", visual_levels=(3, 1), level_norm=level_norm)
     visual, text, _, _ = watch(model, "encode", model, batch)
     _, states = model.clip.encode_image(batch[0], return_hidden_states=True)
-    expected = model.visual_proj(model.levels_proj(torch.cat([states[2], states[0]], -1)))
+    levels = [states[2], states[0]]
+    if level_norm:
+        levels = [(x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() for x in levels]
+    expected = model.visual_proj(model.levels_proj(torch.cat(levels, -1)))
     assert_close("visual tokens", visual, expected, 1e-10)
     _, states = model.clip.encode_text(batch[2], return_hidden_states=True)
     assert_close("text tokens", text, model.text_proj(model.clip.text.project(states[-1])), 1e-10)
