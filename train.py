@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hivg import distributed, weights
 from hivg.cli import Parser, choose_device, fail
-from hivg.clip import CLIP, CLIP_SIZES, similarity
+from hivg.clip import CLIP, CLIP_SIZES, bounded, similarity
 from hivg.data.batches import ShapesTensors, evaluation_batches, phrase_truth, training_batches
 from hivg.data.shapes import Shapes
 from hivg.evaluate import predict
@@ -62,7 +62,7 @@ class Settings:
     lora_rank: int = 16
     lora_alpha: float = 16.0
     box_loss: str = "l1"
-    loss_weights: tuple[float, ...] = (2.0, 2.0, 0.1, 20.0, 2.0, 20.0, 2.0)  # in the order of LossWeights; 0 = without
+    loss_weights: tuple[float, ...] = astuple(LossWeights(clc=0.1))  # the paper's but for CLC; 0 leaves a term out
     # machine
     device: str = "auto"
     compile: bool = False
@@ -165,8 +165,8 @@ class Objective(torch.nn.Module):
         return similarity(distributed.gather(text), distributed.gather(image), scale)
 
     def pretraining_losses(self, batch):
-        """CLIP's contrast of pictures ([CLS]) with captions; and, as [CLS] alone would need many more pictures to tell
-        shapes apart, that of patches with phrases, of which the last word and the end token are compared."""
+        """CLIP's contrast of pictures ([CLS]) with captions, by half; and, as [CLS] alone would need many more pictures
+        to tell shapes apart, that of patches with phrases, of which the last word and the end token are compared."""
         clip, ids = self.model, batch["phrase_ids"]
         visual = clip.visual.project(clip.visual(batch["images"])[-1])  # (B, N, E)
         logits = self.logits(clip.encode_text(batch["token_ids"]), visual[:, 0], clip.logit_scale)
@@ -174,12 +174,12 @@ class Objective(torch.nn.Module):
         end, row = ids.argmax(-1), torch.arange(len(ids), device=ids.device)
         words = distributed.gather(torch.stack([phrases[row, end - 1], phrases[row, end]], dim=1))  # (M, 2, E)
         patches, attributes = distributed.gather(visual[:, 1:]), distributed.gather(batch["attributes"])
-        named = distributed.gather(batch["named"])
-        is_phrase = named.flatten(0, 1)[:, 0] > -2  # (M,)
-        own = torch.arange(len(named), device=ids.device).repeat_interleave(named.shape[1])[is_phrase]
-        fit = clip.logit_scale.exp().clamp(max=100) * patch_similarity(words[is_phrase], patches)
+        named = distributed.gather(batch["named"])  # (B, 8, 4)
+        is_phrase = named[..., 0] > -2  # (B, 8): pictures of fewer objects have fewer phrases
+        fit = bounded(clip.logit_scale) * patch_similarity(words[is_phrase.flatten()], patches)
+        own = is_phrase.nonzero()[:, 0]  # the picture of each phrase
         return {"clc": 0.5 * contrastive_loss(logits),
-                "phrases": phrase_loss(fit, phrase_truth(named.flatten(0, 1)[is_phrase], attributes), own)}
+                "phrases": phrase_loss(fit, phrase_truth(named[is_phrase], attributes), own)}
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ def bench_data(args):
     """What the training waits for: drawing a picture, its four expressions, and making tensors of them."""
     for split, captions in (("train", False), ("pretrain", True)):
         dataset, index = ShapesTensors(split, 64, captions=captions), iter(range(10**6))
-        show(f"shapes {split}, a picture with its {'caption' if captions else 'four expressions'}",
+        show(f"shapes {split}, a picture with its {'caption and phrases' if captions else 'four expressions'}",
              measure(lambda: dataset[next(index)], 300))
 
 

@@ -20,17 +20,19 @@ def log_of(folder, processes, *flags):
     return [json.loads(line) for line in (folder / "runs/run/log.jsonl").read_text().splitlines()]
 
 
+def logs_of_one_and_two(tmp_path, *flags):
+    """The same run with one process and with two -> their logs."""
+    for processes in (1, 2):
+        (tmp_path / str(processes)).mkdir()
+    return [log_of(tmp_path / str(processes), processes, *flags) for processes in (1, 2)]
+
+
 def test_two_processes_train_as_one(tmp_path, clip_file):
     """Losses, gradient norms and validation of warm-up and a first LoRA stage, to 1e-5 of their size; the contrastive
     loss among them, which sees the features of both processes."""
     flags = ["--clip", clip_file, "--epoch_samples", 48, "--batch_size", 16, "--epochs", 1, 1, "--lr", 1e-3, 1e-3,
              "--lora", "vanilla", "--warmup_steps", 2, "--loss_weights", 2, 2, 1, 20, 2, 20, 2]  # the paper's CLC
-    runs = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        runs.append(log_of(folder, processes, *flags))
-    one, two = runs
+    one, two = logs_of_one_and_two(tmp_path, *flags)
     assert len(one) == len(two) == 4 and {"clc", "box", "mask_dice"} <= one[0].keys()
     for a, b in zip(one, two):
         assert a.keys() == b.keys()
@@ -42,12 +44,7 @@ def test_two_processes_pretrain_as_one(tmp_path):
     """The contrasts see the pictures, captions and phrases of both processes."""
     flags = ["--pretrain", "--epoch_samples", 16, "--pretrain_batch_size", 8, "--pretrain_epochs", 1, "--lora", "none",
              "--epochs", 1, "--batch_size", 8, "--warmup_steps", 2]
-    runs = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        runs.append(log_of(folder, processes, *flags))
-    one, two = runs
+    one, two = logs_of_one_and_two(tmp_path, *flags)
     assert len(one) == len(two) == 4 and {"clc", "phrases"} <= one[0].keys()
     for name, value in one[0].items():
         assert two[0][name] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value), name

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from hivg.data.expressions import ALL, COLOUR, FILL, SHAPE, SIZE, Expression, caption, express, indefinite, pick
 
-__all__ = ["Background", "Expression", "Object", "Scene", "Shapes", "attribute_ids", "boxes_of", "caption", "draw"]
+__all__ = ["Background", "Expression", "Object", "Scene", "Shapes", "boxes_of", "caption", "draw"]
 
 # All darker than any background: an outline then looks alike in every colour, which a small ViT learns far sooner
 COLOURS = {"red": (205, 20, 30), "green": (10, 130, 45), "blue": (30, 65, 215), "brown": (125, 75, 30),
@@ -255,7 +255,7 @@ def _scene(rng, held_out):
 
 def _recolour(rng, scene):
     """The scene with every object in another colour than all the others."""
-    colours = _some(rng, tuple(COLOURS), 8, 8)
+    colours = _some(rng, tuple(COLOURS), MAX_OBJECTS, MAX_OBJECTS)
     return replace(scene, objects=tuple(
         replace(o, colour=c, shape=o.shape if (c, o.shape) not in HELD_OUT else _other_shape(rng, o.shape, c))
         for o, c in zip(scene.objects, colours)))
