@@ -131,7 +131,9 @@ def begin_stage(s: Settings, stage, before, run):
     if stage.lora_stage is None:
         return new_clip(s), -1.0
     if stage.lora_stage == 0:
-        clip = weights.load_clip(run / "pretrain.safetensors" if before else s.clip)
+        path = run / "pretrain.safetensors" if before else s.clip
+        clip = weights.load_clip(path)
+        weights.need_tokenizer(clip, path)
         config = HiVGConfig.for_clip(clip.config, bridge=s.bridge, text_norm=s.text_norm, level_norm=s.level_norm,
                                      lora=s.lora, lora_rank=s.lora_rank, lora_alpha=s.lora_alpha)
         model = HiVG.from_clip(clip, config)

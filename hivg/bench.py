@@ -1,9 +1,10 @@
-"""Timings: python -m hivg.bench [forward] [data] [start]; all of them with no name. Medians, with the 20 % and 80 %
-quantiles; run it on an otherwise idle machine.
+"""Timings: python -m hivg.bench [forward] [data] [start] [load]; all of them with no name. Medians, with the 20 % and
+80 % quantiles; run it on an otherwise idle machine.
 """
 
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from hivg.cli import Parser, choose_device, fail
+from hivg.clip import CLIP, CLIP_SIZES
 from hivg.data.batches import ShapesTensors
 from hivg.grounder import DEFAULT_WEIGHTS, Grounder
 
@@ -63,7 +65,44 @@ def bench_start(args):
     show("ground.py from start to end", measure(lambda: subprocess.run(command, check=True, capture_output=True), 3))
 
 
-BENCHES = {"forward": bench_forward, "data": bench_data, "start": bench_start}
+# Run by itself, so that neither the time nor the memory of anything else counts. VmHWM: the most that was resident.
+LOAD = """
+import re, sys, time
+from hivg import weights
+
+def resident(name):
+    return 1024 * int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+before, start = resident("VmRSS"), time.perf_counter()
+weights.load_clip(sys.argv[1])
+print(1000 * (time.perf_counter() - start), resident("VmHWM") - before)
+"""
+
+
+def openai_file(clip, path):
+    """Random weights of a CLIP in OpenAI's names and float16, as a state dict."""
+    tensors = {name.removeprefix("text.").replace("blocks.", "transformer.resblocks."): torch.randn(p.shape).half()
+               for name, p in clip.state_dict().items() if ".k_proj." not in name and ".v_proj." not in name}
+    for name in [name for name in tensors if ".q_proj." in name]:
+        tensors[name.replace(".q_proj.", ".in_proj_")] = torch.cat([tensors.pop(name)] * 3)
+    torch.save(tensors, path)
+
+
+def bench_load(args):
+    """Files as large as OpenAI's: the time to load one, and the memory it takes at most, over that of its float32."""
+    for size in ("ViT-B/16", "ViT-L/14"):
+        with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
+            path, clip = Path(folder, "clip.pt"), CLIP(CLIP_SIZES[size])
+            with torch.device("cpu"):
+                openai_file(clip, path)
+            runs = [subprocess.run([sys.executable, "-c", LOAD, path], cwd=ROOT, check=True, capture_output=True, text=True)
+                    for _ in range(3)]
+        times, memory = zip(*(map(float, run.stdout.split()) for run in runs))
+        bytes_ = 4 * sum(p.numel() for p in clip.parameters())
+        show(f"load {size}, at most {max(memory) / bytes_:.2f} x its {bytes_ / 1e9:.2f} GB", np.quantile(times, [0.2, 0.5, 0.8]))
+
+
+BENCHES = {"forward": bench_forward, "data": bench_data, "start": bench_start, "load": bench_load}
 
 
 def main():

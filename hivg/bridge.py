@@ -42,10 +42,11 @@ class Bridge(nn.Module):
 
     def keys(self, text_states, projected, mask):
         """What the visual tokens look at, which does not depend on the picture: text_states (K, B, T, D_t), projected
-        (B, T, D_v) or None, mask (B, T) bool, True = text -> s (B, T, D_v) and the mask (B, 1, 1, T) over it."""
+        (B, T, D_v) or None, mask (B, T) bool, True = text, or None for no mask (the released code) -> s (B, T, D_v) and
+        the mask (B, 1, 1, T) over it."""
         if self.kind == "constant":
-            return self.constant.expand(len(mask), -1, -1), None
-        mask = mask[:, None, None]
+            return self.constant.expand(text_states.shape[1], -1, -1), None
+        mask = None if mask is None else mask[:, None, None]
         if self.kind == "projected":
             return projected, mask
         T = text_states.shape[2]

@@ -17,7 +17,7 @@ from hivg.data.batches import ShapesTensors, evaluation_batches
 from hivg.data.expressions import KINDS
 from hivg.data.shapes import SPLITS, boxes_of
 from hivg.metrics import accuracy, auroc, by_length, interval, mean
-from hivg.weights import load_hivg
+from hivg.weights import load_hivg, need_tokenizer
 
 FINITE = [split for split, (scenes, _) in SPLITS.items() if scenes < 2**40]  # the others are endless
 
@@ -98,7 +98,9 @@ def main():
         fail(f"shapes has no split {args.split!r} to evaluate on; it has {', '.join(FINITE)}")
     try:
         device = choose_device(args.device)
-        model = load_hivg(args.weights).merged().to(device)
+        model = load_hivg(args.weights)
+        need_tokenizer(model, args.weights)
+        model = model.merged().to(device)
         per_sample = open(args.per_sample, "w") if args.per_sample else None  # refused now, not after the work
     except OSError as error:
         fail(f"{args.per_sample}: cannot be written ({error.strerror}); name a file in a folder that is there")

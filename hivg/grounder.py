@@ -132,7 +132,9 @@ class Grounder:
     def from_pretrained(cls, path=DEFAULT_WEIGHTS, device="auto", dtype="auto"):
         """Raises hivg.weights.WeightsError for a file that cannot be used, ValueError for a device not there."""
         choose_device(device)  # before the time is spent on loading
-        return cls(weights.load_hivg(path), device, dtype)
+        model = weights.load_hivg(path)
+        weights.need_tokenizer(model, path)
+        return cls(model, device, dtype)
 
     @torch.inference_mode()
     def ground(self, image, expression):

@@ -45,12 +45,15 @@ class HiVGConfig:
     lora_groups: int = 3  # of the vision tower; the text tower is one group
     stage: int = 0  # Hi LoRA stages whose adapters are in place; 0 = warm-up
     normalization: str = "clip"  # mean and std of the pictures: clip, or imagenet (released checkpoints)
+    text_padding: str = "masked"  # or released: all positions are keys in the bridge, those of id 0 none in the encoder
 
     def __post_init__(self):
         if self.bridge not in KINDS:
             raise ValueError(f"bridge must be one of {', '.join(KINDS)}, not {self.bridge!r}")
         if self.lora not in lora.MODES:
             raise ValueError(f"lora must be one of {', '.join(lora.MODES)}, not {self.lora!r}")
+        if self.text_padding not in ("masked", "released"):
+            raise ValueError(f"text_padding must be masked or released, not {self.text_padding!r}")
 
     @classmethod
     def for_clip(cls, clip: CLIPConfig, **changes):
@@ -182,12 +185,17 @@ class HiVG(nn.Module):
         if images.shape[-2:] != (c.clip.image_size,) * 2:
             raise ValueError(f"images of {tuple(images.shape[-2:])} pixels; this model takes squares of "
                              f"{c.clip.image_size}, see Letterbox")
-        token_ids = token_ids[:, : int(token_ids.argmax(-1).max()) + 1]  # cut to the longest: only the time changes
-        is_text = torch.arange(token_ids.shape[1], device=images.device) <= token_ids.argmax(-1, keepdim=True)  # (B, T)
+        if c.text_padding == "released":
+            token_ids = F.pad(token_ids, (0, c.clip.context_length - token_ids.shape[1]))
+            is_key, is_text = None, token_ids != 0  # also "!" in an expression is taken for padding
+        else:
+            token_ids = token_ids[:, : int(token_ids.argmax(-1).max()) + 1]  # cut to the longest: only the time changes
+            is_text = torch.arange(token_ids.shape[1], device=images.device) <= token_ids.argmax(-1, keepdim=True)
+            is_key = is_text  # (B, T)
 
         text_states = self.clip.text(token_ids)  # f^1 .. f^L, each (B, T, D_t)
         text = self.clip.text.project(text_states[-1])  # (B, T, E)
-        visual_states = self.clip.visual(images, self.bridge_functions(text_states, text, is_text))
+        visual_states = self.clip.visual(images, self.bridge_functions(text_states, text, is_key))
 
         levels = [visual_states[l - 1] for l in c.visual_levels]
         if c.level_norm:  # the stream grows with the depth: unnormed, the places that shallow levels know are drowned
@@ -208,14 +216,14 @@ class HiVG(nn.Module):
             logits_per_text=similarity(text_features, image_features, self.clip.logit_scale),
             text_features=text_features, image_features=image_features)
 
-    def bridge_functions(self, text_states, text, is_text):
+    def bridge_functions(self, text_states, text, is_key):
         """What each bridged ViT block runs, as {block: function of x}; all that depends on the text alone is done here,
         once, before the ViT starts."""
         used = torch.stack([text_states[i - 1] for i in self.config.text_layers])  # (K, B, T, D_t)
         projected = self.bridge_text_proj(text) if self.config.bridge == "projected" else None
 
         def steer(bridge):
-            s, mask = bridge.keys(used, projected, is_text)
+            s, mask = bridge.keys(used, projected, is_key)
             return lambda x: bridge(x, s, mask)
 
         return {int(l): steer(bridge) for l, bridge in self.bridges.items()}

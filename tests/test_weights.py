@@ -116,13 +116,13 @@ BIAS = {"clip": "visual.ln_post.bias", "hivg": "levels_proj.bias"}
 DAMAGE = {  # name: what makes the good file bad, given its path and kind; a word of the message
     "missing": (lambda path, kind: path.unlink(), "no such"),
     "a folder": (lambda path, kind: (path.unlink(), path.mkdir()), "no such"),
-    "empty": (lambda path, kind: path.write_bytes(b""), "not a whole"),
+    "empty": (lambda path, kind: path.write_bytes(b""), "empty"),
     "cut in the header": (lambda path, kind: cut(path, lambda size: 100), "not a whole"),
     "cut in the middle": (lambda path, kind: cut(path, lambda size: size // 2), "not a whole"),
     "last byte lost": (lambda path, kind: cut(path, lambda size: size - 1), "not a whole"),
-    "a web page": (lambda path, kind: path.write_text("<!DOCTYPE html><html><body>Not\nfound</body>"), "not a whole"),
-    "a pickle": (lambda path, kind: torch.save({"a": torch.zeros(3)}, path), "not a whole"),
-    "another program's": (lambda path, kind: save_file({"weight": torch.zeros(3)}, path), "not one of this project's"),
+    "a web page": (lambda path, kind: path.write_text("<!DOCTYPE html><html><body>Not\nfound</body>"), "a web page"),
+    "a pickle": (lambda path, kind: torch.save({"a": torch.zeros(3)}, path), "tensors called a"),
+    "another program's": (lambda path, kind: save_file({"weight": torch.zeros(3)}, path), "no CLIP and no HiVG"),
     "another kind": (lambda path, kind: rewrite(path, lambda t, m: m.update(kind="lora")), "not one of this project's"),
     "no configuration": (lambda path, kind: rewrite(path, lambda t, m: m.pop("config")), "config"),
     "configuration cut": (lambda path, kind: rewrite(path, lambda t, m: m.update(config='{"clip": ')), "metadata"),
@@ -139,7 +139,7 @@ DAMAGE = {  # name: what makes the good file bad, given its path and kind; a wor
     "another shape": (lambda path, kind: rewrite(path, lambda t, m: t.update({BIAS[kind]: torch.ones(7)})),
                       "{bias} (7,) instead of"),
     "all keys renamed": (lambda path, kind: rewrite(path, lambda t, m: [t.update({"x." + k: t.pop(k)}) for k in [*t]]),
-                         " .."),
+                         " more"),
 }
 
 
