@@ -95,11 +95,12 @@ def bench_load(args):
             path, clip = Path(folder, "clip.pt"), CLIP(CLIP_SIZES[size])
             with torch.device("cpu"):
                 openai_file(clip, path)
-            runs = [subprocess.run([sys.executable, "-c", LOAD, path], cwd=ROOT, check=True, capture_output=True, text=True)
-                    for _ in range(3)]
+            command = [sys.executable, "-c", LOAD, path]
+            runs = [subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True) for _ in range(3)]
         times, memory = zip(*(map(float, run.stdout.split()) for run in runs))
         bytes_ = 4 * sum(p.numel() for p in clip.parameters())
-        show(f"load {size}, at most {max(memory) / bytes_:.2f} x its {bytes_ / 1e9:.2f} GB", np.quantile(times, [0.2, 0.5, 0.8]))
+        show(f"load {size}, at most {max(memory) / bytes_:.2f} x its {bytes_ / 1e9:.2f} GB",
+             np.quantile(times, [0.2, 0.5, 0.8]))
 
 
 BENCHES = {"forward": bench_forward, "data": bench_data, "start": bench_start, "load": bench_load}

@@ -1,5 +1,5 @@
-"""Downloads of OpenAI's weights and merge table, checked by their sha256. Sources: the addresses in `clip/clip.py` of the
-openai/CLIP repository, which hold the weights' hashes, and the merge table of the same repository.
+"""Downloads of OpenAI's weights and merge table, checked by their sha256. Sources: the addresses in `clip/clip.py` of
+the openai/CLIP repository, which hold the weights' hashes, and the merge table of the same repository.
 """
 
 import hashlib
@@ -86,9 +86,9 @@ def get(address, part):
         if error.code != 416:  # 416: nothing is left to send
             raise ValueError(f"{address}: the server answers {error.code} {error.reason}; try again later") from None
     except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-        raise ValueError(f"{address}: no connection ({getattr(error, 'reason', error)}); check the network, or bring the "
-                         f"file on another way as {part.with_suffix('')}; what came is kept, and the same command goes "
-                         "on there") from None
+        raise ValueError(f"{address}: no connection ({getattr(error, 'reason', error)}); check the network, or bring "
+                         f"the file on another way as {part.with_suffix('')}; what came is kept, and the same command "
+                         "goes on there") from None
 
 
 def hash_of(path):

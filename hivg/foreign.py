@@ -17,7 +17,7 @@ from hivg.model import LAYERS, HiVGConfig
 # theirs -> ours, applied in order to each name
 OPENAI = [(r"^visual\.transformer\.resblocks\.", "visual.blocks."), (r"^transformer\.resblocks\.", "text.blocks."),
           (r"^(token_embedding|positional_embedding|ln_final|text_projection)\b", r"text.\1")]
-OPENAI_UNUSED = {"input_resolution", "context_length", "vocab_size"}  # numbers beside the weights; the shapes say it too
+OPENAI_UNUSED = {"input_resolution", "context_length", "vocab_size"}  # beside the weights; the shapes say it too
 
 HUGGING_FACE = [
     (r"^vision_model\.", "visual."), (r"^text_model\.", "text."), (r"\.encoder\.layers\.", ".blocks."),

@@ -1,4 +1,5 @@
-"""The losses of HiVG: box, CLC, RTCC, mask; and of the tiny CLIP's pre-training. Every function returns a scalar, without its weight."""
+"""The losses of HiVG: box, CLC, RTCC, mask; and of the tiny CLIP's pre-training. Every function returns a scalar,
+without its weight."""
 
 from dataclasses import dataclass
 

@@ -1,12 +1,14 @@
 """What PyTorch saved, read without running any of it.
 
 A pickle is a program: it names functions, and unpickling calls them. The reader here looks every name up in a short
-table of its own, which holds containers and what tensors are made of, and refuses a file that names anything else.
-Tensors come as `TensorOnDisk`, which reads its numbers when asked, so the optimiser's state beside a model costs nothing.
+table of its own, which holds containers, numpy arrays and what tensors are made of, and refuses a file that names
+anything else. Tensors come as `TensorOnDisk`, which reads its numbers when asked, so the optimiser's state beside a
+model costs nothing.
 
-Three containers are known: the zip of `torch.save`; the zip of `torch.jit.save` (TorchScript), whose code is never
-looked at and whose modules become plain objects with attributes; and the older torch.save, one stream of pickles, which
-PyTorch's own `weights_only` reader reads with as short a table.
+Four containers are known: the zip of `torch.save`; the zip of `torch.jit.save` (TorchScript), whose code is never
+looked at and whose modules become plain objects with attributes; the older torch.save, one stream of pickles, which
+PyTorch's own `weights_only` reader reads, with as short a table, if there are tensors in it; and a bare pickle. Text
+that Python 2 wrote comes as bytes, for it does not say how it is encoded; `plain_text` decodes it.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 LEGACY = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # stands in the first pickle of an older torch.save
@@ -87,12 +90,23 @@ DTYPES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16
           "BoolStorage": torch.bool}
 
 
+# What a numpy array and a numpy number are built with; its module has had several names.
+ARRAY, NUMBER = np.zeros(1).__reduce__()[0], np.float64(1).__reduce__()[0]
+NUMPY = {(f"numpy.{core}.multiarray", name): f for core in ("core", "_core")
+         for name, f in (("_reconstruct", ARRAY), ("scalar", NUMBER))}
+NUMPY |= {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
+          ("_codecs", "encode"): lambda text, encoding: text.encode("latin1")}  # how Python 3 spells bytes to Python 2
+
+
+class HasTensors(Exception):
+    """An older torch.save whose tensors lie behind the pickles."""
+
+
 class Reader(pickle.Unpickler):
-    """Unpickles `data.pkl` of a zip. find_class gives nothing but what `_known` makes, so that is all that can be
-    called."""
+    """find_class gives nothing but what stands in it here, so that is all that can be called."""
 
     def __init__(self, file, archive, folder):
-        super().__init__(file, encoding="utf-8")
+        super().__init__(file, encoding="bytes")
         self.archive, self.folder = archive, folder
 
     def find_class(self, module, name):
@@ -101,6 +115,7 @@ class Reader(pickle.Unpickler):
             ("collections", "Counter"): Counter,
             ("argparse", "Namespace"): argparse.Namespace,
             ("builtins", "set"): set,
+            ("__builtin__", "set"): set,
             ("torch", "Size"): tuple,
             ("torch", "device"): str,
             ("torch._utils", "_rebuild_tensor_v2"): self.tensor,
@@ -108,6 +123,7 @@ class Reader(pickle.Unpickler):
             ("torch.jit._pickle", "restore_type_tag"): lambda value, _: value,
         }
         known |= {("torch.jit._pickle", f"build_{kind}list"): list for kind in ("int", "double", "bool", "tensor")}
+        known |= NUMPY
         if (module, name) in known:
             return known[module, name]
         if module == "torch" and name in DTYPES:
@@ -119,6 +135,8 @@ class Reader(pickle.Unpickler):
         raise RefusedError(f"{module}.{name}")
 
     def persistent_load(self, saved):
+        if self.folder is None:
+            raise HasTensors
         if not (isinstance(saved, tuple) and len(saved) >= 3 and saved[0] == "storage"
                 and isinstance(saved[1], torch.dtype)):
             raise ValueError("a reference that is not to a tensor")
@@ -133,8 +151,8 @@ class Reader(pickle.Unpickler):
 
 
 def read(path):
-    """What `torch.save` or `torch.jit.save` wrote to `path`: containers, numbers, text, `argparse.Namespace`, `Module`
-    and tensors (`TensorOnDisk`, or torch.Tensor from the older torch.save).
+    """What `torch.save`, `torch.jit.save` or `pickle.dump` wrote to `path`: containers, numbers, text, numpy arrays,
+    `argparse.Namespace`, `Module` and tensors (`TensorOnDisk`, or torch.Tensor from the older torch.save).
 
     Raises RefusedError for a file that names anything else, ValueError for one that is damaged or something else.
     """
@@ -148,7 +166,7 @@ def read(path):
             raise ValueError("cut short: a zip archive without its end")
         if LEGACY in start:
             return _read_legacy(path)
-        if start.startswith(b"\x80"):
+        if start.startswith((b"\x80", b"(", b"]", b"}", b"c")):  # protocol 2 and later; what 0 and 1 begin with
             return _read_bare(path)
         raise ValueError("not a file that PyTorch saved")
     except (ValueError, OSError):
@@ -167,12 +185,16 @@ def _read_zip(path):
 
 
 def _read_bare(path):
-    """A pickle without PyTorch's container: plain data at best, but a name in it deserves to be named."""
     with open(path, "rb") as file:
-        return Reader(file, path, "").load()
+        return Reader(file, path, None).load()
 
 
 def _read_legacy(path):
+    try:
+        with open(path, "rb") as file:  # a magic number, a version, facts about the machine, the data
+            return [Reader(file, path, None).load() for _ in range(4)][3]
+    except HasTensors:
+        pass
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), open(path, "rb") as file:
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -180,3 +202,17 @@ def _read_legacy(path):
         if name := re.search(r"GLOBAL (\S+)", str(error)):
             raise RefusedError(name[1]) from None
         raise
+
+
+def plain_text(value):
+    """The same containers with the bytes in them, keys too, as text: UTF-8, or Latin-1 where it is not."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return value.decode("latin1")
+    if isinstance(value, dict):
+        return {plain_text(k): plain_text(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(plain_text(v) for v in value)
+    return value

@@ -126,8 +126,8 @@ def _read_safetensors(path):
 
 
 def _misconfigured(path, kind, error):
-    return WeightsError(f"{path}: its configuration is not that of {KINDS[kind]} ({error}); use a file that this version "
-                        "of train.py wrote")
+    return WeightsError(f"{path}: its configuration is not that of {KINDS[kind]} ({error}); use a file that this "
+                        "version of train.py wrote")
 
 
 def _read_foreign(path, data):
@@ -143,8 +143,8 @@ def _read_foreign(path, data):
             raise WeightsError(f"{path}: no CLIP and no HiVG: it holds " + (f"tensors called {what}" if tensors else
                                "no weights at all") + "; the README lists what can be loaded")
         if kind == "released":
-            raise WeightsError(f"{path}: the weights of a released HiVG without its settings; take the whole checkpoint, "
-                               "a dict with `model` and `args`")
+            raise WeightsError(f"{path}: the weights of a released HiVG without its settings; take the whole "
+                               "checkpoint, a dict with `model` and `args`")
     if kind == "released":
         config, tensors = foreign.released_hivg(tensors, args)
         clip = config.clip
@@ -197,8 +197,9 @@ def find_tokenizer(folder, config):
 def need_tokenizer(model, path):
     """Raises WeightsError if there is no tokenizer to a model that was loaded from `path`."""
     if model.tokenizer is None:
-        raise WeightsError(f"{path}: no merge table to it; put CLIP's {fetch.TABLE}, or the merges.txt or tokenizer.json "
-                           "of a Hugging Face CLIP, beside it or into weights/ (`python -m hivg.weights fetch table`)")
+        raise WeightsError(f"{path}: no merge table to it; put CLIP's {fetch.TABLE}, or the merges.txt or "
+                           "tokenizer.json of a Hugging Face CLIP, beside it or into weights/ (`python -m hivg.weights "
+                           "fetch table`)")
 
 
 # ---- loading
@@ -280,7 +281,7 @@ def describe(path):
                            f"{clip.context_length} positions, {clip.vocab_size} tokens"),
             ("embedding", clip.embed_dim)]
     if config:
-        rows += [("Hi LoRA", f"{config.lora}, stage {config.stage}" if config.lora != "none" else "no adapters (folded)")]
+        rows += [("Hi LoRA", "no adapters" if config.lora == "none" else f"{config.lora}, stage {config.stage}")]
         rows += [(k, v) for k, v in asdict(config).items() if k not in ("clip", "lora", "stage")]
     rows += file.info.items()
     return "\n".join(f"{name:<18}{value}" for name, value in rows)

@@ -1,0 +1,24 @@
+"""python -m hivg.data check DATASET [--data_root DIR] [--annotations FILE]: are the files of a data set whole, and where.
+
+DATASET is a name (refcoco, refcoco+, refcocog, refcocog_google, referit, flickr, mixup) or a .jsonl file.
+"""
+
+from hivg.cli import Parser, fail
+from hivg.data.annotations import check
+
+
+def main():
+    parser = Parser(description=__doc__)
+    parser.add_argument("command", choices=["check"])
+    parser.add_argument("dataset")
+    parser.add_argument("--data_root", default="data", metavar="DIR", help="default: data")
+    parser.add_argument("--annotations", metavar="FILE", help="a file or folder, if not at a published place")
+    args = parser.parse_args()
+    try:
+        print(check(args.data_root, args.dataset, args.annotations))
+    except (ValueError, OSError) as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()
