@@ -20,15 +20,17 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from hivg import distributed, weights
-from hivg.cli import Parser, choose_device, fail
+from hivg.cli import Parser, choose_device, choose_dtype, fail
 from hivg.clip import CLIP, CLIP_SIZES, bounded, similarity
-from hivg.data.batches import ShapesTensors, evaluation_batches, phrase_truth, training_batches
+from hivg.data.annotations import canonical
+from hivg.data.batches import ShapesTensors, evaluation_batches, open_dataset, phrase_truth, training_batches
 from hivg.data.shapes import Shapes
 from hivg.evaluate import predict
 from hivg.log import Log
 from hivg.losses import LossWeights, contrastive_loss, grounding_losses, patch_similarity, phrase_loss
 from hivg.metrics import accuracy, mean
 from hivg.model import HiVG, HiVGConfig
+from hivg.presets import preset
 from hivg.tokenizer import Tokenizer, learn_merges
 
 
@@ -36,13 +38,16 @@ from hivg.tokenizer import Tokenizer, learn_merges
 class Settings:
     # what
     name: str = "shapes"  # the run's folder under runs/
-    dataset: str = "shapes"
+    preset: str = ""  # a row of hivg/presets.py: defaults for a data set and a size of CLIP
+    dataset: str = "shapes"  # or refcoco, refcoco+, refcocog, refcocog_google, referit, flickr, mixup, a .jsonl file
+    data_root: str = "data"  # where the data sets are, laid out as published
+    annotations: str = ""  # a file or folder of annotations that is not at a published place
     clip: str = "weights/clip-tiny.safetensors"  # the CLIP to start from
     pretrain: bool = False  # make the tiny CLIP first, by contrastive learning on captions
     resume: bool = False
     seed: int = 0
     # stages: pre-training, warm-up, Hi LoRA 1, 2, 3
-    epoch_samples: int = 8192  # expressions (captions in the pre-training) that make an epoch
+    epoch_samples: int = 8192  # expressions (captions in the pre-training) that make an epoch; 0: the whole data set
     pretrain_epochs: int = 12
     epochs: tuple[int, ...] = (2, 2, 2, 8)
     pretrain_lr: float = 1e-3
@@ -50,12 +55,14 @@ class Settings:
     # optimisation
     batch_size: int = 32  # expressions that are in memory at once
     pretrain_batch_size: int = 32  # pictures with their captions
-    accumulate: int = 1  # batches to a step
+    accumulate: tuple[int, ...] = (1,)  # batches to a step: one number, or one for each stage
     warmup_steps: int = 100  # linear rise of the learning rate at the start of a stage
     weight_decay: float = 1e-4
     clip_grad: float = 1.0  # largest norm of the gradient
     # model
     bridge: str = "adaptive"
+    warmup_bridge: bool = True  # False: the warm-up does without the bridge, as the released large models
+    text_layers: tuple[int, ...] = ()  # that the bridge fuses, counted from 1; none: the last, for the tiny CLIP two
     text_norm: bool = True
     level_norm: bool = True
     lora: str = "hierarchical"
@@ -65,21 +72,25 @@ class Settings:
     loss_weights: tuple[float, ...] = astuple(LossWeights(clc=0.1))  # the paper's but for CLC; 0 leaves a term out
     # machine
     device: str = "auto"
+    dtype: str = "auto"  # of the products: bfloat16 where the machine is fast at it, or float32
+    checkpoint: bool = False  # keep less for the gradients and compute it again: less memory, more time
     compile: bool = False
     workers: int = 1
     save_minutes: float = 2.0  # how much an interruption may cost
 
     def __post_init__(self):
         """Refuses at once what would fail hours later, or be passed over. Raises ValueError."""
-        for name in ("epoch_samples", "pretrain_epochs", "batch_size", "pretrain_batch_size", "accumulate",
-                     "lora_rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be 1 or more, not {getattr(self, name)}")
-        if self.seed < 0:
-            raise ValueError(f"--seed must be 0 or more, not {self.seed}")
-        for name, known in (("dataset", ["shapes"]), ("box_loss", ["l1", "smooth_l1"])):
-            if getattr(self, name) not in known:
-                raise ValueError(f"--{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        least = {"pretrain_epochs": 1, "batch_size": 1, "pretrain_batch_size": 1, "lora_rank": 1, "seed": 0,
+                 "epoch_samples": self.dataset == "shapes"}  # `shapes` has no end, so an epoch needs one
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"--{name} must be {low:d} or more, not {getattr(self, name)}")
+        if not self.accumulate or min(self.accumulate) < 1:
+            raise ValueError(f"--accumulate must be 1 or more, not {' '.join(map(str, self.accumulate))}")
+        if self.box_loss not in ("l1", "smooth_l1"):
+            raise ValueError(f"--box_loss must be l1 or smooth_l1, not {self.box_loss!r}")
+        if self.dataset != "shapes" and not self.dataset.endswith(".jsonl"):
+            canonical(self.dataset)
         if len(self.loss_weights) != len(fields(LossWeights)):
             raise ValueError(f"--loss_weights needs {len(fields(LossWeights))} numbers, "
                              f"{', '.join(f.name for f in fields(LossWeights))}; not {self.loss_weights}")
@@ -95,16 +106,19 @@ class Stage:
     epochs: int
     lr: float
     batch_size: int
+    accumulate: int
 
 
 def stages(s: Settings):
-    rows = [Stage("pretrain", None, s.pretrain_epochs, s.pretrain_lr, s.pretrain_batch_size)] if s.pretrain else []
+    pretrain = Stage("pretrain", None, s.pretrain_epochs, s.pretrain_lr, s.pretrain_batch_size, 1)
     names = ["warmup", "lora1", "lora2", "lora3"] if s.lora in ("hierarchical", "shared") else ["warmup", "lora1"]
     names = names[:1] if s.lora == "none" else names
-    if min(len(s.epochs), len(s.lr)) < len(names) or s.epochs[0] < 1:
+    accumulate = s.accumulate * len(names) if len(s.accumulate) == 1 else s.accumulate
+    if min(len(s.epochs), len(s.lr), len(accumulate)) < len(names) or s.epochs[0] < 1:
         raise ValueError(f"--epochs and --lr need a number for each of {', '.join(names)}, --epochs 1 or more for the "
-                         f"first; not {s.epochs} and {s.lr}")
-    return rows + [Stage(name, j, s.epochs[j], s.lr[j], s.batch_size) for j, name in enumerate(names)]
+                         f"first, --accumulate one or as many; not {s.epochs}, {s.lr} and {s.accumulate}")
+    return [pretrain] * s.pretrain + [
+        Stage(name, j, s.epochs[j], s.lr[j], s.batch_size, accumulate[j]) for j, name in enumerate(names)]
 
 
 def learning_rate(step, steps, peak, warmup_steps):
@@ -134,12 +148,17 @@ def begin_stage(s: Settings, stage, before, run):
         path = run / "pretrain.safetensors" if before else s.clip
         clip = weights.load_clip(path)
         weights.need_tokenizer(clip, path)
-        config = HiVGConfig.for_clip(clip.config, bridge=s.bridge, text_norm=s.text_norm, level_norm=s.level_norm,
-                                     lora=s.lora, lora_rank=s.lora_rank, lora_alpha=s.lora_alpha)
+        layers = {"text_layers": s.text_layers} if s.text_layers else {}
+        config = HiVGConfig.for_clip(clip.config, bridge=s.bridge if s.warmup_bridge else "none", text_norm=s.text_norm,
+                                     level_norm=s.level_norm, lora=s.lora, lora_rank=s.lora_rank,
+                                     lora_alpha=s.lora_alpha, **layers)
         model = HiVG.from_clip(clip, config)
         model.tokenizer = clip.tokenizer
         return model, -1.0
     model = weights.load_hivg(run / f"{before.name}.safetensors")
+    if model.config.bridge != s.bridge:  # the warm-up did without
+        bare, model = model, model.with_bridge(s.bridge)
+        model.tokenizer, model.info = bare.tokenizer, bare.info
     model.add_stage(stage.lora_stage)  # the new pairs change nothing yet, so the accuracy is still the one before
     return model, model.info["accuracy"]
 
@@ -150,6 +169,8 @@ class Objective(torch.nn.Module):
     def __init__(self, model, s: Settings):
         super().__init__()
         self.model, self.box_loss, self.weights = model, s.box_loss, LossWeights(*s.loss_weights)
+        if s.checkpoint:
+            (model if isinstance(model, CLIP) else model.clip).visual.checkpoint = True
         if s.compile:
             for part in (model.visual, model.text) if isinstance(model, CLIP) else (model,):
                 part.compile()
@@ -184,6 +205,14 @@ class Objective(torch.nn.Module):
                 "phrases": phrase_loss(fit, phrase_truth(named[is_phrase], attributes), own)}
 
 
+def data_of(s, model, split):
+    """The pictures and expressions of a split for HiVG, the pictures and captions of `shapes` for a CLIP."""
+    if isinstance(model, CLIP):
+        return ShapesTensors("pretrain", model.config.image_size, seed=s.seed, captions=True)
+    return open_dataset(s.dataset, split, model.config.clip.image_size, model.config.normalization, s.seed,
+                        s.data_root, s.annotations or None, train=split == "train")
+
+
 @torch.no_grad()
 def validate(model, s, device):
     """-> what is logged of the validation; "accuracy" decides which state of a stage is kept: Acc@0.5 of the `val`
@@ -196,8 +225,8 @@ def validate(model, s, device):
         text, image = (torch.nn.functional.normalize(torch.cat(side), dim=-1) for side in zip(*pairs))
         found = (text @ image.T).argmax(1).cpu() == torch.arange(len(text))
         return {"accuracy": found.float().mean().item()}
-    dataset = ShapesTensors("val", model.config.clip.image_size, seed=s.seed)
-    share = evaluation_batches(dataset, rank=distributed.rank(), world=distributed.world())
+    share = evaluation_batches(data_of(s, model, "val"), workers=0 if s.dataset == "shapes" else s.workers,
+                               rank=distributed.rank(), world=distributed.world())
     rows = distributed.gather_rows(predict(model, share, device))  # every sample once, whatever the number of ranks
     return {"accuracy": accuracy(r["iou"] for r in rows), "mean_iou": mean(r["iou"] for r in rows)}
 
@@ -217,9 +246,12 @@ def save_whole(path, write):
     os.replace(side, path)
 
 
-def describe_trained(model, stage):
-    """What is trained in this stage, by module: a line each on stderr."""
-    print(f"stage {stage.name}: {stage.epochs} epochs, learning rate {stage.lr:g}", file=sys.stderr)
+def describe_trained(model, stage, world, dtype):
+    """What a step is made of, and what is trained in this stage, by module: lines on stderr."""
+    print(f"stage {stage.name}: {stage.epochs} epochs, learning rate {stage.lr:g}, a step of {stage.accumulate} x "
+          f"{stage.batch_size} expressions over {world} process{'es' * (world > 1)}, {str(dtype)[6:]}; the contrast "
+          f"sees {stage.batch_size} at a time, so at most {stage.batch_size - 1} negatives, none of the same picture",
+          file=sys.stderr)
     rows = [(name, sum(p.numel() for p in child.parameters()), sum(p.numel() for p in child.parameters()
              if p.requires_grad)) for name, child in model.named_children()]
     own = [p for p in model.parameters(recurse=False)]
@@ -232,6 +264,7 @@ def train(s: Settings):
     """The whole training: every stage of the table, every step of the stage."""
     run = Path("runs") / s.name
     device = distributed.start(choose_device(s.device))
+    dtype = choose_dtype(s.dtype, device)
     rank, world = distributed.rank(), distributed.world()
     if (run / "state.pt").exists() and not s.resume:
         raise ValueError(f"{run} holds a run; go on with --resume, take another --name, or remove the folder")
@@ -246,7 +279,8 @@ def train(s: Settings):
         model = model.to(device).train()
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=stage.lr, weight_decay=s.weight_decay)
-        per_epoch = max(1, s.epoch_samples // (stage.batch_size * s.accumulate))
+        dataset, together = data_of(s, model, "train"), stage.batch_size * stage.accumulate
+        per_epoch = max(1, (s.epoch_samples or len(dataset) * dataset.rows) // together)
         steps, first = stage.epochs * per_epoch, 0
         if saved and number == saved["stage"]:
             model.load_state_dict(saved["model"])
@@ -254,17 +288,14 @@ def train(s: Settings):
             first, best = saved["step"], saved["best"]
             set_random_state(saved["random"][rank])
         if rank == 0:
-            describe_trained(model, stage)
+            describe_trained(model, stage, world, dtype)
             if first:
                 log.restart(saved["log"]["sums"], saved["log"]["n"])
             elif best >= 0:  # a stage that never improves keeps what it started from
                 weights.save(run / f"{stage.name}.safetensors", model, {"stage": stage.name, "accuracy": best})
 
-        captions = stage.lora_stage is None
-        size = model.config.image_size if captions else model.config.clip.image_size
-        dataset = ShapesTensors("pretrain" if captions else "train", size, seed=s.seed, captions=captions)
-        batches = iter(training_batches(dataset, number * 2**32, stage.batch_size, steps * s.accumulate,
-                                        first * s.accumulate, s.workers, rank, world))
+        batches = iter(training_batches(dataset, number * 2**32, stage.batch_size, steps * stage.accumulate,
+                                        first * stage.accumulate, s.workers, rank, world))
         objective = Objective(model, s)
         if world > 1:
             # a loss of weight 0 leaves its head without gradients
@@ -274,12 +305,12 @@ def train(s: Settings):
             lr = learning_rate(step, steps, stage.lr, s.warmup_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            for _ in range(s.accumulate):
+            for _ in range(stage.accumulate):
                 batch = to_device(next(batches), model, device)
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     terms = objective(batch)
                 loss = sum(terms.values())
-                (loss / s.accumulate).backward()
+                (loss / stage.accumulate).backward()
             values = distributed.mean_of_ranks({"loss": loss, **terms})
             norm = torch.nn.utils.clip_grad_norm_(trained, s.clip_grad)
             if not (values["loss"].isfinite() and norm.isfinite()):
@@ -336,7 +367,7 @@ def set_random_state(state):
         torch.cuda.set_rng_state(state["cuda"])
 
 
-FREE = {"resume", "device", "workers", "save_minutes"}  # settings that a resumed run may change
+FREE = {"resume", "device", "workers", "save_minutes", "checkpoint"}  # settings that a resumed run may change
 
 
 def settings_from_flags():
@@ -346,13 +377,13 @@ def settings_from_flags():
         if f.type is bool:
             options = {"action": argparse.BooleanOptionalAction}
         elif isinstance(f.default, tuple):
-            options = {"type": type(f.default[0]), "nargs": "+"}
+            options = {"type": type(f.default[0]) if f.default else int, "nargs": "+"}
         else:
             options = {"type": f.type}
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f"default: {f.default}", **options)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args()).items()}
     if not given.get("resume"):
-        return Settings(**given)
+        return Settings(**(preset(given.get("preset", "")) | given))
     saved = load_state(Path("runs") / given.get("name", Settings.name))["settings"]
     changed = [f"--{k} {given[k]} (was {saved[k]})" for k in given.keys() - FREE if given[k] != saved[k]]
     if changed:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,13 @@ class Attention(nn.Module):
             return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
         q, k, v = split(self.q_proj(query)), split(self.k_proj(key)), split(self.v_proj(value))
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout if self.training else 0.0, is_causal=causal)
+        rate = dropout if self.training else 0.0
+        if q.dtype == torch.bfloat16 and not q.is_cuda:  # its gradient takes six times as long as float32's on a CPU
+            with torch.autocast(q.device.type, enabled=False):
+                y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, rate, is_causal=causal)
+            y = y.to(q.dtype)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, mask, rate, is_causal=causal)
         return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, heads, N, head_dim) -> (B, N, C)
 
 
@@ -98,6 +105,8 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
+    checkpoint = False  # keep only what goes in and out of the blocks; the gradient computes the rest again
+
     def __init__(self, config: CLIPConfig):
         super().__init__()
         width, self.patch_size = config.vision_width, config.patch_size
@@ -120,7 +129,11 @@ class VisionTransformer(nn.Module):
         x = self.ln_pre(x + resize_positions(self.positional_embedding, grid))
         hidden_states = []
         for number, block in enumerate(self.blocks):
-            x = block(x, bridge=(bridges or {}).get(number))
+            bridge = (bridges or {}).get(number)
+            if self.checkpoint and torch.is_grad_enabled():
+                x = checkpoint(block, x, bridge=bridge, use_reentrant=False)
+            else:
+                x = block(x, bridge=bridge)
             hidden_states.append(x)
         return hidden_states
 

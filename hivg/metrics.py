@@ -33,6 +33,16 @@ def by_length(expressions, ious):
     return rows
 
 
+def mcnemar(only_a, only_b):
+    """Two predictors right on the same samples but for only_a, where the first alone is, and only_b: the chance of a
+    difference as large if neither were better (two-sided; exact up to 1,000 such samples, above by the normal
+    distribution with a continuity correction)."""
+    n, low = only_a + only_b, min(only_a, only_b)
+    if n <= 1000:
+        return min(1.0, 2 * sum(math.comb(n, k) for k in range(low + 1)) / 2**n)
+    return math.erfc(max(0, abs(only_a - only_b) - 1) / math.sqrt(2 * n))
+
+
 def auroc(scores, right):
     """How well a score tells right from wrong: the chance that a right prediction scores higher than a wrong one (ties
     count half); 0.5 = not at all; nan where all are right or all wrong."""

@@ -158,6 +158,15 @@ class HiVG(nn.Module):
             lora.add_stage(tower.blocks, stage, groups, c.lora_rank, c.lora_alpha, c.lora_dropout, c.lora)
         self.config = replace(c, stage=stage)
 
+    def with_bridge(self, kind):
+        """A new model with fresh bridges of this kind beside all there is in this one, which has none."""
+        model = HiVG(replace(self.config, bridge=kind)).requires_grad_(False)
+        fresh = {k: v for k, v in model.state_dict().items() if k.startswith(("bridges.", "bridge_text_proj."))}
+        model.load_state_dict(fresh | self.state_dict())
+        for name, p in model.named_parameters():
+            p.requires_grad_(not name.startswith("clip."))
+        return model.train(self.training)
+
     def merged(self):
         """A new model with the adapters folded into CLIP's weights and the same output; this one is unchanged."""
         model = lora.merge(self)

@@ -62,7 +62,7 @@ def test_every_expression_has_its_row(model, split):
     for row in rows:
         width, height = items[row["image_id"]]["image"].size
         xmin, ymin, xmax, ymax = row["box"]
-        assert row.keys() == {"expression", "kind", "image_id", "box", "target", "iou", "score"}
+        assert row.keys() == {"image", "expression", "kind", "image_id", "box", "target", "iou", "score"}
         assert 0 <= xmin <= xmax <= width and 0 <= ymin <= ymax <= height
         assert row["iou"] == pytest.approx(overlap(row["box"], row["target"]), abs=1e-5)
         assert 0 <= row["score"] <= 1
@@ -148,6 +148,7 @@ def test_report():
         (2, "attribute", 0.8, 0.9), (5, "attribute", 0.5, 0.6), (6, "relation", 0.3, 0.7), (12, "ordinal", 0.0, 0.1)]]
     assert evaluate.report(rows).splitlines() == [
         "Acc@0.5 0.5000 (95 % interval 0.1500 to 0.8500), mean IoU 0.4000, 4 expressions",
+        "Acc@0.6 0.2500, Acc@0.7 0.2500, Acc@0.8 0.2500, Acc@0.9 0.0000",
         "  1-5 words          2 expressions, Acc@0.5 1.0000, mean IoU 0.6500",
         "  6-7 words          1 expressions, Acc@0.5 0.0000, mean IoU 0.3000",
         "  11+ words          1 expressions, Acc@0.5 0.0000, mean IoU 0.0000",

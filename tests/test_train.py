@@ -30,7 +30,7 @@ from train import Settings, learning_rate, stages
 
 ROOT = Path(train.__file__).parent
 NAMES = ["warmup", "lora1", "lora2", "lora3"]
-ON_CPU = {"device": "cpu", "workers": 0}
+ON_CPU = {"dtype": "float32", "device": "cpu", "workers": 0}
 
 
 def shrink(monkeypatch, dropout=0.1):
@@ -114,9 +114,11 @@ def test_stages(mode, names, pretrain):
     rows = stages(s)
     if pretrain:
         first, *rows = rows
-        assert asdict(first) == dict(name="pretrain", lora_stage=None, epochs=7, lr=5e-3, batch_size=48)
+        assert asdict(first) == dict(name="pretrain", lora_stage=None, epochs=7, lr=5e-3, batch_size=48,
+                                     accumulate=1)
     assert [asdict(row) for row in rows] == [
-        dict(name=name, lora_stage=j, epochs=s.epochs[j], lr=s.lr[j], batch_size=24) for j, name in enumerate(names)]
+        dict(name=name, lora_stage=j, epochs=s.epochs[j], lr=s.lr[j], batch_size=24, accumulate=1)
+        for j, name in enumerate(names)]
 
 
 def test_every_lora_mode_has_stages():
@@ -237,7 +239,7 @@ def test_a_stage_keeps_its_best_or_what_it_started_from(world, tiny, monkeypatch
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
 def test_accumulation_counts_steps(world, tiny, accumulate):
-    train.train(replace(tiny, lora="none", epochs=(2,), batch_size=8, epoch_samples=48, accumulate=accumulate))
+    train.train(replace(tiny, lora="none", epochs=(2,), batch_size=8, epoch_samples=48, accumulate=(accumulate,)))
     rows = [row for row in log_of(Path("runs/tiny")) if "epoch" in row]
     assert [row["step"] for row in rows] == [6 // accumulate, 12 // accumulate]
 
@@ -254,7 +256,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(world, tiny, monkeyp
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
     for batch_size, accumulate in ((16, 1), (8, 2), (4, 4)):
         train.train(replace(tiny, name=f"{batch_size}", lora="none", epochs=(1,), epoch_samples=16,
-                            batch_size=batch_size, accumulate=accumulate, loss_weights=astuple(LossWeights(clc=0))))
+                            batch_size=batch_size, accumulate=(accumulate,), loss_weights=astuple(LossWeights(clc=0))))
     whole, *parts = gradients
     assert len(parts) == 2 and whole.norm() > 0.1
     for part in parts:
@@ -488,7 +490,8 @@ def assert_one_line(result, *words):
 def test_every_setting_is_a_flag(monkeypatch):
     other = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v + 0.5, tuple: lambda v: v[::-1]}
     words = {"name": "n", "dataset": "shapes", "clip": "c", "bridge": "none", "lora": "shared", "box_loss": "smooth_l1",
-             "device": "cpu"}
+             "device": "cpu", "dtype": "bfloat16", "preset": "refcoco-base", "data_root": "d", "annotations": "a",
+             "text_layers": (2, 3)}
     changed = {f.name: words.get(f.name) or other[type(f.default)](f.default) for f in fields(Settings)}
     s = Settings(**(changed | {"resume": False}))
     monkeypatch.setattr(sys, "argv", ["train.py", *flags(s)])
@@ -513,7 +516,11 @@ def test_every_setting_is_a_flag(monkeypatch):
     (["--bridge", "golden"], "golden"),
     (["--lora", "deep"], "deep"),
     (["--box_loss", "l3"], "l3"),
-    (["--dataset", "refcoco"], "refcoco"),
+    (["--dataset", "coco"], "refcoco+"),
+    (["--dataset", "refcoco"], "no annotations of refcoco"),
+    (["--preset", "refcoco"], "refcoco-base"),
+    (["--dtype", "float8"], "float8"),
+    (["--accumulate", "1", "2"], "accumulate"),
     (["--device", "foo"], "foo"),
     (["--device", "cuda:99"], "cuda:99"),
     (["--clip", "no/such.safetensors"], "no/such.safetensors"),

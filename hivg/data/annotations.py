@@ -20,6 +20,7 @@ from pathlib import Path
 from PIL import Image
 
 from hivg import pickles
+from hivg.data.masks import mask_of
 
 COCO, REFERIT, FLICKR = "other/images/mscoco/images/train2014", "referit/images", "Flickr30k/flickr30k-images"
 IMAGES = {"coco": COCO, "referit": REFERIT, "flickr": FLICKR}  # under the data root, as published
@@ -179,7 +180,13 @@ def sample_of(row, root, source, sizes):
         raise Problem("box without area", f"{row.file}: {box}")
     if min(box[:2]) < -SLACK or box[2] > width + SLACK or box[3] > height + SLACK:
         raise Problem("box outside the picture", f"{row.file} ({width} x {height}): {box}")
-    return Sample(image, row.expression, box, segmentation_of(row.segmentation), Path(row.file).name)
+    segmentation = segmentation_of(row.segmentation)
+    if isinstance(segmentation, dict):  # polygons cannot be wrong in a way that hurts
+        try:
+            mask_of(segmentation, height, width)
+        except ValueError as error:
+            raise Problem("damaged segmentation", f"{row.file}: {error}") from None
+    return Sample(image, row.expression, box, segmentation, Path(row.file).name)
 
 
 def segmentation_of(value):

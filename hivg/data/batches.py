@@ -1,8 +1,15 @@
-"""Batches of the bundled data set: scenes to tensors, in an order that depends on the step alone."""
+"""Batches: pictures with expressions to tensors, in an order that depends on the step alone."""
 
+from functools import cache
+
+import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from hivg.data.annotations import read_samples
+from hivg.data.augment import Augment
+from hivg.data.masks import mask_of
 from hivg.data.shapes import EXPRESSIONS_PER_SCENE, MAX_OBJECTS, Shapes
 from hivg.data.transforms import Letterbox
 
@@ -41,9 +48,85 @@ class ShapesTensors(Dataset):
             "image_ids": torch.full((n,), index),
             "expressions": item["expressions"],
             "kinds": item["kinds"],
+            "pictures": [f"{self.shapes.split} {index}"] * n,
+            "has_mask": torch.ones(n, dtype=torch.bool),
             "pixel_boxes": boxes,  # (n, 4) xyxy in the picture's pixels
             "letterboxes": [letterbox] * n,
         }
+
+
+class SampleTensors(Dataset):
+    """Samples of a data set as tensors, one row an item, with the keys of ShapesTensors. With `augment` it is endless,
+    for training: every len() items are all samples once, in an order of their own, each augmented anew; without, it is
+    the samples in their order. What an item is depends on (seed, index) only."""
+
+    rows = 1
+
+    def __init__(self, samples, size, normalization="clip", seed=0, augment=None):
+        self.samples, self.size, self.normalization = samples, size, normalization
+        self.seed, self.augment, self.order = seed, augment, (None, None)
+        numbers = {name: i for i, name in enumerate(dict.fromkeys(sample.image for sample in samples))}
+        self.image_ids = [numbers[sample.image] for sample in samples]
+
+    def __len__(self):
+        return len(self.samples)
+
+    def number(self, index):
+        """Which sample an item is."""
+        if self.augment is None:
+            return index
+        epoch, at = divmod(index, len(self))
+        if self.order[0] != epoch:
+            self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self))
+        return int(self.order[1][at])
+
+    def __getitem__(self, index):
+        number = self.number(index)
+        sample = self.samples[number]
+        with Image.open(sample.image) as image:
+            image = image.convert("RGB")
+        box = torch.tensor(sample.box)
+        mask = mask_of(sample.segmentation, image.height, image.width)
+        letterbox = Letterbox(*image.size, self.size)
+        if self.augment is None:
+            row = {"image": letterbox.image(image, self.normalization), "padding_mask": letterbox.padding_mask(),
+                   "box": letterbox.to_square(box), "mask": None if mask is None else letterbox.mask(mask)}
+        else:
+            rng = np.random.default_rng([self.seed, number, index])
+            row = self.augment(rng, image, box, mask, sample.expression, self.size, self.normalization)
+        return {
+            "images": row["image"][None],  # (1, 3, S, S)
+            "padding_mask": row["padding_mask"][None],  # (1, S, S) bool
+            "boxes": row["box"][None],  # (1, 4) cxcywh in 0..1
+            "masks": (box_mask(row["box"], self.size) if mask is None else row["mask"])[None],  # (1, S, S) bool
+            "image_ids": torch.tensor([self.image_ids[number]]),
+            "expressions": [sample.expression],
+            "kinds": [""],
+            "pictures": [str(sample.image)],
+            "has_mask": torch.tensor([mask is not None]),
+            "pixel_boxes": box[None],  # (1, 4) xyxy in the picture's pixels
+            "letterboxes": [letterbox],
+        }
+
+
+def box_mask(box, size):
+    """A box (4,) cxcywh in 0..1 as a mask (size, size) bool: the pixels whose centre is in it."""
+    at = (torch.arange(size) + 0.5) / size
+    x, y = ((at - box[i]).abs() < box[i + 2] / 2 for i in (0, 1))
+    return y[:, None] & x
+
+
+_samples = cache(read_samples)  # every stage and validation reads the same
+
+
+def open_dataset(dataset, split, size, normalization="clip", seed=0, data_root="data", annotations=None, train=False):
+    """A split of `shapes`, of a data set of annotations.py or of a .jsonl file. Raises ValueError."""
+    if dataset == "shapes":
+        return ShapesTensors(split, size, normalization, seed)
+    samples = _samples(data_root, dataset, split, annotations)
+    if not samples:
+        raise ValueError(f"{dataset} {split}: no sample is left; `python -m hivg.data check {dataset}` says why")
+    return SampleTensors(samples, size, normalization, seed, Augment() if train else None)
 
 
 def phrase_truth(named, attributes):

@@ -1,7 +1,8 @@
 """The letterbox: any picture into a square of the model's size, and boxes there and back.
 
 The long side is resized to the square (PIL bilinear, which smooths when it shrinks), the picture is normalised and
-put in the middle; the rest is zero and marked as padding.
+put in the middle; the rest is zero and marked as padding. Training may ask for a smaller picture and another place
+(augment.py).
 """
 
 from dataclasses import dataclass
@@ -24,10 +25,12 @@ class Letterbox:
     width: int
     height: int
     size: int
+    fill: float = 1.0  # above 0, at most 1: the long side's share of the square
+    place: tuple = (0.5, 0.5)  # shares of the free room that are left of the picture and above it, each 0..1
 
     @property
     def scale(self):
-        return self.size / max(self.width, self.height)
+        return self.size * self.fill / max(self.width, self.height)
 
     @property
     def inner(self):
@@ -35,7 +38,8 @@ class Letterbox:
 
     @property
     def corner(self):
-        return tuple(round((self.size - side) / 2 - 0.1) for side in self.inner)  # (left, top), as the released code
+        # (left, top); in the middle as the released code has it
+        return tuple(round((self.size - side) * share - 0.1) for side, share in zip(self.inner, self.place))
 
     def image(self, image, normalization="clip"):
         """PIL RGB picture -> (3, size, size) float32, normalised, zero where padded."""
