@@ -1,7 +1,12 @@
-"""Timings: python -m hivg.bench [forward] [data] [start] [load]; all of them with no name. Medians, with the 20 % and
-80 % quantiles; run it on an otherwise idle machine.
+"""Timings: python -m hivg.bench [forward] [data] [start] [load] [read] [step]; all but `step` with no name. Medians,
+with the 20 % and 80 % quantiles; run it on an otherwise idle machine.
+
+    python -m hivg.bench step --preset refcoco-base --batch_sizes 8 16 32     time and memory of a step, to choose from
 """
 
+import json
+import pickle
+import re
 import subprocess
 import sys
 import tempfile
@@ -10,11 +15,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
-from hivg.cli import Parser, choose_device, fail
+from hivg.cli import Parser, choose_device, choose_dtype, fail
 from hivg.clip import CLIP, CLIP_SIZES
-from hivg.data.batches import ShapesTensors
+from hivg.data.annotations import COCO, Sample
+from hivg.data.augment import Augment
+from hivg.data.batches import SampleTensors, ShapesTensors
 from hivg.grounder import DEFAULT_WEIGHTS, Grounder
+from hivg.losses import LossWeights, grounding_losses
+from hivg.model import HiVG, HiVGConfig
+from hivg.presets import PRESETS, preset
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,6 +68,16 @@ def bench_data(args):
         dataset, index = ShapesTensors(split, 64, captions=captions), iter(range(10**6))
         show(f"shapes {split}, a picture with its {'caption and phrases' if captions else 'four expressions'}",
              measure(lambda: dataset[next(index)], 300))
+    with tempfile.TemporaryDirectory() as folder:  # a photograph's worth of detail, in a JPEG of COCO's usual size
+        path = Path(folder, "photo.jpg")
+        noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+        Image.fromarray(noise).resize((640, 480), Image.BICUBIC).save(path, quality=90)
+        outline = [[100.0, 100.0, 400.0, 120.0, 380.0, 300.0, 120.0, 320.0]]
+        samples = [Sample(path, "the dog", (100.0, 100.0, 400.0, 320.0), outline, path.name)]
+        for name, augment in (("read and fitted", None), ("and augmented", Augment())):
+            dataset, index = SampleTensors(samples, 224, augment=augment), iter(range(10**6))
+            times = measure(lambda: dataset[next(index) if augment else 0], 100)
+            show(f"640 x 480 JPEG {name}, {1000 / times[1]:.0f} a second and worker", times)
 
 
 def bench_start(args):
@@ -103,7 +124,80 @@ def bench_load(args):
              np.quantile(times, [0.2, 0.5, 0.8]))
 
 
-BENCHES = {"forward": bench_forward, "data": bench_data, "start": bench_start, "load": bench_load}
+READ = LOAD.replace("from hivg import weights", "from hivg.data.annotations import read_samples").replace(
+    "weights.load_clip(sys.argv[1])", "assert len(read_samples(sys.argv[1], 'refcoco', 'train')) == 150_000")
+
+
+def bench_read(args):
+    """150,000 expressions in REFER's format, of 50,000 outlined objects in 20,000 pictures, as in RefCOCO."""
+    with tempfile.TemporaryDirectory() as folder:
+        root, rng = Path(folder), np.random.default_rng(0)
+        pictures, objects = root / COCO, 50_000
+        pictures.mkdir(parents=True)
+        names = [f"COCO_train2014_{i:012d}.jpg" for i in range(20_000)]
+        for name in names:
+            (pictures / name).touch()
+        refs = [{"ref_id": i, "ann_id": i, "image_id": i % 20_000, "file_name": names[i % 20_000][:-4] + "_1.jpg",
+                 "category_id": 1, "split": "train", "sent_ids": [3 * i, 3 * i + 1, 3 * i + 2], "sentences": [
+                     {"sent": "the man on the left", "raw": "The man on the left", "sent_id": 3 * i + k,
+                      "tokens": "the man on the left".split()} for k in range(3)]} for i in range(objects)]
+        outlines = (rng.random((objects, 60)) * 400).round(2).tolist()
+        annotations = [{"id": i, "image_id": i % 20_000, "bbox": [10.5, 20.5, 100.0, 200.0], "area": 1.0, "iscrowd": 0,
+                        "category_id": 1, "segmentation": [outlines[i]]} for i in range(objects)]
+        images = [{"id": i, "file_name": name, "width": 640, "height": 480} for i, name in enumerate(names)]
+        (root / "refcoco").mkdir()
+        (root / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(refs, 2))
+        (root / "refcoco" / "instances.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+        del refs, outlines, annotations
+        command = [sys.executable, "-c", READ, folder]
+        runs = [subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True) for _ in range(3)]
+    times, memory = zip(*(map(float, run.stdout.split()) for run in runs))
+    show(f"150,000 samples of REFER, at most {max(memory) / 1e9:.2f} GB", np.quantile(times, [0.2, 0.5, 0.8]))
+
+
+def bench_step(args):
+    """A training step of a preset at several batch sizes, with random weights and pictures; the largest text."""
+    device = choose_device(args.device)
+    dtype = choose_dtype("auto", device)
+    row = preset(args.preset)
+    name = "ViT-L/14" if args.preset.endswith("large") else "ViT-B/16"
+    clip = CLIP(CLIP_SIZES[name])
+    config = HiVGConfig.for_clip(clip.config, **{key: row[key] for key in (
+        "bridge", "text_layers", "lora_rank", "lora_alpha") if key in row})
+    model = HiVG.from_clip(clip, config)
+    for stage in (1, 2, 3):
+        model.add_stage(stage)
+    model = model.to(device).train()
+    model.clip.visual.checkpoint = row.get("checkpoint", False)
+    size = clip.config.image_size
+    for n in args.batch_sizes:
+        batch = {"images": torch.randn(n, 3, size, size), "padding_mask": torch.zeros(n, size, size).bool(),
+                 "boxes": torch.full((n, 4), 0.5), "masks": torch.zeros(n, size, size).bool(),
+                 "token_ids": torch.full((n, 20), 320), "image_ids": torch.arange(n)}
+        batch["token_ids"][:, -1] = clip.config.vocab_size - 1
+        batch = {k: v.to(device) for k, v in batch.items()}
+
+        def step():
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                output = model(batch["images"], batch["padding_mask"], batch["token_ids"])
+                terms = grounding_losses(output, batch, output.logits_per_text, batch["image_ids"], LossWeights())
+            sum(terms.values()).backward()
+            model.zero_grad()
+
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        times = measure(step, 3, device)
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
+        show(f"{args.preset}, {name}, {n} together, {str(dtype)[6:]}, {peak / 2**30:.1f} GiB", times)
+
+
+def resident(name):
+    """A line of /proc/self/status in bytes: VmRSS what is resident, VmHWM the most that was."""
+    return 1024 * int(re.search(name + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+BENCHES = {"forward": bench_forward, "data": bench_data, "start": bench_start, "load": bench_load, "read": bench_read,
+           "step": bench_step}
 
 
 def main():
@@ -111,6 +205,8 @@ def main():
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHES))
     parser.add_argument("--weights", default=DEFAULT_WEIGHTS, metavar="FILE")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--preset", default="refcoco-base", choices=PRESETS, metavar="NAME", help="for `step`")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[4, 8], help="for `step`")
     args = parser.parse_args()
     if unknown := [name for name in args.names if name not in BENCHES]:
         fail(f"no benchmark is called {unknown[0]!r}; there are {', '.join(BENCHES)}")
@@ -119,7 +215,7 @@ def main():
         threads = f"{torch.get_num_threads()} CPU threads"
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
         print(f"torch {torch.__version__}, {where}")
-        for name in args.names or BENCHES:
+        for name in args.names or [name for name in BENCHES if name != "step"]:
             BENCHES[name](args)
     except ValueError as error:
         fail(error)

@@ -7,8 +7,7 @@ model costs nothing.
 
 Four containers are known: the zip of `torch.save`; the zip of `torch.jit.save` (TorchScript), whose code is never
 looked at and whose modules become plain objects with attributes; the older torch.save, one stream of pickles, which
-PyTorch's own `weights_only` reader reads, with as short a table, if there are tensors in it; and a bare pickle. Text
-that Python 2 wrote comes as bytes, for it does not say how it is encoded; `plain_text` decodes it.
+PyTorch's own `weights_only` reader reads, with as short a table, if there are tensors in it; and a bare pickle.
 """
 
 import argparse
@@ -105,8 +104,8 @@ class HasTensors(Exception):
 class Reader(pickle.Unpickler):
     """find_class gives nothing but what stands in it here, so that is all that can be called."""
 
-    def __init__(self, file, archive, folder):
-        super().__init__(file, encoding="bytes")
+    def __init__(self, file, archive, folder, encoding="utf-8"):
+        super().__init__(file, encoding=encoding)
         self.archive, self.folder = archive, folder
 
     def find_class(self, module, name):
@@ -184,15 +183,22 @@ def _read_zip(path):
             return Reader(file, path, pickles[0].removesuffix("data.pkl")).load()
 
 
-def _read_bare(path):
-    with open(path, "rb") as file:
-        return Reader(file, path, None).load()
+def _read_bare(path, number=1):
+    """The last of the first `number` pickles of a stream. Python 2 did not say how its text is encoded, nor what of it
+    is text: what is not UTF-8 is read as bytes, and decoded one by one."""
+    def load(encoding):
+        with open(path, "rb") as file:
+            return [Reader(file, path, None, encoding).load() for _ in range(number)][-1]
+
+    try:
+        return load("utf-8")
+    except UnicodeDecodeError:
+        return plain_text(load("bytes"))
 
 
 def _read_legacy(path):
     try:
-        with open(path, "rb") as file:  # a magic number, a version, facts about the machine, the data
-            return [Reader(file, path, None).load() for _ in range(4)][3]
+        return _read_bare(path, 4)  # a magic number, a version, facts about the machine, the data
     except HasTensors:
         pass
     try:
@@ -205,7 +211,7 @@ def _read_legacy(path):
 
 
 def plain_text(value):
-    """The same containers with the bytes in them, keys too, as text: UTF-8, or Latin-1 where it is not."""
+    """The same lists, tuples and dicts with the bytes in them, keys too, as text: UTF-8, or Latin-1 where it is not."""
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")

@@ -4,10 +4,14 @@
     python train.py --preset refcoco-base --data_root DIR
 
 Schedule of the released code: ViT-B 60 epochs at 2.5e-4, then 20 each at 1e-4, 5e-5 and 2.5e-5 with global batches of
-7 x 80, 60, 60, 40; ViT-L 10 epochs a stage, 7 x 32, the warm-up without the bridge. Here the same batches are added up on
-one GPU, or shared by several. Expect (Acc@0.5, paper, from a CLIP fine-tuned on COCO detection; from OpenAI's a few
-points less): RefCOCO 87.3 / 89.9 / 83.3, RefCOCO+ 78.1 / 84.8 / 68.1, RefCOCOg 78.3 / 78.8, ReferIt 75.2, Flickr30k 82.1.
-None of these has been run here.
+7 x 80, 60, 60, 40; ViT-L 10 epochs a stage, 7 x 32, the warm-up without the bridge. Here the same batches are added up
+on one GPU, or shared by several. Accumulation adds up gradients, not the contrast: that sees `batch_size` expressions at
+a time (139 negatives for base, 27 for large, less those of the same picture), whatever the number of processes, where
+the released program's sees one GPU's 80, 60, 40 or 32.
+
+Expect (Acc@0.5, paper, from a CLIP fine-tuned on COCO detection; from OpenAI's a few points less): RefCOCO
+87.3 / 89.9 / 83.3, RefCOCO+ 78.1 / 84.8 / 68.1, RefCOCOg 78.3 / 78.8, ReferIt 75.2, Flickr30k 82.1. None of these has
+been run here.
 """
 
 PAPER = dict(epoch_samples=0, lr=(2.5e-4, 1e-4, 5e-5, 2.5e-5), lora_rank=32, lora_alpha=16.0, box_loss="smooth_l1",

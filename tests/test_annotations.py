@@ -321,7 +321,8 @@ def test_check_finds_leakage_between_the_parts_of_the_mixture(tmp_path):
     train, val = make_scenes(tmp_path, 5, 1), make_scenes(tmp_path, 4, 2)
     write_list(tmp_path, {"val": val}, "gref_umd")
     (tmp_path / "mixup").mkdir()
-    rows = [(s.file, {"height": 1, "width": 1}, xywh(s.box), s.expression, None) for s in train + val[-1:]]
+    rows = [(s.file, {"height": s.size[1], "width": s.size[0]}, xywh(s.box), s.expression, None)
+            for s in train + val[-1:]]
     torch.save(rows, tmp_path / "mixup" / "mixup_train.pth")
     assert f"pictures of mixup train in refcocog val: 1, for instance {val[-1].file}" in check(tmp_path, "mixup")
 
@@ -329,3 +330,78 @@ def test_check_finds_leakage_between_the_parts_of_the_mixture(tmp_path):
 def test_names_are_unambiguous():
     names = [name for published in DATASETS.values() for name in published.names]
     assert len(names) == len(set(names))
+
+
+# --- twenty ways to be malformed ---
+
+
+def listing(*rows):
+    return lambda path: torch.save(list(rows), path)
+
+
+def refs(change, instances=None):
+    """A REFER file whose first ref was changed, and its instances.json."""
+    def write(path):
+        ref = {"ref_id": 1, "ann_id": 7, "image_id": 3, "file_name": "a_1.jpg", "split": "val",
+               "sentences": [{"sent": "cup", "raw": "cup", "sent_id": 1, "tokens": ["cup"]}]}
+        change(ref)
+        path.write_bytes(pickle.dumps([ref]))
+        good = {"annotations": [{"id": 7, "image_id": 3, "bbox": [1, 1, 5, 5]}],
+                "images": [{"id": 3, "file_name": "a.jpg", "width": 20, "height": 20}]}
+        path.with_name("instances.json").write_text(instances or json.dumps(good))
+    return write
+
+
+SIZE, BOX = {"width": 20, "height": 20}, [1, 1, 5, 5]
+MALFORMED = {  # what is written; how many samples it gives; what is said of it
+    "good list": (listing(("a.jpg", SIZE, BOX, "cup", None)), 1, ""),
+    "an empty list": (listing(), None, "no list of rows"),
+    "a dict": (lambda p: torch.save({"a": 1}, p), None, "no list of rows"),
+    "a list of numbers": (listing(1, 2), 0, "not of 3 or 5 fields"),
+    "two columns": (listing(("a.jpg", BOX)), 0, "not of 3 or 5 fields"),
+    "columns in another order": (listing((BOX, SIZE, "a.jpg", "cup", None)), 0, "no picture named"),
+    "nan in a box": (listing(("a.jpg", SIZE, [1, 1, float("nan"), 5], "cup", None)), 0, "box without area"),
+    "infinity in a box": (listing(("a.jpg", SIZE, [1, 1, float("inf"), 5], "cup", None)), 0, "box outside"),
+    "a box of text": (listing(("a.jpg", SIZE, "1 1 5 5", "cup", None)), 0, "not four numbers"),
+    "no box": (listing(("a.jpg", SIZE, None, "cup", None)), 0, "not four numbers"),
+    "a negative size": (listing(("a.jpg", SIZE, [5, 5, -3, 2], "cup", None)), 0, "box without area"),
+    "bytes for text": (listing((b"a.jpg", SIZE, BOX, "café".encode(), None)), 1, ""),
+    "a number for text": (listing(("a.jpg", SIZE, BOX, 5, None)), 0, "empty expression"),
+    "a Windows path": (listing(("sub\\b.jpg", SIZE, BOX, "cup", None)), 1, ""),
+    "a picture that is a folder's": (listing(("sub", SIZE, BOX, "cup", None)), 0, "missing picture"),
+    "sizes of zero": (listing(("a.jpg", {"width": 0, "height": 0}, BOX, "cup", None)), 1, ""),
+    "a mask of another size": (listing(("a.jpg", SIZE, BOX, "cup", {"size": [3, 3], "counts": [4, 5]})), 0,
+                               "damaged segmentation"),
+    "a cut list": (lambda p: (listing(("a.jpg", SIZE, BOX, "cup", None))(p), p.write_bytes(p.read_bytes()[:-90])), None,
+                   "cannot be read"),
+    "a good ref": (refs(lambda r: None), 1, ""),
+    "ids as text": (refs(lambda r: r.update(ann_id="7", image_id="3")), 1, ""),
+    "no ann_id": (refs(lambda r: r.pop("ann_id")), None, "'ann_id'"),
+    "sentences of text": (refs(lambda r: r.update(sentences=["cup"])), None, "cannot be read"),
+    "no sentence": (refs(lambda r: r.update(sentences=[])), None, "no split"),
+    "instances cut short": (refs(lambda r: None, '{"annotations": [{"id": 7'), None, "cannot be read"),
+    "instances a list": (refs(lambda r: None, "[]"), None, "cannot be read"),
+    "unicode": (refs(lambda r: r["sentences"][0].update(sent="das Café \U0001f431 左")), 1, ""),
+    "a nested bracket bomb": (lambda p: p.write_text("[" * 100000), None, "cannot be read"),
+    "a lone surrogate": (lambda p: p.write_text('{"image": "a.jpg", "expression": "\\ud800", "bbox": [1, 1, 5, 5]}'), 1,
+                         ""),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_files_get_a_line(tmp_path, name):
+    write, n, said = MALFORMED[name]
+    folder = tmp_path / COCO
+    (folder / "sub").mkdir(parents=True)
+    for picture in ("a.jpg", "sub/b.jpg"):
+        Image.new("RGB", (20, 20)).save(folder / picture)
+    write(tmp_path / "file")
+    report = Report()
+    if n is None:
+        with pytest.raises(ValueError) as caught:
+            read_samples(tmp_path, "refcoco", "val", tmp_path / "file", report)
+        assert said in str(caught.value) and "\n" not in str(caught.value)
+        return
+    samples = read_samples(tmp_path, "refcoco", "val", tmp_path / "file", report)
+    assert len(samples) == n and said in "".join(report.lines())
+    assert all(isinstance(s.expression, str) and s.image.is_file() for s in samples)

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close, make_hivg
+from conftest import assert_close, make_clip, make_hivg, make_tokenizer
 from PIL import Image
+from test_annotations import COCO, FLICKR, REFERIT, make_scenes, write_list, write_mdetr, write_refer, xywh
 
 import train
-from hivg import evaluate, weights
+from hivg import Grounder, evaluate, weights
 from hivg.data.annotations import Sample, read_samples
 from hivg.data.augment import Augment
 from hivg.data.batches import SampleTensors, box_mask, collate, evaluation_batches, open_dataset, training_batches
@@ -184,6 +185,63 @@ def test_checkpointing_changes_no_gradient():
     assert grads[0].keys() == grads[1].keys() and any(n.startswith("bridges.") for n in grads[0])
     for name in grads[0]:
         assert_close(name, grads[1][name], grads[0][name], 1e-12)
+
+
+# --- every data set, in its own files and folders ---
+
+
+def write_mixture(root, splits):
+    for split, scenes in splits.items():
+        rows = [(s.file, {"height": s.size[1], "width": s.size[0]}, xywh(s.box), s.expression, s.segmentation)
+                for s in scenes]
+        (root / "mixup").mkdir(exist_ok=True)
+        torch.save(rows, root / "mixup" / f"mixup_{split}.pth")
+
+
+NAMED = {  # name: preset, folder of the pictures, how its files are written
+    "refcoco": ("refcoco-base", COCO, write_refer),
+    "unc": ("refcoco-large", COCO, write_mdetr),
+    "unc+": ("refcoco+-base", COCO, lambda root, splits: write_list(root, splits, "unc+")),
+    "gref": ("refcocog-base", COCO, lambda root, splits: write_list(root, splits, "gref")),
+    "gref_umd": ("refcocog-base", COCO, lambda root, splits: write_list(root, splits, "gref_umd", new=False)),
+    "referit": ("referit-base", REFERIT, lambda root, splits: write_list(root, splits, "referit")),
+    "flickr": ("flickr-base", FLICKR, lambda root, splits: write_list(root, splits, "flickr")),
+    "mixup": ("mixup-base", COCO, write_mixture),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_every_data_set_from_files_to_a_box(tmp_path, name, monkeypatch, capfd):
+    """Trained for a few steps through all stages at ViT-B/16's depth and layers, saved, evaluated, grounded."""
+    row, folder, write = NAMED[name]
+    splits = {split: make_scenes(tmp_path, 4, seed, folder) for seed, split in enumerate(("train", "val"))}
+    write(tmp_path, splits)
+    clip = make_clip(dtype=torch.float32, image_size=32, vision_width=32, vision_layers=12, vision_heads=2,
+                     text_width=24, text_layers=12, text_heads=2, embed_dim=16, context_length=77)
+    clip.tokenizer = make_tokenizer()
+    weights.save(tmp_path / "clip.safetensors", clip)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.HiVGConfig, "for_clip", small_heads(train.HiVGConfig.for_clip))
+    s = train.Settings(**(preset(row) | dict(name="run", dataset=name, data_root=str(tmp_path), clip="clip.safetensors",
+                                             batch_size=2, accumulate=(2,), epochs=(1, 1, 1, 1), workers=0, lora_rank=2,
+                                             device="cpu", warmup_steps=1)))
+    final = train.train(s)
+    model = weights.load_hivg(final)
+    assert model.config.stage == 3 and model.config.text_layers == s.text_layers
+    assert model.config.bridge == ("projected" if name == "mixup" else "adaptive") and len(model.bridges) == 4
+    capfd.readouterr()
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--weights", str(final), "--dataset", name, "--split", "val",
+                                      "--data-root", str(tmp_path), "--device", "cpu"])
+    evaluate.main()
+    assert f"{len(splits['val'])} expressions" in capfd.readouterr().out
+    scene = splits["val"][0]
+    result = Grounder.from_pretrained(final, "cpu").ground(tmp_path / folder / scene.file, scene.expression)
+    assert 0 <= result.box[0] <= result.box[2] <= scene.size[0]
+
+
+def small_heads(for_clip):
+    return lambda clip, **changes: for_clip(clip, width=16, encoder_layers=2, encoder_heads=2, encoder_ffn=16,
+                                            token_mlp=16, **changes)
 
 
 # --- presets ---

@@ -1,4 +1,5 @@
-"""python -m hivg.data check DATASET [--data_root DIR] [--annotations FILE]: are the files of a data set whole, and where.
+"""python -m hivg.data check DATASET [--data_root DIR] [--annotations FILE]: what a data set's files hold, what is wrong
+with them, and whether training pictures are in another split too.
 
 DATASET is a name (refcoco, refcoco+, refcocog, refcocog_google, referit, flickr, mixup) or a .jsonl file.
 """
@@ -11,7 +12,7 @@ def main():
     parser = Parser(description=__doc__)
     parser.add_argument("command", choices=["check"])
     parser.add_argument("dataset")
-    parser.add_argument("--data_root", default="data", metavar="DIR", help="default: data")
+    parser.add_argument("--data-root", "--data_root", default="data", metavar="DIR", help="default: data")
     parser.add_argument("--annotations", metavar="FILE", help="a file or folder, if not at a published place")
     args = parser.parse_args()
     try:

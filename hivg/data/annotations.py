@@ -9,6 +9,7 @@ Four formats, recognised by what is in the file (DESIGN section 6): REFER (`refs
 """
 
 import json
+import os
 import re
 import sys
 import zlib
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from hivg import pickles
@@ -107,7 +109,7 @@ def read_samples(data_root, dataset, split, annotations=None, report=None):
     else:
         dataset = canonical(dataset)
         path = find_file(root, dataset, split, annotations)
-    rows, samples, sizes = rows_of(path, dataset), [], cache(picture_size)
+    rows, samples, sizes, names = rows_of(path, dataset), [], cache(picture_size), cache(names_in)
     chosen = [row for row in rows if row.split in (None, split)]
     if not chosen:
         there = sorted({row.split for row in rows if row.split}) or ["none"]
@@ -115,7 +117,7 @@ def read_samples(data_root, dataset, split, annotations=None, report=None):
     report.source = f"{path}, {split}"
     for index, row in enumerate(chosen):
         try:
-            samples.append(sample_of(row, root, path, sizes))
+            samples.append(sample_of(row, root, path, sizes, names))
         except Problem as problem:
             report.add(problem.kind, index, problem.detail)
     report.kept += len(samples)
@@ -133,7 +135,7 @@ class Problem(Exception):
         self.kind, self.detail = kind, detail
 
 
-@dataclass
+@dataclass(slots=True)
 class Row:
     """One row as a format says it, not checked yet. `bbox` in `form` xyxy or xywh; `folder` of the picture below the
     data root, or None for a path of its own."""
@@ -145,6 +147,7 @@ class Row:
     folder: str | None = COCO
     segmentation: object = None
     split: str | None = None  # None: the file holds one split alone
+    size: tuple | None = None  # (width, height) of the picture, where the file says it
     missing: str | None = None  # what the row could not be joined with, or what else is wrong with it
 
 
@@ -153,40 +156,48 @@ def picture_size(path):
         return image.size
 
 
-def sample_of(row, root, source, sizes):
+def names_in(folder):
+    """The files of a folder, asked for once: a hundred thousand questions take seconds."""
+    return {entry.name for entry in os.scandir(folder) if entry.is_file()} if os.path.isdir(folder) else set()
+
+
+def sample_of(row, root, source, sizes, names):
     """A checked Sample. Raises Problem."""
     if row.missing:
         raise Problem("incomplete row", row.missing)
-    if not isinstance(row.file, str) or not row.file:
-        raise Problem("no picture named", repr(row.file)[:80])
-    if not isinstance(row.expression, str) or not row.expression.strip():
-        raise Problem("empty expression", row.file)
+    file, expression = (pickles.plain_text(value) for value in (row.file, row.expression))
+    if not isinstance(file, str) or not file:
+        raise Problem("no picture named", repr(file)[:80])
+    if not isinstance(expression, str) or not expression.strip():
+        raise Problem("empty expression", file)
+    file = file.replace("\\", "/")  # as Windows writes paths
     if row.folder is not None:
-        image = root / row.folder / row.file
+        image = root / row.folder / file
     else:  # our own file: relative to the data root, or else to the file itself
-        image = next((p for p in (root / row.file, source.parent / row.file) if p.is_file()), root / row.file)
+        image = next((p for p in (root / file, source.parent / file) if p.is_file()), root / file)
+    folder, name = os.path.split(image)
+    if name not in names(folder):
+        raise Problem("missing picture", image)
     try:
-        width, height = sizes(image)
-    except FileNotFoundError:
-        raise Problem("missing picture", image) from None
+        width, height = row.size or sizes(image)
     except Exception:  # Pillow's decoders raise nearly anything
         raise Problem("damaged picture", image) from None
     try:
         a, b, c, d = (float(v) for v in row.bbox)
     except (TypeError, ValueError):
-        raise Problem("box that is not four numbers", f"{row.file}: {row.bbox!r:.60}") from None
+        raise Problem("box that is not four numbers", f"{file}: {row.bbox!r:.60}") from None
     box = (a, b, c, d) if row.form == "xyxy" else (a, b, a + c, b + d)
     if not (box[2] > box[0] and box[3] > box[1]):  # also for nan
-        raise Problem("box without area", f"{row.file}: {box}")
+        raise Problem("box without area", f"{file}: {box}")
     if min(box[:2]) < -SLACK or box[2] > width + SLACK or box[3] > height + SLACK:
-        raise Problem("box outside the picture", f"{row.file} ({width} x {height}): {box}")
+        raise Problem("box outside the picture", f"{file} ({width} x {height}): {box}")
     segmentation = segmentation_of(row.segmentation)
     if isinstance(segmentation, dict):  # polygons cannot be wrong in a way that hurts
         try:
             mask_of(segmentation, height, width)
         except ValueError as error:
-            raise Problem("damaged segmentation", f"{row.file}: {error}") from None
-    return Sample(image, row.expression, box, segmentation, Path(row.file).name)
+            raise Problem("damaged segmentation", f"{file}: {error}") from None
+    return Sample(image, expression, box, segmentation, name)
 
 
 def segmentation_of(value):
@@ -196,11 +207,12 @@ def segmentation_of(value):
         return {"size": [int(n) for n in value["size"]],
                 "counts": counts if isinstance(counts, str) else counts.decode() if isinstance(counts, bytes) else
                 [int(n) for n in counts]}
-    try:
-        polygons = [[float(v) for v in part] for part in value]
-        return polygons if polygons and all(len(p) >= 6 and len(p) % 2 == 0 for p in polygons) else None
-    except (TypeError, ValueError):
+    if not isinstance(value, list | tuple) or not value:
         return None
+    polygons = [part.tolist() if isinstance(part, np.ndarray) else part for part in value]
+    right = all(isinstance(part, list | tuple) and len(part) >= 6 and len(part) % 2 == 0
+                and all(isinstance(v, int | float) for v in part) for part in polygons)
+    return polygons if right else None
 
 
 # ---- where things are
@@ -237,7 +249,7 @@ def rows_of(path, dataset):
         with open(path, "rb") as file:
             start = file.readline(1 << 20)
         if start.lstrip()[:1] not in (b"{", b"["):
-            data = pickles.plain_text(pickles.read(path))
+            data = pickles.read(path)
             if not isinstance(data, list) or not data:
                 raise ValueError("no list of rows in it")
             return refer_rows(path, data, dataset) if isinstance(data[0], dict) else list_rows(data, dataset)
@@ -248,7 +260,7 @@ def rows_of(path, dataset):
             return mdetr_rows(data)
         raise ValueError("JSON, but neither MDETR's (images and annotations) nor a line for each expression with its "
                          "image, expression and bbox")
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"no {error} in it" if isinstance(error, KeyError) else error
         raise ValueError(f"{path}: cannot be read as annotations: {reason}") from None
 
@@ -256,7 +268,7 @@ def rows_of(path, dataset):
 def is_json(line):
     try:
         return isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -266,16 +278,18 @@ def refer_rows(path, refs, dataset):
     if not beside.is_file():
         raise ValueError(f"a REFER file needs {beside}, which holds its boxes")
     instances = json.loads(beside.read_text("utf-8"))
-    boxes = {a["id"]: a for a in instances["annotations"]}
-    files = {i["id"]: i["file_name"] for i in instances.get("images", [])}
+    boxes = {str(a["id"]): a for a in instances["annotations"]}  # ids are numbers in one file and text in another
+    pictures = {str(i["id"]): i for i in instances.get("images", [])}
     rows = []
     for ref in refs:
-        box = boxes.get(ref["ann_id"])
-        file = files.get(ref["image_id"]) or re.sub(r"_\d+(\.\w+)$", r"\1", ref["file_name"])
+        box = boxes.get(str(ref["ann_id"]))
+        picture = pictures.get(str(ref["image_id"]), {})
+        file = picture.get("file_name") or re.sub(r"_\d+(\.\w+)$", r"\1", ref["file_name"])
         missing = None if box else f"ann_id {ref['ann_id']} of ref_id {ref.get('ref_id')} is not in {beside.name}"
         for sentence in ref["sentences"]:
             rows.append(Row(file, sentence.get("sent") or sentence.get("raw"), box and box["bbox"], "xywh",
-                            DATASETS[dataset].images, box and box.get("segmentation"), ref["split"], missing))
+                            DATASETS[dataset].images, box and box.get("segmentation"), ref["split"],
+                            size_of(picture), missing))
     return rows
 
 
@@ -292,8 +306,16 @@ def list_rows(data, dataset):
         folder = DATASETS[dataset].images
         if dataset == "mixup":
             folder = IMAGES.get(second, COCO) if isinstance(second, str) else COCO
-        rows.append(Row(file, phrase, bbox, form, folder, fifth))
+        rows.append(Row(file, phrase, bbox, form, folder, fifth, size=size_of(second)))
     return rows
+
+
+def size_of(record):
+    """(width, height) as a dict of the published files says it, or None."""
+    if not isinstance(record, dict):
+        return None
+    size = record.get("width"), record.get("height")
+    return size if all(isinstance(n, int | float) and n > 0 for n in size) else None
 
 
 def mdetr_rows(data):
@@ -306,7 +328,7 @@ def mdetr_rows(data):
         box = boxes.get(record["id"])
         missing = None if box else f"image {record['id']} has no annotation"
         rows.append(Row(record["file_name"], record["caption"], box and box["bbox"], "xywh", COCO,
-                        box and box.get("segmentation"), missing=missing))
+                        box and box.get("segmentation"), size=size_of(record), missing=missing))
     return rows
 
 
@@ -324,7 +346,7 @@ def own_rows(path, dataset):
                         published.images if published else None, row.get("segmentation"), row.get("split")))
     if not published and not any(row.split for row in rows):
         for row in rows:  # by the picture's name, so that no picture is on both sides
-            row.split = "val" if zlib.crc32(str(row.file).encode()) % 10 == 0 else "train"
+            row.split = "val" if zlib.crc32(str(row.file).encode(errors="replace")) % 10 == 0 else "train"
     return rows
 
 
