@@ -26,6 +26,7 @@ from hivg.data.annotations import canonical
 from hivg.data.batches import ShapesTensors, evaluation_batches, open_dataset, phrase_truth, training_batches
 from hivg.data.shapes import Shapes
 from hivg.evaluate import predict
+from hivg.fusion import choose
 from hivg.log import Log
 from hivg.losses import LossWeights, contrastive_loss, grounding_losses, patch_similarity, phrase_loss
 from hivg.metrics import accuracy, mean
@@ -246,10 +247,10 @@ def save_whole(path, write):
     os.replace(side, path)
 
 
-def describe_trained(model, stage, world, dtype):
+def describe_trained(model, stage, world):
     """What a step is made of, and what is trained in this stage, by module: lines on stderr."""
     print(f"stage {stage.name}: {stage.epochs} epochs, learning rate {stage.lr:g}, a step of {stage.accumulate} x "
-          f"{stage.batch_size} expressions over {world} process{'es' * (world > 1)}, {str(dtype)[6:]}; the contrast "
+          f"{stage.batch_size} expressions over {world} process{'es' * (world > 1)}; the contrast "
           f"sees {stage.batch_size} at a time, so at most {stage.batch_size - 1} negatives, none of the same picture",
           file=sys.stderr)
     rows = [(name, sum(p.numel() for p in child.parameters()), sum(p.numel() for p in child.parameters()
@@ -270,6 +271,8 @@ def train(s: Settings):
         raise ValueError(f"{run} holds a run; go on with --resume, take another --name, or remove the folder")
     saved = load_state(run) if s.resume else None
     log = Log(run, saved["log"]["bytes"] if saved else 0) if rank == 0 else None
+    if rank == 0:
+        print(f"on {device}, products in {str(dtype)[6:]}, fusion by {choose(device.type)}", file=sys.stderr)
     table = stages(s)
 
     for number, stage in enumerate(table):
@@ -288,7 +291,7 @@ def train(s: Settings):
             first, best = saved["step"], saved["best"]
             set_random_state(saved["random"][rank])
         if rank == 0:
-            describe_trained(model, stage, world, dtype)
+            describe_trained(model, stage, world)
             if first:
                 log.restart(saved["log"]["sums"], saved["log"]["n"])
             elif best >= 0:  # a stage that never improves keeps what it started from

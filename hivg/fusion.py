@@ -7,8 +7,12 @@ by channel with learned adaptive weights w^i (T, D_t), and all are projected tog
     f*^i  = w^i * n^i + n^i                      w^i is the same for every sample
     f*^ml = concat_i[f*^i] W_proj^T + b          (B, T, K D_t) -> (B, T, D_v)
 
-`adaptive_fusion_reference` is the definition of right; `adaptive_fusion` is what the model calls.
+`adaptive_fusion_reference` is the definition of right; `adaptive_fusion` is what the model calls. On a GPU that is one
+Triton kernel (fusion_triton.py).
 """
+
+from functools import cache
+from importlib.util import find_spec
 
 import torch.nn.functional as F
 
@@ -29,10 +33,22 @@ def adaptive_fusion_reference(text_states, adaptive_weights, proj_weight, proj_b
 
 def adaptive_fusion(text_states, adaptive_weights, proj_weight, proj_bias,
                     norm_weight=None, norm_bias=None, eps=1e-5, backend="auto"):
-    """The fusion by the fastest backend there is. Arguments and result as `adaptive_fusion_reference`.
+    """The fusion by the fastest backend there is. Arguments and result as `adaptive_fusion_reference`; the result has the
+    type of proj_weight, under autocast autocast's.
 
-    backend: "auto" or "reference" (plain PyTorch).
+    backend: "reference" (plain PyTorch), "triton" (fusion_triton.py), or "auto", what `choose` says. Raises ValueError for
+    another, ImportError for "triton" where it is not installed.
     """
-    if backend not in ("auto", "reference"):
-        raise ValueError(f"fusion backend must be auto or reference, not {backend!r}")
-    return adaptive_fusion_reference(text_states, adaptive_weights, proj_weight, proj_bias, norm_weight, norm_bias, eps)
+    if backend not in ("auto", "reference", "triton"):
+        raise ValueError(f"fusion backend must be auto, reference or triton, not {backend!r}")
+    if (choose(text_states.device.type) if backend == "auto" else backend) == "triton":
+        from hivg.fusion_triton import adaptive_fusion as fused
+    else:
+        fused = adaptive_fusion_reference
+    return fused(text_states, adaptive_weights, proj_weight, proj_bias, norm_weight, norm_bias, eps)
+
+
+@cache
+def choose(device_type):
+    """The backend for a kind of device, chosen once: "triton" on a GPU where Triton is installed, else "reference"."""
+    return "triton" if device_type == "cuda" and find_spec("triton") else "reference"
