@@ -1,7 +1,9 @@
-"""Timings: python -m hivg.bench [forward] [data] [start] [load] [read] [step]; all but `step` with no name. Medians,
-with the 20 % and 80 % quantiles; run it on an otherwise idle machine.
+"""Timings: python -m hivg.bench [forward] [data] [start] [load] [read]; all of them with no name. Medians, with the 20 %
+and 80 % quantiles; run it on an otherwise idle machine. And on request:
 
     python -m hivg.bench step --preset refcoco-base --batch_sizes 8 16 32     time and memory of a step, to choose from
+    python -m hivg.bench fusion      the Triton kernel beside plain PyTorch and torch.compile, on a GPU
+    python -m hivg.bench compile     registers, shared memory and spills of the kernels, without one
 """
 
 import json
@@ -196,27 +198,38 @@ def resident(name):
     return 1024 * int(re.search(name + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-BENCHES = {"forward": bench_forward, "data": bench_data, "start": bench_start, "load": bench_load, "read": bench_read,
-           "step": bench_step}
+def bench_fusion(args):
+    from hivg import bench_fusion  # Triton is only needed here
+    bench_fusion.bench_fusion(choose_device(args.device))
+
+
+def bench_compile(args):
+    from hivg import bench_fusion
+    bench_fusion.bench_compile()
+
+
+BENCHES = {"forward": bench_forward, "data": bench_data, "start": bench_start, "load": bench_load, "read": bench_read}
+ON_REQUEST = {"step": bench_step, "fusion": bench_fusion, "compile": bench_compile}
 
 
 def main():
     parser = Parser(description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHES))
+    benches = BENCHES | ON_REQUEST
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(benches))
     parser.add_argument("--weights", default=DEFAULT_WEIGHTS, metavar="FILE")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--preset", default="refcoco-base", choices=PRESETS, metavar="NAME", help="for `step`")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[4, 8], help="for `step`")
     args = parser.parse_args()
-    if unknown := [name for name in args.names if name not in BENCHES]:
-        fail(f"no benchmark is called {unknown[0]!r}; there are {', '.join(BENCHES)}")
+    if unknown := [name for name in args.names if name not in benches]:
+        fail(f"no benchmark is called {unknown[0]!r}; there are {', '.join(benches)}")
     try:
         device = choose_device(args.device)
         threads = f"{torch.get_num_threads()} CPU threads"
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
         print(f"torch {torch.__version__}, {where}")
-        for name in args.names or [name for name in BENCHES if name != "step"]:
-            BENCHES[name](args)
+        for name in args.names or BENCHES:
+            benches[name](args)
     except ValueError as error:
         fail(error)
 

@@ -46,8 +46,15 @@ import triton
 import triton.language as tl
 
 INTERPRETED = triton.knobs.runtime.interpret
-ROWS, COLUMNS, CHANNELS = 64, 128, 64  # BM, BN, BD
-PRODUCT = dict(num_warps=8, num_stages=3)  # of the kernels with a product; with 4 warps the tile does not fit registers
+ROWS, CHANNELS = 64, 64  # BM and BD of the kernels without a product
+
+
+def tiles(dtype):
+    """BM, BN, BD of the kernels with a product, as large as registers and shared memory hold without spilling (`python -m
+    hivg.bench compile`): float32 has no tensor cores to go through, so its products need both operands in registers."""
+    if dtype in (torch.float16, torch.bfloat16):
+        return dict(BM=64, BN=128, BD=64, num_warps=8, num_stages=3)
+    return dict(BM=32, BN=64, BD=32, num_warps=4, num_stages=2)
 
 
 @triton.jit
@@ -243,9 +250,10 @@ def forward(x: torch.Tensor, w: torch.Tensor, P: torch.Tensor, p: torch.Tensor, 
     if y.numel():
         x, w, P, p, g, c = prepared(x, w, P, p, g, c)
         strides, types, dots = settings(x, w, P)
-        grid = triton.cdiv(B * T, ROWS), triton.cdiv(DV, COLUMNS)
+        tile = tiles(P.dtype)
+        grid = triton.cdiv(B * T, tile["BM"]), triton.cdiv(DV, tile["BN"])
         forward_kernel[grid](x, w, P, p, g, c, y, B * T, T, D, DV, *strides, eps, K=K, NORM=g is not None, **types,
-                             **dots, BM=ROWS, BN=COLUMNS, BD=CHANNELS, **PRODUCT)
+                             **dots, **tile)
     return y
 
 
@@ -273,9 +281,9 @@ def backward(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, P: torch.Tensor
         dp = dy.sum(0, dtype=exact).to(P.dtype)
     if need_P:
         dP = torch.empty_like(P)
-        grid = triton.cdiv(DV, COLUMNS), K * triton.cdiv(D, CHANNELS)
-        proj_kernel[grid](x, w, g, c, dy, mean, r, dP, M, T, D, DV, *strides, K=K, NORM=norm, **types, **dots, BM=ROWS,
-                          BN=COLUMNS, BD=CHANNELS, **PRODUCT)
+        tile = tiles(P.dtype)
+        grid = triton.cdiv(DV, tile["BN"]), K * triton.cdiv(D, tile["BD"])
+        proj_kernel[grid](x, w, g, c, dy, mean, r, dP, M, T, D, DV, *strides, K=K, NORM=norm, **types, **dots, **tile)
     if need_x or need_w or need_g or need_c:
         da = dy @ P  # (M, K D)
         if need_w or need_g or need_c:
