@@ -1,5 +1,5 @@
-"""Timings: python -m hivg.bench [forward] [data] [start] [load] [read]; all of them with no name. Medians, with the 20 %
-and 80 % quantiles; run it on an otherwise idle machine. And on request:
+"""Timings: python -m hivg.bench [forward] [data] [start] [load] [read]; all of them with no name. Medians, with the
+20 % and 80 % quantiles; run it on an otherwise idle machine. And on request:
 
     python -m hivg.bench step --preset refcoco-base --batch_sizes 8 16 32     time and memory of a step, to choose from
     python -m hivg.bench fusion      the Triton kernel beside plain PyTorch and torch.compile, on a GPU

@@ -33,11 +33,11 @@ def adaptive_fusion_reference(text_states, adaptive_weights, proj_weight, proj_b
 
 def adaptive_fusion(text_states, adaptive_weights, proj_weight, proj_bias,
                     norm_weight=None, norm_bias=None, eps=1e-5, backend="auto"):
-    """The fusion by the fastest backend there is. Arguments and result as `adaptive_fusion_reference`; the result has the
-    type of proj_weight, under autocast autocast's.
+    """The fusion by the fastest backend there is. Arguments and result as `adaptive_fusion_reference`; the result has
+    the type of proj_weight, under autocast autocast's.
 
-    backend: "reference" (plain PyTorch), "triton" (fusion_triton.py), or "auto", what `choose` says. Raises ValueError for
-    another, ImportError for "triton" where it is not installed.
+    backend: "reference" (plain PyTorch), "triton" (fusion_triton.py), or "auto", what `choose` says. Raises ValueError
+    for another, ImportError for "triton" where it is not installed.
     """
     if backend not in ("auto", "reference", "triton"):
         raise ValueError(f"fusion backend must be auto, reference or triton, not {backend!r}")

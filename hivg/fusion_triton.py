@@ -34,8 +34,9 @@ The gradients, d_ for the derivative of the loss by what follows, sums over the 
     d_h_i   = d_n_i * g_i
     d_x_i   = r_i (d_h_i - mean(d_h_i) - h_i mean(d_h_i * h_i))      means over the channels of the row
 
-The last because h = (x - mean(x)) r: moving x moves h by r, less what the mean takes off all channels alike (the first
-mean) and what the spread takes off along h (the second). Every sum has one owner and one order: the same bits each time.
+The last because h = (x - mean(x)) r: moving x moves h by r, less what the mean takes off all channels alike (the
+first mean) and what the spread takes off along h (the second). Every sum has one owner and one order: the same bits
+each time.
 
 Numbers: statistics and sums in float32 (float64 for float64); the product in the type of proj_weight, which is also the
 output's. float32 products are exact (`ieee`) unless PyTorch may use TF32.
@@ -50,8 +51,9 @@ ROWS, CHANNELS = 64, 64  # BM and BD of the kernels without a product
 
 
 def tiles(dtype):
-    """BM, BN, BD of the kernels with a product, as large as registers and shared memory hold without spilling (`python -m
-    hivg.bench compile`): float32 has no tensor cores to go through, so its products need both operands in registers."""
+    """BM, BN, BD of the kernels with a product, as large as registers and shared memory hold without spilling (`python
+    -m hivg.bench compile`): float32 has no tensor cores to go through, so its products need both operands in
+    registers."""
     if dtype in (torch.float16, torch.bfloat16):
         return dict(BM=64, BN=128, BD=64, num_warps=8, num_stages=3)
     return dict(BM=32, BN=64, BD=32, num_warps=4, num_stages=2)
@@ -66,8 +68,8 @@ def load_block(x, rows_at, in_rows, d, D, ACC: tl.constexpr):
 
 @triton.jit
 def row_statistics(x, rows_at, in_rows, D, eps, BM: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr):
-    """-> mean (BM,) and r (BM,) of rows of D channels, block by block: the mean and the sum of squares around it of what
-    was seen are joined with those of the next block (Chan et al. 1979), which loses no digits to large means."""
+    """-> mean (BM,) and r (BM,) of rows of D channels, block by block: the mean and the sum of squares around it of
+    what was seen are joined with those of the next block (Chan et al. 1979), which loses no digits to large means."""
     mean = tl.zeros((BM,), ACC)
     squares = tl.zeros((BM,), ACC)
     seen = tl.zeros((1,), ACC)
@@ -173,8 +175,8 @@ def proj_kernel(x, w, g, c, dy, mean, r, dP, M, T, D, DV, sxk, sxb, sxt, swk, sw
 @triton.jit
 def weights_kernel(x, w, g, c, da, mean, r, dw, dg, dc, B, T, D, KD, sxk, sxb, sxt, swk, swt,
                    NORM: tl.constexpr, ACC: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr):
-    """d_w_i, and what each position adds to d_g_i and d_c_i: a program owns one position and BD channels of one layer of
-    dw, dg, dc (K, T, D) and walks the batch; da (B T, K D)."""
+    """d_w_i, and what each position adds to d_g_i and d_c_i: a program owns one position and BD channels of one layer
+    of dw, dg, dc (K, T, D) and walks the batch; da (B T, K D)."""
     t, i, d = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BD + tl.arange(0, BD)
     sum_w, sum_g, sum_c = tl.zeros((BD,), ACC), tl.zeros((BD,), ACC), tl.zeros((BD,), ACC)
     for start in range(0, B, BB):
@@ -276,7 +278,8 @@ def backward(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, P: torch.Tensor
     mean, r = (torch.empty(K, M, dtype=exact, device=x.device) for _ in range(2)) if norm else (None, None)
     dx, dw, dP, dp, dg, dc = (x.new_empty(0) for _ in needs)
     if norm and (need_x or need_w or need_P or need_g or need_c):
-        statistics_kernel[triton.cdiv(M, ROWS), K](x, mean, r, M, T, D, *strides[:3], eps, **types, BM=ROWS, BD=CHANNELS)
+        statistics_kernel[triton.cdiv(M, ROWS), K](x, mean, r, M, T, D, *strides[:3], eps, **types, BM=ROWS,
+                                                   BD=CHANNELS)
     if need_p:
         dp = dy.sum(0, dtype=exact).to(P.dtype)
     if need_P:
@@ -289,8 +292,9 @@ def backward(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, P: torch.Tensor
         if need_w or need_g or need_c:
             dw = torch.empty(K, T, D, dtype=w.dtype, device=x.device)
             dg, dc = (torch.empty(K, T, D, dtype=exact, device=x.device) for _ in range(2)) if norm else (dg, dc)
-            weights_kernel[T, K, triton.cdiv(D, CHANNELS)](x, w, g, c, da, mean, r, dw, dg, dc, B, T, D, K * D, *strides,
-                                                           NORM=norm, **types, BB=16, BD=CHANNELS)
+            grid = T, K, triton.cdiv(D, CHANNELS)
+            weights_kernel[grid](x, w, g, c, da, mean, r, dw, dg, dc, B, T, D, K * D, *strides, NORM=norm, **types,
+                                 BB=16, BD=CHANNELS)
             if norm:
                 dg, dc = dg.sum(1).to(g.dtype), dc.sum(1).to(c.dtype)
         if need_x:

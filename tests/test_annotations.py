@@ -1,5 +1,5 @@
-"""The readers of the data sets: the same random scenes in all four formats give the same samples; what is wrong in a file
-is counted and left out; nothing in a pickle is run."""
+"""The readers of the data sets: the same random scenes in all four formats give the same samples; what is wrong in a
+file is counted and left out; nothing in a pickle is run."""
 
 import collections
 import json
@@ -372,6 +372,7 @@ MALFORMED = {  # what is written; how many samples it gives; what is said of it
     "sizes of zero": (listing(("a.jpg", {"width": 0, "height": 0}, BOX, "cup", None)), 1, ""),
     "a mask of another size": (listing(("a.jpg", SIZE, BOX, "cup", {"size": [3, 3], "counts": [4, 5]})), 0,
                                "damaged segmentation"),
+    "a mask of text": (listing(("a.jpg", SIZE, BOX, "cup", {"size": ["x", 3], "counts": 5})), 0, "damaged segmentation"),
     "a cut list": (lambda p: (listing(("a.jpg", SIZE, BOX, "cup", None))(p), p.write_bytes(p.read_bytes()[:-90])), None,
                    "cannot be read"),
     "a good ref": (refs(lambda r: None), 1, ""),

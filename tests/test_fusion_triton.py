@@ -1,7 +1,6 @@
-"""The Triton kernels: forward and every gradient against the float64 reference, by the interpreter where there is no GPU;
-the training with them forced."""
+"""The Triton kernels: forward and every gradient against the float64 reference, by the interpreter where there is no
+GPU; the training with them forced."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -206,4 +205,3 @@ def test_counted_bytes_and_operations():
                                      "y": 7_569_408}
     text = Path(fusion_triton.__file__).read_text()
     assert all(words in text for words in ("46.5 GFLOP", "60.6 MB", "9.4 MB", "0.9 MB", "7.6 MB"))
-    assert json.dumps(fusion_triton.count())

@@ -191,12 +191,12 @@ def sample_of(row, root, source, sizes, names):
         raise Problem("box without area", f"{file}: {box}")
     if min(box[:2]) < -SLACK or box[2] > width + SLACK or box[3] > height + SLACK:
         raise Problem("box outside the picture", f"{file} ({width} x {height}): {box}")
-    segmentation = segmentation_of(row.segmentation)
-    if isinstance(segmentation, dict):  # polygons cannot be wrong in a way that hurts
-        try:
+    try:
+        segmentation = segmentation_of(row.segmentation)
+        if isinstance(segmentation, dict):  # polygons cannot be wrong in a way that hurts
             mask_of(segmentation, height, width)
-        except ValueError as error:
-            raise Problem("damaged segmentation", f"{file}: {error}") from None
+    except (TypeError, ValueError, UnicodeDecodeError) as error:
+        raise Problem("damaged segmentation", f"{file}: {error}") from None
     return Sample(image, expression, box, segmentation, name)
 
 
