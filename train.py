@@ -247,10 +247,10 @@ def save_whole(path, write):
     os.replace(side, path)
 
 
-def describe_trained(model, stage, world):
+def describe_trained(model, stage, world, where):
     """What a step is made of, and what is trained in this stage, by module: lines on stderr."""
     print(f"stage {stage.name}: {stage.epochs} epochs, learning rate {stage.lr:g}, a step of {stage.accumulate} x "
-          f"{stage.batch_size} expressions over {world} process{'es' * (world > 1)}; the contrast "
+          f"{stage.batch_size} expressions over {world} process{'es' * (world > 1)} {where}; the contrast "
           f"sees {stage.batch_size} at a time, so at most {stage.batch_size - 1} negatives, none of the same picture",
           file=sys.stderr)
     rows = [(name, sum(p.numel() for p in child.parameters()), sum(p.numel() for p in child.parameters()
@@ -271,8 +271,6 @@ def train(s: Settings):
         raise ValueError(f"{run} holds a run; go on with --resume, take another --name, or remove the folder")
     saved = load_state(run) if s.resume else None
     log = Log(run, saved["log"]["bytes"] if saved else 0) if rank == 0 else None
-    if rank == 0:
-        print(f"on {device}, products in {str(dtype)[6:]}, fusion by {choose(device.type)}", file=sys.stderr)
     table = stages(s)
 
     for number, stage in enumerate(table):
@@ -291,7 +289,8 @@ def train(s: Settings):
             first, best = saved["step"], saved["best"]
             set_random_state(saved["random"][rank])
         if rank == 0:
-            describe_trained(model, stage, world)
+            describe_trained(model, stage, world, f"on {device}, products in {str(dtype)[6:]}, fusion by "
+                                                  f"{choose(device.type)}")
             if first:
                 log.restart(saved["log"]["sums"], saved["log"]["n"])
             elif best >= 0:  # a stage that never improves keeps what it started from
