@@ -50,9 +50,9 @@ class Settings:
     # stages: pre-training, warm-up, Hi LoRA 1, 2, 3
     epoch_samples: int = 8192  # expressions (captions in the pre-training) that make an epoch; 0: the whole data set
     pretrain_epochs: int = 12
-    epochs: tuple[int, ...] = (2, 2, 2, 8)
+    epochs: tuple[int, ...] = (1, 1, 1, 18)
     pretrain_lr: float = 1e-3
-    lr: tuple[float, ...] = (1e-3, 1e-3, 1e-3, 1e-3)
+    lr: tuple[float, ...] = (1e-3, 1e-3, 1e-3, 7e-4)
     # optimisation
     batch_size: int = 32  # expressions that are in memory at once
     pretrain_batch_size: int = 32  # pictures with their captions
