@@ -88,18 +88,26 @@ def bench_start(args):
     show("ground.py from start to end", measure(lambda: subprocess.run(command, check=True, capture_output=True), 3))
 
 
-# Run by itself, so that neither the time nor the memory of anything else counts. VmHWM: the most that was resident.
-LOAD = """
-import re, sys, time
-from hivg import weights
-
 def resident(name):
-    return 1024 * int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+    """A line of /proc/self/status in bytes: VmRSS what is resident, VmHWM the most that was."""
+    return 1024 * int(re.search(name + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
-before, start = resident("VmRSS"), time.perf_counter()
-weights.load_clip(sys.argv[1])
-print(1000 * (time.perf_counter() - start), resident("VmHWM") - before)
+
+def show_alone(name, work, argument, unit, sign):
+    """Time and most memory of a piece of code with an argument, three times in a process of its own, so that nothing else
+    counts. Memory is shown over `unit` bytes."""
+    code = f"""
+import sys, time
+from hivg import bench, weights
+from hivg.data.annotations import read_samples
+before, start = bench.resident("VmRSS"), time.perf_counter()
+{work}
+print(1000 * (time.perf_counter() - start), bench.resident("VmHWM") - before)
 """
+    command = [sys.executable, "-c", code, argument]
+    runs = [subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True) for _ in range(3)]
+    times, memory = zip(*(map(float, run.stdout.split()) for run in runs))
+    show(f"{name}, at most {max(memory) / unit:.2f} {sign}", np.quantile(times, [0.2, 0.5, 0.8]))
 
 
 def openai_file(clip, path):
@@ -118,16 +126,8 @@ def bench_load(args):
             path, clip = Path(folder, "clip.pt"), CLIP(CLIP_SIZES[size])
             with torch.device("cpu"):
                 openai_file(clip, path)
-            command = [sys.executable, "-c", LOAD, path]
-            runs = [subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True) for _ in range(3)]
-        times, memory = zip(*(map(float, run.stdout.split()) for run in runs))
-        bytes_ = 4 * sum(p.numel() for p in clip.parameters())
-        show(f"load {size}, at most {max(memory) / bytes_:.2f} x its {bytes_ / 1e9:.2f} GB",
-             np.quantile(times, [0.2, 0.5, 0.8]))
-
-
-READ = LOAD.replace("from hivg import weights", "from hivg.data.annotations import read_samples").replace(
-    "weights.load_clip(sys.argv[1])", "assert len(read_samples(sys.argv[1], 'refcoco', 'train')) == 150_000")
+            size32 = 4 * sum(p.numel() for p in clip.parameters())
+            show_alone(f"load {size}", "weights.load_clip(sys.argv[1])", path, size32, f"x its {size32 / 1e9:.2f} GB")
 
 
 def bench_read(args):
@@ -151,14 +151,12 @@ def bench_read(args):
         (root / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(refs, 2))
         (root / "refcoco" / "instances.json").write_text(json.dumps({"images": images, "annotations": annotations}))
         del refs, outlines, annotations
-        command = [sys.executable, "-c", READ, folder]
-        runs = [subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True) for _ in range(3)]
-    times, memory = zip(*(map(float, run.stdout.split()) for run in runs))
-    show(f"150,000 samples of REFER, at most {max(memory) / 1e9:.2f} GB", np.quantile(times, [0.2, 0.5, 0.8]))
+        show_alone("150,000 samples of REFER", "assert len(read_samples(sys.argv[1], 'refcoco', 'train')) == 150_000",
+                   folder, 1e9, "GB")
 
 
 def bench_step(args):
-    """A training step of a preset at several batch sizes, with random weights and pictures; the largest text."""
+    """A training step of a preset at several batch sizes: random weights and pictures, expressions of 20 tokens."""
     device = choose_device(args.device)
     dtype = choose_dtype("auto", device)
     row = preset(args.preset)
@@ -191,11 +189,6 @@ def bench_step(args):
         times = measure(step, 3, device)
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
         show(f"{args.preset}, {name}, {n} together, {str(dtype)[6:]}, {peak / 2**30:.1f} GiB", times)
-
-
-def resident(name):
-    """A line of /proc/self/status in bytes: VmRSS what is resident, VmHWM the most that was."""
-    return 1024 * int(re.search(name + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def bench_fusion(args):

@@ -96,7 +96,8 @@ def bench_compile():
             continue
         kernel = getattr(kernels, f"{name}_kernel")
         constants = dict(K=12, NORM=norm, ACC=tl.float32, DOT=triton_type, PRECISION="ieee", BB=16)
-        options = {"BM": kernels.ROWS, "BD": 1024 if name == "states" else kernels.CHANNELS}  # 1024: a row of ViT-L's 768
+        channels = 1024 if name == "states" else kernels.CHANNELS  # a whole row of ViT-L's 768
+        options = {"BM": kernels.ROWS, "BD": channels}
         if name in ("forward", "proj"):
             options = kernels.tiles(torch.bfloat16 if kind == "bf16" else torch.float32)
         constants |= {k: options.pop(k) for k in ("BM", "BN", "BD") if k in options}

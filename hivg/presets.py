@@ -5,8 +5,8 @@
 
 Schedule of the released code: ViT-B 60 epochs at 2.5e-4, then 20 each at 1e-4, 5e-5 and 2.5e-5 with global batches of
 7 x 80, 60, 60, 40; ViT-L 10 epochs a stage, 7 x 32, the warm-up without the bridge. Here the same batches are added up
-on one GPU, or shared by several. Accumulation adds up gradients, not the contrast: that sees `batch_size` expressions at
-a time (139 negatives for base, 27 for large, less those of the same picture), whatever the number of processes, where
+on one GPU, or shared by several. Accumulation adds up gradients, not the contrast: that sees `batch_size` expressions
+at a time (139 negatives for base, 27 for large, less those of the same picture), whatever the number of processes, where
 the released program's sees one GPU's 80, 60, 40 or 32.
 
 Expect (Acc@0.5, paper, from a CLIP fine-tuned on COCO detection; from OpenAI's a few points less): RefCOCO

@@ -84,7 +84,7 @@ def read(path):
         raise WeightsError(f"{path}: not a whole .safetensors file ({error}); copy or download it again") from None
     except WeightsError:
         raise
-    except ValueError as error:
+    except (ValueError, IndexError, RuntimeError) as error:  # the latter: tensors of other shapes than anyone's
         raise WeightsError(f"{path}: cannot be read: {error}; copy or download it again") from None
 
 

@@ -473,6 +473,8 @@ NOT_WEIGHTS = {
     "a number": (lambda p: torch.save(3, p), "no weights at all"),
     "other weights": (lambda p: torch.save({"conv.weight": torch.zeros(3)}, p), "tensors called conv.weight"),
     "a ResNet CLIP": (resnet, "ResNet"),
+    "a number for a matrix": (lambda p: torch.save({"visual.conv1.weight": torch.zeros(64, 3, 8, 8),
+                              "visual.transformer.resblocks.0.attn.in_proj_weight": torch.tensor(3.0)}, p), "cannot be read"),
     "released without args": (lambda p: torch.save(to_released(released_model())["model"], p), "settings"),
     "another backbone": (wrong_args(model="RN50"), "model='RN50'"),
     "imsize of no grid": (wrong_args(imsize=65), "imsize=65"),

@@ -70,7 +70,6 @@ class Report:
     """What was left out of a file, and why: a count and the first case of each kind."""
 
     source: str = ""
-    kept: int = 0
     problems: Counter = field(default_factory=Counter)
     first: dict = field(default_factory=dict)
 
@@ -120,7 +119,6 @@ def read_samples(data_root, dataset, split, annotations=None, report=None):
             samples.append(sample_of(row, root, path, sizes, names))
         except Problem as problem:
             report.add(problem.kind, index, problem.detail)
-    report.kept += len(samples)
     if not quiet:
         for line in report.lines():
             print(line, file=sys.stderr)
@@ -253,7 +251,7 @@ def rows_of(path, dataset):
             if not isinstance(data, list) or not data:
                 raise ValueError("no list of rows in it")
             return refer_rows(path, data, dataset) if isinstance(data[0], dict) else list_rows(data, dataset)
-        if is_json(start) and "image" in json.loads(start):
+        if "image" in (object_of(start) or {}):
             return own_rows(path, dataset)
         data = json.loads(path.read_text("utf-8"))
         if isinstance(data, dict) and {"images", "annotations"} <= data.keys():
@@ -265,11 +263,13 @@ def rows_of(path, dataset):
         raise ValueError(f"{path}: cannot be read as annotations: {reason}") from None
 
 
-def is_json(line):
+def object_of(line):
+    """The JSON object that is this line, or None."""
     try:
-        return isinstance(json.loads(line), dict)
+        value = json.loads(line)
     except (ValueError, RecursionError):
-        return False
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def refer_rows(path, refs, dataset):
@@ -338,10 +338,10 @@ def own_rows(path, dataset):
     for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
         if not line.strip():
             continue
-        if not is_json(line):
+        row = object_of(line)
+        if row is None:
             rows.append(Row(None, None, None, missing=f"line {number} is not a JSON object: {line:.60}"))
             continue
-        row = json.loads(line)
         rows.append(Row(row.get("image"), row.get("expression"), row.get("bbox"), "xyxy",
                         published.images if published else None, row.get("segmentation"), row.get("split")))
     if not published and not any(row.split for row in rows):
