@@ -95,7 +95,8 @@ def bench_compile():
         if name == "statistics" and not norm:
             continue
         kernel = getattr(kernels, f"{name}_kernel")
-        constants = dict(K=12, NORM=norm, ACC=tl.float32, DOT=triton_type, PRECISION="ieee", BB=16)
+        constants = dict(K=12, NORM=norm, ACC=tl.float32, DOT=triton_type, PRECISION="ieee", BB=16, NEED_W=True,
+                         NEED_G=norm, NEED_C=norm)
         channels = 1024 if name == "states" else kernels.CHANNELS  # a whole row of ViT-L's 768
         options = {"BM": kernels.ROWS, "BD": channels}
         if name in ("forward", "proj"):

@@ -174,9 +174,10 @@ def proj_kernel(x, w, g, c, dy, mean, r, dP, M, T, D, DV, sxk, sxb, sxt, swk, sw
 
 @triton.jit
 def weights_kernel(x, w, g, c, da, mean, r, dw, dg, dc, B, T, D, KD, sxk, sxb, sxt, swk, swt,
-                   NORM: tl.constexpr, ACC: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr):
-    """d_w_i, and what each position adds to d_g_i and d_c_i: a program owns one position and BD channels of one layer
-    of dw, dg, dc (K, T, D) and walks the batch; da (B T, K D)."""
+                   NORM: tl.constexpr, NEED_W: tl.constexpr, NEED_G: tl.constexpr, NEED_C: tl.constexpr,
+                   ACC: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr):
+    """d_w_i, and what each position adds to d_g_i and d_c_i, of these what is needed: a program owns one position and
+    BD channels of one layer of dw, dg, dc (K, T, D) and walks the batch; da (B T, K D)."""
     t, i, d = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BD + tl.arange(0, BD)
     sum_w, sum_g, sum_c = tl.zeros((BD,), ACC), tl.zeros((BD,), ACC), tl.zeros((BD,), ACC)
     for start in range(0, B, BB):
@@ -189,15 +190,20 @@ def weights_kernel(x, w, g, c, da, mean, r, dw, dg, dc, B, T, D, KD, sxk, sxb, s
             s = tl.load(r + i * B * T + rows, mask=in_rows, other=0.0)
         h, n = normalised(x, b * sxb + t * sxt + i * sxk, in_rows, m, s, g, c, i, d, D, NORM, ACC)
         back = load_block(da, rows * KD + i * D, in_rows, d, D, ACC)  # (BB, BD), 0 outside
-        sum_w += tl.sum(back * n, 0)
-        if NORM:
+        if NEED_W:
+            sum_w += tl.sum(back * n, 0)
+        if NEED_G or NEED_C:
             back *= weights_of(w, i, tl.zeros((BB,), tl.int32) + t, in_rows, d, D, swk, swt, ACC)
+        if NEED_G:
             sum_g += tl.sum(back * h, 0)
+        if NEED_C:
             sum_c += tl.sum(back, 0)
     at = (i * T + t) * D + d
-    tl.store(dw + at, sum_w.to(dw.dtype.element_ty), mask=d < D)
-    if NORM:
+    if NEED_W:
+        tl.store(dw + at, sum_w.to(dw.dtype.element_ty), mask=d < D)
+    if NEED_G:
         tl.store(dg + at, sum_g, mask=d < D)
+    if NEED_C:
         tl.store(dc + at, sum_c, mask=d < D)
 
 
@@ -276,7 +282,7 @@ def backward(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, P: torch.Tensor
     need_x, need_w, need_P, need_p, need_g, need_c = needs
     exact = torch.float64 if types["ACC"] == tl.float64 else torch.float32
     mean, r = (torch.empty(K, M, dtype=exact, device=x.device) for _ in range(2)) if norm else (None, None)
-    dx, dw, dP, dp, dg, dc = (x.new_empty(0) for _ in needs)
+    dx = dw = dP = dp = dg = dc = None
     if norm and (need_x or need_w or need_P or need_g or need_c):
         statistics_kernel[triton.cdiv(M, ROWS), K](x, mean, r, M, T, D, *strides[:3], eps, **types, BM=ROWS,
                                                    BD=CHANNELS)
@@ -290,13 +296,12 @@ def backward(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, P: torch.Tensor
     if need_x or need_w or need_g or need_c:
         da = dy @ P  # (M, K D)
         if need_w or need_g or need_c:
-            dw = torch.empty(K, T, D, dtype=w.dtype, device=x.device)
-            dg, dc = (torch.empty(K, T, D, dtype=exact, device=x.device) for _ in range(2)) if norm else (dg, dc)
+            dw, dg, dc = (torch.empty(K, T, D, dtype=dtype, device=x.device) if need else None
+                          for dtype, need in ((w.dtype, need_w), (exact, need_g), (exact, need_c)))
             grid = T, K, triton.cdiv(D, CHANNELS)
-            weights_kernel[grid](x, w, g, c, da, mean, r, dw, dg, dc, B, T, D, K * D, *strides, NORM=norm, **types,
-                                 BB=16, BD=CHANNELS)
-            if norm:
-                dg, dc = dg.sum(1).to(g.dtype), dc.sum(1).to(c.dtype)
+            weights_kernel[grid](x, w, g, c, da, mean, r, dw, dg, dc, B, T, D, K * D, *strides, NORM=norm,
+                                 NEED_W=need_w, NEED_G=need_g, NEED_C=need_c, **types, BB=16, BD=CHANNELS)
+            dg, dc = (v if v is None else v.sum(1).to(g.dtype) for v in (dg, dc))
         if need_x:
             dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
             states_kernel[M, K](x, w, g, c, da, mean, r, dx, M, T, D, K * D, *strides, NORM=norm, **types,

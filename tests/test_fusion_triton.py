@@ -115,24 +115,30 @@ def test_only_what_is_asked_for_is_computed(needed, monkeypatch):
     tensors = make(2, 2, 3, 5, 4)
     for i, v in enumerate(tensors):
         v.requires_grad_(i == needed)
-    launched = []
+    launched, asked = [], {}
     for name in ("statistics_kernel", "proj_kernel", "weights_kernel", "states_kernel"):
         kernel = getattr(fusion_triton, name)
-        monkeypatch.setattr(fusion_triton, name, Spy(kernel, name, launched))
+        monkeypatch.setattr(fusion_triton, name, Spy(kernel, name, launched, asked))
     dy = torch.randn(2, 3, 4, dtype=torch.float64, device=DEVICE)
     ours, exact = run(adaptive_fusion, tensors, dy, backend="triton"), run(adaptive_fusion_reference, tensors, dy)
     assert_close(NAMES[needed], ours[NAMES[needed]], exact[NAMES[needed]], 1e-12)
     assert launched == {0: ["statistics_kernel", "states_kernel"], 2: ["statistics_kernel", "proj_kernel"], 3: []}.get(
         needed, ["statistics_kernel", "weights_kernel"])
+    sums = {"w": needed == 1, "g": needed == 4, "c": needed == 5}
+    assert asked == {f"NEED_{name.upper()}": need for name, need in sums.items()} if any(sums.values()) else not asked
 
 
 class Spy:
-    def __init__(self, kernel, name, launched):
-        self.kernel, self.name, self.launched = kernel, name, launched
+    def __init__(self, kernel, name, launched, asked):
+        self.kernel, self.name, self.launched, self.asked = kernel, name, launched, asked
 
     def __getitem__(self, grid):
-        self.launched.append(self.name)
-        return self.kernel[grid]
+        def launch(*args, **options):
+            self.launched.append(self.name)
+            self.asked.update({k: v for k, v in options.items() if k.startswith("NEED")})
+            self.kernel[grid](*args, **options)
+
+        return launch
 
 
 def test_the_same_bits_twice():
@@ -178,7 +184,21 @@ def test_chosen_once_in_one_place():
 
 
 def test_training_with_the_kernel_gives_the_same_losses(tmp_path, clip_file, monkeypatch):
-    s = train.Settings(clip=str(clip_file), epoch_samples=80, batch_size=8, epochs=(1, 1), warmup_steps=2, workers=0,
+    """In float64: in float32 a ReLU now and then stands so near to its kink that rounding decides, and 20 steps blow
+    that up to 1e-3 between any two ways to compute the same."""
+    begin_stage, to_device = train.begin_stage, train.to_device
+
+    def begin_in_float64(*args):
+        model, best = begin_stage(*args)
+        return model.double(), best
+
+    def in_float64(*args):
+        batch = to_device(*args)
+        return batch | {"images": batch["images"].double()}
+
+    monkeypatch.setattr(train, "begin_stage", begin_in_float64)
+    monkeypatch.setattr(train, "to_device", in_float64)
+    s = train.Settings(clip=str(clip_file), epoch_samples=40, batch_size=4, epochs=(1, 1), warmup_steps=2, workers=0,
                        lora="vanilla", lr=(1e-3, 1e-3), device="cpu", dtype="float32", save_minutes=1000)
     monkeypatch.setattr(train, "validate", lambda *_: {"accuracy": 0.5, "mean_iou": 0.5})
     monkeypatch.chdir(tmp_path)
@@ -189,14 +209,14 @@ def test_training_with_the_kernel_gives_the_same_losses(tmp_path, clip_file, mon
     for backend in ("reference", "triton"):
         monkeypatch.setattr(fusion, "choose", lambda _, backend=backend: backend)
         monkeypatch.setattr(train.Log, "step", lambda self, stage, step, steps, lr, values, backend=backend: (
-            losses.setdefault(backend, []).append({k: float(v) for k, v in values.items()}),
+            losses.setdefault(backend, []).append({k: v.item() for k, v in values.items()}),
             log_step(self, stage, step, steps, lr, values)))
         train.train(replace(s, name=backend))
     assert len(calls) == 20 * 3  # steps, bridges
     assert len(losses["triton"]) == len(losses["reference"]) == 20
     for ours, plain in zip(losses["triton"], losses["reference"]):
         for name in plain:
-            assert ours[name] == pytest.approx(plain[name], rel=1e-5, abs=1e-5), name
+            assert ours[name] == pytest.approx(plain[name], rel=1e-6, abs=1e-6), name
 
 
 def test_counted_bytes_and_operations():
