@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, astuple, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,16 +22,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hivg import distributed, weights
 from hivg.cli import Parser, choose_device, choose_dtype, fail
-from hivg.clip import CLIP, CLIP_SIZES, bounded, similarity
+from hivg.clip import CLIP, CLIP_SIZES
 from hivg.data.annotations import canonical
-from hivg.data.batches import ShapesTensors, evaluation_batches, open_dataset, phrase_truth, training_batches
+from hivg.data.batches import ShapesTensors, evaluation_batches, open_dataset, training_batches
 from hivg.data.shapes import Shapes
 from hivg.evaluate import predict
 from hivg.fusion import choose
 from hivg.log import Log
-from hivg.losses import LossWeights, contrastive_loss, grounding_losses, patch_similarity, phrase_loss
+from hivg.lora import LoRALinear
+from hivg.losses import LossWeights
 from hivg.metrics import accuracy, mean
 from hivg.model import HiVG, HiVGConfig
+from hivg.objective import Objective
 from hivg.presets import preset
 from hivg.tokenizer import Tokenizer, learn_merges
 
@@ -43,7 +46,9 @@ class Settings:
     dataset: str = "shapes"  # or refcoco, refcoco+, refcocog, refcocog_google, referit, flickr, mixup, a .jsonl file
     data_root: str = "data"  # where the data sets are, laid out as published
     annotations: str = ""  # a file or folder of annotations that is not at a published place
+    harder: bool = False  # train on more of what is learned last: ordinals and relations (shapes)
     clip: str = "weights/clip-tiny.safetensors"  # the CLIP to start from
+    hivg: str = ""  # or the HiVG to go on from, with its own settings of the model, in one stage, `tune`
     pretrain: bool = False  # make the tiny CLIP first, by contrastive learning on captions
     resume: bool = False
     seed: int = 0
@@ -52,8 +57,9 @@ class Settings:
     pretrain_epochs: int = 12
     epochs: tuple[int, ...] = (1, 1, 1, 18)
     pretrain_lr: float = 1e-3
-    lr: tuple[float, ...] = (1e-3, 1e-3, 1e-3, 7e-4)
+    lr: tuple[float, ...] = (3e-3, 3e-3, 3e-3, 2e-3)
     # optimisation
+    optimizer: str = "muon"  # for the matrices, with AdamW for the rest; or adamw for all, as in the paper
     batch_size: int = 32  # expressions that are in memory at once
     pretrain_batch_size: int = 32  # pictures with their captions
     accumulate: tuple[int, ...] = (1,)  # batches to a step: one number, or one for each stage
@@ -88,8 +94,12 @@ class Settings:
                 raise ValueError(f"--{name} must be {low:d} or more, not {getattr(self, name)}")
         if not self.accumulate or min(self.accumulate) < 1:
             raise ValueError(f"--accumulate must be 1 or more, not {' '.join(map(str, self.accumulate))}")
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"--optimizer must be adamw or muon, not {self.optimizer!r}")
         if self.box_loss not in ("l1", "smooth_l1"):
             raise ValueError(f"--box_loss must be l1 or smooth_l1, not {self.box_loss!r}")
+        if self.harder and self.dataset != "shapes":
+            raise ValueError("--harder is of the data set shapes alone; leave it out")
         if self.dataset != "shapes" and not self.dataset.endswith(".jsonl"):
             canonical(self.dataset)
         if len(self.loss_weights) != len(fields(LossWeights)):
@@ -114,6 +124,7 @@ def stages(s: Settings):
     pretrain = Stage("pretrain", None, s.pretrain_epochs, s.pretrain_lr, s.pretrain_batch_size, 1)
     names = ["warmup", "lora1", "lora2", "lora3"] if s.lora in ("hierarchical", "shared") else ["warmup", "lora1"]
     names = names[:1] if s.lora == "none" else names
+    names = ["tune"] if s.hivg else names
     accumulate = s.accumulate * len(names) if len(s.accumulate) == 1 else s.accumulate
     if min(len(s.epochs), len(s.lr), len(accumulate)) < len(names) or s.epochs[0] < 1:
         raise ValueError(f"--epochs and --lr need a number for each of {', '.join(names)}, --epochs 1 or more for the "
@@ -140,11 +151,15 @@ def new_clip(s: Settings):
 
 
 def begin_stage(s: Settings, stage, before, run):
-    """-> the model at the start of a stage, and the accuracy it comes with (-1 if there is none yet). `before` is the
-    stage before it, None for the first."""
+    """-> the model at the start of a stage, and the accuracy it comes with: -1 if it can do nothing yet, None if that
+    is to be measured. `before` is the stage before it, None for the first."""
     torch.manual_seed(s.seed + 1000 * (0 if stage.lora_stage is None else stage.lora_stage + 1))
     if stage.lora_stage is None:
         return new_clip(s), -1.0
+    if s.hivg:  # all that its last stage trained goes on being trained
+        model = weights.load_hivg(s.hivg)
+        weights.need_tokenizer(model, s.hivg)
+        return model, None
     if stage.lora_stage == 0:
         path = run / "pretrain.safetensors" if before else s.clip
         clip = weights.load_clip(path)
@@ -164,46 +179,17 @@ def begin_stage(s: Settings, stage, before, run):
     return model, model.info["accuracy"]
 
 
-class Objective(torch.nn.Module):
-    """A model and its losses in one module, so that data parallelism wraps both and the contrast sees every rank."""
-
-    def __init__(self, model, s: Settings):
-        super().__init__()
-        self.model, self.box_loss, self.weights = model, s.box_loss, LossWeights(*s.loss_weights)
-        if s.checkpoint:
-            (model if isinstance(model, CLIP) else model.clip).visual.checkpoint = True
-        if s.compile:
-            for part in (model.visual, model.text) if isinstance(model, CLIP) else (model,):
-                part.compile()
-
-    def forward(self, batch):
-        """-> {name: weighted scalar}, whose sum is the loss."""
-        if isinstance(self.model, CLIP):
-            return self.pretraining_losses(batch)
-        output = self.model(batch["images"], batch["padding_mask"], batch["token_ids"])
-        logits = self.logits(output.text_features, output.image_features, self.model.clip.logit_scale)
-        image_ids = distributed.gather(batch["image_ids"])
-        return grounding_losses(output, batch, logits, image_ids, self.weights, self.box_loss)
-
-    def logits(self, text, image, scale):
-        return similarity(distributed.gather(text), distributed.gather(image), scale)
-
-    def pretraining_losses(self, batch):
-        """CLIP's contrast of pictures ([CLS]) with captions, by half; and, as [CLS] alone would need many more pictures
-        to tell shapes apart, that of patches with phrases, of which the last word and the end token are compared."""
-        clip, ids = self.model, batch["phrase_ids"]
-        visual = clip.visual.project(clip.visual(batch["images"])[-1])  # (B, N, E)
-        logits = self.logits(clip.encode_text(batch["token_ids"]), visual[:, 0], clip.logit_scale)
-        phrases = clip.text.project(clip.text(ids)[-1])  # (8 B, T, E)
-        end, row = ids.argmax(-1), torch.arange(len(ids), device=ids.device)
-        words = distributed.gather(torch.stack([phrases[row, end - 1], phrases[row, end]], dim=1))  # (M, 2, E)
-        patches, attributes = distributed.gather(visual[:, 1:]), distributed.gather(batch["attributes"])
-        named = distributed.gather(batch["named"])  # (B, 8, 4)
-        is_phrase = named[..., 0] > -2  # (B, 8): pictures of fewer objects have fewer phrases
-        fit = bounded(clip.logit_scale) * patch_similarity(words[is_phrase.flatten()], patches)
-        own = is_phrase.nonzero()[:, 0]  # the picture of each phrase
-        return {"clc": 0.5 * contrastive_loss(logits),
-                "phrases": phrase_loss(fit, phrase_truth(named[is_phrase], attributes), own)}
+def optimizers(s: Settings, model):
+    """AdamW; or Muon (Jordan et al. 2024), which makes the step of a matrix orthogonal, for the linear layers and their
+    adapters, and AdamW for the rest. Muon's steps are scaled to AdamW's size, so both take the same learning rate."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if s.optimizer == "adamw":
+        return [torch.optim.AdamW(trained, weight_decay=s.weight_decay, fused=True)]
+    linear = {p for m in model.modules() if isinstance(m, (torch.nn.Linear, LoRALinear)) for p in m.parameters()}
+    matrices = [p for p in trained if p in linear and p.ndim == 2]
+    rest = [p for p in trained if p not in {*matrices}]
+    return [torch.optim.Muon(matrices, weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, weight_decay=s.weight_decay, fused=True)]
 
 
 def data_of(s, model, split):
@@ -211,7 +197,7 @@ def data_of(s, model, split):
     if isinstance(model, CLIP):
         return ShapesTensors("pretrain", model.config.image_size, seed=s.seed, captions=True)
     return open_dataset(s.dataset, split, model.config.clip.image_size, model.config.normalization, s.seed,
-                        s.data_root, s.annotations or None, train=split == "train")
+                        s.data_root, s.annotations or None, train=split == "train", harder=s.harder and split == "train")
 
 
 @torch.no_grad()
@@ -266,6 +252,7 @@ def train(s: Settings):
     run = Path("runs") / s.name
     device = distributed.start(choose_device(s.device))
     dtype = choose_dtype(s.dtype, device)
+    products = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     rank, world = distributed.rank(), distributed.world()
     if (run / "state.pt").exists() and not s.resume:
         raise ValueError(f"{run} holds a run; go on with --resume, take another --name, or remove the folder")
@@ -279,15 +266,18 @@ def train(s: Settings):
         model, best = begin_stage(s, stage, table[number - 1] if number else None, run)
         model = model.to(device).train()
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=stage.lr, weight_decay=s.weight_decay)
+        steppers = optimizers(s, model)
         dataset, together = data_of(s, model, "train"), stage.batch_size * stage.accumulate
         per_epoch = max(1, (s.epoch_samples or len(dataset) * dataset.rows) // together)
         steps, first = stage.epochs * per_epoch, 0
         if saved and number == saved["stage"]:
             model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
+            for optimizer, state in zip(steppers, saved["optimizers"]):
+                optimizer.load_state_dict(state)
             first, best = saved["step"], saved["best"]
             set_random_state(saved["random"][rank])
+        if best is None:
+            best = validate(model, s, device)["accuracy"]
         if rank == 0:
             describe_trained(model, stage, world, f"on {device}, products in {str(dtype)[6:]}, fusion by "
                                                   f"{choose(device.type)}")
@@ -298,18 +288,23 @@ def train(s: Settings):
 
         batches = iter(training_batches(dataset, number * 2**32, stage.batch_size, steps * stage.accumulate,
                                         first * stage.accumulate, s.workers, rank, world))
-        objective = Objective(model, s)
+        objective = Objective(model, LossWeights(*s.loss_weights), s.box_loss)
+        if s.checkpoint:
+            (model if isinstance(model, CLIP) else model.clip).visual.checkpoint = True
+        if s.compile:
+            for part in (model.visual, model.text) if isinstance(model, CLIP) else (model,):
+                part.compile()
         if world > 1:
             # a loss of weight 0 leaves its head without gradients
             objective = DistributedDataParallel(objective, find_unused_parameters=0 in s.loss_weights)
         since_save = time.monotonic()
         for step in range(first, steps):
             lr = learning_rate(step, steps, stage.lr, s.warmup_steps)
-            for group in optimizer.param_groups:
+            for group in (group for optimizer in steppers for group in optimizer.param_groups):
                 group["lr"] = lr
             for _ in range(stage.accumulate):
                 batch = to_device(next(batches), model, device)
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                with products():
                     terms = objective(batch)
                 loss = sum(terms.values())
                 (loss / stage.accumulate).backward()
@@ -320,14 +315,16 @@ def train(s: Settings):
                                  + ", ".join(f"{name} {v.item():g}" for name, v in terms.items())
                                  + f"), the norm of its gradient {norm.item():g}; the last state, from before that, is "
                                  "kept; try a lower --lr")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in steppers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             if rank == 0:
                 log.step(stage.name, step + 1, steps, lr, values | {"gradient_norm": norm})
 
             end_of_epoch = (step + 1) % per_epoch == 0
             if end_of_epoch:
-                scores = validate(model, s, device)
+                with products():
+                    scores = validate(model, s, device)
                 better, best = scores["accuracy"] > best, max(best, scores["accuracy"])
                 if rank == 0:
                     if better:
@@ -335,7 +332,7 @@ def train(s: Settings):
                     log.epoch(stage.name, step + 1, (step + 1) // per_epoch, scores, best)
             if distributed.any_rank(end_of_epoch or time.monotonic() - since_save > 60 * s.save_minutes, device):
                 state = {"stage": number, "step": step + 1, "best": best, "settings": asdict(s),
-                         "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                         "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in steppers],
                          "random": distributed.gather_rows([random_state()])}
                 if rank == 0:
                     save_whole(run / "state.pt", lambda side: torch.save(state | {"log": log.state()}, side))
@@ -369,6 +366,8 @@ def set_random_state(state):
         torch.cuda.set_rng_state(state["cuda"])
 
 
+NEW = {"clip", "pretrain", "bridge", "warmup_bridge", "text_layers", "text_norm", "level_norm", "lora", "lora_rank",
+       "lora_alpha"}  # settings of a new HiVG, which one that is gone on from brings with it
 FREE = {"resume", "device", "workers", "save_minutes", "checkpoint"}  # settings that a resumed run may change
 
 
@@ -384,6 +383,8 @@ def settings_from_flags():
             options = {"type": f.type}
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f"default: {f.default}", **options)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args()).items()}
+    if given.get("hivg") and (new := sorted(given.keys() & NEW)):
+        parser.error(f"--hivg goes on with the model as it is in the file; leave out --{', --'.join(new)}")
     if not given.get("resume"):
         return Settings(**(preset(given.get("preset", "")) | given))
     saved = load_state(Path("runs") / given.get("name", Settings.name))["settings"]

@@ -218,8 +218,10 @@ class HiVG(nn.Module):
 
         end = F.normalize(at_end_token(words, token_ids), dim=-1)  # (B, D)
         text_features, image_features = at_end_token(text, token_ids), self.clip.visual.pool(visual_states[-1])
+        with torch.autocast(reg.device.type, enabled=False):  # in bfloat16 a coordinate would be a multiple of 1/256
+            boxes = self.box_head(reg.to(self.position.dtype)).sigmoid()
         return HiVGOutput(
-            boxes=self.box_head(reg).sigmoid(),
+            boxes=boxes,
             token_similarity=self.token_map(patches, end) if token_map else None,
             mask_logits=self.mask(patches, end, grid) if mask else None,
             logits_per_text=similarity(text_features, image_features, self.clip.logit_scale),

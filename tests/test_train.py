@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_close, make_clip
+from conftest import assert_close, make_clip, make_hivg
 from PIL import Image
 from safetensors import safe_open
 
 import train
-from hivg import weights
+from hivg import objective, weights
 from hivg.clip import CLIP, CLIPConfig
 from hivg.data.shapes import SPLITS, Shapes
 from hivg.lora import MODES
@@ -88,7 +88,7 @@ def assert_same_run(run, other):
         for name, tensor in ours.items():
             assert torch.equal(tensor, theirs[name]), f"{path.name}: {name}"
     ours, theirs = (torch.load(r / "state.pt", weights_only=True) for r in (run, other))
-    for part in ("model", "optimizer", "random", "log", "stage", "step", "best"):
+    for part in ("model", "optimizers", "random", "log", "stage", "step", "best"):
         assert_same_tree(part, ours[part], theirs[part])
 
 
@@ -274,6 +274,51 @@ def test_same_seed_same_run(whole, world, tiny):
     assert len(list(Path("runs/seed1").glob("*.safetensors"))) == 4  # a stage of no epochs keeps what it started from
 
 
+def test_muon_steps_the_matrices_of_linear_layers():
+    model = make_hivg(dtype=torch.float32, stage=2)
+    muon, adamw = train.optimizers(Settings(optimizer="muon"), model)
+    names = {p: name for name, p in model.named_parameters()}
+    by_muon, by_adamw = ([names[p] for group in o.param_groups for p in group["params"]] for o in (muon, adamw))
+    assert sorted(by_muon + by_adamw) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
+    assert {"visual_proj.weight", "bridges.0.proj.weight", "encoder.1.attn.q_proj.weight"} <= {*by_muon}
+    assert any(".A.1" in name for name in by_muon)
+    assert {"position", "reg_token", "visual_proj.bias", "bridges.0.adaptive_weights", "bridges.0.norm_weight",
+            "mask_convs.0.weight"} <= {*by_adamw}
+    alone, = train.optimizers(Settings(optimizer="adamw"), model)
+    assert type(alone) is torch.optim.AdamW and len(alone.param_groups[0]["params"]) == len(by_muon + by_adamw)
+
+
+# --- going on from a HiVG ---
+
+
+def test_going_on_from_a_hivg(whole, world, tiny, monkeypatch):
+    """One stage; what the last one trained is trained, the rest stays; and it can be resumed."""
+    s = replace(tiny, name="more", hivg=str(whole / "lora3.safetensors"), epochs=(2,), lr=(1e-3,))
+    path = train.train(s)
+    assert path == Path("runs/more/tune.safetensors")
+    before, state = weights.load_hivg(s.hivg), torch.load("runs/more/state.pt", weights_only=True)
+    changed = {name for name, p in before.state_dict().items() if not torch.equal(p, state["model"][name])}
+    trained = {name for name, p in before.named_parameters() if p.requires_grad}
+    assert changed <= trained and len(changed) > 0.9 * len(trained)
+    assert any(".A.2" in name for name in changed)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill(patch, "to_device", 4)
+        train.train(replace(s, name="again"))
+    train.train(replace(s, name="again", resume=True))
+    assert_same_run(world / "runs/again", world / "runs/more")
+
+
+def test_going_on_keeps_what_it_cannot_better(whole, world, tiny, monkeypatch):
+    """Measured before the first step, for the accuracy in the file may be of another data set."""
+    scores = iter([0.5, 0.4, 0.5])
+    monkeypatch.setattr(train, "validate", lambda *args: {"accuracy": next(scores)})
+    path = train.train(replace(tiny, hivg=str(whole / "lora3.safetensors"), epochs=(2,)))
+    kept, before = weights.load_hivg(path), weights.load_hivg(whole / "lora3.safetensors")
+    assert kept.info["accuracy"] == 0.5
+    assert all(torch.equal(p, before.state_dict()[name]) for name, p in kept.state_dict().items())
+
+
 # --- interruptions ---
 
 
@@ -391,7 +436,7 @@ def test_killed_by_the_system(tmp_path, monkeypatch, tiny):
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
 def test_stops_when_not_finite(world, tiny, monkeypatch, bad):
     """In the fifth step: the state after the third is there, finite, and can be resumed."""
-    grounding_losses, calls = train.grounding_losses, []
+    grounding_losses, calls = objective.grounding_losses, []
 
     def spoiled(*args):
         calls.append(1)
@@ -402,7 +447,7 @@ def test_stops_when_not_finite(world, tiny, monkeypatch, bad):
             terms["box"].register_hook(lambda gradient: gradient * math.nan)
         return terms
 
-    monkeypatch.setattr(train, "grounding_losses", spoiled)
+    monkeypatch.setattr(objective, "grounding_losses", spoiled)
     with pytest.raises(ValueError) as caught:
         train.train(tiny)
     message = str(caught.value)
@@ -526,6 +571,7 @@ def test_every_setting_is_a_flag(monkeypatch):
     (["--device", "cuda:99"], "cuda:99"),
     (["--clip", "no/such.safetensors"], "no/such.safetensors"),
     (["--resume"], "state.pt"),
+    (["--optimizer", "sgd"], "adamw or muon"), (["--hivg", "none.safetensors"], "leave out --clip"),
     (["--resume", "--name", "unheard"], "unheard")], ids=ids)
 def test_bad_flags_get_one_line(world, clip_file, monkeypatch, capfd, args, word):
     args = args if {"--clip", "--resume"} & {*args} else ["--clip", clip_file, *args]

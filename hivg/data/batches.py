@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from hivg.data.annotations import read_samples
 from hivg.data.augment import Augment
 from hivg.data.masks import mask_of
-from hivg.data.shapes import EXPRESSIONS_PER_SCENE, MAX_OBJECTS, Shapes
+from hivg.data.shapes import EXPRESSIONS_PER_SCENE, HARDER, MAX_OBJECTS, Shapes
 from hivg.data.transforms import Letterbox
 
 
@@ -19,8 +19,9 @@ class ShapesTensors(Dataset):
     contrastive pre-training), one row whose expression is the caption of the whole picture, with a phrase for each of
     its objects."""
 
-    def __init__(self, split, size, normalization="clip", seed=0, captions=False):
-        self.shapes, self.size, self.normalization, self.captions = Shapes(split, seed), size, normalization, captions
+    def __init__(self, split, size, normalization="clip", seed=0, captions=False, weights=None):
+        self.shapes = Shapes(split, seed, weights)
+        self.size, self.normalization, self.captions = size, normalization, captions
         self.rows = 1 if captions else EXPRESSIONS_PER_SCENE
 
     def __len__(self):
@@ -119,10 +120,12 @@ def box_mask(box, size):
 _samples = cache(read_samples)  # every stage and validation reads the same
 
 
-def open_dataset(dataset, split, size, normalization="clip", seed=0, data_root="data", annotations=None, train=False):
-    """A split of `shapes`, of a data set of annotations.py or of a .jsonl file. Raises ValueError."""
+def open_dataset(dataset, split, size, normalization="clip", seed=0, data_root="data", annotations=None, train=False,
+                 harder=False):
+    """A split of `shapes`, of a data set of annotations.py or of a .jsonl file. Raises ValueError. harder: `shapes` with
+    more of what is learned last."""
     if dataset == "shapes":
-        return ShapesTensors(split, size, normalization, seed)
+        return ShapesTensors(split, size, normalization, seed, weights=HARDER if harder else None)
     samples = _samples(data_root, dataset, split, annotations)
     if not samples:
         raise ValueError(f"{dataset} {split}: no sample is left; `python -m hivg.data check {dataset}` says why")

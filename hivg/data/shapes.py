@@ -35,6 +35,8 @@ NAMED = {SHAPE: 1, COLOUR: 1, FILL: 0.3, SIZE: 0.15}  # how often a phrase names
 # How often each kind of expression is asked for. A scene that cannot serve a wish is drawn anew, so ordinals, which
 # need three of a class, end up a little rarer.
 MIXED = {"attribute": 0.35, "superlative": 0.17, "ordinal": 0.10, "relation": 0.25, "conjunction": 0.13}
+# For a training that goes on: more of what is learned last.
+HARDER = {"attribute": 0.15, "superlative": 0.15, "ordinal": 0.25, "relation": 0.32, "conjunction": 0.13}
 SPLITS = {  # number of scenes, kinds of expressions. The order gives each split its seed: append only.
     "train": (2**40, MIXED),  # endless in practice
     "val": (250, MIXED),
@@ -291,12 +293,13 @@ class Shapes:
                    next to each other in a batch they make a contrastive loss look at just that
     """
 
-    def __init__(self, split, seed=0):
+    def __init__(self, split, seed=0, weights=None):
+        """weights: how often each kind of expression is asked for, instead of the split's own."""
         if split not in SPLITS:
             raise ValueError(f"no split {split!r} of shapes; there are {', '.join(SPLITS)}")
         self.split, self.seed = split, seed
         self.number = list(SPLITS).index(split)
-        self.size, self.weights = SPLITS[split]
+        self.size, self.weights = SPLITS[split][0], weights or SPLITS[split][1]
 
     def __len__(self):
         """Number of scenes."""
