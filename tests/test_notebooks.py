@@ -1,0 +1,90 @@
+"""The notebooks run as they stand, and what is kept in them is what they print."""
+
+import ast
+import base64
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NUMBER = re.compile(r"[-+]?\d[\d,.]*(e[-+]?\d+)?%?")
+MACHINE_PATH = re.compile(r"(?<![\w.:])(/(home|root|Users|tmp|usr|opt|var|mnt|work|content)\b|[A-Za-z]:\\)")
+AGAIN = "open it in Jupyter, restart the kernel and run all cells"
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def code_cells(path):
+    return [cell for cell in read(path)["cells"] if cell["cell_type"] == "code"]
+
+
+def without_numbers(text):
+    """What is left of a text when another machine may round otherwise: its words."""
+    return " ".join(NUMBER.sub("#", text).split())
+
+
+def run(source, namespace, where):
+    """Run a cell -> the value of its last line, which Jupyter would show, or None."""
+    tree = ast.parse(source, where)
+    last = ast.Expression(tree.body.pop().value) if isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, where, "exec"), namespace)
+    return eval(compile(last, where, "eval"), namespace) if last else None
+
+
+def test_there_are_notebooks():
+    assert len(NOTEBOOKS) == 4
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs_and_its_outputs_are_kept(path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    namespace = {"__name__": "__main__"}
+    with torch.random.fork_rng(devices=[]):
+        for number, cell in enumerate(code_cells(path), start=1):
+            where = f"{path.name}, code cell {number}"
+            shown = run("".join(cell["source"]), namespace, where)
+            printed = capsys.readouterr().out
+            kept = "".join("".join(output["text"]) for output in cell["outputs"] if output["output_type"] == "stream")
+            results = [output for output in cell["outputs"] if output["output_type"] == "execute_result"]
+            assert without_numbers(kept) == without_numbers(printed), f"{where} prints something else now; {AGAIN}"
+            assert len(results) == (shown is not None), f"{where} shows something else now; {AGAIN}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_of_one_clean_run(path):
+    cells = code_cells(path)
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1)), f"{path.name}: {AGAIN}"
+    for cell in cells:
+        for output in cell["outputs"]:
+            assert output["output_type"] in ("stream", "execute_result") and output.get("name") != "stderr"
+
+
+def strings(value):
+    """All strings in what JSON can hold."""
+    if isinstance(value, str):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for part in parts for text in strings(part)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_small_and_of_no_machine(path):
+    assert path.stat().st_size < 300 * 1024
+    notebook = read(path)
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    pictures = [output["data"].pop("image/png") for cell in notebook["cells"] for output in cell.get("outputs", ())
+                if "image/png" in output.get("data", ())]
+    for picture in pictures:
+        assert Image.open(io.BytesIO(base64.b64decode("".join(picture)))).width <= 300
+    for text in strings(notebook):
+        assert not MACHINE_PATH.search(text), f"{path.name} holds a path of one machine: {text}"
