@@ -3,6 +3,7 @@
     python train.py                        all stages on the bundled data set, from the bundled tiny CLIP
     python train.py --pretrain             the same, making the tiny CLIP first
     python train.py --name NAME --resume   go on after an interruption, bit for bit
+    python train.py --hivg FILE            go on with a trained HiVG, in one stage of its own
 
 Writes runs/NAME/: the best weights of each stage, state.pt (to resume), log.jsonl, curves.png. Read `train` from top to
 bottom: the stages are the rows of a table, and there is one loop for all of them.
@@ -187,7 +188,7 @@ def optimizers(s: Settings, model):
         return [torch.optim.AdamW(trained, weight_decay=s.weight_decay, fused=True)]
     linear = {p for m in model.modules() if isinstance(m, (torch.nn.Linear, LoRALinear)) for p in m.parameters()}
     matrices = [p for p in trained if p in linear and p.ndim == 2]
-    rest = [p for p in trained if p not in {*matrices}]
+    rest = [p for p in trained if p not in linear or p.ndim != 2]
     return [torch.optim.Muon(matrices, weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, weight_decay=s.weight_decay, fused=True)]
 
@@ -277,7 +278,8 @@ def train(s: Settings):
             first, best = saved["step"], saved["best"]
             set_random_state(saved["random"][rank])
         if best is None:
-            best = validate(model, s, device)["accuracy"]
+            with products():
+                best = validate(model, s, device)["accuracy"]
         if rank == 0:
             describe_trained(model, stage, world, f"on {device}, products in {str(dtype)[6:]}, fusion by "
                                                   f"{choose(device.type)}")

@@ -143,8 +143,8 @@ def test_two_processes_train_as_one_on_data_from_disk(tmp_path, clip_file):
         folder.mkdir()
         done = subprocess.run(
             [sys.executable, *start, ROOT / "train.py", "--name", "run", "--device", "cpu", "--dtype", "float32",
-             "--workers", "0", "--clip", clip_file, "--dataset", path, "--epoch_samples", "0", "--batch_size", "8",
-             "--lora", "none", "--epochs", "1", "--loss_weights", *"2 2 1 20 2 20 2".split()],
+             "--optimizer", "adamw", "--workers", "0", "--clip", clip_file, "--dataset", path, "--epoch_samples", "0",
+             "--batch_size", "8", "--lora", "none", "--epochs", "1", "--loss_weights", *"2 2 1 20 2 20 2".split()],
             cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         logs.append([json.loads(line) for line in (folder / "runs/run/log.jsonl").read_text().splitlines()])

@@ -562,7 +562,7 @@ def drawn(name):
     return image, torch.from_numpy(boxes_of(labels, range(len(SCENES[name].objects))))
 
 
-missed = pytest.mark.xfail(strict=True, reason="the bundled weights get 0.59 of the ordinals, see weights/README.md")
+missed = pytest.mark.xfail(strict=True, reason="ordinals among four like hearts: weights/README.md")
 
 
 @needs_final_weights
