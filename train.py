@@ -198,7 +198,8 @@ def data_of(s, model, split):
     if isinstance(model, CLIP):
         return ShapesTensors("pretrain", model.config.image_size, seed=s.seed, captions=True)
     return open_dataset(s.dataset, split, model.config.clip.image_size, model.config.normalization, s.seed,
-                        s.data_root, s.annotations or None, train=split == "train", harder=s.harder and split == "train")
+                        s.data_root, s.annotations or None, train=split == "train",
+                        harder=s.harder and split == "train")
 
 
 @torch.no_grad()
@@ -302,8 +303,9 @@ def train(s: Settings):
         since_save = time.monotonic()
         for step in range(first, steps):
             lr = learning_rate(step, steps, stage.lr, s.warmup_steps)
-            for group in (group for optimizer in steppers for group in optimizer.param_groups):
-                group["lr"] = lr
+            for optimizer in steppers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
             for _ in range(stage.accumulate):
                 batch = to_device(next(batches), model, device)
                 with products():

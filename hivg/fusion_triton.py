@@ -20,8 +20,9 @@ tile of y and makes its operand a on the way in, a block of channels at a time:
 Bytes and operations, ViT-B/16 with K = 12, B = 64, T = 77, D = 512, D_v = 768, bfloat16 (`count` computes them): the
 product is 2 B T K D D_v = 46.5 GFLOP in either way. x is 60.6 MB, P 9.4 MB, w 0.9 MB, y 7.6 MB. Plain PyTorch reads x
 and writes and reads again its layer norm, two steps of the affine map, product with w, sum and copy: 14 times 60.6 MB
-in all; fused, x is read once from memory and, for each of the D_v / BN column tiles and both passes, again from the cache. Nothing but y is
-written. What one program reads it uses BN = 128 times, so the kernel should be bound by the products.
+in all; fused, x is read once from memory and, for each of the D_v / BN column tiles and both passes, again from the
+cache. Nothing but y is written. What one program reads it uses BN = 128 times, so the kernel should be bound by the
+products.
 
 The gradients, d_ for the derivative of the loss by what follows, sums over the rows unless they say otherwise:
 

@@ -14,8 +14,8 @@ Expect (Acc@0.5, paper, from a CLIP fine-tuned on COCO detection; from OpenAI's 
 been run here.
 """
 
-PAPER = dict(epoch_samples=0, optimizer="adamw", lr=(2.5e-4, 1e-4, 5e-5, 2.5e-5), lora_rank=32, lora_alpha=16.0, box_loss="smooth_l1",
-             loss_weights=(2.0, 2.0, 1.0, 20.0, 2.0, 20.0, 2.0), workers=8)
+PAPER = dict(epoch_samples=0, optimizer="adamw", lr=(2.5e-4, 1e-4, 5e-5, 2.5e-5), lora_rank=32, lora_alpha=16.0,
+             box_loss="smooth_l1", loss_weights=(2.0, 2.0, 1.0, 20.0, 2.0, 20.0, 2.0), workers=8)
 BASE = PAPER | dict(clip="weights/ViT-B-16.pt", epochs=(60, 20, 20, 20), batch_size=140, accumulate=(4, 3, 3, 2))
 LARGE = PAPER | dict(clip="weights/ViT-L-14.pt", epochs=(10, 10, 10, 10), batch_size=28, accumulate=(8,),
                      warmup_bridge=False, checkpoint=True)

@@ -11,12 +11,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def log_of(folder, processes, *flags):
-    """Run train.py in `folder` -> the lines of its log. With AdamW: Muon's products, in bfloat16, would make 1e-5 of the
-    last bit in which the sums of one and of two processes differ."""
+    """Run train.py in `folder` -> the lines of its log. With AdamW: Muon's products, in bfloat16, would make 1e-5 of
+    the last bit in which the sums of one and of two processes differ."""
     start = [] if processes == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={processes}",
                                        "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
     done = subprocess.run([sys.executable, *start, ROOT / "train.py", "--name", "run", "--device", "cpu", "--dtype",
-                           "float32", "--optimizer", "adamw", "--workers", "0", *map(str, flags)], cwd=folder, capture_output=True, text=True)
+                           "float32", "--optimizer", "adamw", "--workers", "0", *map(str, flags)],
+                          cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in (folder / "runs/run/log.jsonl").read_text().splitlines()]
 

@@ -122,8 +122,8 @@ _samples = cache(read_samples)  # every stage and validation reads the same
 
 def open_dataset(dataset, split, size, normalization="clip", seed=0, data_root="data", annotations=None, train=False,
                  harder=False):
-    """A split of `shapes`, of a data set of annotations.py or of a .jsonl file. Raises ValueError. harder: `shapes` with
-    more of what is learned last."""
+    """A split of `shapes`, of a data set of annotations.py or of a .jsonl file. harder: `shapes` with more of what is
+    learned last. Raises ValueError."""
     if dataset == "shapes":
         return ShapesTensors(split, size, normalization, seed, weights=HARDER if harder else None)
     samples = _samples(data_root, dataset, split, annotations)
