@@ -198,8 +198,7 @@ def data_of(s, model, split):
     if isinstance(model, CLIP):
         return ShapesTensors("pretrain", model.config.image_size, seed=s.seed, captions=True)
     return open_dataset(s.dataset, split, model.config.clip.image_size, model.config.normalization, s.seed,
-                        s.data_root, s.annotations or None, train=split == "train",
-                        harder=s.harder and split == "train")
+                        s.data_root, s.annotations or None, train=split == "train", harder=s.harder)
 
 
 @torch.no_grad()

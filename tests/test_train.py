@@ -22,7 +22,7 @@ from safetensors import safe_open
 import train
 from hivg import objective, weights
 from hivg.clip import CLIP, CLIPConfig
-from hivg.data.shapes import SPLITS, Shapes
+from hivg.data.shapes import HARDER, SPLITS, Shapes
 from hivg.lora import MODES
 from hivg.losses import LossWeights
 from hivg.tokenizer import split_words
@@ -272,6 +272,13 @@ def test_same_seed_same_run(whole, world, tiny):
     same, other = (log_of(world / f"runs/seed{seed}")[0]["loss"] for seed in (0, 1))
     assert same != other
     assert len(list(Path("runs/seed1").glob("*.safetensors"))) == 4  # a stage of no epochs keeps what it started from
+
+
+def test_harder_is_of_the_training_alone():
+    model, s = make_hivg(), Settings(harder=True)
+    assert train.data_of(s, model, "train").shapes.weights == HARDER
+    assert train.data_of(s, model, "val").shapes.weights == SPLITS["val"][1] != HARDER
+    assert train.data_of(Settings(), model, "train").shapes.weights == SPLITS["train"][1] != HARDER
 
 
 def test_muon_steps_the_matrices_of_linear_layers():
@@ -572,6 +579,7 @@ def test_every_setting_is_a_flag(monkeypatch):
     (["--clip", "no/such.safetensors"], "no/such.safetensors"),
     (["--resume"], "state.pt"),
     (["--optimizer", "sgd"], "adamw or muon"), (["--hivg", "none.safetensors"], "leave out --clip"),
+    (["--harder", "--dataset", "mine.jsonl"], "--harder"),
     (["--resume", "--name", "unheard"], "unheard")], ids=ids)
 def test_bad_flags_get_one_line(world, clip_file, monkeypatch, capfd, args, word):
     args = args if {"--clip", "--resume"} & {*args} else ["--clip", clip_file, *args]

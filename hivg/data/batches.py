@@ -122,10 +122,10 @@ _samples = cache(read_samples)  # every stage and validation reads the same
 
 def open_dataset(dataset, split, size, normalization="clip", seed=0, data_root="data", annotations=None, train=False,
                  harder=False):
-    """A split of `shapes`, of a data set of annotations.py or of a .jsonl file. harder: `shapes` with more of what is
-    learned last. Raises ValueError."""
+    """A split of `shapes`, of a data set of annotations.py or of a .jsonl file. harder: train on more of what is
+    learned last (shapes). Raises ValueError."""
     if dataset == "shapes":
-        return ShapesTensors(split, size, normalization, seed, weights=HARDER if harder else None)
+        return ShapesTensors(split, size, normalization, seed, weights=HARDER if harder and train else None)
     samples = _samples(data_root, dataset, split, annotations)
     if not samples:
         raise ValueError(f"{dataset} {split}: no sample is left; `python -m hivg.data check {dataset}` says why")
