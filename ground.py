@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from hivg.cli import Parser, Progress, fail
+from hivg.utils.cli import Parser, Progress, fail
 from hivg.grounder import DEFAULT_WEIGHTS, DTYPES, Grounder, ImageError, draw_results
 from hivg.weights import WeightsError
 

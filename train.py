@@ -21,21 +21,22 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from hivg import distributed, weights
-from hivg.cli import Parser, choose_device, choose_dtype, fail
+from hivg import weights
+from hivg.utils.cli import Parser, choose_device, choose_dtype, fail
 from hivg.clip import CLIP, CLIP_SIZES
 from hivg.data.annotations import canonical
 from hivg.data.batches import ShapesTensors, evaluation_batches, open_dataset, training_batches
 from hivg.data.shapes import Shapes
 from hivg.evaluate import predict
 from hivg.fusion import choose
-from hivg.log import Log
+from hivg.training.log import Log
 from hivg.lora import LoRALinear
 from hivg.losses import LossWeights
 from hivg.metrics import accuracy, mean
 from hivg.model import HiVG, HiVGConfig
-from hivg.objective import Objective
-from hivg.presets import preset
+from hivg.training import distributed
+from hivg.training.criterion import Objective
+from hivg.training.presets import preset
 from hivg.tokenizer import Tokenizer, learn_merges
 
 
@@ -43,7 +44,7 @@ from hivg.tokenizer import Tokenizer, learn_merges
 class Settings:
     # what
     name: str = "shapes"  # the run's folder under runs/
-    preset: str = ""  # a row of hivg/presets.py: defaults for a data set and a size of CLIP
+    preset: str = ""  # a row of hivg/training/presets.py: defaults for a data set and a size of CLIP
     dataset: str = "shapes"  # or refcoco, refcoco+, refcocog, refcocog_google, referit, flickr, mixup, a .jsonl file
     data_root: str = "data"  # where the data sets are, laid out as published
     annotations: str = ""  # a file or folder of annotations that is not at a published place

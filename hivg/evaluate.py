@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from hivg.boxes import iou
-from hivg.cli import Parser, Progress, choose_device, fail
+from hivg.utils.cli import Parser, Progress, choose_device, fail
 from hivg.data.batches import ShapesTensors, evaluation_batches, open_dataset
 from hivg.data.expressions import KINDS
 from hivg.data.shapes import SPLITS, boxes_of
-from hivg.draw import contact_sheet, draw_boxes
+from hivg.utils.draw import contact_sheet, draw_boxes
 from hivg.metrics import accuracy, auroc, by_length, interval, mcnemar, mean
 from hivg.weights import load_hivg, need_tokenizer
 

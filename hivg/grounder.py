@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from hivg import weights
-from hivg.cli import choose_device
+from hivg.utils.cli import choose_device
 from hivg.data.transforms import Letterbox
-from hivg.draw import draw_boxes
+from hivg.utils.draw import draw_boxes
 
 DEFAULT_WEIGHTS = Path(__file__).parents[1] / "weights" / "hivg-tiny.safetensors"
 DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -22,7 +22,7 @@ from hivg.data.batches import SampleTensors, box_mask, collate, evaluation_batch
 from hivg.data.shapes import Shapes
 from hivg.losses import LossWeights
 from hivg.metrics import mcnemar
-from hivg.presets import PRESETS, preset
+from hivg.training.presets import PRESETS, preset
 
 ROOT = Path(__file__).resolve().parents[1]
 

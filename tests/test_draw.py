@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hivg.charts import _ticks, plot_curves, plot_panels
-from hivg.draw import COLOURS, colour_of, contact_sheet, draw_boxes, overlay_heatmap, overlay_mask
+from hivg.utils.charts import _ticks, plot_curves, plot_panels
+from hivg.utils.draw import COLOURS, colour_of, contact_sheet, draw_boxes, overlay_heatmap, overlay_mask
 
 WORDS = "the giraffe left of the fence zebra man in a red shirt umbrella second person from right".split()
 

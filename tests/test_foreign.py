@@ -1,7 +1,7 @@
 """Other people's weights: OpenAI's CLIP, Hugging Face's CLIP, released HiVG checkpoints, in files made here in the
 published formats; the golden files, where they are; what must be refused; fetch, convert and show.
 
-The makers below write our models under their names by rules of their own, so a wrong rule in hivg/foreign.py shows.
+The makers below write our models under their names by rules of their own, so a wrong rule in hivg/weights/foreign.py shows.
 """
 
 import argparse
@@ -28,10 +28,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train
-from hivg import Grounder, fetch, foreign, pickles, weights
+from hivg import Grounder, weights
 from hivg.clip import CLIP, CLIPConfig, resize_positions
 from hivg.model import HiVG, HiVGConfig
-from hivg.weights import WeightsError
+from hivg.utils import pickles
+from hivg.weights import WeightsError, download, foreign
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = make_tokenizer().vocab_size
@@ -383,7 +384,7 @@ def test_table_beside_the_weights(tmp_path, table):
 
 def test_table_of_another_vocabulary_is_not_taken(tmp_path):
     save_file(to_huggingface(theirs(vocab_size=VOCABULARY + 1)), tmp_path / "model.safetensors")
-    save_table(tmp_path / fetch.TABLE)
+    save_table(tmp_path / download.TABLE)
     loaded = weights.load_clip(tmp_path / "model.safetensors")
     assert loaded.tokenizer is None
     with pytest.raises(WeightsError, match="merge table"):
@@ -588,13 +589,13 @@ def server(tmp_path, monkeypatch):
         def log_message(self, *_):
             pass
 
-    files = {"model.pt": bytes(range(256)) * 9000, fetch.TABLE: b"table"}
+    files = {"model.pt": bytes(range(256)) * 9000, download.TABLE: b"table"}
     web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=web.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{web.server_port}"
-    monkeypatch.setattr(fetch, "FILES", {
+    monkeypatch.setattr(download, "FILES", {
         name: (f"{address}/{file}", hashlib.sha256(files[file]).hexdigest())
-        for name, file in (("ViT-B/16", "model.pt"), ("table", fetch.TABLE))})
+        for name, file in (("ViT-B/16", "model.pt"), ("table", download.TABLE))})
     yield Handler, files
     web.shutdown()
     web.server_close()
@@ -605,13 +606,13 @@ def test_fetch_resumes_and_checks(server, tmp_path):
     folder = tmp_path / "weights"
     handler.limit = 1_500_000
     with pytest.raises(ValueError, match="1,500,000 of 2,304,000 bytes"):
-        fetch.fetch("ViT-B/16", folder)
+        download.fetch("ViT-B/16", folder)
     assert [p.name for p in folder.iterdir()] == ["model.pt.part"]
     handler.limit = None
-    paths = fetch.fetch("ViT-B/16", folder)
+    paths = download.fetch("ViT-B/16", folder)
     assert [p.read_bytes() for p in paths] == [files["model.pt"], b"table"]
     assert handler.asked == [None, "bytes=1500000-", None]
-    assert fetch.fetch("ViT-B/16", folder) == paths and len(handler.asked) == 3  # nothing is fetched twice
+    assert download.fetch("ViT-B/16", folder) == paths and len(handler.asked) == 3  # nothing is fetched twice
     assert not list(folder.glob("*.part"))
 
 
@@ -619,35 +620,35 @@ def test_fetch_from_a_server_without_ranges(server, tmp_path):
     handler, files = server
     (tmp_path / "model.pt.part").write_bytes(files["model.pt"][:1000])
     handler.ranges = False
-    assert fetch.fetch("ViT-B/16", tmp_path)[0].read_bytes() == files["model.pt"]
+    assert download.fetch("ViT-B/16", tmp_path)[0].read_bytes() == files["model.pt"]
 
 
 def test_fetch_begins_anew_after_a_wrong_part(server, tmp_path):
     (tmp_path / "model.pt.part").write_bytes(b"something else")
-    assert fetch.fetch("ViT-B/16", tmp_path)[0].read_bytes() == server[1]["model.pt"]
+    assert download.fetch("ViT-B/16", tmp_path)[0].read_bytes() == server[1]["model.pt"]
 
 
 def test_fetch_refuses_what_is_not_the_published_file(server, tmp_path):
     server[1]["model.pt"] = b"not it"
     with pytest.raises(ValueError, match="sha256"):
-        fetch.fetch("ViT-B/16", tmp_path)
+        download.fetch("ViT-B/16", tmp_path)
     assert not list(tmp_path.iterdir())
     (tmp_path / "model.pt").write_bytes(b"mine")
     with pytest.raises(ValueError, match="model.pt: is there, but"):
-        fetch.fetch("ViT-B/16", tmp_path)
+        download.fetch("ViT-B/16", tmp_path)
     assert (tmp_path / "model.pt").read_bytes() == b"mine"  # nothing of the user's is lost
 
 
 def test_fetch_without_network_and_unknown_names(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="there are ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, table"):
-        fetch.fetch("RN50", tmp_path)
-    monkeypatch.setattr(fetch, "FILES", {"table": ("http://127.0.0.1:9/x.gz", "0" * 64)})
+        download.fetch("RN50", tmp_path)
+    monkeypatch.setattr(download, "FILES", {"table": ("http://127.0.0.1:9/x.gz", "0" * 64)})
     with pytest.raises(ValueError, match="no connection"):
-        fetch.fetch("table", tmp_path)
+        download.fetch("table", tmp_path)
 
 
 def test_published_addresses_carry_their_hash():
-    for name, (address, sha256) in fetch.FILES.items():
+    for name, (address, sha256) in download.FILES.items():
         assert re.fullmatch("[0-9a-f]{64}", sha256) and address.startswith("https://")
         assert name == "table" or address.split("/")[-2] == sha256
 
@@ -659,7 +660,7 @@ def run(*command):
 def test_convert_and_show(tmp_path):
     clip, path = theirs(), tmp_path / "ViT.pt"
     torch.save(half(to_openai(clip)), path)
-    save_table(tmp_path / fetch.TABLE)
+    save_table(tmp_path / download.TABLE)
     done = run("-m", "hivg.weights", "convert", path, tmp_path / "out.safetensors")
     assert done.returncode == 0, done.stderr
     ours = weights.load_clip(tmp_path / "out.safetensors")
@@ -683,7 +684,7 @@ def test_released_checkpoint_grounds_and_survives_convert(tmp_path):
     torch.save(to_released(model, adapters=True), tmp_path / "best_checkpoint.pth")
     with pytest.raises(WeightsError, match="merge table"):
         Grounder.from_pretrained(tmp_path / "best_checkpoint.pth")
-    save_table(tmp_path / fetch.TABLE)
+    save_table(tmp_path / download.TABLE)
     result = Grounder.from_pretrained(tmp_path / "best_checkpoint.pth", "cpu").ground(picture, TEXTS)
     assert all(len(r.box) == 4 and r.mask.shape == (60, 90) for r in result)
     loaded = weights.load(tmp_path / "best_checkpoint.pth")
@@ -698,7 +699,7 @@ def test_training_starts_from_any_clip(tmp_path):
     settings = train.Settings(clip=str(tmp_path / "ViT.pt"))
     with pytest.raises(WeightsError, match="merge table"):
         train.begin_stage(settings, train.stages(settings)[0], None, tmp_path)
-    save_table(tmp_path / fetch.TABLE)
+    save_table(tmp_path / download.TABLE)
     model, _ = train.begin_stage(settings, train.stages(settings)[0], None, tmp_path)
     assert_same_weights(model.clip, clip)
     assert model.tokenizer.merges == make_tokenizer().merges

@@ -20,7 +20,8 @@ from PIL import Image
 from safetensors import safe_open
 
 import train
-from hivg import objective, weights
+from hivg import weights
+from hivg.training import criterion as objective
 from hivg.clip import CLIP, CLIPConfig
 from hivg.data.shapes import HARDER, SPLITS, Shapes
 from hivg.lora import MODES

@@ -4,7 +4,7 @@ with them, and whether training pictures are in another split too.
 DATASET is a name (refcoco, refcoco+, refcocog, refcocog_google, referit, flickr, mixup) or a .jsonl file.
 """
 
-from hivg.cli import Parser, fail
+from hivg.utils.cli import Parser, fail
 from hivg.data.annotations import check
 
 

@@ -4,7 +4,7 @@
 
 Four formats, recognised by what is in the file (DESIGN section 6): REFER (`refs(unc).p` with `instances.json`), the
 `.pth` lists of TransVG, CLIP-VG and HiVG, MDETR's JSON, and JSON lines. Pickles are read as plain data
-(hivg/pickles.py). What is wrong with a file is counted and left out, never silently: `Report`, printed by
+(hivg/utils/pickles.py). What is wrong with a file is counted and left out, never silently: `Report`, printed by
 `python -m hivg.data check`.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from hivg import pickles
+from hivg.utils import pickles
 from hivg.data.masks import mask_of
 
 COCO, REFERIT, FLICKR = "other/images/mscoco/images/train2014", "referit/images", "Flickr30k/flickr30k-images"

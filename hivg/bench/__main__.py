@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hivg.cli import Parser, choose_device, choose_dtype, fail
+from hivg.utils.cli import Parser, choose_device, choose_dtype, fail
 from hivg.clip import CLIP, CLIP_SIZES
 from hivg.data.annotations import COCO, Sample
 from hivg.data.augment import Augment
@@ -27,9 +27,9 @@ from hivg.data.batches import SampleTensors, ShapesTensors
 from hivg.grounder import DEFAULT_WEIGHTS, Grounder
 from hivg.losses import LossWeights, grounding_losses
 from hivg.model import HiVG, HiVGConfig
-from hivg.presets import PRESETS, preset
+from hivg.training.presets import PRESETS, preset
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def measure(f, repeats, device=torch.device("cpu")):
@@ -98,7 +98,8 @@ def show_alone(name, work, argument, unit, sign):
     counts. Memory is shown over `unit` bytes."""
     code = f"""
 import sys, time
-from hivg import bench, weights
+from hivg import weights
+from hivg.bench import __main__ as bench
 from hivg.data.annotations import read_samples
 before, start = bench.resident("VmRSS"), time.perf_counter()
 {work}
@@ -192,13 +193,13 @@ def bench_step(args):
 
 
 def bench_fusion(args):
-    from hivg import bench_fusion  # Triton is only needed here
-    bench_fusion.bench_fusion(choose_device(args.device))
+    from hivg.bench import fusion  # Triton is only needed here
+    fusion.bench_fusion(choose_device(args.device))
 
 
 def bench_compile(args):
-    from hivg import bench_fusion
-    bench_fusion.bench_compile()
+    from hivg.bench import fusion
+    fusion.bench_compile()
 
 
 BENCHES = {"forward": bench_forward, "data": bench_data, "start": bench_start, "load": bench_load, "read": bench_read}

@@ -4,7 +4,7 @@ import json
 import sys
 import time
 
-from hivg.charts import plot_panels
+from hivg.utils.charts import plot_panels
 
 
 class Log:

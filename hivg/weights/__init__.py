@@ -2,7 +2,7 @@
 
 Our own file is one `.safetensors`: tensors, configuration and the merge table of the tokenizer (JSON and text in its
 metadata), so it loads by itself. What a file is, is seen from what is in it, not from its name. Nothing in any file is
-ever executed (pickles.py), every tensor must be there in the right shape, and numbers load as float32.
+ever executed (utils/pickles.py), every tensor must be there in the right shape, and numbers load as float32.
 
     python -m hivg.weights fetch ViT-B/16   OpenAI's weights and merge table into weights/
     python -m hivg.weights convert IN OUT   any of the four as our own .safetensors
@@ -21,8 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_bytes
 
-from hivg import fetch, foreign, pickles
-from hivg.cli import Parser, fail
+from hivg.utils import pickles
+from hivg.weights import download, foreign
+from hivg.utils.cli import Parser, fail
 from hivg.clip import CLIP, CLIPConfig
 from hivg.model import HiVG, HiVGConfig
 from hivg.tokenizer import Tokenizer
@@ -31,8 +32,8 @@ KINDS = {
     "clip": "a CLIP", "hivg": "a HiVG model",  # ours
     "openai": "OpenAI's CLIP", "huggingface": "a CLIP of Hugging Face's", "released": "a released HiVG checkpoint",
 }
-FOLDER = Path(__file__).parents[1] / "weights"
-TABLES = (fetch.TABLE, "merges.txt", "tokenizer.json")  # merge tables that are looked for beside the weights
+FOLDER = Path(__file__).parents[2] / "weights"
+TABLES = (download.TABLE, "merges.txt", "tokenizer.json")  # merge tables that are looked for beside the weights
 
 
 class WeightsError(ValueError):
@@ -197,7 +198,7 @@ def find_tokenizer(folder, config):
 def need_tokenizer(model, path):
     """Raises WeightsError if there is no tokenizer to a model that was loaded from `path`."""
     if model.tokenizer is None:
-        raise WeightsError(f"{path}: no merge table to it; put CLIP's {fetch.TABLE}, or the merges.txt or "
+        raise WeightsError(f"{path}: no merge table to it; put CLIP's {download.TABLE}, or the merges.txt or "
                            "tokenizer.json of a Hugging Face CLIP, beside it or into weights/ (`python -m hivg.weights "
                            "fetch table`)")
 
@@ -293,11 +294,11 @@ def main():
     for name, *args in (("fetch", "model"), ("convert", "IN", "OUT"), ("show", "FILE")):
         command = commands.add_parser(name)
         for arg in args:
-            command.add_argument(arg, help=", ".join(fetch.FILES) if arg == "model" else None)
+            command.add_argument(arg, help=", ".join(download.FILES) if arg == "model" else None)
     args = parser.parse_args()
     try:
         if args.command == "fetch":
-            for path in fetch.fetch(args.model, FOLDER):
+            for path in download.fetch(args.model, FOLDER):
                 print(path)
         elif args.command == "show":
             print(describe(args.FILE))
@@ -308,13 +309,10 @@ def main():
             save(args.OUT, model, model.info)
             print(args.OUT)
             if model.tokenizer is None:
-                print(f"no {fetch.TABLE} was found beside {args.IN} or in weights/, so the new file has no tokenizer",
+                print(f"no {download.TABLE} was found beside {args.IN} or in weights/, so the new file has no tokenizer",
                       file=sys.stderr)
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on where it was", code=130)
     except (ValueError, OSError) as error:
         fail(error)
 
-
-if __name__ == "__main__":
-    main()

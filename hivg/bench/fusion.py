@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from hivg.charts import plot_panels
+from hivg.utils.charts import plot_panels
 from hivg.fusion import adaptive_fusion_reference
 
 SIZES = {"ViT-B": (512, 768), "ViT-L": (768, 1024)}  # D_t, D_v

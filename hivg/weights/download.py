@@ -9,7 +9,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from hivg.cli import Progress
+from hivg.utils.cli import Progress
 
 TABLE = "bpe_simple_vocab_16e6.txt.gz"
 MODELS = "https://openaipublic.azureedge.net/clip/models"

@@ -2,7 +2,7 @@
 
 import torch
 
-from hivg import distributed
+from hivg.training import distributed
 from hivg.clip import CLIP, bounded, similarity
 from hivg.data.batches import phrase_truth
 from hivg.losses import LossWeights, contrastive_loss, grounding_losses, patch_similarity, phrase_loss

@@ -1,0 +1,5 @@
+"""python -m hivg.weights fetch | convert | show."""
+
+from hivg.weights import main
+
+main()
