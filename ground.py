@@ -12,8 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from hivg.utils.cli import Parser, Progress, fail
 from hivg.grounder import DEFAULT_WEIGHTS, DTYPES, Grounder, ImageError, draw_results
+from hivg.utils.cli import Parser, Progress, fail
 from hivg.weights import WeightsError
 
 EXAMPLE = Path(__file__).parent / "weights" / "example.png"

@@ -22,22 +22,22 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from hivg import weights
-from hivg.utils.cli import Parser, choose_device, choose_dtype, fail
 from hivg.clip import CLIP, CLIP_SIZES
 from hivg.data.annotations import canonical
 from hivg.data.batches import ShapesTensors, evaluation_batches, open_dataset, training_batches
 from hivg.data.shapes import Shapes
 from hivg.evaluate import predict
-from hivg.fusion import choose
-from hivg.training.log import Log
+from hivg.fusion import choose_backend
 from hivg.lora import LoRALinear
 from hivg.losses import LossWeights
 from hivg.metrics import accuracy, mean
 from hivg.model import HiVG, HiVGConfig
-from hivg.training import distributed
-from hivg.training.criterion import Objective
-from hivg.training.presets import preset
 from hivg.tokenizer import Tokenizer, learn_merges
+from hivg.training import distributed
+from hivg.training.criterion import Criterion
+from hivg.training.log import Log
+from hivg.training.presets import preset
+from hivg.utils.cli import Parser, choose_device, choose_dtype, fail
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Settings:
     dataset: str = "shapes"  # or refcoco, refcoco+, refcocog, refcocog_google, referit, flickr, mixup, a .jsonl file
     data_root: str = "data"  # where the data sets are, laid out as published
     annotations: str = ""  # a file or folder of annotations that is not at a published place
-    harder: bool = False  # train on more of what is learned last: ordinals and relations (shapes)
+    hard_mix: bool = False  # train on more of what is learned last: ordinals and relations (shapes)
     clip: str = "weights/clip-tiny.safetensors"  # the CLIP to start from
     hivg: str = ""  # or the HiVG to go on from, with its own settings of the model, in one stage, `tune`
     pretrain: bool = False  # make the tiny CLIP first, by contrastive learning on captions
@@ -100,8 +100,8 @@ class Settings:
             raise ValueError(f"--optimizer must be adamw or muon, not {self.optimizer!r}")
         if self.box_loss not in ("l1", "smooth_l1"):
             raise ValueError(f"--box_loss must be l1 or smooth_l1, not {self.box_loss!r}")
-        if self.harder and self.dataset != "shapes":
-            raise ValueError("--harder is of the data set shapes alone; leave it out")
+        if self.hard_mix and self.dataset != "shapes":
+            raise ValueError("--hard_mix is of the data set shapes alone; leave it out")
         if self.dataset != "shapes" and not self.dataset.endswith(".jsonl"):
             canonical(self.dataset)
         if len(self.loss_weights) != len(fields(LossWeights)):
@@ -199,7 +199,7 @@ def data_of(s, model, split):
     if isinstance(model, CLIP):
         return ShapesTensors("pretrain", model.config.image_size, seed=s.seed, captions=True)
     return open_dataset(s.dataset, split, model.config.clip.image_size, model.config.normalization, s.seed,
-                        s.data_root, s.annotations or None, train=split == "train", harder=s.harder)
+                        s.data_root, s.annotations or None, train=split == "train", hard_mix=s.hard_mix)
 
 
 @torch.no_grad()
@@ -283,7 +283,7 @@ def train(s: Settings):
                 best = validate(model, s, device)["accuracy"]
         if rank == 0:
             describe_trained(model, stage, world, f"on {device}, products in {str(dtype)[6:]}, fusion by "
-                                                  f"{choose(device.type)}")
+                                                  f"{choose_backend(device.type)}")
             if first:
                 log.restart(saved["log"]["sums"], saved["log"]["n"])
             elif best >= 0:  # a stage that never improves keeps what it started from
@@ -291,7 +291,7 @@ def train(s: Settings):
 
         batches = iter(training_batches(dataset, number * 2**32, stage.batch_size, steps * stage.accumulate,
                                         first * stage.accumulate, s.workers, rank, world))
-        objective = Objective(model, LossWeights(*s.loss_weights), s.box_loss)
+        objective = Criterion(model, LossWeights(*s.loss_weights), s.box_loss)
         if s.checkpoint:
             (model if isinstance(model, CLIP) else model.clip).visual.checkpoint = True
         if s.compile:

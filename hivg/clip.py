@@ -238,10 +238,10 @@ class CLIP(nn.Module):
 
 def similarity(text_features, image_features, logit_scale):
     """(B_t, E) and (B_i, E) -> the scaled cosine of every text with every picture (B_t, B_i)."""
-    return bounded(logit_scale) * F.normalize(text_features, dim=-1) @ F.normalize(image_features, dim=-1).T
+    return bounded_logit_scale(logit_scale) * F.normalize(text_features, dim=-1) @ F.normalize(image_features, dim=-1).T
 
 
-def bounded(logit_scale):
+def bounded_logit_scale(logit_scale):
     """exp(logit_scale), held at 100 or less, as in CLIP."""
     return logit_scale.exp().clamp(max=100)
 

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from hivg.boxes import iou
-from hivg.utils.cli import Parser, Progress, choose_device, fail
 from hivg.data.batches import ShapesTensors, evaluation_batches, open_dataset
 from hivg.data.expressions import KINDS
 from hivg.data.shapes import SPLITS, boxes_of
-from hivg.utils.draw import contact_sheet, draw_boxes
 from hivg.metrics import accuracy, auroc, by_length, interval, mcnemar, mean
+from hivg.utils.cli import Parser, Progress, choose_device, fail
+from hivg.utils.draw import contact_sheet, draw_boxes
 from hivg.weights import load_hivg, need_tokenizer
 
 FINITE = [split for split, (scenes, _) in SPLITS.items() if scenes < 2**40]  # the others are endless
@@ -43,13 +43,13 @@ def predict(model, batches, device="cpu", expressions=None, progress=None, masks
         texts = expressions[len(rows) : len(rows) + len(batch["boxes"])] if expressions else batch["expressions"]
         images, padding = batch["images"].to(device), batch["padding_mask"].to(device)
         with_masks = masks and bool(batch["has_mask"].any())
-        output = model(images, padding, model.tokenizer(texts).to(device), mask=with_masks)
+        output = model(images, padding, model.tokenizer(texts).to(device), with_mask=with_masks)
         scores = model.score(output, [side // model.config.clip.patch_size for side in images.shape[-2:]]).tolist()
         boxes = output.boxes.float().cpu()
         overlaps = mask_iou(output.mask_logits.float().cpu(), batch["masks"]) if with_masks else None
         for i, letterbox in enumerate(batch["letterboxes"]):
-            box, target = letterbox.to_picture(boxes[i]), batch["pixel_boxes"][i]
-            rows.append({"image": batch["pictures"][i], "expression": texts[i], "kind": batch["kinds"][i],
+            box, target = letterbox.boxes_to_image(boxes[i]), batch["pixel_boxes"][i]
+            rows.append({"image": batch["image_names"][i], "expression": texts[i], "kind": batch["kinds"][i],
                          "image_id": int(batch["image_ids"][i]), "box": box.tolist(), "target": target.tolist(),
                          "iou": iou(box, target).item(), "score": scores[i]})
             if with_masks and batch["has_mask"][i]:

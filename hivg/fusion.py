@@ -36,12 +36,12 @@ def adaptive_fusion(text_states, adaptive_weights, proj_weight, proj_bias,
     """The fusion by the fastest backend there is. Arguments and result as `adaptive_fusion_reference`; the result has
     the type of proj_weight, under autocast autocast's.
 
-    backend: "reference" (plain PyTorch), "triton" (fusion_triton.py), or "auto", what `choose` says. Raises ValueError
+    backend: "reference" (plain PyTorch), "triton" (fusion_triton.py), or "auto", what `choose_backend` says. Raises ValueError
     for another, ImportError for "triton" where it is not installed.
     """
     if backend not in ("auto", "reference", "triton"):
         raise ValueError(f"fusion backend must be auto, reference or triton, not {backend!r}")
-    if (choose(text_states.device.type) if backend == "auto" else backend) == "triton":
+    if (choose_backend(text_states.device.type) if backend == "auto" else backend) == "triton":
         from hivg.fusion_triton import adaptive_fusion as fused
     else:
         fused = adaptive_fusion_reference
@@ -49,6 +49,6 @@ def adaptive_fusion(text_states, adaptive_weights, proj_weight, proj_bias,
 
 
 @cache
-def choose(device_type):
+def choose_backend(device_type):
     """The backend for a kind of device, chosen once: "triton" on a GPU where Triton is installed, else "reference"."""
     return "triton" if device_type == "cuda" and find_spec("triton") else "reference"

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from hivg import weights
-from hivg.utils.cli import choose_device
 from hivg.data.transforms import Letterbox
+from hivg.utils.cli import choose_device
 from hivg.utils.draw import draw_boxes
 
 DEFAULT_WEIGHTS = Path(__file__).parents[1] / "weights" / "hivg-tiny.safetensors"
@@ -98,7 +98,7 @@ class Result:
 
     def _at_picture(self, small):
         square = F.interpolate(torch.from_numpy(small)[None, None], (self.letterbox.size,) * 2, mode="bicubic")
-        return self.letterbox.map_to_picture(square[0, 0].numpy()).clip(0, 1)
+        return self.letterbox.map_to_image(square[0, 0].numpy()).clip(0, 1)
 
     def draw(self, heatmap=False, mask=False):
         """-> PIL RGB picture with the box and the expression; on request over the heat map or the mask."""
@@ -156,7 +156,7 @@ class Grounder:
         token_ids = self.model.tokenizer(texts).to(self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             output = self.model(pixels.expand(n, -1, -1, -1), padding.expand(n, -1, -1), token_ids)
-        boxes = letterbox.to_picture(output.boxes.float().cpu()).tolist()
+        boxes = letterbox.boxes_to_image(output.boxes.float().cpu()).tolist()
         scores = self.model.score(output, grid).tolist()
         token_maps = output.token_similarity.float().sigmoid().unflatten(1, grid).cpu().numpy()
         mask_maps = output.mask_logits.float().sigmoid()[:, 0].cpu().numpy()

@@ -83,8 +83,8 @@ class LossWeights:
     box: float = 2.0
     giou: float = 2.0
     clc: float = 1.0  # contrast of pictures and expressions (CLIP's loss)
-    token_focal: float = 20.0  # RTCC: the token map
-    token_dice: float = 2.0
+    rtcc_focal: float = 20.0  # RTCC: the token map
+    rtcc_dice: float = 2.0
     mask_focal: float = 20.0
     mask_dice: float = 2.0
 
@@ -98,11 +98,11 @@ def grounding_losses(output, batch, logits_per_text, image_ids, weights: LossWei
     terms["box"] = lambda: box_loss(predicted, boxes, box_kind)
     terms["giou"] = lambda: giou_loss(predicted, boxes)
     terms["clc"] = lambda: contrastive_loss(logits_per_text, image_ids[:, None] == image_ids)
-    if w.token_focal or w.token_dice:
+    if w.rtcc_focal or w.rtcc_dice:
         side = round(output.token_similarity.shape[1] ** 0.5)
         target = box_on_grid(boxes, (side, side), batch["images"].shape[-1])
-        terms["token_focal"] = lambda: focal_loss(output.token_similarity, target)
-        terms["token_dice"] = lambda: dice_loss(output.token_similarity, target)
+        terms["rtcc_focal"] = lambda: focal_loss(output.token_similarity, target)
+        terms["rtcc_dice"] = lambda: dice_loss(output.token_similarity, target)
     if w.mask_focal or w.mask_dice:
         logits = F.interpolate(output.mask_logits, batch["masks"].shape[1:], mode="bilinear").flatten(1)
         mask = batch["masks"].flatten(1).float()

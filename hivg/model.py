@@ -36,7 +36,7 @@ class HiVGConfig:
     encoder_layers: int = 6
     encoder_heads: int = 8
     encoder_ffn: int = 2048
-    token_mlp: int = 3072  # hidden width of the head that projects the visual tokens for the token map
+    rtcc_hidden: int = 3072  # hidden width of the head that projects the visual tokens for the token map
     dropout: float = 0.1  # in the grounding encoder
     lora: str = "hierarchical"  # or shared, vanilla, none
     lora_rank: int = 32
@@ -65,7 +65,7 @@ class HiVGConfig:
         settings = dict(bridge_blocks=blocks, visual_levels=levels, text_layers=(clip.text_layers,))
         if clip.vision_layers == 6:
             settings.update(text_layers=(2, 4), width=128, encoder_layers=4, encoder_heads=4, encoder_ffn=512,
-                            token_mlp=256, dropout=0.0, lora_dropout=0.0)  # unlimited data: nothing to regularise
+                            rtcc_hidden=256, dropout=0.0, lora_dropout=0.0)  # unlimited data: nothing to regularise
         return cls(clip=clip, **(settings | changes))
 
     def to_dict(self):
@@ -129,8 +129,8 @@ class HiVG(nn.Module):
                                       for _ in range(config.encoder_layers)])
         self.encoder_norm = nn.LayerNorm(D)
         self.box_head = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 4))
-        self.token_norm = nn.LayerNorm(D)
-        self.token_mlp = MLP(D, config.token_mlp, D)
+        self.rtcc_norm = nn.LayerNorm(D)
+        self.rtcc_mlp = MLP(D, config.rtcc_hidden, D)
         self.mask_convs = nn.ModuleList([nn.ConvTranspose2d(D, D, 2, stride=2, bias=False) for _ in range(3)])
         for layer in self.encoder:
             for linear in (layer.attn.q_proj, layer.attn.k_proj, layer.attn.v_proj, layer.attn.out_proj,
@@ -187,9 +187,9 @@ class HiVG(nn.Module):
         p = output.token_similarity.float().sigmoid()
         return torch.minimum(p, c).sum(1) / torch.maximum(p, c).sum(1)
 
-    def forward(self, images, padding_mask, token_ids, token_map=True, mask=True):
+    def forward(self, images, padding_mask, token_ids, with_rtcc=True, with_mask=True):
         """images (B, 3, S, S) normalised letterboxes, padding_mask (B, S, S) bool, True = padding, token_ids (B, T)
-        long -> HiVGOutput. token_map and mask: whether to compute the heads of that name."""
+        long -> HiVGOutput. with_rtcc and with_mask: whether to compute these heads."""
         c = self.config
         if images.shape[-2:] != (c.clip.image_size,) * 2:
             raise ValueError(f"images of {tuple(images.shape[-2:])} pixels; this model takes squares of "
@@ -222,8 +222,8 @@ class HiVG(nn.Module):
             boxes = self.box_head(reg.to(self.position.dtype)).sigmoid()
         return HiVGOutput(
             boxes=boxes,
-            token_similarity=self.token_map(patches, end) if token_map else None,
-            mask_logits=self.mask(patches, end, grid) if mask else None,
+            token_similarity=self.rtcc(patches, end) if with_rtcc else None,
+            mask_logits=self.mask_head(patches, end, grid) if with_mask else None,
             logits_per_text=similarity(text_features, image_features, self.clip.logit_scale),
             text_features=text_features, image_features=image_features)
 
@@ -251,11 +251,11 @@ class HiVG(nn.Module):
         x = self.encoder_norm(x)
         return x[:, 0], x[:, 2 : 1 + N], x[:, 1 + N :]
 
-    def token_map(self, patches, end):
+    def rtcc(self, patches, end):
         """RTCC: patches (B, P, D), end token of unit length (B, D) -> logits (B, P)."""
-        return torch.einsum("bpd,bd->bp", self.token_mlp(self.token_norm(patches)), end)
+        return torch.einsum("bpd,bd->bp", self.rtcc_mlp(self.rtcc_norm(patches)), end)
 
-    def mask(self, patches, end, grid):
+    def mask_head(self, patches, end, grid):
         """Three 2x transposed convolutions of the patches, dotted with the end token -> logits (B, 1, 8 h, 8 w).
 
         Nothing stands between the convolutions, so the whole is linear in the patches: the end token is pulled through

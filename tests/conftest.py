@@ -1,11 +1,6 @@
-"""Tiny seeded models that the test files share, and how two tensors are compared.
-
-The models are in float64 unless a test asks for float32: what should be equal then agrees to 1e-10, so a wrong term
-cannot pass for rounding.
-"""
+"""Fixtures that the test files share; makers.py makes what they hold."""
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,80 +8,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton; the kernels then run on the CPU
 
+from makers import make_batch, make_clip, make_hivg
+
 from hivg import weights
-from hivg.clip import CLIP, CLIPConfig
-from hivg.model import HiVG, HiVGConfig
 from hivg.data.shapes import Shapes
 from hivg.tokenizer import Tokenizer, learn_merges
-
-GOLDEN = Path(__file__).resolve().parents[1].parent / "shared" / "golden"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no folder ../shared/golden with the golden files here")
-
-BUNDLED = Path(__file__).resolve().parents[1] / "weights" / "hivg-tiny.safetensors"
-BUNDLED_ACCURACY = weights.read(BUNDLED)[4]["accuracy"]
-# What the project claims of its bundled weights is tested as soon as they are meant to hold it.
-needs_final_weights = pytest.mark.skipif(
-    BUNDLED_ACCURACY < 0.85,
-    reason=f"the bundled weights are interim ones, {BUNDLED_ACCURACY:.3f} on val; see weights/README.md")
-
-TEXTS = ["man", "the red cup on the left", "giraffe!", "second small blue box from the right, under the two green cups"]
-
-
-def assert_close(name, a, b, tol):
-    """Same shape, and nowhere further apart than `tol`; says which tensor it was, and by how much."""
-    assert a.shape == b.shape, f"{name}: shape {tuple(a.shape)} against {tuple(b.shape)}"
-    difference = (a.double() - b.double()).abs()
-    largest, mean = difference.max().item(), difference.mean().item()
-    assert largest <= tol, f"{name}: largest difference {largest:.2e}, mean {mean:.2e}, tolerance {tol:.0e}"
-
-
-def randomise(module, seed=0, std=0.05):
-    """Shift every parameter by noise, so that nothing that starts at 0 or 1 (new bridges and adapters, biases, norms)
-    hides from a test."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(std * torch.randn(p.shape, generator=generator))
-    return module
-
-
-def make_clip(seed=0, dtype=torch.float64, **changes):
-    """A CLIP in evaluation mode: 64 x 64 pictures, a grid of 4 x 4 patches; every width is another number."""
-    torch.manual_seed(seed)
-    sizes = dict(image_size=64, patch_size=16, vision_width=64, vision_layers=3, vision_heads=4, text_width=48,
-                 text_layers=2, text_heads=3, embed_dim=40, vocab_size=make_tokenizer().vocab_size)
-    return randomise(CLIP(CLIPConfig(**(sizes | changes))), seed).to(dtype).eval()
-
-
-def make_tokenizer():
-    return Tokenizer(learn_merges(TEXTS * 2, 20))
-
-
-def make_config(clip, **changes):
-    """`changes` are fields of HiVGConfig."""
-    sizes = dict(bridge_blocks=(0, 2), text_layers=(1, 2), visual_levels=(1, 3), width=32, encoder_layers=2,
-                 encoder_heads=4, encoder_ffn=56, token_mlp=72, lora_rank=4)
-    return HiVGConfig(clip=clip.config, **(sizes | changes))
-
-
-def make_hivg(seed=0, dtype=torch.float64, fresh=False, **changes):
-    """A HiVG in evaluation mode on the tiny CLIP; all its weights are random unless it is to be `fresh`."""
-    clip = make_clip(seed, torch.float32)
-    torch.manual_seed(seed + 1)
-    model = HiVG.from_clip(clip, make_config(clip, **(changes | {"stage": 0})))
-    for stage in range(1, changes.get("stage", 0) + 1):
-        model.add_stage(stage)
-    model.tokenizer = make_tokenizer()
-    return (model if fresh else randomise(model, seed + 2)).to(dtype).eval()
-
-
-def make_batch(texts=TEXTS, seed=3, dtype=torch.float64):
-    """images (B, 3, 64, 64), padding_mask (B, 64, 64), token_ids (B, T): landscape, portrait and square in turn."""
-    generator = torch.Generator().manual_seed(seed)
-    images, padding = torch.randn(len(texts), 3, 64, 64, generator=generator), torch.zeros(len(texts), 64, 64).bool()
-    padding[0::3, :20], padding[0::3, 44:] = True, True  # landscape: rows 0 and 3 of the patches, and a bit of 1 and 2
-    padding[1::3, :, :5], padding[1::3, :, 40:] = True, True  # portrait: column 3, half of column 2, a bit of column 0
-    return images.masked_fill(padding[:, None], 0).to(dtype), padding, make_tokenizer()(texts)
 
 
 @pytest.fixture(scope="module")

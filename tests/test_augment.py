@@ -9,7 +9,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close
+from makers import assert_close
 from PIL import Image
 
 from hivg.boxes import cxcywh_to_xyxy
@@ -239,8 +239,8 @@ def test_smaller_and_elsewhere_on_paper(place, corner):
     assert extent(~letterbox.padding_mask()).tolist() == [left, top, left + 40, top + 20]
     box = torch.tensor([40.0, 20, 120, 80])
     expected = torch.tensor([left + 16, top + 10, 16, 12]) / 50
-    assert_close("box", letterbox.to_square(box), expected, 1e-6)
-    assert_close("and back", letterbox.to_picture(letterbox.to_square(box)), box, 1e-4)
+    assert_close("box", letterbox.boxes_to_square(box), expected, 1e-6)
+    assert_close("and back", letterbox.boxes_to_image(letterbox.boxes_to_square(box)), box, 1e-4)
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATION)
@@ -252,7 +252,7 @@ def test_all_off_is_the_letterbox(normalization):
     out = off(np.random.default_rng(0), image, box, mask, FREE, SIZE, normalization)
     assert torch.equal(out["image"], letterbox.image(image, normalization))
     assert torch.equal(out["padding_mask"], letterbox.padding_mask())
-    assert torch.equal(out["box"], letterbox.to_square(box)) and torch.equal(out["mask"], letterbox.mask(mask))
+    assert torch.equal(out["box"], letterbox.boxes_to_square(box)) and torch.equal(out["mask"], letterbox.mask(mask))
 
 
 @pytest.mark.parametrize("setting", [{"jitter": 1.5}, {"jitter_p": -0.1}, {"blur_p": 2}, {"crop_p": float("nan")},

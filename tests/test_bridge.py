@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn as nn
-from conftest import TEXTS, assert_close, make_batch, make_clip, make_config, make_hivg, randomise
+from makers import TEXTS, assert_close, make_batch, make_clip, make_config, make_hivg, randomise
 
 from hivg.bridge import KINDS, Bridge
 from hivg.fusion import adaptive_fusion, adaptive_fusion_reference

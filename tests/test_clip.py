@@ -4,11 +4,20 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import GOLDEN, assert_close, make_clip, needs_golden, randomise
+from makers import GOLDEN, assert_close, make_clip, needs_golden, randomise
 from safetensors.torch import load_file
 
-from hivg.clip import (CLIP, MLP, Attention, CLIPConfig, QuickGELU, at_end_token, resize_positions, similarity,
-                       sine_positions)
+from hivg.clip import (
+    CLIP,
+    MLP,
+    Attention,
+    CLIPConfig,
+    QuickGELU,
+    at_end_token,
+    resize_positions,
+    similarity,
+    sine_positions,
+)
 
 
 def random(*shape, seed=0):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close, make_clip, make_hivg, make_tokenizer
+from makers import assert_close, make_clip, make_hivg, make_tokenizer
 from PIL import Image
 from test_annotations import COCO, FLICKR, REFERIT, make_scenes, write_list, write_mdetr, write_refer, xywh
 
@@ -241,7 +241,7 @@ def test_every_data_set_from_files_to_a_box(tmp_path, name, monkeypatch, capfd):
 
 def small_heads(for_clip):
     return lambda clip, **changes: for_clip(clip, width=16, encoder_layers=2, encoder_heads=2, encoder_ffn=16,
-                                            token_mlp=16, **changes)
+                                            rtcc_hidden=16, **changes)
 
 
 # --- presets ---

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BUNDLED, make_clip, make_hivg, needs_final_weights
+from makers import BUNDLED, make_clip, make_hivg
 
 from hivg import evaluate, weights
 from hivg.data.batches import ShapesTensors, evaluation_batches
@@ -222,7 +222,6 @@ def test_as_a_module(tmp_path):
 # --- the bundled weights ---
 
 
-@needs_final_weights
 def test_bundled_weights(monkeypatch):
     """A sample of the test split; README has all of it."""
     monkeypatch.setitem(SPLITS, "test", (50, SPLITS["test"][1]))

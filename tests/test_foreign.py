@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
-from conftest import GOLDEN, TEXTS, assert_close, make_clip, make_tokenizer, needs_golden, randomise
+from makers import GOLDEN, TEXTS, assert_close, make_clip, make_tokenizer, needs_golden, randomise
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -121,7 +121,7 @@ def released_config(**changes):
     clip = theirs(vision_layers=12, text_layers=12).config
     settings = dict(bridge_blocks=(0, 3, 7, 11), visual_levels=(1, 4, 8, 12), text_layers=(12,), text_norm=False,
                     level_norm=False, text_padding="released", normalization="imagenet", lora="none", width=32,
-                    encoder_layers=6, encoder_heads=8, encoder_ffn=48, token_mlp=40)
+                    encoder_layers=6, encoder_heads=8, encoder_ffn=48, rtcc_hidden=40)
     return HiVGConfig(clip=changes.pop("clip", clip), **(settings | changes))
 
 
@@ -137,8 +137,8 @@ def to_released(model, /, adapters=False, prefix="base_model.model.", **changes)
         out[f"clip.{prefix}{name}"] = value
     bridge = {"ln": "cross_norm", "attn": "cross_attn", "proj": "cross_gate", "mlp": "cross_mlp", "c_fc": "fc1",
               "c_proj": "fc2"}
-    other = {"levels_proj": "ml_visual_projection", "visual_proj": "visu_proj", "token_norm": "visu_token_norm",
-             "token_mlp": "visu_token_mlp", "bridge_text_proj": "condition_text_proj", "text_proj": "text_proj"}
+    other = {"levels_proj": "ml_visual_projection", "visual_proj": "visu_proj", "rtcc_norm": "visu_token_norm",
+             "rtcc_mlp": "visu_token_mlp", "bridge_text_proj": "condition_text_proj", "text_proj": "text_proj"}
     state = {k: v for k, v in model.state_dict().items() if not k.startswith("clip.")}
     for name, value in state.items():
         module, *rest = name.split(".")
@@ -164,7 +164,7 @@ def to_released(model, /, adapters=False, prefix="base_model.model.", **changes)
         elif name in ("reg_token", "position"):
             out[{"reg_token": "reg_token.weight", "position": "vl_pos_embed.weight"}[name]] = value.reshape(-1, c.width)
         else:
-            out[".".join([other[module], *(bridge.get(p, p) if module == "token_mlp" else p for p in rest)])] = value
+            out[".".join([other[module], *(bridge.get(p, p) if module == "rtcc_mlp" else p for p in rest)])] = value
     for name in ("ml_text_feat_perceiver.weight", "ml_text_feat_perceiver.bias", "reg_pos_embed.weight",
                  "condition_text_pos_embed.weight"):
         out[name] = torch.zeros(3, 3)  # in every file, used by nothing

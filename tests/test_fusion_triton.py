@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_close
+from makers import assert_close
 
 import train
 from hivg import fusion
@@ -178,7 +178,7 @@ def test_autocast_makes_the_product_in_its_type():
 
 
 def test_chosen_once_in_one_place():
-    assert fusion.choose("cpu") == "reference" and fusion.choose("cuda") == "triton"
+    assert fusion.choose_backend("cpu") == "reference" and fusion.choose_backend("cuda") == "triton"
     with pytest.raises(ValueError, match="auto, reference or triton"):
         adaptive_fusion(*make(1, 1, 1, 2, 2), backend="cuda")
 
@@ -207,7 +207,7 @@ def test_training_with_the_kernel_gives_the_same_losses(tmp_path, clip_file, mon
     monkeypatch.setattr(fusion_triton, "adaptive_fusion", lambda *args: calls.append(1) or fused(*args))
     log_step, losses = train.Log.step, {}
     for backend in ("reference", "triton"):
-        monkeypatch.setattr(fusion, "choose", lambda _, backend=backend: backend)
+        monkeypatch.setattr(fusion, "choose_backend", lambda _, backend=backend: backend)
         monkeypatch.setattr(train.Log, "step", lambda self, stage, step, steps, lr, values, backend=backend: (
             losses.setdefault(backend, []).append({k: v.item() for k, v in values.items()}),
             log_step(self, stage, step, steps, lr, values)))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_clip, make_hivg, needs_final_weights
+from makers import make_clip, make_hivg
 from PIL import Image
 
 import ground
@@ -565,7 +565,6 @@ def drawn(name):
 missed = pytest.mark.xfail(strict=True, reason="ordinals among four like hearts: weights/README.md")
 
 
-@needs_final_weights
 @pytest.mark.parametrize("name, text, meant", [
     pytest.param(*row, marks=[missed] if "second" in row[1] or "third" in row[1] else []) for row in ASKED],
     ids=lambda x: str(x).replace(" ", "_"))
@@ -575,7 +574,6 @@ def test_the_expression_decides(bundled, name, text, meant):
     assert overlaps.argmax() == meant and overlaps[meant] >= 0.5, f"IoU with each object: {overlaps.tolist()}"
 
 
-@needs_final_weights
 @pytest.mark.parametrize("name", ["landscape", pytest.param("square", marks=missed), "portrait"])
 def test_every_object_can_be_meant(bundled, name):
     """Asked about together, the expressions of a picture lead to each of its objects."""

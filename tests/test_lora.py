@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 import torch.nn as nn
-from conftest import assert_close, make_batch, make_hivg, randomise
+from makers import assert_close, make_batch, make_hivg, randomise
 
 from hivg.clip import Block
 from hivg.lora import MODES, TARGETS, LoRALinear, adapted_layers, add_stage, merge

@@ -6,13 +6,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, assert_close, make_batch, make_hivg, needs_golden
+from makers import GOLDEN, assert_close, make_batch, make_hivg, needs_golden
 from safetensors.torch import load_file
 
 from hivg.boxes import area, cxcywh_to_xyxy, giou, iou, xyxy_to_cxcywh
 from hivg.data.batches import phrase_truth
-from hivg.losses import (LossWeights, box_loss, box_on_grid, contrastive_loss, dice_loss, focal_loss, giou_loss,
-                         grounding_losses, patch_similarity, phrase_loss)
+from hivg.losses import (
+    LossWeights,
+    box_loss,
+    box_on_grid,
+    contrastive_loss,
+    dice_loss,
+    focal_loss,
+    giou_loss,
+    grounding_losses,
+    patch_similarity,
+    phrase_loss,
+)
 from hivg.metrics import accuracy, auroc, by_length, interval, mean
 
 
@@ -262,8 +272,8 @@ def test_grounding_losses():
     expected = {
         "box": 1 * box_loss(output.boxes, boxes, "l1"), "giou": 2 * giou_loss(output.boxes, boxes),
         "clc": 3 * contrastive_loss(contrast, ids[:, None] == ids),
-        "token_focal": 4 * focal_loss(output.token_similarity, target),
-        "token_dice": 5 * dice_loss(output.token_similarity, target),
+        "rtcc_focal": 4 * focal_loss(output.token_similarity, target),
+        "rtcc_dice": 5 * dice_loss(output.token_similarity, target),
         "mask_focal": 6 * focal_loss(logits, mask), "mask_dice": 7 * dice_loss(logits, mask)}
     terms = grounding_losses(output, batch, contrast, ids, weights, "l1")
     assert terms.keys() == expected.keys()
@@ -275,7 +285,7 @@ def test_weight_zero_leaves_a_term_out():
     """And what only that term needs may be missing."""
     output = SimpleNamespace(boxes=PREDICTED, token_similarity=None, mask_logits=None)
     batch = {"images": torch.zeros(2, 3, 8, 8), "boxes": TARGET}
-    weights = LossWeights(token_focal=0, token_dice=0, mask_focal=0, mask_dice=0)
+    weights = LossWeights(rtcc_focal=0, rtcc_dice=0, mask_focal=0, mask_dice=0)
     terms = grounding_losses(output, batch, torch.zeros(2, 2), torch.tensor([0, 1]), weights)
     assert terms.keys() == {"box", "giou", "clc"}
     assert terms["clc"].item() == pytest.approx(math.log(2))

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import TEXTS, assert_close, make_batch, make_clip, make_config, make_hivg, randomise
+from makers import TEXTS, assert_close, make_batch, make_clip, make_config, make_hivg, randomise
 
 from hivg.bridge import KINDS
 from hivg.clip import CLIP_SIZES
@@ -161,16 +161,16 @@ def test_mask_head_is_three_convolutions(hivg, grid):
         x = conv(x)
     expected = torch.einsum("bdyx,bd->byx", x, end)[:, None]
     assert expected.shape == (3, 1, 8 * grid[0], 8 * grid[1])
-    assert_close("mask_logits", hivg.mask(patches, end, grid), expected, 1e-10)
+    assert_close("mask_logits", hivg.mask_head(patches, end, grid), expected, 1e-10)
 
 
 def test_token_map(hivg, batch):
-    patches, end = watch(hivg, "token_map", hivg, batch)
+    patches, end = watch(hivg, "rtcc", hivg, batch)
     assert_close("length of the end token", end.norm(dim=-1), torch.ones(4).double(), 1e-10)
-    logits = hivg.token_map(patches, end)
+    logits = hivg.rtcc(patches, end)
     for b in range(4):
         for p in range(16):
-            expected = hivg.token_mlp(hivg.token_norm(patches[b, p])) @ end[b]
+            expected = hivg.rtcc_mlp(hivg.rtcc_norm(patches[b, p])) @ end[b]
             assert_close(f"token map at {b}, {p}", logits[b, p], expected, 1e-10)
 
 
@@ -178,7 +178,7 @@ def test_end_token_is_the_texts_own(hivg, batch):
     """The heads get the encoder's output at each row's end token."""
     images, padding_mask, token_ids = batch
     _, _, words = hivg.encode(*watch(hivg, "encode", hivg, batch))
-    _, end = watch(hivg, "token_map", hivg, batch)
+    _, end = watch(hivg, "rtcc", hivg, batch)
     ends = (token_ids == hivg.tokenizer.eot_id).int().argmax(1)
     assert_close("end token", end, F.normalize(words[range(4), ends], dim=-1), 1e-10)
 
@@ -220,10 +220,10 @@ def test_logits_per_text(hivg, batch):
     assert_close("logits_per_text", output.logits_per_text, hivg.clip.logit_scale.exp() * cosine, 1e-10)
 
 
-@pytest.mark.parametrize("off", ["token_map", "mask"])
+@pytest.mark.parametrize("off", ["with_rtcc", "with_mask"])
 def test_heads_can_be_left_out(hivg, batch, off):
     output, whole = hivg(*batch, **{off: False}), hivg(*batch)
-    left_out = {"token_map": "token_similarity", "mask": "mask_logits"}[off]
+    left_out = {"with_rtcc": "token_similarity", "with_mask": "mask_logits"}[off]
     assert getattr(output, left_out) is None
     assert_same(output, whole, 0, [name for name in vars(whole) if name != left_out])
 

@@ -15,18 +15,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_close, make_clip, make_hivg
+from makers import assert_close, make_clip, make_hivg
 from PIL import Image
 from safetensors import safe_open
 
 import train
 from hivg import weights
-from hivg.training import criterion as objective
 from hivg.clip import CLIP, CLIPConfig
-from hivg.data.shapes import HARDER, SPLITS, Shapes
+from hivg.data.shapes import HARD_MIX, SPLITS, Shapes
 from hivg.lora import MODES
 from hivg.losses import LossWeights
 from hivg.tokenizer import split_words
+from hivg.training import criterion as objective
 from train import Settings, learning_rate, stages
 
 ROOT = Path(train.__file__).parent
@@ -39,7 +39,7 @@ def shrink(monkeypatch, dropout=0.1):
     its random numbers again."""
     monkeypatch.setitem(SPLITS, "val", (4, SPLITS["val"][1]))
     for_clip = train.HiVGConfig.for_clip
-    small = dict(width=32, encoder_layers=2, encoder_ffn=64, token_mlp=64, dropout=dropout, lora_dropout=dropout)
+    small = dict(width=32, encoder_layers=2, encoder_ffn=64, rtcc_hidden=64, dropout=dropout, lora_dropout=dropout)
     monkeypatch.setattr(train.HiVGConfig, "for_clip", lambda clip, **changes: for_clip(clip, **(small | changes)))
 
 
@@ -276,10 +276,10 @@ def test_same_seed_same_run(whole, world, tiny):
 
 
 def test_harder_is_of_the_training_alone():
-    model, s = make_hivg(), Settings(harder=True)
-    assert train.data_of(s, model, "train").shapes.weights == HARDER
-    assert train.data_of(s, model, "val").shapes.weights == SPLITS["val"][1] != HARDER
-    assert train.data_of(Settings(), model, "train").shapes.weights == SPLITS["train"][1] != HARDER
+    model, s = make_hivg(), Settings(hard_mix=True)
+    assert train.data_of(s, model, "train").shapes.weights == HARD_MIX
+    assert train.data_of(s, model, "val").shapes.weights == SPLITS["val"][1] != HARD_MIX
+    assert train.data_of(Settings(), model, "train").shapes.weights == SPLITS["train"][1] != HARD_MIX
 
 
 def test_muon_steps_the_matrices_of_linear_layers():
@@ -580,7 +580,7 @@ def test_every_setting_is_a_flag(monkeypatch):
     (["--clip", "no/such.safetensors"], "no/such.safetensors"),
     (["--resume"], "state.pt"),
     (["--optimizer", "sgd"], "adamw or muon"), (["--hivg", "none.safetensors"], "leave out --clip"),
-    (["--harder", "--dataset", "mine.jsonl"], "--harder"),
+    (["--hard_mix", "--dataset", "mine.jsonl"], "--hard_mix"),
     (["--resume", "--name", "unheard"], "unheard")], ids=ids)
 def test_bad_flags_get_one_line(world, clip_file, monkeypatch, capfd, args, word):
     args = args if {"--clip", "--resume"} & {*args} else ["--clip", clip_file, *args]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, assert_close, needs_golden
+from makers import GOLDEN, assert_close, needs_golden
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -35,7 +35,7 @@ def test_golden_transform(name):
     assert_close("image", letterbox.image(image, "imagenet"), golden["image"], 1e-4)
     assert torch.equal(letterbox.padding_mask(), golden["padding_mask"])
     source = golden["source_box_xyxy"]
-    assert_close("box", letterbox.to_square(source[None])[0], golden["box"], 1e-4)
+    assert_close("box", letterbox.boxes_to_square(source[None])[0], golden["box"], 1e-4)
     x0, y0, x1, y1 = source.int().tolist()
     mask = np.zeros((image.height, image.width), dtype=bool)
     mask[y0:y1, x0:x1] = True
@@ -77,14 +77,14 @@ def test_image_is_normalised_then_padded_with_zero(width, height, normalization)
 @pytest.mark.parametrize("width, height", SIZES)
 def test_boxes_there_and_back(width, height):
     letterbox, boxes = Letterbox(width, height, 128), random_boxes(50, width, height)
-    square = letterbox.to_square(boxes)
+    square = letterbox.boxes_to_square(boxes)
     assert square.shape == (50, 4) and (square[:, 2:] <= 1).all()
-    back = letterbox.to_picture(square)
+    back = letterbox.boxes_to_image(square)
     assert_close("boxes, in long sides", back / max(width, height), boxes / max(width, height), 1e-6)
     whole = torch.tensor([[0.0, 0, width, height]])
-    assert_close("one box, no batch", letterbox.to_picture(letterbox.to_square(whole[0])), whole[0], 1e-3)
-    assert_close("all of the square", letterbox.to_picture(torch.tensor([[0.5, 0.5, 1, 1]])), whole, 1e-3)
-    outside = letterbox.to_picture(torch.tensor([[-1.0, -1, 0.1, 0.1], [2, 2, 0.1, 0.1]]))
+    assert_close("one box, no batch", letterbox.boxes_to_image(letterbox.boxes_to_square(whole[0])), whole[0], 1e-3)
+    assert_close("all of the square", letterbox.boxes_to_image(torch.tensor([[0.5, 0.5, 1, 1]])), whole, 1e-3)
+    outside = letterbox.boxes_to_image(torch.tensor([[-1.0, -1, 0.1, 0.1], [2, 2, 0.1, 0.1]]))
     assert torch.equal(outside, torch.tensor([[0.0] * 4, [width, height] * 2]))
 
 
@@ -93,7 +93,7 @@ def test_box_on_paper():
     letterbox = Letterbox(200, 100, 50)
     assert (letterbox.inner, letterbox.corner) == ((50, 25), (0, 12))
     expected = torch.tensor([[(10 + 30) / 2 / 50, (12 + 5 + 12 + 20) / 2 / 50, 20 / 50, 15 / 50]])
-    assert_close("box", letterbox.to_square(torch.tensor([[40, 20, 120, 80]])), expected, 1e-7)
+    assert_close("box", letterbox.boxes_to_square(torch.tensor([[40, 20, 120, 80]])), expected, 1e-7)
 
 
 @pytest.mark.parametrize("width, height", SHRUNK)
@@ -106,7 +106,7 @@ def test_pixels_land_where_the_boxes_say(width, height):
     square = pixels(letterbox, Image.fromarray(picture.round().astype(np.uint8)))
     rows, columns = (~letterbox.padding_mask()).nonzero().T
     from_x, from_y = square[rows, columns, 0] * width, square[rows, columns, 1] * height
-    landed = cxcywh_to_xyxy(letterbox.to_square(torch.stack([from_x, from_y, from_x, from_y], -1))) * 128
+    landed = cxcywh_to_xyxy(letterbox.boxes_to_square(torch.stack([from_x, from_y, from_x, from_y], -1))) * 128
     assert_close("x", landed[:, 0], columns + 0.5, 1)
     assert_close("y", landed[:, 1], rows + 0.5, 1)
 
@@ -121,7 +121,7 @@ def test_mask_and_box_of_an_object_agree(width, height):
     assert square.shape == (128, 128) and square.dtype == torch.bool
     rows, columns = square.nonzero().T
     extent = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
-    box = cxcywh_to_xyxy(letterbox.to_square(torch.tensor([x0, y0, x1, y1])))
+    box = cxcywh_to_xyxy(letterbox.boxes_to_square(torch.tensor([x0, y0, x1, y1])))
     assert_close("extent of the mask", extent.float(), box * 128, 1)
     assert not square[letterbox.padding_mask()].any()
 
@@ -129,7 +129,7 @@ def test_mask_and_box_of_an_object_agree(width, height):
     differ = (drawn & ~letterbox.padding_mask()) ^ square
     assert differ.sum() <= rows.max() - rows.min() + columns.max() - columns.min() + 2  # half of the mask's outline
 
-    back = letterbox.map_to_picture(square.float()) > 0.5
+    back = letterbox.map_to_image(square.float()) > 0.5
     assert back.shape == (height, width)
     rows, columns = np.nonzero(back)
     extent = torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
@@ -143,7 +143,7 @@ def test_map_to_picture(width, height):
     letterbox = Letterbox(width, height, 128)
     square = torch.where(letterbox.padding_mask(), 1000.0, 0.25)
     for given in (square, square.double().numpy()):
-        back = letterbox.map_to_picture(given)
+        back = letterbox.map_to_image(given)
         assert back.shape == (height, width) and back.dtype == np.float32
         assert np.abs(back - 0.25).max() < 1e-6
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_batch, make_clip, make_hivg, make_tokenizer
+from makers import make_batch, make_clip, make_hivg, make_tokenizer
 from safetensors import safe_open
 from safetensors.torch import save_file
 

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hivg.utils.cli import Parser, choose_device, choose_dtype, fail
 from hivg.clip import CLIP, CLIP_SIZES
 from hivg.data.annotations import COCO, Sample
 from hivg.data.augment import Augment
@@ -28,6 +27,7 @@ from hivg.grounder import DEFAULT_WEIGHTS, Grounder
 from hivg.losses import LossWeights, grounding_losses
 from hivg.model import HiVG, HiVGConfig
 from hivg.training.presets import PRESETS, preset
+from hivg.utils.cli import Parser, choose_device, choose_dtype, fail
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from hivg.utils.charts import plot_panels
 from hivg.fusion import adaptive_fusion_reference
+from hivg.utils.charts import plot_panels
 
 SIZES = {"ViT-B": (512, 768), "ViT-L": (768, 1024)}  # D_t, D_v
 LAYERS, POSITIONS, BATCHES = (1, 2, 12), (16, 77), (1, 16, 64, 256)

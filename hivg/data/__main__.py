@@ -4,8 +4,8 @@ with them, and whether training pictures are in another split too.
 DATASET is a name (refcoco, refcoco+, refcocog, refcocog_google, referit, flickr, mixup) or a .jsonl file.
 """
 
-from hivg.utils.cli import Parser, fail
 from hivg.data.annotations import check
+from hivg.utils.cli import Parser, fail
 
 
 def main():

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from hivg.utils import pickles
 from hivg.data.masks import mask_of
+from hivg.utils import pickles
 
 COCO, REFERIT, FLICKR = "other/images/mscoco/images/train2014", "referit/images", "Flickr30k/flickr30k-images"
 IMAGES = {"coco": COCO, "referit": REFERIT, "flickr": FLICKR}  # under the data root, as published

@@ -92,7 +92,7 @@ class Augment:
         return {
             "image": letterbox.image(image, normalization),
             "padding_mask": letterbox.padding_mask(),
-            "box": letterbox.to_square(box - torch.tensor([x0, y0, x0, y0])),
+            "box": letterbox.boxes_to_square(box - torch.tensor([x0, y0, x0, y0])),
             "mask": None if mask is None else letterbox.mask(mask[y0:y1, x0:x1]),
         }
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from hivg.data.annotations import read_samples
 from hivg.data.augment import Augment
 from hivg.data.masks import mask_of
-from hivg.data.shapes import EXPRESSIONS_PER_SCENE, HARDER, MAX_OBJECTS, Shapes
+from hivg.data.shapes import EXPRESSIONS_PER_SCENE, HARD_MIX, MAX_OBJECTS, Shapes
 from hivg.data.transforms import Letterbox
 
 
@@ -44,12 +44,12 @@ class ShapesTensors(Dataset):
         return {
             "images": image.expand(n, -1, -1, -1),  # (n, 3, S, S)
             "padding_mask": letterbox.padding_mask().expand(n, -1, -1),  # (n, S, S) bool
-            "boxes": letterbox.to_square(boxes),  # (n, 4) cxcywh in 0..1
+            "boxes": letterbox.boxes_to_square(boxes),  # (n, 4) cxcywh in 0..1
             "masks": labels == torch.tensor(item["targets"])[:, None, None] + 1,  # (n, S, S) bool
             "image_ids": torch.full((n,), index),
             "expressions": item["expressions"],
             "kinds": item["kinds"],
-            "pictures": [f"{self.shapes.split} {index}"] * n,
+            "image_names": [f"{self.shapes.split} {index}"] * n,
             "has_mask": torch.ones(n, dtype=torch.bool),
             "pixel_boxes": boxes,  # (n, 4) xyxy in the picture's pixels
             "letterboxes": [letterbox] * n,
@@ -91,7 +91,7 @@ class SampleTensors(Dataset):
         letterbox = Letterbox(*image.size, self.size)
         if self.augment is None:
             row = {"image": letterbox.image(image, self.normalization), "padding_mask": letterbox.padding_mask(),
-                   "box": letterbox.to_square(box), "mask": None if mask is None else letterbox.mask(mask)}
+                   "box": letterbox.boxes_to_square(box), "mask": None if mask is None else letterbox.mask(mask)}
         else:
             rng = np.random.default_rng([self.seed, number, index])
             row = self.augment(rng, image, box, mask, sample.expression, self.size, self.normalization)
@@ -103,7 +103,7 @@ class SampleTensors(Dataset):
             "image_ids": torch.tensor([self.image_ids[number]]),
             "expressions": [sample.expression],
             "kinds": [""],
-            "pictures": [str(sample.image)],
+            "image_names": [str(sample.image)],
             "has_mask": torch.tensor([mask is not None]),
             "pixel_boxes": box[None],  # (1, 4) xyxy in the picture's pixels
             "letterboxes": [letterbox],
@@ -121,11 +121,11 @@ _samples = cache(read_samples)  # every stage and validation reads the same
 
 
 def open_dataset(dataset, split, size, normalization="clip", seed=0, data_root="data", annotations=None, train=False,
-                 harder=False):
+                 hard_mix=False):
     """A split of `shapes`, of a data set of annotations.py or of a .jsonl file. harder: train on more of what is
     learned last (shapes). Raises ValueError."""
     if dataset == "shapes":
-        return ShapesTensors(split, size, normalization, seed, weights=HARDER if harder and train else None)
+        return ShapesTensors(split, size, normalization, seed, weights=HARD_MIX if hard_mix and train else None)
     samples = _samples(data_root, dataset, split, annotations)
     if not samples:
         raise ValueError(f"{dataset} {split}: no sample is left; `python -m hivg.data check {dataset}` says why")

@@ -36,7 +36,7 @@ NAMED = {SHAPE: 1, COLOUR: 1, FILL: 0.3, SIZE: 0.15}  # how often a phrase names
 # need three of a class, end up a little rarer.
 MIXED = {"attribute": 0.35, "superlative": 0.17, "ordinal": 0.10, "relation": 0.25, "conjunction": 0.13}
 # For a training that goes on: more of what is learned last.
-HARDER = {"attribute": 0.15, "superlative": 0.15, "ordinal": 0.25, "relation": 0.32, "conjunction": 0.13}
+HARD_MIX = {"attribute": 0.15, "superlative": 0.15, "ordinal": 0.25, "relation": 0.32, "conjunction": 0.13}
 SPLITS = {  # number of scenes, kinds of expressions. The order gives each split its seed: append only.
     "train": (2**40, MIXED),  # endless in practice
     "val": (250, MIXED),

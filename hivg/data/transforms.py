@@ -69,14 +69,14 @@ class Letterbox:
         square[top : top + h, left : left + w] = torch.from_numpy(np.array(inner))
         return square
 
-    def to_square(self, boxes):
+    def boxes_to_square(self, boxes):
         """(n, 4) xyxy in the picture's pixels -> (n, 4) cxcywh in 0..1 of the square."""
         left, top = self.corner
         low_high = boxes.float() * self.scale + torch.tensor([left, top, left, top])
         low, high = low_high[..., :2], low_high[..., 2:]
         return torch.cat([(low + high) / 2, high - low], -1) / self.size
 
-    def to_picture(self, boxes):
+    def boxes_to_image(self, boxes):
         """(n, 4) cxcywh in 0..1 of the square -> (n, 4) xyxy in the picture's pixels, clipped to the picture."""
         left, top = self.corner
         centre, half = boxes[..., :2] * self.size, boxes[..., 2:] * self.size / 2
@@ -84,7 +84,7 @@ class Letterbox:
         limit = torch.tensor([self.width, self.height, self.width, self.height])
         return torch.minimum(low_high.clamp(min=0), limit)
 
-    def map_to_picture(self, square):
+    def map_to_image(self, square):
         """(size, size) float array over the square, e.g. a mask -> (height, width), bilinear."""
         (w, h), (left, top) = self.inner, self.corner
         inner = Image.fromarray(np.asarray(square, dtype=np.float32)[top : top + h, left : left + w])

@@ -2,13 +2,13 @@
 
 import torch
 
-from hivg.training import distributed
-from hivg.clip import CLIP, bounded, similarity
+from hivg.clip import CLIP, bounded_logit_scale, similarity
 from hivg.data.batches import phrase_truth
 from hivg.losses import LossWeights, contrastive_loss, grounding_losses, patch_similarity, phrase_loss
+from hivg.training import distributed
 
 
-class Objective(torch.nn.Module):
+class Criterion(torch.nn.Module):
     """A model and its losses, so that data parallelism wraps both and the contrast sees every rank."""
 
     def __init__(self, model, weights: LossWeights, box_loss):
@@ -40,7 +40,7 @@ class Objective(torch.nn.Module):
         patches, attributes = distributed.gather(visual[:, 1:]), distributed.gather(batch["attributes"])
         named = distributed.gather(batch["named"])  # (B, 8, 4)
         is_phrase = named[..., 0] > -2  # (B, 8): pictures of fewer objects have fewer phrases
-        fit = bounded(clip.logit_scale) * patch_similarity(words[is_phrase.flatten()], patches)
+        fit = bounded_logit_scale(clip.logit_scale) * patch_similarity(words[is_phrase.flatten()], patches)
         own = is_phrase.nonzero()[:, 0]  # the picture of each phrase
         return {"clc": 0.5 * contrastive_loss(logits),
                 "phrases": phrase_loss(fit, phrase_truth(named[is_phrase], attributes), own)}

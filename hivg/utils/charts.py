@@ -6,6 +6,7 @@ from PIL import Image, ImageDraw
 
 from hivg.utils.draw import FAINT, GREY, INK, clean_text, colour_of, font_for, fonts_of_size, text_block, write_block
 
+
 def plot_curves(curves, path=None, title="", x_label="", y_label="", boundaries=(), size=(900, 360)):
     """A line chart.
 

@@ -21,12 +21,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_bytes
 
-from hivg.utils import pickles
-from hivg.weights import download, foreign
-from hivg.utils.cli import Parser, fail
 from hivg.clip import CLIP, CLIPConfig
 from hivg.model import HiVG, HiVGConfig
 from hivg.tokenizer import Tokenizer
+from hivg.utils import pickles
+from hivg.utils.cli import Parser, fail
+from hivg.weights import download, foreign
 
 KINDS = {
     "clip": "a CLIP", "hivg": "a HiVG model",  # ours

@@ -43,8 +43,8 @@ RELEASED = [
     (r"^vl_transformer\.encoder\.norm\.", "encoder_norm."), (r"\.self_attn\.", ".attn."),
     (r"^bbox_embed\.layers\.0\.", "box_head.0."), (r"^bbox_embed\.layers\.1\.", "box_head.2."),
     (r"^bbox_embed\.layers\.2\.", "box_head.4."), (r"^visu_proj\.", "visual_proj."),
-    (r"^visu_token_norm\.", "token_norm."), (r"^visu_token_mlp\.fc1\.", "token_mlp.c_fc."),
-    (r"^visu_token_mlp\.fc2\.", "token_mlp.c_proj."), (r"^seg_conv1\.", "mask_convs.0."),
+    (r"^visu_token_norm\.", "rtcc_norm."), (r"^visu_token_mlp\.fc1\.", "rtcc_mlp.c_fc."),
+    (r"^visu_token_mlp\.fc2\.", "rtcc_mlp.c_proj."), (r"^seg_conv1\.", "mask_convs.0."),
     (r"^seg_conv2\.", "mask_convs.1."), (r"^seg_conv3\.", "mask_convs.2."),
 ]
 RELEASED_UNUSED = {"ml_text_feat_perceiver.weight", "ml_text_feat_perceiver.bias", "reg_pos_embed.weight",
@@ -184,7 +184,7 @@ def released_hivg(tensors, args):
         text_norm=False, level_norm=False, text_padding="released", normalization="imagenet", lora="none",
         width=setting(args, "vl_hidden_dim", int), encoder_layers=setting(args, "vl_enc_layers", int, 6),
         encoder_heads=setting(args, "vl_nheads", int, 8), encoder_ffn=setting(args, "vl_dim_feedforward", int, 2048),
-        dropout=setting(args, "vl_dropout", float, 0.1), token_mlp=_rows(rest, "visu_token_mlp.fc1.weight"))
+        dropout=setting(args, "vl_dropout", float, 0.1), rtcc_hidden=_rows(rest, "visu_token_mlp.fc1.weight"))
     if max(levels) > config.vision_layers or max(layers) > config.text_layers:
         raise NotThisKind(f"its args say model={backbone}, dataset={dataset}, which read more than its "
                           f"{config.vision_layers} vision and {config.text_layers} text blocks")
