@@ -1,112 +1,99 @@
 """Train HiVG: warm-up, then Hi LoRA stage by stage, on one GPU or a laptop.
 
     python train.py                        all stages on the bundled data set, from the bundled tiny CLIP
-    python train.py --pretrain             the same, making the tiny CLIP first
-    python train.py --name NAME --resume   go on after an interruption, bit for bit
-    python train.py --hivg FILE            go on with a trained HiVG, in one stage of its own
+    python train.py --plan                 print the table of the stages and exit; works with all other flags
+    python train.py --name NAME --resume   resume after an interruption, bit for bit
+    python train.py --finetune FILE        train an existing HiVG further, in a single stage
 
-Writes runs/NAME/: the best weights of each stage, state.pt (to resume), log.jsonl, curves.png. Read `train` from top to
-bottom: the stages are the rows of a table, and there is one loop for all of them.
+Writes runs/NAME/: the best weights of each stage, state.pt (to resume), log.jsonl, curves.png. Read this file from top
+to bottom: the settings, the stages as rows of a table, the start of a stage, and `train`, one loop for all stages.
 """
 
-import argparse
-import math
-import os
-import sys
 import time
-from dataclasses import asdict, astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields
 from functools import partial
-from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from hivg import weights
-from hivg.clip import CLIP, CLIP_SIZES
-from hivg.data.annotations import canonical
-from hivg.data.batches import ShapesTensors, evaluation_batches, open_dataset, training_batches
-from hivg.data.shapes import Shapes
+from hivg.bridge import KINDS as BRIDGE_KINDS
+from hivg.data.batches import evaluation_batches, open_dataset, training_batches
 from hivg.evaluate import predict
 from hivg.fusion import choose_backend
-from hivg.lora import LoRALinear
+from hivg.lora import MODES as LORA_MODES
 from hivg.losses import LossWeights
 from hivg.metrics import accuracy, mean
 from hivg.model import HiVG, HiVGConfig
-from hivg.tokenizer import Tokenizer, learn_merges
 from hivg.training import distributed
-from hivg.training.criterion import Criterion
+from hivg.training.checkpoint import open_run, restore, save_state
+from hivg.training.criterion import Criterion, to_device
+from hivg.training.flags import RUNS, check_settings, setting, settings_from_flags
 from hivg.training.log import Log
-from hivg.training.presets import preset
-from hivg.utils.cli import Parser, choose_device, choose_dtype, fail
+from hivg.training.optimizers import check_finite, learning_rate, make_optimizers, set_learning_rate, step_optimizers
+from hivg.training.plan import clip_config, columns_text, grow, print_plan, stage_column
+from hivg.training.presets import preset_of
+from hivg.utils.cli import choose_device, choose_dtype, fail
+
+LOSSES = [f.name for f in fields(LossWeights)]
 
 
 @dataclass
 class Settings:
-    # what
-    name: str = "shapes"  # the run's folder under runs/
-    preset: str = ""  # a row of hivg/training/presets.py: defaults for a data set and a size of CLIP
-    dataset: str = "shapes"  # or refcoco, refcoco+, refcocog, refcocog_google, referit, flickr, mixup, a .jsonl file
-    data_root: str = "data"  # where the data sets are, laid out as published
-    annotations: str = ""  # a file or folder of annotations that is not at a published place
-    hard_mix: bool = False  # train on more of what is learned last: ordinals and relations (shapes)
-    clip: str = "weights/clip-tiny.safetensors"  # the CLIP to start from
-    hivg: str = ""  # or the HiVG to go on from, with its own settings of the model, in one stage, `tune`
-    pretrain: bool = False  # make the tiny CLIP first, by contrastive learning on captions
-    resume: bool = False
-    seed: int = 0
-    # stages: pre-training, warm-up, Hi LoRA 1, 2, 3
-    epoch_samples: int = 8192  # expressions (captions in the pre-training) that make an epoch; 0: the whole data set
-    pretrain_epochs: int = 12
-    epochs: tuple[int, ...] = (1, 1, 1, 18)
-    pretrain_lr: float = 1e-3
-    lr: tuple[float, ...] = (3e-3, 3e-3, 3e-3, 2e-3)
-    # optimisation
-    optimizer: str = "muon"  # for the matrices, with AdamW for the rest; or adamw for all, as in the paper
-    batch_size: int = 32  # expressions that are in memory at once
-    pretrain_batch_size: int = 32  # pictures with their captions
-    accumulate: tuple[int, ...] = (1,)  # batches to a step: one number, or one for each stage
-    warmup_steps: int = 100  # linear rise of the learning rate at the start of a stage
-    weight_decay: float = 1e-4
-    clip_grad: float = 1.0  # largest norm of the gradient
-    # model
-    bridge: str = "adaptive"
-    warmup_bridge: bool = True  # False: the warm-up does without the bridge, as the released large models
-    text_layers: tuple[int, ...] = ()  # that the bridge fuses, counted from 1; none: the last, for the tiny CLIP two
-    text_norm: bool = True
-    level_norm: bool = True
-    lora: str = "hierarchical"
-    lora_rank: int = 16
-    lora_alpha: float = 16.0
-    box_loss: str = "l1"
-    loss_weights: tuple[float, ...] = astuple(LossWeights(clc=0.1))  # the paper's but for CLC; 0 leaves a term out
-    # machine
-    device: str = "auto"
-    dtype: str = "auto"  # of the products: bfloat16 where the machine is fast at it, or float32
-    checkpoint: bool = False  # keep less for the gradients and compute it again: less memory, more time
-    compile: bool = False
-    workers: int = 1
-    save_minutes: float = 2.0  # how much an interruption may cost
+    """Every setting is a flag of the same name; `python train.py --help` prints them by group."""
+
+    name: str = setting("shapes", "the run's folder under runs/", group="The run")
+    preset: str = setting("", "a recipe of the paper, for a data set and a size of CLIP: hivg/training/presets.py")
+    plan: bool = setting(False, "print the table of the stages and exit; needs no data and no weights")
+    resume: bool = setting(False, "continue an interrupted run from its last state", resumable=True)
+    save_minutes: float = setting(2.0, "minutes of work that an interruption may cost", low=0, high=1e4, resumable=True)
+    seed: int = setting(0, "seed of all random numbers", low=0, high=2**31)
+
+    dataset: str = setting("shapes", "shapes, a data set of the paper, or your own .jsonl file", group="Data")
+    data_root: str = setting("data", "the folder that holds the data sets, laid out as published")
+    annotations: str = setting("", "a file or folder of annotations that is not at a published place")
+    hard_mix: bool = setting(False, "ask for more ordinals and relations, which are learned last (shapes)")
+    epoch_samples: int = setting(8192, "expressions in an epoch; 0: the whole data set", low=0, high=10**9)
+    workers: int = setting(1, "processes that prepare the data", low=0, high=256, resumable=True)
+
+    clip: str = setting("weights/clip-tiny.safetensors", "the CLIP to start from", group="Model", of_model=True)
+    finetune: str = setting("", "or the HiVG to train further, as it is in its file, in a single stage")
+    bridge: str = setting("adaptive", "what the cross-modal bridge reads", choices=BRIDGE_KINDS, of_model=True)
+    bridgeless: bool = setting(False, "begin with a stage without the bridge, as the large models", of_model=True)
+    text_layers: tuple[int, ...] = setting((), "text layers that the bridge fuses, from 1; none given: the last, "
+                                           "for the tiny CLIP 2 and 4", low=1, high=99, of_model=True)
+    text_norm: bool = setting(True, "a layer norm on each text layer before the fusion", of_model=True)
+    level_norm: bool = setting(True, "a layer norm on each level of visual features", of_model=True)
+    lora: str = setting("hierarchical", "how adapters are added", choices=LORA_MODES, of_model=True)
+    lora_rank: int = setting(16, "rank r of an adapter", low=1, high=4096, of_model=True)
+    lora_alpha: float = setting(16.0, "an adapter is scaled by alpha / r", low=0, high=1e6, of_model=True)
+
+    epochs: tuple[int, ...] = setting((1, 1, 1, 18), "epochs of each stage", group="Optimization", low=0, high=10**6)
+    lr: tuple[float, ...] = setting((3e-3, 3e-3, 3e-3, 2e-3), "peak learning rate of each stage", low=0, high=1e30)
+    optimizer: str = setting("muon", "muon for matrices and adamw for the rest, or adamw for all, as in the paper",
+                             choices=("muon", "adamw"))
+    batch_size: int = setting(32, "expressions in memory at once, over all processes", low=1, high=10**6)
+    accumulate: tuple[int, ...] = setting((1,), "batches to a step, for all stages or for each", low=1, high=10**6)
+    warmup_steps: int = setting(100, "steps in which the learning rate rises in a stage", low=0, high=10**9)
+    weight_decay: float = setting(1e-4, "of both optimizers", low=0, high=1)
+    clip_grad: float = setting(1.0, "largest norm of the gradient", low=1e-12, high=float("inf"))
+    box_loss: str = setting("l1", "l1 (released program) or smooth_l1 (paper)", choices=("l1", "smooth_l1"))
+    loss_weights: tuple[float, ...] = setting(astuple(LossWeights(clc=0.1)), f"weights of {' '.join(LOSSES)}; 0 leaves "
+                                              "a loss out", low=0, high=1e6, length=len(LOSSES))
+
+    device: str = setting("auto", "auto, cpu or cuda", group="Machine", resumable=True)
+    dtype: str = setting("auto", "type of the matrix products; auto: bfloat16 where the machine is fast at it",
+                         choices=("auto", "float32", "bfloat16"))
+    checkpoint: bool = setting(False, "recompute the vision blocks in the backward: less memory, more time",
+                               resumable=True)
+    compile: bool = setting(False, "speed the model up with torch.compile")
 
     def __post_init__(self):
-        """Refuses at once what would fail hours later, or be passed over. Raises ValueError."""
-        least = {"pretrain_epochs": 1, "batch_size": 1, "pretrain_batch_size": 1, "lora_rank": 1, "seed": 0,
-                 "epoch_samples": self.dataset == "shapes"}  # `shapes` has no end, so an epoch needs one
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"--{name} must be {low:d} or more, not {getattr(self, name)}")
-        if not self.accumulate or min(self.accumulate) < 1:
-            raise ValueError(f"--accumulate must be 1 or more, not {' '.join(map(str, self.accumulate))}")
-        if self.optimizer not in ("adamw", "muon"):
-            raise ValueError(f"--optimizer must be adamw or muon, not {self.optimizer!r}")
-        if self.box_loss not in ("l1", "smooth_l1"):
-            raise ValueError(f"--box_loss must be l1 or smooth_l1, not {self.box_loss!r}")
+        """Raises ValueError, one line, for settings that do not fit."""
+        check_settings(self)
         if self.hard_mix and self.dataset != "shapes":
-            raise ValueError("--hard_mix is of the data set shapes alone; leave it out")
-        if self.dataset != "shapes" and not self.dataset.endswith(".jsonl"):
-            canonical(self.dataset)
-        if len(self.loss_weights) != len(fields(LossWeights)):
-            raise ValueError(f"--loss_weights needs {len(fields(LossWeights))} numbers, "
-                             f"{', '.join(f.name for f in fields(LossWeights))}; not {self.loss_weights}")
+            raise ValueError("--hard_mix is a mix of the data set shapes; leave it out")
+        if self.dataset == "shapes" and not self.epoch_samples:
+            raise ValueError("--epoch_samples must be 1 or more for shapes, which has no end")
         stages(self)
 
 
@@ -115,7 +102,8 @@ class Stage:
     """One row of the schedule."""
 
     name: str
-    lora_stage: int | None  # 0 = no adapters; None = contrastive pre-training of CLIP itself
+    bridge: str | None  # its kind; None = as in the file
+    lora_stage: int  # j of Hi LoRA's formula; 0 = no adapters
     epochs: int
     lr: float
     batch_size: int
@@ -123,285 +111,162 @@ class Stage:
 
 
 def stages(s: Settings):
-    pretrain = Stage("pretrain", None, s.pretrain_epochs, s.pretrain_lr, s.pretrain_batch_size, 1)
-    names = ["warmup", "lora1", "lora2", "lora3"] if s.lora in ("hierarchical", "shared") else ["warmup", "lora1"]
-    names = names[:1] if s.lora == "none" else names
-    names = ["tune"] if s.hivg else names
-    accumulate = s.accumulate * len(names) if len(s.accumulate) == 1 else s.accumulate
-    if min(len(s.epochs), len(s.lr), len(accumulate)) < len(names) or s.epochs[0] < 1:
-        raise ValueError(f"--epochs and --lr need a number for each of {', '.join(names)}, --epochs 1 or more for the "
-                         f"first, --accumulate one or as many; not {s.epochs}, {s.lr} and {s.accumulate}")
-    return [pretrain] * s.pretrain + [
-        Stage(name, j, s.epochs[j], s.lr[j], s.batch_size, accumulate[j]) for j, name in enumerate(names)]
+    """The table of the stages. The bridge, the grounding encoder and the heads are trained in each of them."""
+    rows = [  # name, kind of bridge, Hi LoRA stage: the vision layers whose adapters it trains (lora.adapted_layers)
+        ("warmup", s.bridge, 0),  # none: CLIP stays as it is
+        ("lora1", s.bridge, 1),  # 1 .. L/3, and all text layers from here on
+        ("lora2", s.bridge, 2),  # 1 .. 2L/3
+        ("lora3", s.bridge, 3),  # 1 .. L
+    ]
+    if s.lora == "vanilla":
+        rows = rows[:2]  # the first brings adapters to all layers
+    if s.lora == "none":
+        rows = rows[:1]
+    if s.bridgeless:
+        rows = [("bridgeless", "none", 0), *rows]
+    if s.finetune:
+        rows = [("finetune", None, 0)]  # the model as it is in its file
+    accumulate = s.accumulate * len(rows) if len(s.accumulate) == 1 else s.accumulate
+    if min(len(s.epochs), len(s.lr), len(accumulate)) < len(rows) or s.epochs[0] < 1:
+        raise ValueError(f"--epochs and --lr need a number for each of {', '.join(row[0] for row in rows)}, --epochs 1 "
+                         f"or more for the first, --accumulate one or as many; not {s.epochs}, {s.lr}, {s.accumulate}")
+    return [Stage(*row, s.epochs[i], s.lr[i], s.batch_size, accumulate[i]) for i, row in enumerate(rows)]
 
 
-def learning_rate(step, steps, peak, warmup_steps):
-    """Linear rise to `peak`, then half a cosine down to zero."""
-    rise = min(1.0, (step + 1) / max(1, warmup_steps))
-    return peak * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
+def first_config(s: Settings, clip_config):
+    """The configuration of the model in the first stage, on a CLIP of these sizes."""
+    layers = {"text_layers": s.text_layers} if s.text_layers else {}
+    return HiVGConfig.for_clip(clip_config, bridge=stages(s)[0].bridge, text_norm=s.text_norm, level_norm=s.level_norm,
+                               lora=s.lora, lora_rank=s.lora_rank, lora_alpha=s.lora_alpha, **layers)
 
 
-def new_clip(s: Settings):
-    """The tiny CLIP at random, with a merge table learned from the words of its own world."""
-    shapes = Shapes("train", s.seed)
-    items = (shapes[i] for i in range(1500))
-    texts = [text for item in items for text in [item["caption"], *item["expressions"]]]
-    tokenizer = Tokenizer(learn_merges(texts, 512))
-    clip = CLIP(replace(CLIP_SIZES["tiny"], vocab_size=tokenizer.vocab_size))
-    clip.tokenizer = tokenizer
-    return clip
-
-
-def begin_stage(s: Settings, stage, before, run):
-    """-> the model at the start of a stage, and the accuracy it comes with: -1 if it can do nothing yet, None if that
-    is to be measured. `before` is the stage before it, None for the first."""
-    torch.manual_seed(s.seed + 1000 * (0 if stage.lora_stage is None else stage.lora_stage + 1))
-    if stage.lora_stage is None:
-        return new_clip(s), -1.0
-    if s.hivg:  # all that its last stage trained goes on being trained
-        model = weights.load_hivg(s.hivg)
-        weights.need_tokenizer(model, s.hivg)
+def begin_stage(s: Settings, number, run):
+    """-> the model as stage `number` starts with it, and its accuracy: -1 if it has learned nothing yet, None if that
+    is still to be measured."""
+    table = stages(s)
+    torch.manual_seed(s.seed + 1000 * (number + 1))
+    if s.finetune:
+        model = weights.load_hivg(s.finetune)
+        weights.need_tokenizer(model, s.finetune)
         return model, None
-    if stage.lora_stage == 0:
-        path = run / "pretrain.safetensors" if before else s.clip
-        clip = weights.load_clip(path)
-        weights.need_tokenizer(clip, path)
-        layers = {"text_layers": s.text_layers} if s.text_layers else {}
-        config = HiVGConfig.for_clip(clip.config, bridge=s.bridge if s.warmup_bridge else "none", text_norm=s.text_norm,
-                                     level_norm=s.level_norm, lora=s.lora, lora_rank=s.lora_rank,
-                                     lora_alpha=s.lora_alpha, **layers)
-        model = HiVG.from_clip(clip, config)
+    if number == 0:
+        clip = weights.load_clip(s.clip)
+        weights.need_tokenizer(clip, s.clip)
+        model = HiVG.from_clip(clip, first_config(s, clip.config))
         model.tokenizer = clip.tokenizer
         return model, -1.0
-    model = weights.load_hivg(run / f"{before.name}.safetensors")
-    if model.config.bridge != s.bridge:  # the warm-up did without
-        bare, model = model, model.with_bridge(s.bridge)
-        model.tokenizer, model.info = bare.tokenizer, bare.info
-    model.add_stage(stage.lora_stage)  # the new pairs change nothing yet, so the accuracy is still the one before
-    return model, model.info["accuracy"]
+    before = weights.load_hivg(run / f"{table[number - 1].name}.safetensors")  # the best state of the stage before
+    model = grow(before, table[number])
+    model.tokenizer = before.tokenizer
+    return model, before.info["accuracy"]
 
 
-def optimizers(s: Settings, model):
-    """AdamW; or Muon (Jordan et al. 2024), which makes the step of a matrix orthogonal, for the linear layers and their
-    adapters, and AdamW for the rest. Muon's steps are scaled to AdamW's size, so both take the same learning rate."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if s.optimizer == "adamw":
-        return [torch.optim.AdamW(trained, weight_decay=s.weight_decay, fused=True)]
-    linear = {p for m in model.modules() if isinstance(m, (torch.nn.Linear, LoRALinear)) for p in m.parameters()}
-    matrices = [p for p in trained if p in linear and p.ndim == 2]
-    rest = [p for p in trained if p not in linear or p.ndim != 2]
-    return [torch.optim.Muon(matrices, weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, weight_decay=s.weight_decay, fused=True)]
-
-
-def data_of(s, model, split):
-    """The pictures and expressions of a split for HiVG, the pictures and captions of `shapes` for a CLIP."""
-    if isinstance(model, CLIP):
-        return ShapesTensors("pretrain", model.config.image_size, seed=s.seed, captions=True)
-    return open_dataset(s.dataset, split, model.config.clip.image_size, model.config.normalization, s.seed,
-                        s.data_root, s.annotations or None, train=split == "train", hard_mix=s.hard_mix)
+def open_split(s: Settings, model, split):
+    config = model.config
+    return open_dataset(s.dataset, split, config.clip.image_size, config.normalization, s.seed, s.data_root,
+                        s.annotations or None, train=split == "train", hard_mix=s.hard_mix)
 
 
 @torch.no_grad()
-def validate(model, s, device):
-    """-> what is logged of the validation; "accuracy" decides which state of a stage is kept: Acc@0.5 of the `val`
-    split, or, for the pre-training, how often a caption finds its picture among all of the split."""
-    if isinstance(model, CLIP):
-        batches = evaluation_batches(ShapesTensors("val", model.config.image_size, captions=True, seed=s.seed))
-        model.eval()
-        pairs = [model(b["images"].to(device), model.tokenizer(b["expressions"]).to(device)) for b in batches]
-        model.train()
-        text, image = (torch.nn.functional.normalize(torch.cat(side), dim=-1) for side in zip(*pairs))
-        found = (text @ image.T).argmax(1).cpu() == torch.arange(len(text))
-        return {"accuracy": found.float().mean().item()}
-    share = evaluation_batches(data_of(s, model, "val"), workers=0 if s.dataset == "shapes" else s.workers,
-                               rank=distributed.rank(), world=distributed.world())
-    rows = distributed.gather_rows(predict(model, share, device))  # every sample once, whatever the number of ranks
-    return {"accuracy": accuracy(r["iou"] for r in rows), "mean_iou": mean(r["iou"] for r in rows)}
-
-
-def to_device(batch, model, device):
-    batch = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    for texts, ids in (("expressions", "token_ids"), ("phrases", "phrase_ids")):
-        if texts in batch:
-            batch[ids] = model.tokenizer(batch[texts]).to(device)
-    return batch
-
-
-def save_whole(path, write):
-    """Call write(side path), then rename: the file is there whole or not at all, whenever the run is killed."""
-    side = path.with_name(path.name + ".part")
-    write(side)
-    os.replace(side, path)
-
-
-def describe_trained(model, stage, world, where):
-    """What a step is made of, and what is trained in this stage, by module: lines on stderr."""
-    print(f"stage {stage.name}: {stage.epochs} epochs, learning rate {stage.lr:g}, a step of {stage.accumulate} x "
-          f"{stage.batch_size} expressions over {world} process{'es' * (world > 1)} {where}; the contrast "
-          f"sees {stage.batch_size} at a time, so at most {stage.batch_size - 1} negatives, none of the same picture",
-          file=sys.stderr)
-    rows = [(name, sum(p.numel() for p in child.parameters()), sum(p.numel() for p in child.parameters()
-             if p.requires_grad)) for name, child in model.named_children()]
-    own = [p for p in model.parameters(recurse=False)]
-    rows.append(("(own)", sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad)))
-    for name, n, trained in rows + [("in all", *(sum(r[i] for r in rows) for i in (1, 2)))]:
-        print(f"  {name:<14}{n:>12,} parameters, {trained:>12,} trained", file=sys.stderr)
+def validate(s: Settings, model, device):
+    """-> {"accuracy": Acc@0.5 of `val`, which decides the state of a stage that is kept, "mean_iou": ..}."""
+    workers = 0 if s.dataset == "shapes" else s.workers
+    batches = evaluation_batches(open_split(s, model, "val"), workers=workers, rank=distributed.rank(),
+                                 world=distributed.world())
+    rows = distributed.gather_rows(predict(model, batches, device))  # every sample once, however many ranks
+    ious = [row["iou"] for row in rows]
+    return {"accuracy": accuracy(ious), "mean_iou": mean(ious)}
 
 
 def train(s: Settings):
-    """The whole training: every stage of the table, every step of the stage."""
-    run = Path("runs") / s.name
+    """The whole training: every stage of the table, every step of a stage -> the file of the last stage's weights."""
+    run = RUNS / s.name
     device = distributed.start(choose_device(s.device))
     dtype = choose_dtype(s.dtype, device)
-    products = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
-    rank, world = distributed.rank(), distributed.world()
-    if (run / "state.pt").exists() and not s.resume:
-        raise ValueError(f"{run} holds a run; go on with --resume, take another --name, or remove the folder")
-    saved = load_state(run) if s.resume else None
-    log = Log(run, saved["log"]["bytes"] if saved else 0) if rank == 0 else None
-    table = stages(s)
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    saved = open_run(run, s.resume)  # None for a new run
+    log = Log(run, saved)
+    log.message(f"training on {device}, {distributed.world()} process(es), products in {dtype}, fusion by "
+                f"{choose_backend(device.type)}")
 
-    for number, stage in enumerate(table):
+    for number, stage in enumerate(stages(s)):
         if saved and number < saved["stage"]:
-            continue
-        model, best = begin_stage(s, stage, table[number - 1] if number else None, run)
+            continue  # done before the interruption
+        model, best = begin_stage(s, number, run)
         model = model.to(device).train()
-        trained = [p for p in model.parameters() if p.requires_grad]
-        steppers = optimizers(s, model)
-        dataset, together = data_of(s, model, "train"), stage.batch_size * stage.accumulate
-        per_epoch = max(1, (s.epoch_samples or len(dataset) * dataset.rows) // together)
-        steps, first = stage.epochs * per_epoch, 0
+        model.clip.visual.checkpoint = s.checkpoint
+        optimizers = make_optimizers(model, s.optimizer, s.weight_decay)
+        dataset = open_split(s, model, "train")
+        global_batch = stage.batch_size * stage.accumulate
+        steps_per_epoch = max(1, (s.epoch_samples or len(dataset) * dataset.rows) // global_batch)
+        steps = stage.epochs * steps_per_epoch
+        path = run / f"{stage.name}.safetensors"
+        first = 0
         if saved and number == saved["stage"]:
-            model.load_state_dict(saved["model"])
-            for optimizer, state in zip(steppers, saved["optimizers"]):
-                optimizer.load_state_dict(state)
-            first, best = saved["step"], saved["best"]
-            set_random_state(saved["random"][rank])
-        if best is None:
-            with products():
-                best = validate(model, s, device)["accuracy"]
-        if rank == 0:
-            describe_trained(model, stage, world, f"on {device}, products in {str(dtype)[6:]}, fusion by "
-                                                  f"{choose_backend(device.type)}")
-            if first:
-                log.restart(saved["log"]["sums"], saved["log"]["n"])
-            elif best >= 0:  # a stage that never improves keeps what it started from
-                weights.save(run / f"{stage.name}.safetensors", model, {"stage": stage.name, "accuracy": best})
+            first, best = restore(saved, model, optimizers, log)
+        elif best is None:
+            with autocast():
+                best = validate(s, model, device)["accuracy"]
+        log.message(columns_text([stage_column(stage, model)]))
+        if first == 0 and best >= 0 and distributed.rank() == 0:
+            weights.save(path, model, {"stage": stage.name, "accuracy": best})  # kept if the stage never improves it
 
         batches = iter(training_batches(dataset, number * 2**32, stage.batch_size, steps * stage.accumulate,
-                                        first * stage.accumulate, s.workers, rank, world))
-        objective = Criterion(model, LossWeights(*s.loss_weights), s.box_loss)
-        if s.checkpoint:
-            (model if isinstance(model, CLIP) else model.clip).visual.checkpoint = True
+                                        first * stage.accumulate, s.workers, distributed.rank(), distributed.world()))
+        criterion = distributed.wrap(Criterion(model, LossWeights(*s.loss_weights), s.box_loss),
+                                     find_unused=0 in s.loss_weights)  # a loss left out leaves its head unused
         if s.compile:
-            for part in (model.visual, model.text) if isinstance(model, CLIP) else (model,):
-                part.compile()
-        if world > 1:
-            # a loss of weight 0 leaves its head without gradients
-            objective = DistributedDataParallel(objective, find_unused_parameters=0 in s.loss_weights)
-        since_save = time.monotonic()
+            model.compile()
+        saved_at = time.monotonic()
         for step in range(first, steps):
             lr = learning_rate(step, steps, stage.lr, s.warmup_steps)
-            for optimizer in steppers:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
+            set_learning_rate(optimizers, lr)
+
+            # accumulate the gradient of the global batch
             for _ in range(stage.accumulate):
-                batch = to_device(next(batches), model, device)
-                with products():
-                    terms = objective(batch)
+                batch = to_device(next(batches), model.tokenizer, device)
+                with autocast():
+                    terms = criterion(batch)
                 loss = sum(terms.values())
                 (loss / stage.accumulate).backward()
+
+            # clip and check
             values = distributed.mean_of_ranks({"loss": loss, **terms})
-            norm = torch.nn.utils.clip_grad_norm_(trained, s.clip_grad)
-            if not (values["loss"].isfinite() and norm.isfinite()):
-                raise ValueError(f"the loss is {values['loss'].item()} at step {step + 1} of {stage.name} ("
-                                 + ", ".join(f"{name} {v.item():g}" for name, v in terms.items())
-                                 + f"), the norm of its gradient {norm.item():g}; the last state, from before that, is "
-                                 "kept; try a lower --lr")
-            for optimizer in steppers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            if rank == 0:
-                log.step(stage.name, step + 1, steps, lr, values | {"gradient_norm": norm})
+            norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], s.clip_grad)
+            check_finite(f"step {step + 1} of {stage.name}", values, norm)
 
-            end_of_epoch = (step + 1) % per_epoch == 0
+            step_optimizers(optimizers)
+            log.step(stage.name, step + 1, steps, lr, values | {"gradient_norm": norm})
+
+            # validate, and keep the best
+            end_of_epoch = (step + 1) % steps_per_epoch == 0
             if end_of_epoch:
-                with products():
-                    scores = validate(model, s, device)
-                better, best = scores["accuracy"] > best, max(best, scores["accuracy"])
-                if rank == 0:
-                    if better:
-                        weights.save(run / f"{stage.name}.safetensors", model, {"stage": stage.name, **scores})
-                    log.epoch(stage.name, step + 1, (step + 1) // per_epoch, scores, best)
-            if distributed.any_rank(end_of_epoch or time.monotonic() - since_save > 60 * s.save_minutes, device):
-                state = {"stage": number, "step": step + 1, "best": best, "settings": asdict(s),
-                         "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in steppers],
-                         "random": distributed.gather_rows([random_state()])}
-                if rank == 0:
-                    save_whole(run / "state.pt", lambda side: torch.save(state | {"log": log.state()}, side))
-                since_save = time.monotonic()
-        distributed.wait()  # the next stage reads the file that rank 0 wrote
-    return run / f"{table[-1].name}.safetensors"
+                with autocast():
+                    scores = validate(s, model, device)
+                if scores["accuracy"] > best:
+                    best = scores["accuracy"]
+                    if distributed.rank() == 0:
+                        weights.save(path, model, {"stage": stage.name, **scores})
+                log.epoch(stage.name, step + 1, (step + 1) // steps_per_epoch, scores, best)
 
-
-def load_state(run):
-    """What an interrupted run left, on the CPU, whatever device it was on. Raises ValueError."""
-    path = run / "state.pt"
-    if not path.is_file():
-        raise ValueError(f"--resume: there is no {path}; start the run without --resume")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        Settings(**state["settings"])
-        return state
-    except Exception:  # torch.load raises nearly anything
-        raise ValueError(f"{path}: damaged, or not a state of this version of train.py; "
-                         "remove it and start the run without --resume") from None
-
-
-def random_state():
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def set_random_state(state):
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-NEW = {"clip", "pretrain", "bridge", "warmup_bridge", "text_layers", "text_norm", "level_norm", "lora", "lora_rank",
-       "lora_alpha"}  # settings of a new HiVG, which one that is gone on from brings with it
-FREE = {"resume", "device", "workers", "save_minutes", "checkpoint"}  # settings that a resumed run may change
-
-
-def settings_from_flags():
-    """Every setting is a flag of the same name. A resumed run takes its settings from its state, and refuses others."""
-    parser = Parser(description=__doc__)
-    for f in fields(Settings):
-        if f.type is bool:
-            options = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(f.default, tuple):
-            options = {"type": type(f.default[0]) if f.default else int, "nargs": "+"}
-        else:
-            options = {"type": f.type}
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f"default: {f.default}", **options)
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args()).items()}
-    if given.get("hivg") and (new := sorted(given.keys() & NEW)):
-        parser.error(f"--hivg goes on with the model as it is in the file; leave out --{', --'.join(new)}")
-    if not given.get("resume"):
-        return Settings(**(preset(given.get("preset", "")) | given))
-    saved = load_state(Path("runs") / given.get("name", Settings.name))["settings"]
-    changed = [f"--{k} {given[k]} (was {saved[k]})" for k in given.keys() - FREE if given[k] != saved[k]]
-    if changed:
-        parser.error(f"--resume goes on with the settings of the run; it cannot change {', '.join(changed)}")
-    return Settings(**(saved | {k: given[k] for k in given.keys() & FREE}))
+            # save the state
+            due = end_of_epoch or time.monotonic() - saved_at > 60 * s.save_minutes
+            if distributed.any_rank(due, device):
+                save_state(run, s, number, step + 1, best, model, optimizers, log)
+                saved_at = time.monotonic()
+        distributed.wait()  # the next stage reads the file that the first rank wrote
+    return path
 
 
 if __name__ == "__main__":
     try:
-        print(train(settings_from_flags()))
+        settings = settings_from_flags(Settings, __doc__, preset_of)
+        if settings.plan:
+            config = weights.read(settings.finetune).config if settings.finetune else None
+            print_plan(stages(settings), config or first_config(settings, clip_config(settings.clip)))
+        else:
+            print(train(settings))
     except KeyboardInterrupt:
-        fail("interrupted; the same command with --resume goes on", code=130)
+        fail("interrupted; the same command with --resume continues", code=130)
     except (ValueError, OSError) as error:
         fail(error)

@@ -8,6 +8,7 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 
 def start(device):
@@ -80,3 +81,8 @@ def any_rank(flag, device):
 def wait():
     if world() > 1:
         dist.barrier()
+
+
+def wrap(module, find_unused=False):
+    """The module as it is with one process; with several, wrapped so that their gradients are averaged."""
+    return DistributedDataParallel(module, find_unused_parameters=find_unused) if world() > 1 else module

@@ -1,63 +1,106 @@
-"""What a training run writes of its progress: log.jsonl, lines on stderr, curves.png."""
+"""The progress of a run: log.jsonl, lines on stderr, curves.png."""
 
 import json
 import sys
 import time
 
+from hivg.training import distributed
 from hivg.utils.charts import plot_panels
+
+EVERY = 50  # steps to a line
+TITLES = {"loss": "Training loss", "accuracy": "Accuracy on val", "lr": "Learning rate"}  # the panels of curves.png
 
 
 class Log:
-    """log.jsonl: a line every 50 steps (means since the last) and one for every epoch; the same on stderr; and
-    curves.png, drawn from it."""
+    """log.jsonl: a line every 50 steps (means since the last line) and one for every epoch; the same on stderr; and
+    curves.png, drawn from it. Only the first rank writes; on the others every call does nothing."""
 
-    def __init__(self, run, n_bytes):
-        run.mkdir(parents=True, exist_ok=True)
-        self.run, self.file = run, open(run / "log.jsonl", "r+" if n_bytes else "w")
-        self.file.truncate(n_bytes)  # what a killed run logged after its last state will be run again
-        self.file.seek(n_bytes)
-        self.restart()
+    def __init__(self, run, saved=None):
+        """run: the folder of the run. saved: the saved state that the run resumes from, or None."""
+        self.run = run
+        self.is_writer = distributed.rank() == 0
+        if self.is_writer:
+            run.mkdir(parents=True, exist_ok=True)
+            n_bytes = saved["log"]["bytes"] if saved else 0
+            self.file = open(run / "log.jsonl", "r+" if n_bytes else "w")
+            self.file.truncate(n_bytes)  # the steps after the saved state will be run, and logged, again
+            self.file.seek(n_bytes)
+        self.clear()
 
-    def restart(self, sums=None, n=0):
-        self.sums, self.n, self.start, self.timed = sums or {}, n, time.monotonic(), 0
+    def clear(self):
+        """Start the means of the next line."""
+        self.sums = {}
+        self.n = 0
+        self.restart_clock()
+
+    def restart_clock(self):
+        self.start = time.monotonic()
+        self.timed = 0  # steps since then
 
     def state(self):
-        """What a resumed run needs to log the same lines."""
-        return {"bytes": self.file.tell(), "sums": self.sums, "n": self.n}
+        """All that a resumed run needs to log the same lines."""
+        return {"bytes": self.file.tell(), "sums": self.sums, "n": self.n} if self.is_writer else None
+
+    def restore(self, state):
+        """Continue the means where `state` left them."""
+        self.clear()
+        self.sums = state["sums"]
+        self.n = state["n"]
+
+    def message(self, text):
+        """A line or several on stderr."""
+        if self.is_writer:
+            print(text, file=sys.stderr)
 
     def write(self, row):
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
 
     def step(self, stage, step, steps, lr, values):
+        """Log step `step` (from 1) of `steps`. values: {name: scalar tensor}."""
+        if not self.is_writer:
+            return
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.item()
-        self.n, self.timed = self.n + 1, self.timed + 1
-        if step % 50 == 0 or step == steps:
-            means = {k: round(v / self.n, 5) for k, v in self.sums.items()}
+        self.n += 1
+        self.timed += 1
+        if step % EVERY == 0 or step == steps:
+            means = {name: round(total / self.n, 5) for name, total in self.sums.items()}
             self.write({"stage": stage, "step": step, "lr": lr, **means})
             seconds = (time.monotonic() - self.start) / self.timed
-            print(f"{stage} step {step}/{steps}, loss {means['loss']:.3f}, {seconds:.2f} s a step, "
-                  f"{(steps - step) * seconds / 60:.0f} min left in the stage", file=sys.stderr)
-            self.restart()
+            minutes_left = (steps - step) * seconds / 60
+            self.message(f"{stage} step {step}/{steps}, loss {means['loss']:.3f}, {seconds:.2f} s a step, "
+                         f"{minutes_left:.0f} min left in the stage")
+            self.clear()
 
     def epoch(self, stage, step, epoch, scores, best):
+        """Log the validation after an epoch. scores: {name: number}."""
+        if not self.is_writer:
+            return
         self.write({"stage": stage, "step": step, "epoch": epoch, **scores, "best": best})
-        print(f"{stage} epoch {epoch}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()), file=sys.stderr)
+        self.message(f"{stage} epoch {epoch}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
         self.draw()
-        self.start, self.timed = time.monotonic(), 0  # the validation is not part of a step's time
+        self.restart_clock()  # the validation is not part of a step's time
 
     def draw(self):
-        panels, boundaries, offset, stage, last = {}, [], 0, None, 0
+        """curves.png from log.jsonl, the stages one after another."""
+        curves = {}
+        boundaries = []  # (step at which it starts, stage)
+        offset = 0
+        stage = None
+        last = 0  # the last step seen of the stage
         for line in (self.run / "log.jsonl").read_text().splitlines():
             row = json.loads(line)
             if row["stage"] != stage:
-                offset, stage = offset + last, row["stage"]
+                offset += last
+                stage = row["stage"]
                 boundaries.append((offset, stage))
             last = row["step"]
-            for name in ("loss", "accuracy", "lr"):
+            for name in TITLES:
                 if name in row:
-                    panels.setdefault(name, []).append((offset + last, row[name]))
-        titles = {"loss": "Training loss", "accuracy": "Accuracy on val", "lr": "Learning rate"}
-        plot_panels([{"curves": {name: points}, "title": titles[name], "x_label": "step", "boundaries": boundaries}
-                     for name, points in panels.items()], self.run / "curves.png")
+                    curves.setdefault(name, []).append((offset + last, row[name]))
+        panels = []
+        for name, points in curves.items():
+            panels.append({"curves": {name: points}, "title": TITLES[name], "x_label": "step",
+                           "boundaries": boundaries})
+        plot_panels(panels, self.run / "curves.png")

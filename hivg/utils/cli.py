@@ -1,4 +1,4 @@
-"""What the command lines share: one-line errors, the choice of the device, progress."""
+"""The pieces that all command lines share: one-line errors, the choice of the device, progress."""
 
 import argparse
 import sys
@@ -8,17 +8,28 @@ import torch
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line and exit code 2; flags cannot be abbreviated."""
+    """An argument parser whose errors are one line and exit code 2. Flags are declared with underscores and accepted
+    with hyphens as well; they cannot be abbreviated."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        declared = {flag[2:].replace("-", "_"): flag for flag in self._option_string_actions if flag.startswith("--")}
+        given = []
+        for arg in args:
+            name, equals, value = arg.partition("=")
+            flag = declared.get(name[2:].replace("-", "_")) if name.startswith("--") else None
+            given.append(flag + equals + value if flag else arg)
+        return super().parse_known_args(given, namespace)
 
     def error(self, message):
         fail(f"{message}; --help lists the flags")
 
 
 def fail(message, code=2):
-    """One plain line on stderr, whatever is in the message, and out."""
+    """Print one plain line on stderr, whatever is in the message, and exit."""
     print("error: " + " ".join(str(message).split()), file=sys.stderr)
     raise SystemExit(code)
 

@@ -1,0 +1,78 @@
+"""The state of a run, from which it resumes bit for bit: runs/NAME/state.pt."""
+
+import os
+from dataclasses import asdict
+
+import torch
+
+from hivg.training import distributed
+
+
+def save_whole(path, write):
+    """Call write(a path beside it), then rename: the file is there whole or not at all, whenever the run is killed."""
+    part = path.with_name(path.name + ".part")
+    write(part)
+    os.replace(part, path)
+
+
+def open_run(run, resume):
+    """The saved state of the run in this folder if it is to be resumed, else None. Raises ValueError if the folder
+    already holds a run that is not to be resumed."""
+    if resume:
+        return load_state(run)
+    if (run / "state.pt").exists():
+        raise ValueError(f"{run} holds a run; resume it with --resume, take another --name, or remove the folder")
+    return None
+
+
+def load_state(run):
+    """The state that an interrupted run left, on the CPU, whatever device it was on. Raises ValueError."""
+    path = run / "state.pt"
+    if not path.is_file():
+        raise ValueError(f"--resume: there is no {path}; start the run without --resume")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        dict(state["settings"])
+        return state
+    except Exception:  # torch.load raises nearly anything
+        raise ValueError(f"{path}: damaged, or not a state of this version of the program; "
+                         "remove it and start the run without --resume") from None
+
+
+def save_state(run, settings, stage, step, best, model, optimizers, log):
+    """Write the state after `step` steps of a stage. Every rank calls it; the first writes."""
+    state = {
+        "settings": asdict(settings),
+        "stage": stage,
+        "step": step,
+        "best": best,
+        "model": model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "random": distributed.gather_rows([random_state()]),  # each rank has its own
+        "log": log.state(),
+    }
+    if distributed.rank() == 0:
+        save_whole(run / "state.pt", lambda path: torch.save(state, path))
+
+
+def restore(state, model, optimizers, log):
+    """Put the model, the optimizers, the random numbers and the log back -> (steps done, best accuracy)."""
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizers"]):
+        optimizer.load_state_dict(saved)
+    set_random_state(state["random"][distributed.rank()])
+    log.restore(state["log"])
+    return state["step"], state["best"]
+
+
+def random_state():
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state):
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])

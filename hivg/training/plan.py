@@ -1,0 +1,86 @@
+"""A stage of the training: the parts it adds to the model, and its description for --plan and on its start."""
+
+from pathlib import Path
+
+import torch
+
+from hivg import weights
+from hivg.clip import CLIP_SIZES
+from hivg.lora import adapted_layers
+from hivg.model import HiVG
+
+
+def grow(model, stage):
+    """The model of the stage before with the bridges and adapters that `stage` (train.Stage) adds. Neither changes an
+    output yet: a new bridge's last layer and a new adapter's B start at zero."""
+    if stage.bridge and model.config.bridge != stage.bridge:
+        model = model.with_bridge(stage.bridge)
+    if stage.lora_stage:
+        model.add_stage(stage.lora_stage)
+    return model
+
+
+def clip_config(path):
+    """The sizes of a CLIP: of a published one by its file's name, so that the file need not be there; else from the
+    file. Raises WeightsError."""
+    for name, config in CLIP_SIZES.items():
+        if Path(path).stem == name.replace("/", "-").replace("@", "-"):
+            return config
+    return weights.read(path).config
+
+
+def print_plan(table, config):
+    """Print every stage of the table as a column. config: that of the model in the first one. The models are built
+    without their numbers."""
+    columns = []
+    with torch.device("meta"):
+        model = HiVG(config)
+        for stage in table:
+            model = grow(model, stage)
+            columns.append(stage_column(stage, model))
+    print(columns_text(columns))
+
+
+def stage_column(stage, model):
+    """{row: text} of a stage and the model as it starts with it: schedule, bridge, adapters, trained parameters."""
+    config = model.config
+    has_bridge = config.bridge != "none"
+    vision_layers = adapted_layers(config.stage, config.clip.vision_layers, config.lora_groups, config.lora)
+    text_layers = adapted_layers(config.stage, config.clip.text_layers, 1, config.lora)
+    column = {
+        "stage": stage.name,
+        "epochs": str(stage.epochs),
+        "learning rate": f"{stage.lr:g}",
+        "expressions to a step": f"{stage.batch_size * stage.accumulate:,}",
+        "  in memory at once": f"{stage.batch_size:,}",
+        "bridge": config.bridge,
+        "  in vision blocks, from 0": spans(config.bridge_blocks) if has_bridge else "-",
+        "  of text layers, from 1": spans(config.text_layers) if has_bridge else "-",
+        "adapters trained": f"rank {config.lora_rank}" if vision_layers else "none",
+        "  on vision layers, from 1": spans(vision_layers),
+        "  on text layers, from 1": spans(text_layers),
+    }
+    modules = [(f"  {name}", child.parameters()) for name, child in model.named_children()]
+    modules.append(("  [REG], positions", model.parameters(recurse=False)))
+    modules.append(("parameters trained", model.parameters()))
+    for name, parameters in modules:
+        column[name] = f"{sum(p.numel() for p in parameters if p.requires_grad):,}"
+    column["parameters in all"] = f"{sum(p.numel() for p in model.parameters()):,}"
+    return column
+
+
+def spans(layers):
+    """Layer numbers in short: (1, 2, 3, 4) -> "1-4", (0, 3, 7) -> "0, 3, 7", () -> "-"."""
+    if len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]}-{layers[-1]}"
+    return ", ".join(map(str, layers)) or "-"
+
+
+def columns_text(columns):
+    """Columns {row: text} with the same rows, side by side."""
+    names = list(columns[0])
+    lines = [f"{name:<28}" for name in names]
+    for column in columns:
+        width = 2 + max(len(text) for text in column.values())
+        lines = [line + f"{column[name]:>{width}}" for line, name in zip(lines, names)]
+    return "\n".join(lines)

@@ -1,0 +1,130 @@
+"""Small trainings that the tests of the training share: their world, their settings, how to kill and compare them."""
+
+import json
+import os
+import re
+import runpy
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from makers import ROOT
+from safetensors import safe_open
+
+import train
+from hivg.data.shapes import SPLITS
+from train import Settings
+
+NAMES = ["warmup", "lora1", "lora2", "lora3"]
+ON_CPU = {"dtype": "float32", "device": "cpu", "workers": 0}
+
+
+def shrink(monkeypatch, dropout=0.1):
+    """A validation split of 4 scenes, and a small grounding encoder with dropout, so that a resumed run must find its
+    random numbers again."""
+    monkeypatch.setitem(SPLITS, "val", (4, SPLITS["val"][1]))
+    for_clip = train.HiVGConfig.for_clip
+    small = dict(width=32, encoder_layers=2, encoder_ffn=64, rtcc_hidden=64, dropout=dropout, lora_dropout=dropout)
+    monkeypatch.setattr(train.HiVGConfig, "for_clip", lambda clip, **changes: for_clip(clip, **(small | changes)))
+
+
+def log_of(run):
+    return [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+
+
+def contents(path):
+    with safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+
+
+def assert_same_run(run, other):
+    """Bit for bit: the best weights of each stage, the last state, the log, the curves."""
+    assert sorted(p.name for p in run.iterdir()) == sorted(p.name for p in other.iterdir())
+    assert (run / "log.jsonl").read_text() == (other / "log.jsonl").read_text()
+    assert (run / "curves.png").read_bytes() == (other / "curves.png").read_bytes()
+    for path in run.glob("*.safetensors"):
+        ours, ours_metadata = contents(path)
+        theirs, theirs_metadata = contents(other / path.name)
+        assert ours_metadata == theirs_metadata and ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            assert torch.equal(tensor, theirs[name]), f"{path.name}: {name}"
+    ours = torch.load(run / "state.pt", weights_only=True)
+    theirs = torch.load(other / "state.pt", weights_only=True)
+    for part in ("model", "optimizers", "random", "log", "stage", "step", "best"):
+        assert_same_tree(part, ours[part], theirs[part])
+
+
+def assert_same_tree(name, a, b):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), name
+    if isinstance(a, (dict, list)):
+        for key in a if isinstance(a, dict) else range(len(a)):
+            assert_same_tree(f"{name}.{key}", a[key], b[key])
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, name
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill(monkeypatch, module, name, call):
+    """Stop the process, as it were, when module.NAME is called for the call-th time; torch.save stops half way."""
+    owner = {"torch": torch, "os": os}.get(name.split(".")[0], module)
+    parts = name.split(".")
+    if owner is module:
+        for part in parts[:-1]:
+            owner = getattr(owner, part)
+    function = getattr(owner, parts[-1])
+    calls = []
+
+    def wrapper(*args, **kwargs):
+        calls.append(name)
+        if len(calls) < call:
+            return function(*args, **kwargs)
+        if name == "torch.save":
+            Path(args[1]).write_bytes(b"half a file")
+        raise Killed
+
+    monkeypatch.setattr(owner, parts[-1], wrapper)
+
+
+def flags(s, **changes):
+    """The command line of these settings."""
+    words = []
+    for name, value in (asdict(s) | changes).items():
+        if value == getattr(type(s)(), name):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{name}")
+        else:
+            words += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
+    return words
+
+
+def run_script(monkeypatch, capfd, *args):
+    """python train.py ARGS in this process -> (exit code, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+    capfd.readouterr()
+    try:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capfd.readouterr()
+
+
+def assert_one_line(result, *words):
+    code, out, err = result
+    assert (code, out) == (2, "") and re.fullmatch(r"error: [^\n]+\n", err.splitlines(keepends=True)[-1]), result
+    assert all(str(word) in err for word in words), err
+    assert "Traceback" not in err
+
+
+def ids(x):
+    return "_".join(map(str, x)) if isinstance(x, (list, tuple)) else str(x)
+
+
+def default_settings():
+    return {f.name: f.default for f in fields(Settings)}

@@ -1,0 +1,61 @@
+"""Data parallelism: two processes train as one does, on the same global batch."""
+
+import subprocess
+import sys
+
+import pytest
+from makers import ROOT
+from makers_training import log_of
+
+ON_CPU = ["--name", "run", "--device", "cpu", "--dtype", "float32", "--workers", "0"]
+# with AdamW: Muon's products, in bfloat16, would make 1e-5 of the last bit in which the sums of one and two differ
+COMMON = [*ON_CPU, "--optimizer", "adamw", "--warmup_steps", "2"]
+
+
+def run(folder, processes, *command):
+    """Run `python COMMAND` in `folder`, under torchrun for several processes -> the lines of its log."""
+    folder.mkdir()
+    start = []
+    if processes > 1:
+        start = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv_backend=c10d",
+                 "--rdzv_endpoint=localhost:0"]
+    done = subprocess.run([sys.executable, *start, *map(str, command)], cwd=folder, capture_output=True, text=True,
+                          env={"PATH": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    return log_of(folder / "runs/run")
+
+
+def assert_same_log(one, two, rel, abs):
+    assert len(one) == len(two) > 0
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys()
+        for name, value in a.items():
+            assert b[name] == (pytest.approx(value, rel=rel, abs=abs) if isinstance(value, float) else value), name
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path, clip_file):
+    """Losses, gradient norms and validation of warm-up and a first LoRA stage, to 1e-5 of their size; the contrastive
+    loss among them, which sees the features of both processes."""
+    command = [ROOT / "train.py", *COMMON, "--clip", clip_file, "--epoch_samples", 48, "--batch_size", 16, "--epochs", 1,
+               1, "--lr", 1e-3, 1e-3, "--lora", "vanilla", "--loss_weights", 2, 2, 1, 20, 2, 20, 2]  # the paper's CLC
+    one = run(tmp_path / "one", 1, *command)
+    two = run(tmp_path / "two", 2, *command)
+    assert len(one) == 4 and {"clc", "box", "mask_dice"} <= one[0].keys()
+    assert_same_log(one, two, rel=1e-5, abs=2e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_pretrain_as_one(tmp_path):
+    """The contrasts see the images, captions and phrases of both processes."""
+    command = ["-m", "hivg.training.pretrain", *COMMON, "--epoch_samples", 16, "--batch_size", 8, "--epochs", 1]
+    one = run(tmp_path / "one", 1, *command)
+    two = run(tmp_path / "two", 2, *command)
+    assert len(one) == 2 and {"clc", "phrases"} <= one[0].keys()
+    assert_same_log(one, two, rel=1e-4, abs=1e-4)
+
+
+def test_batch_that_does_not_divide(tmp_path, clip_file):
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--device", "cpu", "--clip", clip_file, "--batch_size",
+                           "6"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: the batch size must be a multiple")

@@ -1,0 +1,153 @@
+"""The command line of train.py: every setting is a flag, and a bad one gets one line."""
+
+import re
+import sys
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from makers import make_clip
+from makers_training import assert_one_line, flags, ids, run_script
+
+import train
+from hivg import weights
+from hivg.training.flags import check_settings, help_text, setting, settings_from_flags
+from hivg.training.presets import preset_of
+from hivg.utils.cli import Parser
+from train import Settings
+
+
+def parsed(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    return settings_from_flags(Settings, "", preset_of)
+
+
+def test_every_setting_is_a_flag(monkeypatch):
+    other = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v / 2, tuple: lambda v: v[::-1]}
+    words = {"name": "n", "clip": "c", "bridge": "none", "lora": "shared", "box_loss": "smooth_l1", "device": "cpu",
+             "dtype": "bfloat16", "data_root": "d", "annotations": "a", "optimizer": "adamw", "text_layers": (2, 3),
+             "epochs": (1, 2, 3, 4, 5), "lr": (1e-3,) * 5}
+    changed = {}
+    for f in fields(Settings):
+        if f.name not in ("preset", "finetune", "resume", "dataset"):  # which exclude or stand for others
+            changed[f.name] = words.get(f.name) or other[type(f.default)](f.default)
+    s = Settings(**changed)
+    assert parsed(monkeypatch, *flags(s)) == s
+    assert parsed(monkeypatch) == Settings()
+
+
+def test_hyphens_are_accepted(monkeypatch):
+    s = Settings(batch_size=8, text_norm=False, data_root="a-b", name="--odd")
+    words = ["--batch-size=8", "--no-text-norm", "--data-root", "a-b", "--name=--odd"]
+    assert parsed(monkeypatch, *words) == s
+    assert parsed(monkeypatch, "--no_text_norm") == Settings(text_norm=False)
+
+
+def test_only_the_name_of_a_flag_is_respelled():
+    parser = Parser()
+    parser.add_argument("--expression_file")
+    parser.add_argument("-e", action="append")
+    args = parser.parse_args(["--expression-file", "my-file", "-e", "left-most one"])
+    assert (args.expression_file, args.e) == ("my-file", ["left-most one"])
+
+
+def test_presets_are_defaults(monkeypatch):
+    s = parsed(monkeypatch, "--preset", "referit-base", "--batch_size", "8")
+    assert s == Settings(**(preset_of("referit-base") | {"preset": "referit-base", "batch_size": 8}))
+
+
+@pytest.mark.parametrize("args, word", [
+    (["--batchsize", "8"], "--batchsize"),
+    (["--batch", "8"], "--batch"),  # no abbreviations
+    (["extra"], "extra"),
+    (["--batch_size", "many"], "many"),
+    (["--batch_size", "1.5"], "1.5"),
+    (["--lora_alpha", "x"], "x"),
+    (["--epochs", "1", "two", "1", "1"], "two"),
+    (["--epochs", "1", "1"], "epochs"),
+    (["--lr", "1e-3"], "lr"),
+    (["--lr", "nan", "1", "1", "1"], "--lr"),
+    (["--lr", "1", "-1", "1", "1"], "--lr"),
+    (["--epochs", "0", "1", "1", "1"], "epochs"),
+    *(([f"--{name}", "0"], name) for name in ("batch_size", "accumulate", "lora_rank", "epoch_samples")),
+    (["--seed", "-1"], "seed"),
+    (["--workers", "-1"], "--workers must be from 0"),
+    (["--clip_grad", "0"], "clip_grad"),
+    (["--bridge", "golden"], "golden"),
+    (["--lora", "deep"], "deep"),
+    (["--box_loss", "l3"], "l3"),
+    (["--loss_weights", "1", "2"], "--loss_weights needs 7 numbers"),
+    (["--dataset", "coco"], "refcoco+"),
+    (["--dataset", "refcoco"], "no annotations of refcoco"),
+    (["--preset", "refcoco"], "refcoco-base"),
+    (["--dtype", "float8"], "float8"),
+    (["--accumulate", "1", "2"], "accumulate"),
+    (["--device", "foo"], "foo"),
+    (["--device", "cuda:99"], "cuda:99"),
+    (["--clip", "no/such.safetensors"], "no/such.safetensors"),
+    (["--resume"], "state.pt"),
+    (["--optimizer", "sgd"], "muon, adamw"),
+    (["--finetune", "none.safetensors"], "leave out --clip"),
+    (["--hard_mix", "--dataset", "mine.jsonl"], "--hard_mix"),
+    (["--resume", "--name", "unheard"], "unheard")], ids=ids)
+def test_bad_flags_get_one_line(world, clip_file, monkeypatch, capfd, args, word):
+    args = args if {"--clip", "--resume"} & {*args} else ["--clip", clip_file, *args]
+    assert_one_line(run_script(monkeypatch, capfd, *args, "--workers", "0", *args), word)
+    assert not list(world.glob("runs/*/state.pt"))
+
+
+def test_a_batch_is_of_whole_scenes(world, tiny):
+    with pytest.raises(ValueError, match="multiple of 4"):
+        train.train(replace(tiny, batch_size=6))
+
+
+def test_help_explains_every_setting_by_group(monkeypatch, capfd):
+    code, out, err = run_script(monkeypatch, capfd, "--help")
+    assert (code, err) == (0, "")
+    headings = re.findall(r"^(\w[\w ]+):$", out, re.M)
+    assert headings == ["options", "The run", "Data", "Model", "Optimization", "Machine"]
+    text = " ".join(out.split()).replace("- ", "-")  # the help wraps its lines, also after a hyphen
+    for f in fields(Settings):
+        assert f"--{f.name}" in text
+        assert len(f.metadata["text"].split()) >= 3, f"--{f.name} is not explained"
+        assert " ".join(help_text(f).split()).replace("- ", "-") in text
+
+
+def test_a_setting_is_checked_wherever_it_comes_from():
+    @dataclass
+    class Small:
+        n: int = setting(2, "a number", low=1, high=3)
+        kinds: str = setting("a", "a kind", choices=("a", "b"))
+        rates: tuple[float, ...] = setting((1.0,), "rates", low=0, length=1)
+
+        def __post_init__(self):
+            check_settings(self)
+
+    Small(n=3, kinds="b", rates=(0.0,))
+    for wrong, words in (({"n": 4}, "--n must be from 1 to 3, not 4"), ({"kinds": "c"}, "--kinds must be one of a, b"),
+                         ({"rates": (1.0, 2.0)}, "--rates needs 1 numbers"),
+                         ({"rates": (float("nan"),)}, "--rates must be 0 or more, not nan")):
+        with pytest.raises(ValueError, match=words):
+            Small(**wrong)
+
+
+def test_wrong_clip_gets_one_line(world, clip_file, monkeypatch, capfd, whole):
+    """A HiVG instead of a CLIP, and a CLIP of a depth that has no bridge blocks."""
+    assert_one_line(run_script(monkeypatch, capfd, "--clip", whole / "warmup.safetensors"), "warmup.safetensors")
+    tokenizer = weights.load_clip(clip_file).tokenizer
+    clip = make_clip(dtype=torch.float32, vocab_size=tokenizer.vocab_size, context_length=24)
+    clip.tokenizer = tokenizer
+    weights.save("three.safetensors", clip)
+    assert_one_line(run_script(monkeypatch, capfd, "--clip", "three.safetensors"), "3 layers")
+
+
+def test_runs_folder_that_cannot_be_made(world, clip_file, monkeypatch, capfd):
+    Path("runs").write_text("a file")
+    assert_one_line(run_script(monkeypatch, capfd, "--clip", clip_file), "runs")
+
+
+def test_a_loss_that_is_not_finite_ends_the_command(world, tiny, monkeypatch, capfd):
+    code, out, err = run_script(monkeypatch, capfd, *flags(replace(tiny, lr=(1e30,) * 4)))
+    assert code == 2 and out == "" and err.count("error: ") == 1
+    assert re.fullmatch(r"error: the loss is .* of warmup .*", err.splitlines()[-1])

@@ -1,0 +1,75 @@
+"""The learning rate, the optimizers, and their step."""
+
+import pytest
+import torch
+from makers import assert_close, make_hivg
+
+from hivg.training.optimizers import check_finite, learning_rate, make_optimizers, set_learning_rate, step_optimizers
+
+
+@pytest.mark.parametrize("steps, warmup", [(100, 10), (40, 1), (1000, 100)])
+def test_learning_rate(steps, warmup):
+    lr = [learning_rate(step, steps, 2.0, warmup) for step in range(steps)]
+    top = lr.index(max(lr))
+    assert top in (warmup - 1, warmup - 2, 0)  # linear up to there, against the first of the cosine
+    assert lr[0] == pytest.approx(2.0 / warmup) and 1.9 < max(lr) <= 2.0
+    assert all(a > b for a, b in zip(lr[warmup:], lr[warmup + 1 :]))
+    assert lr[steps // 2] == pytest.approx(1.0)  # half of the peak at half of the way
+    assert 0 < lr[-1] < 0.01 * lr[top]
+
+
+def test_learning_rate_of_a_stage_shorter_than_its_rise():
+    assert all(0 < learning_rate(step, 5, 1.0, 100) <= 0.06 for step in range(5))
+    assert learning_rate(0, 1, 1.0, 0) == 1.0
+
+
+def test_muon_steps_the_matrices_of_linear_layers():
+    model = make_hivg(dtype=torch.float32, stage=2)
+    muon, adamw = make_optimizers(model, "muon", 0.0)
+    names = {p: name for name, p in model.named_parameters()}
+    by_muon = [names[p] for p in muon.param_groups[0]["params"]]
+    by_adamw = [names[p] for p in adamw.param_groups[0]["params"]]
+    assert sorted(by_muon + by_adamw) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
+    assert {"visual_proj.weight", "bridges.0.proj.weight", "encoder.1.attn.q_proj.weight"} <= {*by_muon}
+    assert any(".A.1" in name for name in by_muon)
+    assert {"position", "reg_token", "visual_proj.bias", "bridges.0.adaptive_weights", "bridges.0.norm_weight",
+            "mask_convs.0.weight"} <= {*by_adamw}
+    alone, = make_optimizers(model, "adamw", 0.0)
+    assert type(alone) is torch.optim.AdamW and len(alone.param_groups[0]["params"]) == len(by_muon + by_adamw)
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_weight_decay_shrinks_every_trained_parameter(kind):
+    """With gradients of zero a step is the decay alone: p becomes p (1 - lr * decay)."""
+    model = make_hivg(dtype=torch.float32, stage=1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizers = make_optimizers(model, kind, weight_decay=0.5)
+    set_learning_rate(optimizers, 0.1)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    step_optimizers(optimizers)
+    for name, p in model.named_parameters():
+        factor = 0.95 if p.requires_grad else 1.0
+        assert_close(name, p.detach(), factor * before[name], 1e-6)
+        assert p.grad is None
+
+
+def test_learning_rate_reaches_every_optimizer():
+    model = make_hivg(dtype=torch.float32, fresh=True)
+    optimizers = make_optimizers(model, "muon", 0.0)
+    set_learning_rate(optimizers, 0.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    step_optimizers(optimizers)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("loss, norm, is_fine", [(1.0, 2.0, True), (float("nan"), 1.0, False),
+                                                 (1.0, float("inf"), False)])
+def test_check_finite(loss, norm, is_fine):
+    values = {"loss": torch.tensor(loss), "box": torch.tensor(0.5)}
+    if is_fine:
+        return check_finite("step 3 of warmup", values, torch.tensor(norm))
+    with pytest.raises(ValueError, match=r"step 3 of warmup \(box 0.5\)"):
+        check_finite("step 3 of warmup", values, torch.tensor(norm))

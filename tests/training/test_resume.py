@@ -1,0 +1,156 @@
+"""Interruptions: a resumed run is the uninterrupted one, bit for bit."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from makers import ROOT
+from makers_training import Killed, assert_one_line, assert_same_run, flags, ids, kill, run_script
+
+import train
+from hivg.training import criterion
+
+
+@pytest.mark.parametrize("save_minutes, name, call", [
+    (0, "to_device", 2), (0, "to_device", 8),  # before a step
+    (1000, "to_device", 6), (1000, "to_device", 8),  # with the state of the last epoch
+    (0, "validate", 1), (1000, "validate", 3), (0, "weights.save", 3), (0, "Log.draw", 2),  # between two steps
+    (0, "begin_stage", 2), (1000, "stage_column", 3), (1000, "training_batches", 2),  # between two stages
+    (0, "torch.save", 6), (1000, "torch.save", 3), (0, "os.replace", 4), (1000, "os.replace", 5)])  # writing a file
+def test_resumed_is_uninterrupted(whole, world, tiny, monkeypatch, save_minutes, name, call):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill(patch, train, name, call)
+        train.train(replace(tiny, save_minutes=save_minutes))
+    assert (world / "runs/tiny/state.pt").exists()
+    train.train(replace(tiny, resume=True))
+    assert_same_run(world / "runs/tiny", whole)
+
+
+@pytest.mark.slow
+def test_resumed_after_every_step(whole, world, tiny, monkeypatch):
+    """A machine that never lives for more than a step or two."""
+    times = 0
+    while True:
+        try:
+            with monkeypatch.context() as patch:
+                kill(patch, train, "to_device", 2 + times % 2)
+                train.train(replace(tiny, save_minutes=0, resume=times > 0))
+            break
+        except Killed:
+            times += 1
+    assert times >= 7
+    assert_same_run(world / "runs/tiny", whole)
+
+
+def test_killed_before_the_first_state(whole, world, tiny, monkeypatch):
+    """There is nothing to resume yet, and the same command starts again."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill(patch, train, "to_device", 3)
+        train.train(tiny)
+    train.train(tiny)
+    assert_same_run(world / "runs/tiny", whole)
+
+
+def test_resuming_a_finished_run_changes_nothing(whole, world, tiny):
+    train.train(tiny)
+    before = {p: p.stat().st_mtime_ns for p in Path("runs/tiny").glob("*.safetensors")}
+    assert train.train(replace(tiny, resume=True)) == Path("runs/tiny/lora3.safetensors")
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+    assert_same_run(world / "runs/tiny", whole)
+
+
+@pytest.mark.slow
+def test_killed_by_the_system(tmp_path, monkeypatch, tiny):
+    """A process of its own, ended by SIGKILL at some moment after its first state, then resumed by command."""
+    s = replace(tiny, lora="none", epochs=(1,), epoch_samples=40 * 8, workers=1)
+    command = [sys.executable, str(ROOT / "train.py"), *flags(s)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "--save_minutes", "0"], cwd=tmp_path, env=environment,
+                               stderr=subprocess.DEVNULL, start_new_session=True)
+    state = tmp_path / "runs/tiny/state.pt"
+    deadline = time.monotonic() + 300
+    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert 0 < torch.load(state, weights_only=True)["step"] < 40
+    again = subprocess.run([*command, "--resume"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == "runs/tiny/warmup.safetensors\n"
+
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train.train(replace(s, name="other"))
+    finally:
+        torch.set_num_threads(threads)
+    assert_same_run(tmp_path / "runs/tiny", tmp_path / "runs/other")
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_stops_when_not_finite(world, tiny, monkeypatch, bad):
+    """In the fifth step: the state after the third is there, finite, and can be resumed."""
+    grounding_losses = criterion.grounding_losses
+    calls = []
+
+    def spoiled(*args):
+        calls.append(1)
+        terms = grounding_losses(*args)
+        if len(calls) == 5 and bad == "loss":
+            terms["box"] = terms["box"] * math.nan
+        elif len(calls) == 5:
+            terms["box"].register_hook(lambda gradient: gradient * math.nan)
+        return terms
+
+    monkeypatch.setattr(criterion, "grounding_losses", spoiled)
+    with pytest.raises(ValueError) as caught:
+        train.train(tiny)
+    message = str(caught.value)
+    assert "\n" not in message and "step 5 of warmup" in message and "nan" in message
+    state = torch.load("runs/tiny/state.pt", weights_only=True)
+    assert state["step"] == 3 and all(v.isfinite().all() for v in state["model"].values())
+    train.train(replace(tiny, resume=True))
+
+
+# --- by command ---
+
+
+def test_a_run_is_not_overwritten(begun, monkeypatch, capfd):
+    before = {p: p.read_bytes() for p in Path("runs/tiny").iterdir()}
+    assert_one_line(run_script(monkeypatch, capfd, *flags(begun)), "runs/tiny", "--resume")
+    assert before == {p: p.read_bytes() for p in Path("runs/tiny").iterdir()}
+
+
+@pytest.mark.parametrize("args, word", [
+    (["--batch_size", "16"], "--batch_size 16 (was 8)"), (["--epochs", "9", "1", "1", "1"], "--epochs"),
+    (["--lora", "shared"], "--lora shared (was hierarchical)"), (["--no-text_norm"], "--text_norm"),
+    (["--seed", "5", "--lr", "1"], "--seed 5")], ids=ids)
+def test_resume_with_other_settings_gets_one_line(begun, monkeypatch, capfd, args, word):
+    assert_one_line(run_script(monkeypatch, capfd, "--name", "tiny", "--resume", *args), word)
+
+
+def test_resume_by_command(begun, whole, monkeypatch, capfd):
+    """The name is enough; settings of the machine alone may change."""
+    code, out, _ = run_script(monkeypatch, capfd, "--name", "tiny", "--resume", "--workers", "1", "--save_minutes", "3")
+    assert (code, out) == (0, "runs/tiny/lora3.safetensors\n")
+    assert_same_run(Path("runs/tiny"), whole)
+
+
+@pytest.mark.parametrize("spoil", [lambda path: path.write_bytes(b""),
+                                   lambda path: path.write_bytes(path.read_bytes()[:1000]),
+                                   lambda path: path.write_text("<html>"),
+                                   lambda path: torch.save({"settings": Path("x")}, path),
+                                   lambda path: torch.save({"settings": {"old": 1}}, path)],
+                         ids=["empty", "cut", "html", "objects", "another version"])
+def test_damaged_state_gets_one_line(begun, monkeypatch, capfd, spoil):
+    spoil(Path("runs/tiny/state.pt"))
+    assert_one_line(run_script(monkeypatch, capfd, "--name", "tiny", "--resume"), "runs/tiny/state.pt")

@@ -1,0 +1,224 @@
+"""A run: what it writes and keeps, and that every setting of the optimization does what it says."""
+
+from dataclasses import astuple, replace
+from pathlib import Path
+
+import pytest
+import torch
+from makers import assert_close, make_hivg
+from makers_training import NAMES, Killed, assert_same_run, kill, log_of, shrink
+from PIL import Image
+
+import train
+from hivg import weights
+from hivg.data.shapes import HARD_MIX, SPLITS
+from hivg.losses import LossWeights
+from hivg.training.optimizers import learning_rate
+from train import Settings, stages
+
+
+def test_what_a_run_writes(whole):
+    assert sorted(p.name for p in whole.iterdir()) == sorted(
+        ["curves.png", "log.jsonl", "state.pt", *(f"{name}.safetensors" for name in NAMES)])
+    assert Image.open(whole / "curves.png").size[0] > 300
+    epochs = [row for row in log_of(whole) if "epoch" in row]
+    assert [(row["stage"], row["epoch"], row["step"]) for row in epochs] == [
+        ("warmup", 1, 3), ("warmup", 2, 6), ("lora1", 1, 3), ("lora2", 1, 3), ("lora3", 1, 3)]
+    steps = [row for row in log_of(whole) if "lr" in row]
+    assert [(row["stage"], row["step"]) for row in steps] == list(zip(NAMES, (6, 3, 3, 3)))  # the last of each stage
+    names = {"box", "giou", "clc", "rtcc_focal", "rtcc_dice", "mask_focal", "mask_dice"}
+    for row, stage in zip(steps, stages(Settings())):
+        assert row["lr"] == learning_rate(row["step"] - 1, row["step"], stage.lr, 2)
+        assert names <= row.keys()
+        assert sum(row[name] for name in names) == pytest.approx(row["loss"], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_loss_falls(world, tiny):
+    train.train(replace(tiny, lora="none", epochs=(1,), epoch_samples=150 * 8, warmup_steps=10, lr=(2e-3,)))
+    # means of steps 1..50, 51..100, 101..150
+    first, _, last = (row["loss"] for row in log_of("runs/tiny") if "loss" in row)
+    assert last < 0.9 * first
+
+
+@pytest.mark.parametrize("scores, kept, best", [
+    # epochs 1, 2 of the warm-up, then one of each stage -> the accuracies of the files
+    ((0.5, 0.4, 0.3, 0.2, 0.1), "0 . . .", [0.5, 0.5, 0.5, 0.5]),
+    ((0.2, 0.4, 0.4, 0.6, 0.5), "1 . 3 .", [0.4, 0.4, 0.6, 0.6]),
+    ((0.0, 0.0, 0.0, 0.0, 0.1), "0 . . 4", [0.0, 0.0, 0.0, 0.1])])
+def test_a_stage_keeps_its_best_or_its_start(world, tiny, monkeypatch, scores, kept, best):
+    seen = []
+
+    def validate(s, model, device):
+        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return {"accuracy": scores[len(seen) - 1], "mean_iou": 0.1}
+
+    monkeypatch.setattr(train, "validate", validate)
+    train.train(tiny)
+    before = None
+    for name, epoch, accuracy in zip(NAMES, kept.split(), best):
+        model = weights.load_hivg(f"runs/tiny/{name}.safetensors")
+        assert model.info["accuracy"] == accuracy
+        tensors = model.state_dict()
+        if epoch == ".":  # as the stage before, with new pairs that add nothing
+            new = tensors.keys() - before.keys()
+            assert all(torch.equal(tensors[key], before[key]) for key in before)
+            assert new and not any(tensors[key].any() for key in new if ".B." in key)
+        else:
+            assert tensors.keys() == seen[int(epoch)].keys()
+            assert all(torch.equal(tensors[key], seen[int(epoch)][key]) for key in tensors)
+        before = tensors
+    assert [row["best"] for row in log_of("runs/tiny") if row.get("epoch") == 1][1:] == best[1:]
+
+
+def test_bridgeless_stage_gets_its_bridge_after(world, tiny):
+    """The bridge is new in the warm-up, and changes nothing yet: what was learned without it stays."""
+    s = replace(tiny, lora="none", bridgeless=True, epochs=(1, 0), lr=(1e-3, 1e-3))
+    train.train(s)
+    bare = weights.load_hivg("runs/tiny/bridgeless.safetensors")
+    warm = weights.load_hivg("runs/tiny/warmup.safetensors")
+    assert bare.config.bridge == "none" and warm.config.bridge == "adaptive" and len(warm.bridges) == 3
+    new = {name for name in warm.state_dict() if name.startswith("bridges.")}
+    assert warm.state_dict().keys() - bare.state_dict().keys() == new
+    assert all(torch.equal(tensor, warm.state_dict()[name]) for name, tensor in bare.state_dict().items())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_accumulation_counts_steps(world, tiny, accumulate):
+    train.train(replace(tiny, lora="none", epochs=(2,), batch_size=8, epoch_samples=48, accumulate=(accumulate,)))
+    rows = [row for row in log_of("runs/tiny") if "epoch" in row]
+    assert [row["step"] for row in rows] == [6 // accumulate, 12 // accumulate]
+
+
+@pytest.fixture
+def gradients(monkeypatch):
+    """The gradient of each step of a run, flattened, as the optimizers get it."""
+    seen = []
+    step = train.step_optimizers
+
+    def spy(optimizers):
+        parts = []
+        for optimizer in optimizers:
+            parts += [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
+        seen.append(torch.cat(parts))
+        step(optimizers)
+
+    monkeypatch.setattr(train, "step_optimizers", spy)
+    return seen
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(world, tiny, monkeypatch, gradients):
+    """Without dropout and CLC, the only term that compares the samples of a batch."""
+    shrink(monkeypatch, dropout=0.0)
+    for batch_size, accumulate in ((16, 1), (8, 2), (4, 4)):
+        train.train(replace(tiny, name=f"{batch_size}", lora="none", epochs=(1,), epoch_samples=16,
+                            batch_size=batch_size, accumulate=(accumulate,), loss_weights=astuple(LossWeights(clc=0))))
+    whole, *parts = gradients
+    assert len(parts) == 2 and whole.norm() > 0.1
+    for part in parts:
+        assert_close("gradient", part, whole, 1e-5 * whole.norm().item())
+
+
+def test_gradient_is_clipped(world, tiny, gradients):
+    """The log holds the norm as it was; the optimizers get a gradient no longer than clip_grad."""
+    s = replace(tiny, lora="none", epochs=(1,), epoch_samples=8)
+    for name, limit in (("free", float("inf")), ("clipped", 0.25)):
+        train.train(replace(s, name=name, clip_grad=limit))
+    free, clipped = gradients
+    norm = log_of("runs/free")[0]["gradient_norm"]
+    assert norm > 1 and log_of("runs/clipped")[0]["gradient_norm"] == norm
+    assert free.norm().item() == pytest.approx(norm, rel=1e-3)
+    assert clipped.norm().item() == pytest.approx(0.25, rel=1e-3)
+    assert_close("direction", clipped / clipped.norm(), free / free.norm(), 1e-6)
+
+
+def test_weight_decay_reaches_the_optimizers(world, tiny):
+    """The same step with and without: AdamW's and Muon's decay shrink a parameter by lr * decay * its value."""
+    s = replace(tiny, lora="none", epochs=(1,), epoch_samples=8, warmup_steps=0, lr=(1e-2,))
+    start = train.begin_stage(s, 0, Path("none"))[0].state_dict()
+    for name, decay in (("without", 0.0), ("with", 0.5)):
+        train.train(replace(s, name=name, weight_decay=decay))
+    without = torch.load("runs/without/state.pt", weights_only=True)["model"]
+    decayed = torch.load("runs/with/state.pt", weights_only=True)["model"]
+    for name in ("position", "visual_proj.weight"):  # one of AdamW's, one of Muon's
+        assert_close(name, without[name] - decayed[name], 1e-2 * 0.5 * start[name], 1e-6)
+
+
+def test_every_step_trains_with_dropout(world, tiny, monkeypatch):
+    """Also after a validation, which needs the model without."""
+    modes = []
+    forward = train.Criterion.forward
+
+    def spy(criterion, batch):
+        dropouts = [m for m in criterion.model.modules() if isinstance(m, torch.nn.Dropout)]
+        modes.append(bool(dropouts) and all(m.training and m.p > 0 for m in dropouts))
+        return forward(criterion, batch)
+
+    monkeypatch.setattr(train.Criterion, "forward", spy)
+    train.train(replace(tiny, lora="vanilla", epochs=(2, 1)))
+    assert len(modes) == 9 and all(modes)
+
+
+def test_box_loss_is_the_one_asked_for(world, tiny):
+    """Smooth L1 of an error x below 1 is x^2 / 2, at most half of |x|."""
+    for kind in ("l1", "smooth_l1"):
+        train.train(replace(tiny, name=kind, lora="none", epochs=(1,), epoch_samples=8, box_loss=kind))
+    l1, smooth = (log_of(f"runs/{kind}")[0] for kind in ("l1", "smooth_l1"))
+    assert 0 < smooth["box"] < 0.5 * l1["box"] and smooth["giou"] == l1["giou"]
+
+
+def test_a_loss_of_weight_zero_is_left_out(world, tiny):
+    train.train(replace(tiny, lora="none", epochs=(1,), epoch_samples=8, loss_weights=(1, 0, 0, 0, 3, 0, 0)))
+    assert log_of("runs/tiny")[0].keys() == {"stage", "step", "lr", "loss", "box", "rtcc_dice", "gradient_norm"}
+
+
+def test_same_seed_same_run(whole, world, tiny):
+    """Worker processes change nothing; another seed does."""
+    train.train(replace(tiny, workers=2))
+    assert_same_run(world / "runs/tiny", whole)
+    for seed in (0, 1):
+        train.train(replace(tiny, name=f"seed{seed}", seed=seed, epochs=(1, 0, 0, 0)))
+    same, other = (log_of(f"runs/seed{seed}")[0]["loss"] for seed in (0, 1))
+    assert same != other
+    assert len(list(Path("runs/seed1").glob("*.safetensors"))) == 4  # a stage of no epochs keeps its start
+
+
+def test_hard_mix_is_of_the_training_alone():
+    model = make_hivg()
+    s = Settings(hard_mix=True)
+    assert train.open_split(s, model, "train").shapes.weights == HARD_MIX
+    assert train.open_split(s, model, "val").shapes.weights == SPLITS["val"][1] != HARD_MIX
+    assert train.open_split(Settings(), model, "train").shapes.weights == SPLITS["train"][1] != HARD_MIX
+
+
+# --- an existing HiVG trained further ---
+
+
+def test_finetune(whole, world, tiny, monkeypatch):
+    """One stage that trains the parameters the last one trained; and it can be resumed."""
+    s = replace(tiny, name="more", finetune=str(whole / "lora3.safetensors"), epochs=(2,), lr=(1e-3,))
+    path = train.train(s)
+    assert path == Path("runs/more/finetune.safetensors")
+    before = weights.load_hivg(s.finetune)
+    state = torch.load("runs/more/state.pt", weights_only=True)
+    changed = {name for name, p in before.state_dict().items() if not torch.equal(p, state["model"][name])}
+    trained = {name for name, p in before.named_parameters() if p.requires_grad}
+    assert changed <= trained and len(changed) > 0.9 * len(trained)
+    assert any(".A.2" in name for name in changed)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill(patch, train, "to_device", 4)
+        train.train(replace(s, name="again"))
+    train.train(replace(s, name="again", resume=True))
+    assert_same_run(world / "runs/again", world / "runs/more")
+
+
+def test_finetune_keeps_its_start_if_it_never_improves(whole, world, tiny, monkeypatch):
+    """Measured before the first step, for the accuracy in the file may be of another data set."""
+    scores = iter([0.5, 0.4, 0.5])
+    monkeypatch.setattr(train, "validate", lambda *args: {"accuracy": next(scores)})
+    path = train.train(replace(tiny, finetune=str(whole / "lora3.safetensors"), epochs=(2,)))
+    kept = weights.load_hivg(path)
+    before = weights.load_hivg(whole / "lora3.safetensors").state_dict()
+    assert kept.info["accuracy"] == 0.5
+    assert all(torch.equal(tensor, before[name]) for name, tensor in kept.state_dict().items())

@@ -1,0 +1,159 @@
+"""The table of the stages, --plan, the presets, and what each stage really trains."""
+
+import re
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from makers_training import NAMES, run_script
+
+import train
+from hivg import weights
+from hivg.lora import MODES, adapted_layers
+from hivg.training.presets import PRESETS
+from train import Settings, stages
+
+
+@pytest.mark.parametrize("mode, names", [("hierarchical", NAMES), ("shared", NAMES), ("vanilla", NAMES[:2]),
+                                         ("none", NAMES[:1])])
+def test_stages(mode, names):
+    s = Settings(lora=mode, epochs=(9, 3, 2, 1), lr=(4e-3, 3e-3, 2e-3, 1e-3), batch_size=24)
+    rows = []
+    for j, name in enumerate(names):
+        rows.append(dict(name=name, bridge="adaptive", lora_stage=j, epochs=s.epochs[j], lr=s.lr[j], batch_size=24,
+                         accumulate=1))
+    assert [asdict(stage) for stage in stages(s)] == rows
+
+
+def test_every_lora_mode_has_stages():
+    assert all(stages(Settings(lora=mode)) for mode in MODES)
+
+
+def test_bridgeless_stage_comes_first():
+    rows = stages(Settings(bridgeless=True, epochs=(1, 2, 3, 4, 5), lr=(1e-3,) * 5, accumulate=(5, 4, 3, 2, 1)))
+    assert [(row.name, row.bridge, row.lora_stage, row.epochs, row.accumulate) for row in rows] == [
+        ("bridgeless", "none", 0, 1, 5), ("warmup", "adaptive", 0, 2, 4), ("lora1", "adaptive", 1, 3, 3),
+        ("lora2", "adaptive", 2, 4, 2), ("lora3", "adaptive", 3, 5, 1)]
+
+
+# --- the published schedules (RELEASED, last table): epochs, learning rates, batches of 7 GPUs ---
+
+BASE = [560, 420, 420, 280]
+RATES = [2.5e-4, 1e-4, 5e-5, 2.5e-5]
+MIXTURE_RATES = [2.5e-4, 1e-4, 5e-5, 2e-5]
+PUBLISHED = {
+    "refcoco-base": ([60, 20, 20, 20], RATES, BASE),
+    "refcoco+-base": ([60, 20, 20, 20], RATES, BASE),
+    "refcocog-base": ([60, 20, 20, 20], RATES, BASE),
+    "referit-base": ([60, 20, 20, 20], RATES, BASE),
+    "flickr-base": ([30, 5, 5, 5], RATES, [560, 420, 420, 420]),
+    "mixup-base": ([60, 20, 20, 20], MIXTURE_RATES, [448] * 4),
+    "refcoco-large": ([10, 60, 10, 10, 10], [2.5e-4, *RATES], [224] * 5),
+    "refcoco+-large": ([10, 60, 10, 10, 10], [2.5e-4, *RATES], [224] * 5),
+    "refcocog-large": ([10, 60, 10, 10, 10], [2.5e-4, *RATES], [224] * 5),
+    "referit-large": ([5, 60, 10, 10, 10], [2.5e-4, *RATES], [224] * 5),
+    "flickr-large": ([10, 30, 5, 5, 5], [2.5e-4, *RATES], [224] * 5),
+    "mixup-large": ([10, 30, 10, 10, 10], [2.5e-4, *MIXTURE_RATES], [224] * 5),
+}
+
+
+def test_every_preset_is_published():
+    assert PRESETS.keys() == PUBLISHED.keys()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_hold_the_published_schedules(name):
+    s = Settings(**PRESETS[name])
+    rows = stages(s)
+    schedule = [row.epochs for row in rows], [row.lr for row in rows], [row.batch_size * row.accumulate for row in rows]
+    assert schedule == PUBLISHED[name]
+    names = ["bridgeless", *NAMES] if name.endswith("large") else NAMES
+    assert [row.name for row in rows] == names
+    assert (s.optimizer, s.weight_decay, s.warmup_steps, s.clip_grad) == ("adamw", 1e-4, 0, float("inf"))
+
+
+# --- the plan ---
+
+
+def numbers_of(text):
+    """A printed plan -> {row: [text of each stage]}."""
+    rows = {}
+    for line in text.splitlines():
+        rows[line[:28].strip()] = re.split(r"\s{2,}", line[28:].strip())
+    return rows
+
+
+@pytest.mark.parametrize("name", ["refcocog-base", "refcoco-large"])
+def test_plan_of_a_preset_needs_no_files(tmp_path, monkeypatch, capfd, name):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run_script(monkeypatch, capfd, "--preset", name, "--plan")
+    assert (code, err) == (0, "") and not list(tmp_path.iterdir())
+    rows = numbers_of(out)
+    epochs, rates, batches = PUBLISHED[name]
+    assert rows["epochs"] == [str(n) for n in epochs]
+    assert [float(text) for text in rows["learning rate"]] == rates
+    assert [int(text) for text in rows["expressions to a step"]] == batches
+    depth = 24 if name.endswith("large") else 12
+    last = [f"1-{depth * j // 3}" for j in (1, 2, 3)]
+    assert rows["on vision layers, from 1"][-3:] == last
+    assert rows["bridge"] == (["none"] if depth == 24 else []) + ["adaptive"] * 4
+    trained = [int(text.replace(",", "")) for text in rows["parameters trained"]]
+    assert trained == sorted(trained)
+
+
+def test_plan_says_what_is_trained(whole, tiny, clip_file, world, capfd):
+    """The numbers of the plan are those of the models that the run wrote."""
+    table = stages(tiny)
+    train.print_plan(table, train.first_config(tiny, weights.load_clip(clip_file).config))
+    rows = numbers_of(capfd.readouterr().out)
+    for i, name in enumerate(NAMES):
+        model = weights.load_hivg(whole / f"{name}.safetensors")
+        for module in ("clip", "bridges", "encoder"):
+            trained = sum(p.numel() for p in getattr(model, module).parameters() if p.requires_grad)
+            assert rows[module][i] == f"{trained:,}"
+        assert rows["parameters trained"][i] == f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,}"
+        assert rows["parameters in all"][i] == f"{sum(p.numel() for p in model.parameters()):,}"
+
+
+def test_stage_is_described_when_it_starts(world, tiny, capfd):
+    train.train(replace(tiny, lora="vanilla", epochs=(1, 1)))
+    told = capfd.readouterr().err
+    assert re.search(r"^stage +warmup$", told, re.M) and re.search(r"^stage +lora1$", told, re.M)
+    assert re.search(r"^adapters trained +rank 16$", told, re.M)
+
+
+# --- what a stage trains ---
+
+
+def test_each_stage_trains_its_layers(whole, clip_file):
+    """CLIP's own weights stay as they were; a stage adds pairs to its layers and leaves the earlier ones as they are."""
+    clip = weights.load_clip(clip_file).state_dict()
+    before = {}
+    for stage, name in enumerate(NAMES):
+        model = weights.load_hivg(whole / f"{name}.safetensors")
+        assert model.config.stage == stage and model.tokenizer.context_length == 24
+        tensors = model.state_dict()
+        for key, tensor in clip.items():
+            assert torch.equal(tensors["clip." + key], tensor), f"{name}: {key}"
+        pairs = {key: tensor for key, tensor in tensors.items() if re.search(r"\.[AB]\.\d+$", key)}
+        assert before.keys() <= pairs.keys()
+        for key, tensor in before.items():
+            assert torch.equal(pairs[key], tensor), f"{name}: {key} of an earlier stage has changed"
+        new_layers = {int(re.search(r"visual\.blocks\.(\d+)", key)[1]) + 1
+                      for key in pairs.keys() - before.keys() if ".visual." in key}
+        assert sorted(new_layers) == adapted_layers(stage, 6, 3)
+        before = pairs
+
+
+@pytest.mark.parametrize("mode", ["hierarchical", "shared", "vanilla"])
+def test_what_has_a_gradient_is_what_changes(world, tiny, mode):
+    """In every stage each trained parameter moves, and no other."""
+    s = replace(tiny, lora=mode, epochs=(1, 1, 1, 1), warmup_steps=0)
+    train.train(s)
+    for number, stage in enumerate(stages(s)):
+        start, _ = train.begin_stage(s, number, train.RUNS / s.name)
+        trained = {name for name, p in start.named_parameters() if p.requires_grad}
+        if number == len(stages(s)) - 1:
+            end = torch.load("runs/tiny/state.pt", weights_only=True)["model"]
+            changed = {name for name, p in start.named_parameters() if not torch.equal(p, end[name])}
+            assert changed <= trained and len(changed) > 0.9 * len(trained), trained - changed
