@@ -126,11 +126,14 @@ def stages(s: Settings):
         rows = [("bridgeless", "none", 0), *rows]
     if s.finetune:
         rows = [("finetune", None, 0)]  # the model as it is in its file
+    epochs = s.epochs
+    if s.lora in ("vanilla", "none"):  # a fair comparison: the last stage gets the epochs of those there are no more
+        epochs = (*epochs[: len(rows) - 1], sum(epochs[len(rows) - 1 :]))
     accumulate = s.accumulate * len(rows) if len(s.accumulate) == 1 else s.accumulate
     if min(len(s.epochs), len(s.lr), len(accumulate)) < len(rows) or s.epochs[0] < 1:
         raise ValueError(f"--epochs and --lr need a number for each of {', '.join(row[0] for row in rows)}, --epochs 1 "
                          f"or more for the first, --accumulate one or as many; not {s.epochs}, {s.lr}, {s.accumulate}")
-    return [Stage(*row, s.epochs[i], s.lr[i], s.batch_size, accumulate[i]) for i, row in enumerate(rows)]
+    return [Stage(*row, epochs[i], s.lr[i], s.batch_size, accumulate[i]) for i, row in enumerate(rows)]
 
 
 def first_config(s: Settings, clip_config):
@@ -162,9 +165,11 @@ def begin_stage(s: Settings, number, run):
 
 
 def open_split(s: Settings, model, split):
+    """The data of a split. --seed moves the training alone: `val` is the same for every run."""
     config = model.config
-    return open_dataset(s.dataset, split, config.clip.image_size, config.normalization, s.seed, s.data_root,
-                        s.annotations or None, train=split == "train", hard_mix=s.hard_mix)
+    is_train = split == "train"
+    return open_dataset(s.dataset, split, config.clip.image_size, config.normalization, s.seed if is_train else 0,
+                        s.data_root, s.annotations or None, train=is_train, hard_mix=s.hard_mix)
 
 
 @torch.no_grad()
@@ -194,6 +199,7 @@ def train(s: Settings):
             continue  # done before the interruption
         model, best = begin_stage(s, number, run)
         model = model.to(device).train()
+        distributed.seed_rank()
         model.clip.visual.checkpoint = s.checkpoint
         optimizers = make_optimizers(model, s.optimizer, s.weight_decay)
         dataset = open_split(s, model, "train")
@@ -223,15 +229,17 @@ def train(s: Settings):
             set_learning_rate(optimizers, lr)
 
             # accumulate the gradient of the global batch
+            parts = []
             for _ in range(stage.accumulate):
                 batch = to_device(next(batches), model.tokenizer, device)
                 with autocast():
                     terms = criterion(batch)
                 loss = sum(terms.values())
                 (loss / stage.accumulate).backward()
+                parts.append({"loss": loss.detach(), **terms})
 
             # clip and check
-            values = distributed.mean_of_ranks({"loss": loss, **terms})
+            values = distributed.mean_of(parts)
             norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], s.clip_grad)
             check_finite(f"step {step + 1} of {stage.name}", values, norm)
 

@@ -51,7 +51,7 @@ def assert_same_run(run, other):
             assert torch.equal(tensor, theirs[name]), f"{path.name}: {name}"
     ours = torch.load(run / "state.pt", weights_only=True)
     theirs = torch.load(other / "state.pt", weights_only=True)
-    for part in ("model", "optimizers", "random", "log", "stage", "step", "best"):
+    for part in ("trained", "optimizers", "random", "log", "stage", "step", "best"):
         assert_same_tree(part, ours[part], theirs[part])
 
 

@@ -40,13 +40,17 @@ def load_state(run):
 
 
 def save_state(run, settings, stage, step, best, model, optimizers, log):
-    """Write the state after `step` steps of a stage. Every rank calls it; the first writes."""
+    """Write the state after `step` steps of a stage. Every rank calls it; the first writes.
+
+    Of the model it holds what this stage trains. The rest, above all the frozen CLIP, is as the stage found it, and a
+    resumed stage starts from the same file.
+    """
     state = {
         "settings": asdict(settings),
         "stage": stage,
         "step": step,
         "best": best,
-        "model": model.state_dict(),
+        "trained": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "random": distributed.gather_rows([random_state()]),  # each rank has its own
         "log": log.state(),
@@ -56,8 +60,19 @@ def save_state(run, settings, stage, step, best, model, optimizers, log):
 
 
 def restore(state, model, optimizers, log):
-    """Put the model, the optimizers, the random numbers and the log back -> (steps done, best accuracy)."""
-    model.load_state_dict(state["model"])
+    """Put the trained parameters, the optimizers, the random numbers and the log back -> (steps done, best accuracy).
+
+    model: as its stage starts. Raises ValueError for a state of another number of processes.
+    """
+    if len(state["random"]) != distributed.world():
+        raise ValueError(f"this run was trained by {len(state['random'])} process(es) and is resumed by "
+                         f"{distributed.world()}; resume it with as many as before")
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if trained.keys() != state["trained"].keys():
+        raise ValueError("the state is of a model with other trained parameters; train again under another --name")
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(state["trained"][name])
     for optimizer, saved in zip(optimizers, state["optimizers"]):
         optimizer.load_state_dict(saved)
     set_random_state(state["random"][distributed.rank()])

@@ -20,10 +20,11 @@ class Criterion(torch.nn.Module):
     def forward(self, batch):
         """batch: a dict of this rank's tensors -> {name: weighted scalar}, whose sum is the loss."""
         output = self.model(batch["images"], batch["padding_mask"], batch["token_ids"])
-        text = distributed.gather(output.text_features)  # (n, E), n = B times the ranks
-        image = distributed.gather(output.image_features)  # (n, E)
+        text = distributed.gather(output.text_features.float())  # (n, E), n = B times the ranks
+        image = distributed.gather(output.image_features.float())  # (n, E)
         image_ids = distributed.gather(batch["image_ids"])  # (n,)
-        logits_per_text = similarity(text, image, self.model.clip.logit_scale)  # (n, n)
+        with torch.autocast(text.device.type, enabled=False):  # logits of up to 100 have no digits to lose
+            logits_per_text = similarity(text, image, self.model.clip.logit_scale)  # (n, n)
         return grounding_losses(output, batch, logits_per_text, image_ids, self.weights, self.box_loss)
 
 

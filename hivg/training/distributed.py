@@ -57,16 +57,24 @@ def gather_rows(rows):
         return rows
     lists = [None] * world()
     dist.all_gather_object(lists, rows)
-    return [row for part in lists for row in part]
+    return sum(lists, [])
 
 
-def mean_of_ranks(values):
-    """{name: scalar tensor} -> the same, averaged over the ranks."""
-    if world() == 1:
-        return values
-    stacked = torch.stack([v.detach().float() for v in values.values()])
-    dist.all_reduce(stacked)
-    return dict(zip(values, stacked / world()))
+def mean_of(parts):
+    """Dicts {name: scalar tensor} of the parts of a step -> one such dict, averaged over the parts and the ranks."""
+    names = list(parts[0])
+    rows = [torch.stack([part[name].detach().float() for name in names]) for part in parts]
+    values = torch.stack(rows).mean(0)  # (names,)
+    if world() > 1:
+        dist.all_reduce(values)
+        values = values / world()
+    return dict(zip(names, values))
+
+
+def seed_rank():
+    """Give each rank its own random numbers, e.g. for dropout; the first keeps those it has."""
+    if rank():
+        torch.manual_seed(torch.initial_seed() + rank())
 
 
 def any_rank(flag, device):

@@ -116,7 +116,7 @@ def settings_from_flags(settings, description, preset_of=None):
     run = RUNS / given.get("name", settings.name)
     saved = load_state(run)["settings"]
     if saved.keys() != {f.name for f in fields(settings)}:
-        raise ValueError(f"{run}/state.pt: a state of another version of this program; train again under another --name")
+        raise ValueError(f"{run}/state.pt: a state of another version of the program; train again under another --name")
     free = names_with(settings, "resumable")
     changed = [f"--{name} {value} (was {saved.get(name)})" for name, value in given.items()
                if name not in free and value != saved.get(name)]

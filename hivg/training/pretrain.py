@@ -192,12 +192,12 @@ def new_clip(seed):
 
 
 @torch.no_grad()
-def validate(clip, seed, device):
+def validate(clip, device):
     """-> {"accuracy": how often a caption of `val` finds its image among all of the split}."""
     text = []
     image = []
     clip.eval()
-    for batch in evaluation_batches(CaptionedShapes("val", clip.config.image_size, seed)):
+    for batch in evaluation_batches(CaptionedShapes("val", clip.config.image_size, seed=0)):
         text.append(clip.encode_text(clip.tokenizer(batch["captions"]).to(device)))
         image.append(clip.encode_image(batch["images"].to(device)))
     clip.train()
@@ -243,7 +243,7 @@ def pretrain(s: Settings):
             terms = criterion(batch)
         loss = sum(terms.values())
         loss.backward()
-        values = distributed.mean_of_ranks({"loss": loss, **terms})
+        values = distributed.mean_of([{"loss": loss, **terms}])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip_grad)
         check_finite(f"step {step + 1} of the pre-training", values, norm)
         step_optimizers(optimizers)
@@ -252,7 +252,7 @@ def pretrain(s: Settings):
         end_of_epoch = (step + 1) % steps_per_epoch == 0
         if end_of_epoch:
             with autocast():
-                scores = validate(model, s.seed, device)
+                scores = validate(model, device)
             if scores["accuracy"] > best:
                 best = scores["accuracy"]
                 if distributed.rank() == 0:

@@ -37,8 +37,9 @@ def assert_same_log(one, two, rel, abs):
 def test_two_processes_train_as_one(tmp_path, clip_file):
     """Losses, gradient norms and validation of warm-up and a first LoRA stage, to 1e-5 of their size; the contrastive
     loss among them, which sees the features of both processes."""
-    command = [ROOT / "train.py", *COMMON, "--clip", clip_file, "--epoch_samples", 48, "--batch_size", 16, "--epochs", 1,
-               1, "--lr", 1e-3, 1e-3, "--lora", "vanilla", "--loss_weights", 2, 2, 1, 20, 2, 20, 2]  # the paper's CLC
+    command = [ROOT / "train.py", *COMMON, "--clip", clip_file, "--epoch_samples", 48, "--batch_size", 16,
+               "--epochs", 1, 1, "--lr", 1e-3, 1e-3, "--lora", "vanilla", "--accumulate", 1, 3,
+               "--loss_weights", 2, 2, 1, 20, 2, 20, 2]  # the paper's CLC
     one = run(tmp_path / "one", 1, *command)
     two = run(tmp_path / "two", 2, *command)
     assert len(one) == 4 and {"clc", "box", "mask_dice"} <= one[0].keys()

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -117,8 +118,21 @@ def test_stops_when_not_finite(world, tiny, monkeypatch, bad):
     message = str(caught.value)
     assert "\n" not in message and "step 5 of warmup" in message and "nan" in message
     state = torch.load("runs/tiny/state.pt", weights_only=True)
-    assert state["step"] == 3 and all(v.isfinite().all() for v in state["model"].values())
+    assert state["step"] == 3 and all(v.isfinite().all() for v in state["trained"].values())
     train.train(replace(tiny, resume=True))
+
+
+def test_state_holds_no_frozen_weights(whole):
+    """The frozen CLIP, most of a model of real size, is not written every few minutes."""
+    state = torch.load(whole / "state.pt", weights_only=True)
+    assert not [name for name in state["trained"] if name.startswith("clip.") and not re.search(r"\.[AB]\.\d$", name)]
+
+
+def test_another_number_of_processes_is_refused(begun, monkeypatch):
+    monkeypatch.setattr(train.distributed, "world", lambda: 2)
+    monkeypatch.setattr(train.distributed, "gather_rows", lambda rows: rows)
+    with pytest.raises(ValueError, match="trained by 1 process.* resumed by 2"):
+        train.train(replace(begun, resume=True))
 
 
 # --- by command ---

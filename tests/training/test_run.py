@@ -138,8 +138,8 @@ def test_weight_decay_reaches_the_optimizers(world, tiny):
     start = train.begin_stage(s, 0, Path("none"))[0].state_dict()
     for name, decay in (("without", 0.0), ("with", 0.5)):
         train.train(replace(s, name=name, weight_decay=decay))
-    without = torch.load("runs/without/state.pt", weights_only=True)["model"]
-    decayed = torch.load("runs/with/state.pt", weights_only=True)["model"]
+    without = torch.load("runs/without/state.pt", weights_only=True)["trained"]
+    decayed = torch.load("runs/with/state.pt", weights_only=True)["trained"]
     for name in ("position", "visual_proj.weight"):  # one of AdamW's, one of Muon's
         assert_close(name, without[name] - decayed[name], 1e-2 * 0.5 * start[name], 1e-6)
 
@@ -183,6 +183,30 @@ def test_same_seed_same_run(whole, world, tiny):
     assert len(list(Path("runs/seed1").glob("*.safetensors"))) == 4  # a stage of no epochs keeps its start
 
 
+def test_accumulated_losses_are_logged_as_their_mean(world, tiny, monkeypatch):
+    losses = []
+    forward = train.Criterion.forward
+
+    def spy(criterion, batch):
+        terms = forward(criterion, batch)
+        losses.append({name: value.item() for name, value in terms.items()})
+        return terms
+
+    monkeypatch.setattr(train.Criterion, "forward", spy)
+    train.train(replace(tiny, lora="none", epochs=(1,), epoch_samples=24, accumulate=(3,)))
+    row = log_of("runs/tiny")[0]
+    assert len(losses) == 3
+    for name in losses[0]:
+        assert row[name] == pytest.approx(sum(part[name] for part in losses) / 3, abs=1e-5)
+
+
+def test_seed_does_not_move_val():
+    model = make_hivg()
+    for seed in (0, 7):
+        assert train.open_split(Settings(seed=seed), model, "val").shapes.seed == 0
+        assert train.open_split(Settings(seed=seed), model, "train").shapes.seed == seed
+
+
 def test_hard_mix_is_of_the_training_alone():
     model = make_hivg()
     s = Settings(hard_mix=True)
@@ -201,9 +225,10 @@ def test_finetune(whole, world, tiny, monkeypatch):
     assert path == Path("runs/more/finetune.safetensors")
     before = weights.load_hivg(s.finetune)
     state = torch.load("runs/more/state.pt", weights_only=True)
-    changed = {name for name, p in before.state_dict().items() if not torch.equal(p, state["model"][name])}
-    trained = {name for name, p in before.named_parameters() if p.requires_grad}
-    assert changed <= trained and len(changed) > 0.9 * len(trained)
+    trained = {name: p for name, p in before.named_parameters() if p.requires_grad}
+    assert trained.keys() == state["trained"].keys()
+    changed = [name for name, p in trained.items() if not torch.equal(p, state["trained"][name])]
+    assert len(changed) > 0.9 * len(trained)
     assert any(".A.2" in name for name in changed)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):

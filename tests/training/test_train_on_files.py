@@ -1,0 +1,123 @@
+"""Training and evaluation on data sets from files: people's own, and every published one in its own format."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from makers import ROOT, make_clip, make_tokenizer
+from makers_data import (
+    make_scenes,
+    write_list,
+    write_mdetr,
+    write_mixture,
+    write_refer,
+    write_shapes,
+)
+from makers_training import ON_CPU, log_of
+from PIL import Image
+from test_distributed import COMMON, assert_same_log, run
+
+import train
+from hivg import Grounder, evaluate, weights
+from hivg.data.annotations import read_samples
+from hivg.data.published import COCO, FLICKR, REFERIT
+from hivg.training.presets import preset_of
+from train import Settings
+
+
+def run_evaluate(monkeypatch, capfd, *args):
+    """python -m hivg.evaluate ARGS in this process -> its output."""
+    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, args)])
+    capfd.readouterr()
+    evaluate.main()
+    return capfd.readouterr().out
+
+
+def test_train_and_evaluate_on_own_data(tmp_path, clip_file, monkeypatch, capfd):
+    write_shapes(tmp_path, 6)
+    path = write_shapes(tmp_path, 3, split="val", to="val")
+    monkeypatch.chdir(tmp_path)
+    final = train.train(Settings(name="mine", dataset=str(path), clip=str(clip_file), epoch_samples=0, batch_size=8,
+                                 lora="vanilla", epochs=(1, 1), lr=(1e-3, 1e-3), warmup_steps=1, **ON_CPU))
+    assert [row["step"] for row in log_of("runs/mine") if "epoch" in row] == [3, 3]  # 24 expressions, 8 a step
+    out = run_evaluate(monkeypatch, capfd, "--weights", final, "--dataset", path, "--split", "val", "--device", "cpu",
+                       "--per_sample", "a.jsonl", "--sheet", "sheet.png")
+    assert "12 expressions" in out and "Acc@0.9" in out and "mask IoU" in out and "shuffled" not in out
+    rows = [json.loads(line) for line in Path("a.jsonl").read_text().splitlines()]
+    samples = read_samples("data", path, "val")
+    assert [(row["image"], row["expression"]) for row in rows] == [(str(s.image), s.expression) for s in samples]
+    assert [row["target"] for row in rows] == [list(s.box) for s in samples]
+    assert all(0 <= row["mask_iou"] <= 1 for row in rows)
+    assert Image.open("sheet.png").width > 1000
+    out = run_evaluate(monkeypatch, capfd, "--compare", "a.jsonl", "a.jsonl")
+    assert "0 right in the first alone, 0 in the second alone" in out
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_on_files(tmp_path, clip_file):
+    write_shapes(tmp_path, 4)
+    path = write_shapes(tmp_path, 3, split="val", to="val")
+    command = [ROOT / "train.py", *COMMON, "--clip", clip_file, "--dataset", path, "--epoch_samples", 0, "--batch_size",
+               8, "--lora", "none", "--epochs", 1, "--loss_weights", 2, 2, 1, 20, 2, 20, 2]
+    one = run(tmp_path / "one", 1, *command)
+    two = run(tmp_path / "two", 2, *command)
+    assert_same_log(one, two, rel=1e-5, abs=2e-5)
+
+
+# --- every data set, in its own files and folders ---
+
+NAMED = {  # name: preset, folder of the images, the writer of its files and its arguments
+    "refcoco": ("refcoco-base", COCO, write_refer, {}),
+    "unc": ("refcoco-large", COCO, write_mdetr, {}),
+    "unc+": ("refcoco+-base", COCO, write_list, {"dataset": "unc+"}),
+    "gref": ("refcocog-base", COCO, write_list, {"dataset": "gref"}),
+    "gref_umd": ("refcocog-base", COCO, write_list, {"dataset": "gref_umd", "new": False}),
+    "referit": ("referit-base", REFERIT, write_list, {"dataset": "referit"}),
+    "flickr": ("flickr-base", FLICKR, write_list, {"dataset": "flickr"}),
+    "mixup": ("mixup-base", COCO, write_mixture, {}),
+}
+
+
+@pytest.fixture
+def small_model(monkeypatch):
+    """Presets make models of few numbers, at ViT-B/16's depth, from clip.safetensors in the current folder."""
+    for_clip = train.HiVGConfig.for_clip
+
+    def small(clip, **changes):
+        return for_clip(clip, width=16, encoder_layers=2, encoder_heads=2, encoder_ffn=16, rtcc_hidden=16, **changes)
+
+    monkeypatch.setattr(train.HiVGConfig, "for_clip", small)
+
+
+def save_deep_clip(path):
+    clip = make_clip(dtype=torch.float32, image_size=32, vision_width=32, vision_layers=12, vision_heads=2,
+                     text_width=24, text_layers=12, text_heads=2, embed_dim=16, context_length=77)
+    clip.tokenizer = make_tokenizer()
+    weights.save(path, clip)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMED)
+def test_every_data_set_from_files_to_a_box(tmp_path, small_model, name, monkeypatch, capfd):
+    """Trained for a step or two in each stage of its preset, saved, evaluated, grounded."""
+    preset, folder, write, arguments = NAMED[name]
+    splits = {"train": make_scenes(tmp_path, 4, 0, folder), "val": make_scenes(tmp_path, 4, 1, folder)}
+    write(tmp_path, splits, **arguments)
+    save_deep_clip(tmp_path / "clip.safetensors")
+    monkeypatch.chdir(tmp_path)
+    recipe = preset_of(preset)
+    small = dict(name="run", dataset=name, data_root=str(tmp_path), clip="clip.safetensors", batch_size=2,
+                 accumulate=(2,), epochs=(1,) * len(recipe["epochs"]), lora_rank=2, **ON_CPU)
+    s = Settings(**(recipe | small))
+    final = train.train(s)
+    model = weights.load_hivg(final)
+    assert model.config.stage == 3 and model.config.text_layers == s.text_layers
+    assert model.config.bridge == ("projected" if name == "mixup" else "adaptive") and len(model.bridges) == 4
+    out = run_evaluate(monkeypatch, capfd, "--weights", final, "--dataset", name, "--split", "val", "--data_root",
+                       tmp_path, "--device", "cpu")
+    assert f"{len(splits['val'])} expressions" in out
+    scene = splits["val"][0]
+    result = Grounder.from_pretrained(final, "cpu").ground(tmp_path / folder / scene.file, scene.expression)
+    assert 0 <= result.box[0] <= result.box[2] <= scene.size[0]
