@@ -1,7 +1,7 @@
-"""The cross-modal bridge: text steers a ViT block, between its self-attention residual and its MLP.
+"""The multi-layer adaptive cross-modal bridge: text steers a ViT block, between its self-attention and its MLP.
 
-    s = fusion of the text layers' features                       (B, T, D_v), see fusion.py
-    x = x + FFN(CrossAttention(LN(x), keys = values = s))         x (B, N, D_v), the ViT's visual tokens
+    f*^ml = fusion of the text layers' features                       (B, T, D_v), see fusion.py
+    x     = x + FFN(CrossAttention(LN(x), keys = values = f*^ml))     x (B, N, D_v), the ViT's visual tokens
 
 The FFN's last layer starts at zero, so a new bridge is the identity and training starts from CLIP itself.
 """
@@ -18,18 +18,21 @@ KINDS = ("adaptive", "projected", "constant", "none")
 class Bridge(nn.Module):
     """The bridge of one ViT block.
 
-    kind "adaptive"   s is the adaptive fusion of the text layers (the paper)
-         "projected"  s is given: the projected final text feature (the paper's mixed pre-training)
-         "constant"   s is a learned constant instead of the text, to measure what the text is worth here
+    kind "adaptive"   its keys are f*^ml, the adaptive fusion of the text layers (the paper)
+         "projected"  its keys are given: the projected final text feature (the paper's mixed pre-training)
+         "constant"   its keys are a learned constant instead of the text, to measure what the text is worth here
     """
 
     def __init__(self, kind, text_width, n_text_layers, vision_width, heads, context_length, text_norm=True):
         super().__init__()
         self.kind = kind
         if kind == "adaptive":
+            # Ours: text layers of very different size would be concatenated raw, and the largest would drown the
+            # others. Each gets a layer norm of its own (`text_norm`); the released code has none.
             shape = (n_text_layers, text_width)
             self.norm_weight = nn.Parameter(torch.ones(shape)) if text_norm else None
             self.norm_bias = nn.Parameter(torch.zeros(shape)) if text_norm else None
+            # zero, so f*^i = f^i at the start; the released code starts them as N(0, 1)
             self.adaptive_weights = nn.Parameter(torch.zeros(n_text_layers, context_length, text_width))
             self.proj = nn.Linear(n_text_layers * text_width, vision_width)
         elif kind == "constant":
@@ -37,23 +40,28 @@ class Bridge(nn.Module):
         self.ln = nn.LayerNorm(vision_width)
         self.attn = Attention(vision_width, heads)
         self.mlp = MLP(vision_width, 4 * vision_width)
+        # FFN(..) = 0 at the start, so x = x
         nn.init.zeros_(self.mlp.c_proj.weight)
         nn.init.zeros_(self.mlp.c_proj.bias)
 
-    def keys(self, text_states, projected, mask):
-        """What the visual tokens look at, which does not depend on the picture: text_states (K, B, T, D_t), projected
-        (B, T, D_v) or None, mask (B, T) bool, True = text, or None for no mask (the released code) -> s (B, T, D_v) and
-        the mask (B, 1, 1, T) over it."""
-        if self.kind == "constant":
-            return self.constant.expand(text_states.shape[1], -1, -1), None
-        mask = None if mask is None else mask[:, None, None]
+    def keys(self, text_states, projected=None):
+        """The text that the visual tokens look at: text_states (K, B, T, D_t), projected (B, T, D_v), for its kind
+        -> (B, T, D_v). It does not depend on the image, so it is made once, before the ViT starts."""
+        K, B, T, D_t = text_states.shape
         if self.kind == "projected":
-            return projected, mask
-        T = text_states.shape[2]
-        s = adaptive_fusion(text_states, self.adaptive_weights[:, :T], self.proj.weight, self.proj.bias,
-                            self.norm_weight, self.norm_bias)
-        return s, mask
+            return projected
+        if self.kind == "constant":
+            return self.constant.expand(B, -1, -1)  # (B, context length, D_v)
+        weights = self.adaptive_weights[:, :T]  # (K, T, D_t): one row a position, so short texts use the first ones
+        return adaptive_fusion(text_states, weights, self.proj.weight, self.proj.bias,
+                               self.norm_weight, self.norm_bias)  # f*^ml (B, T, D_v)
 
-    def forward(self, x, s, mask=None):
-        """x (B, N, D_v), s and mask from `keys` -> (B, N, D_v)."""
-        return x + self.mlp(self.attn(self.ln(x), s, mask=mask))
+    def forward(self, x, keys, is_key=None):
+        """x (B, N, D_v), keys (B, T, D_v), is_key (B, T) bool, False on padding, or None for no mask (the released
+        code) -> (B, N, D_v)."""
+        if is_key is None or self.kind == "constant":  # a constant has no padding
+            mask = None
+        else:
+            mask = is_key[:, None, None]  # (B, 1, 1, T): the same for every head and every visual token
+        attended = self.attn(self.ln(x), keys, mask=mask)  # CrossAttention(LN(x), f*^ml): (B, N, D_v)
+        return x + self.mlp(attended)  # x + FFN(CrossAttention(LN(x), f*^ml))

@@ -2,7 +2,7 @@
 
 Letters: B batch, N = 1 + P visual tokens ([CLS] + patches), T text positions, C width of a tower, E width of the
 shared embedding. Blocks are pre-norm; QuickGELU as in OpenAI's models; every layer norm has eps 1e-5. Parameter names
-are OpenAI's, save that the attention keeps q, k and v as three linear layers, so that LoRA can wrap each.
+are OpenAI's, except that the attention keeps q, k and v as three linear layers, so that LoRA can wrap each.
 """
 
 from dataclasses import dataclass
@@ -15,37 +15,44 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    image_size: int = 224
-    patch_size: int = 16
-    vision_width: int = 768
+    """The sizes of a CLIP; the defaults are those of ViT-B/16."""
+
+    image_size: int = 224  # pixels, of both sides
+    patch_size: int = 16  # P = (224 / 16)^2 = 196 patches
+    vision_width: int = 768  # D_v of the HiVG paper
     vision_layers: int = 12
     vision_heads: int = 12
-    text_width: int = 512
+    text_width: int = 512  # D_t
     text_layers: int = 12
     text_heads: int = 8
-    embed_dim: int = 512
-    context_length: int = 77
+    embed_dim: int = 512  # E, where both towers meet
+    context_length: int = 77  # the most text positions, start and end token included
     vocab_size: int = 49408
 
 
 CLIP_SIZES = {
-    "tiny": CLIPConfig(64, 8, 128, 6, 4, 128, 4, 4, 128),  # for the bundled `shapes`; its vocabulary is set later
+    # for the bundled `shapes`; its vocabulary is set when its merge table is learned
+    "tiny": CLIPConfig(image_size=64, patch_size=8, vision_width=128, vision_layers=6, vision_heads=4,
+                       text_width=128, text_layers=4, text_heads=4, embed_dim=128),
     "ViT-B/32": CLIPConfig(patch_size=32),
     "ViT-B/16": CLIPConfig(),
-    "ViT-L/14": CLIPConfig(224, 14, 1024, 24, 16, 768, 12, 12, 768),
-    "ViT-L/14@336px": CLIPConfig(336, 14, 1024, 24, 16, 768, 12, 12, 768),
+    "ViT-L/14": CLIPConfig(patch_size=14, vision_width=1024, vision_layers=24, vision_heads=16,
+                           text_width=768, text_heads=12, embed_dim=768),
+    "ViT-L/14@336px": CLIPConfig(image_size=336, patch_size=14, vision_width=1024, vision_layers=24, vision_heads=16,
+                                 text_width=768, text_heads=12, embed_dim=768),
 }
 
 
 class QuickGELU(nn.Module):
-    """x sigmoid(1.702 x), written with SiLU(y) = y sigmoid(y), which PyTorch has as one kernel."""
+    """x sigmoid(1.702 x), OpenAI's approximation of GELU."""
 
     def forward(self, x):
+        # with SiLU(y) = y sigmoid(y), which PyTorch has as one kernel
         return F.silu(1.702 * x) / 1.702
 
 
 class MLP(nn.Module):
-    """C -> hidden -> C_out with QuickGELU."""
+    """C -> hidden -> C_out with QuickGELU: the FFN of the blocks, of the bridge, and the head of RTCC."""
 
     def __init__(self, width, hidden, width_out=None):
         super().__init__()
@@ -54,63 +61,88 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(hidden, width_out or width)
 
     def forward(self, x):
-        return self.c_proj(self.gelu(self.c_fc(x)))
+        x = self.gelu(self.c_fc(x))  # (..., hidden)
+        return self.c_proj(x)  # (..., C_out)
 
 
 class Attention(nn.Module):
-    """Multi-head attention: softmax(q k^T / sqrt(C / heads)) v, of queries from one place to keys from any place."""
+    """Multi-head attention: softmax(q k^T / sqrt(C / heads)) v.
+
+    Self-attention in the towers and the grounding encoder; cross-attention in the bridge, whose queries are visual
+    tokens and whose keys and values are text.
+    """
 
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
+        # the four that Hi LoRA adapts (lora.py)
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
+
+    def split_heads(self, x):
+        """(B, N, C) -> (B, heads, N, C / heads)."""
+        x = x.unflatten(-1, (self.heads, -1))  # (B, N, heads, C / heads)
+        return x.transpose(1, 2)
 
     def forward(self, query, key=None, value=None, mask=None, causal=False, dropout=0.0):
         """query (B, N, C); key and value (B, M, C), by default the query (self-attention) and the key;
         mask bool, broadcast to (B, heads, N, M), True = may attend -> (B, N, C)."""
-        key = query if key is None else key
-        value = key if value is None else value
-
-        def split(x):  # (B, N, C) -> (B, heads, N, head_dim)
-            return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-        q, k, v = split(self.q_proj(query)), split(self.k_proj(key)), split(self.v_proj(value))
-        rate = dropout if self.training else 0.0
-        if q.dtype == torch.bfloat16 and not q.is_cuda:  # its gradient takes six times as long as float32's on a CPU
+        if key is None:
+            key = query
+        if value is None:
+            value = key
+        q = self.split_heads(self.q_proj(query))  # (B, heads, N, C / heads)
+        k = self.split_heads(self.k_proj(key))  # (B, heads, M, C / heads)
+        v = self.split_heads(self.v_proj(value))  # (B, heads, M, C / heads)
+        dropout = dropout if self.training else 0.0  # PyTorch's function does not know which mode this is
+        # softmax(q k^T / sqrt(C / heads)) v: (B, heads, N, C / heads)
+        if q.dtype == torch.bfloat16 and not q.is_cuda:
+            # on a CPU the gradient of this in bfloat16 takes six times as long as in float32
             with torch.autocast(q.device.type, enabled=False):
-                y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, rate, is_causal=causal)
+                y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, dropout, is_causal=causal)
             y = y.to(q.dtype)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, mask, rate, is_causal=causal)
-        return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, heads, N, head_dim) -> (B, N, C)
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+        y = y.transpose(1, 2).flatten(2)  # (B, heads, N, C / heads) -> (B, N, C)
+        return self.out_proj(y)
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block."""
+    """One pre-norm transformer block; in a ViT of HiVG some blocks run a bridge (bridge.py) in their middle."""
 
     def __init__(self, width, heads):
         super().__init__()
+        # pre-norm: what is added to the stream x is never normalised, so x can pass through all blocks unchanged
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = MLP(width, 4 * width)
 
-    def forward(self, x, causal=False, bridge=None):
-        """x (B, N, C) -> (B, N, C). `bridge`, a function of x, runs between the attention residual and the MLP."""
+    def forward(self, x, causal=False, bridge=None, keys=None, is_key=None):
+        """x (B, N, C) -> (B, N, C). bridge: a Bridge or None, with the text `keys` (B, T, C) it looks at, of which
+        `is_key` (B, T) bool are no padding."""
         x = x + self.attn(self.ln_1(x), causal=causal)
         if bridge is not None:
-            x = bridge(x)
+            # the place the paper gives it: after the tokens have seen each other, before each is worked on alone
+            x = bridge(x, keys, is_key)
         return x + self.mlp(self.ln_2(x))
 
 
 class VisionTransformer(nn.Module):
-    checkpoint = False  # keep only what goes in and out of the blocks; the gradient computes the rest again
+    """CLIP's ViT."""
+
+    # True: keep only what goes in and out of the blocks, and compute the rest again for the gradient: less memory, more
+    # time. The presets of the large models set it.
+    checkpoint = False
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
-        width, self.patch_size = config.vision_width, config.patch_size
-        side = config.image_size // config.patch_size
+        width = config.vision_width
+        self.patch_size = config.patch_size
+        side = config.image_size // config.patch_size  # patches in a row
+        # a convolution whose stride is its kernel is one linear map of each patch
         self.conv1 = nn.Conv2d(3, width, self.patch_size, stride=self.patch_size, bias=False)
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(sine_positions(side, width))
@@ -119,21 +151,30 @@ class VisionTransformer(nn.Module):
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
 
-    def forward(self, images, bridges=None):
+    def forward(self, images, bridges=None, keys=None, is_key=None):
         """images (B, 3, H, W), normalised, H and W multiples of the patch size -> the list of the hidden states
-        (B, N, C) after each block. `bridges` maps a block's number, from 0, to the function run inside it."""
+        (B, N, C) after each block.
+
+        In HiVG, bridges {block, from "0": Bridge} run inside their blocks, each with its keys {block: (B, T, C)};
+        is_key (B, T) bool, True = no padding, or None for no mask.
+        """
+        bridges = {} if bridges is None else bridges
         x = self.conv1(images)  # (B, C, H / patch, W / patch)
         grid = x.shape[-2:]
-        x = x.flatten(2).transpose(1, 2)  # (B, P, C)
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)  # (B, N, C)
+        x = x.flatten(2).transpose(1, 2)  # (B, P, C), row by row
+        cls = self.class_embedding.expand(len(x), 1, -1)  # (B, 1, C)
+        x = torch.cat([cls, x], dim=1)  # (B, N, C)
         x = self.ln_pre(x + resize_positions(self.positional_embedding, grid))
+
         hidden_states = []
         for number, block in enumerate(self.blocks):
-            bridge = (bridges or {}).get(number)
+            name = str(number)  # a ModuleDict, as HiVG keeps its bridges in, has strings for keys
+            bridge = bridges[name] if name in bridges else None
+            text = keys[name] if name in bridges else None  # (B, T, C)
             if self.checkpoint and torch.is_grad_enabled():
-                x = checkpoint(block, x, bridge=bridge, use_reentrant=False)
+                x = checkpoint(block, x, bridge=bridge, keys=text, is_key=is_key, use_reentrant=False)
             else:
-                x = block(x, bridge=bridge)
+                x = block(x, bridge=bridge, keys=text, is_key=is_key)  # (B, N, C)
             hidden_states.append(x)
         return hidden_states
 
@@ -142,18 +183,24 @@ class VisionTransformer(nn.Module):
         return self.ln_post(x) @ self.proj
 
     def pool(self, x):
-        """Last hidden state (B, N, C) -> picture embedding (B, E), not normalised: that of [CLS]."""
+        """Last hidden state (B, N, C) -> image embedding (B, E), not normalised: that of [CLS]."""
         return self.project(x[:, 0])
 
 
 def sine_positions(side, width):
-    """(1 + side^2, width): sines and cosines of a patch's row and column, zero for the class token. A start at which
-    near patches look near; training moves it freely."""
-    n = -(-width // 4)
-    angles = torch.arange(side)[:, None] * 100 ** -(torch.arange(n) / n)  # (side, n)
+    """(1 + side^2, width): sines and cosines of a patch's row and column, zero for the class token.
+
+    Ours; OpenAI's table starts at random. A small CLIP learns sooner if near patches look near from the start.
+    """
+    n = -(-width // 4)  # frequencies: a quarter of the channels, rounded up
+    frequencies = 100 ** -(torch.arange(n) / n)  # (n), from a wave of 2 pi patches to one a hundred times as long
+    angles = torch.arange(side)[:, None] * frequencies  # (side, n)
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, 2 n)
-    patches = torch.cat([waves[:, None].expand(side, side, -1), waves.expand(side, side, -1)], dim=-1)
-    return F.pad(patches.flatten(0, 1)[:, :width], (0, 0, 1, 0))
+    rows = waves[:, None].expand(side, side, -1)  # (side, side, 2 n)
+    columns = waves[None].expand(side, side, -1)  # (side, side, 2 n)
+    patches = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # (side^2, 4 n)
+    patches = patches[:, :width]  # (side^2, width), where the width is no multiple of 4
+    return F.pad(patches, (0, 0, 1, 0))  # (1 + side^2, width)
 
 
 def resize_positions(table, grid):
@@ -162,12 +209,16 @@ def resize_positions(table, grid):
     side = round((len(table) - 1) ** 0.5)
     if tuple(grid) == (side, side):
         return table
-    patches = table[1:].T.reshape(1, -1, side, side)
+    patches = table[1:].T.reshape(1, -1, side, side)  # (1, C, side, side)
+    # in float32, as not every device interpolates bfloat16
     patches = F.interpolate(patches.float(), grid, mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([table[:1], patches.flatten(2)[0].T.to(table.dtype)])
+    patches = patches.flatten(2)[0].T  # (h w, C)
+    return torch.cat([table[:1], patches.to(table.dtype)])
 
 
 class TextTransformer(nn.Module):
+    """CLIP's text tower."""
+
     def __init__(self, config: CLIPConfig):
         super().__init__()
         width = config.text_width
@@ -179,10 +230,13 @@ class TextTransformer(nn.Module):
 
     def forward(self, token_ids):
         """token_ids (B, T) long, T <= context length -> the list of the hidden states (B, T, C) after each block,
-        before the final layer norm. Causal, so what follows the end token changes nothing up to it."""
-        x = self.token_embedding(token_ids) + self.positional_embedding[: token_ids.shape[1]]  # (B, T, C)
+        before the final layer norm: f^1 .. f^L of the HiVG paper."""
+        T = token_ids.shape[1]
+        x = self.token_embedding(token_ids)  # (B, T, C)
+        x = x + self.positional_embedding[:T]  # (B, T, C): a text cut short uses the first positions
         hidden_states = []
         for block in self.blocks:
+            # causal, so padding behind the end token changes nothing before it, and needs no mask here
             x = block(x, causal=True)
             hidden_states.append(x)
         return hidden_states
@@ -192,65 +246,81 @@ class TextTransformer(nn.Module):
         return self.ln_final(x) @ self.text_projection
 
 
+def end_positions(token_ids):
+    """(B, T) -> (B,): where each text ends. The end token has the largest id of the vocabulary, so it is found without
+    knowing which id that is; what follows is padding, whatever its ids (0 is a real token too, "!")."""
+    return token_ids.argmax(dim=-1)
+
+
 def at_end_token(x, token_ids):
-    """x (B, T, C) -> (B, C) at the end token, which has the largest id of the vocabulary."""
-    return x[torch.arange(len(x), device=x.device), token_ids.argmax(dim=-1)]
+    """x (B, T, C) -> (B, C): the feature of the end token, which alone has seen the whole text."""
+    row = torch.arange(len(x), device=x.device)
+    return x[row, end_positions(token_ids)]
 
 
 class CLIP(nn.Module):
+    """The two towers, and the number that scales their similarity."""
+
     def __init__(self, config: CLIPConfig):
         super().__init__()
         self.config = config
         self.visual = VisionTransformer(config)
         self.text = TextTransformer(config)
+        # a logarithm, so that the scale stays positive; OpenAI's start, a temperature of 0.07
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
-        self.apply(_init)
-        for tower, width in ((self.visual, config.vision_width), (self.text, config.text_width)):
-            for block in tower.blocks:  # OpenAI's init: residual branches shrink with the depth
-                std = width**-0.5 * (2 * len(tower.blocks)) ** -0.5
-                for linear in (block.attn.out_proj, block.mlp.c_proj):
-                    nn.init.normal_(linear.weight, std=std)
-        for block in self.visual.blocks:  # ours: with keys = queries a patch first looks at what is alike and near
+        self.apply(init_module)
+        init_residual_branches(self.visual.blocks, config.vision_width)
+        init_residual_branches(self.text.blocks, config.text_width)
+        for block in self.visual.blocks:
+            # ours: with keys = queries a patch looks, to begin with, at what is alike and near
             nn.init.normal_(block.attn.q_proj.weight, std=(2 * config.vision_width) ** -0.5)
             block.attn.k_proj.weight.data.copy_(block.attn.q_proj.weight)
 
-    def encode_image(self, images, return_hidden_states=False):
-        """images (B, 3, H, W), normalised -> features (B, E), not normalised; with the hidden states after each
-        block, list of (B, N, C), when asked for."""
-        hidden_states = self.visual(images)
-        features = self.visual.pool(hidden_states[-1])
-        return (features, hidden_states) if return_hidden_states else features
+    def encode_image(self, images):
+        """images (B, 3, H, W), normalised -> features (B, E), not normalised."""
+        hidden_states = self.visual(images)  # each (B, N, C)
+        return self.visual.pool(hidden_states[-1])
 
-    def encode_text(self, token_ids, return_hidden_states=False):
-        """token_ids (B, T) long -> features (B, E), not normalised; with the hidden states when asked for."""
-        hidden_states = self.text(token_ids)
-        features = at_end_token(self.text.project(hidden_states[-1]), token_ids)
-        return (features, hidden_states) if return_hidden_states else features
+    def encode_text(self, token_ids):
+        """token_ids (B, T) long -> features (B, E), not normalised."""
+        hidden_states = self.text(token_ids)  # each (B, T, C)
+        return at_end_token(self.text.project(hidden_states[-1]), token_ids)
 
     def forward(self, images, token_ids):
-        """-> text features (B, E) and picture features (B, E), not normalised: what contrastive training needs."""
+        """-> text features (B, E) and image features (B, E), not normalised: what contrastive training needs."""
         return self.encode_text(token_ids), self.encode_image(images)
-
-    def logits_per_text(self, images, token_ids):
-        """-> (B_text, B_image): the scaled cosine of every text with every picture."""
-        return similarity(*self(images, token_ids), self.logit_scale)
 
 
 def similarity(text_features, image_features, logit_scale):
-    """(B_t, E) and (B_i, E) -> the scaled cosine of every text with every picture (B_t, B_i)."""
-    return bounded_logit_scale(logit_scale) * F.normalize(text_features, dim=-1) @ F.normalize(image_features, dim=-1).T
+    """(B_t, E) and (B_i, E) -> (B_t, B_i): the scaled cosine of every text with every image,
+
+        S_ij = min(exp(logit_scale), 100) cos(t_i, v_j)
+    """
+    t = F.normalize(text_features, dim=-1)  # (B_t, E), of unit length: their products are cosines
+    v = F.normalize(image_features, dim=-1)  # (B_i, E)
+    return bounded_logit_scale(logit_scale) * t @ v.T
 
 
 def bounded_logit_scale(logit_scale):
-    """exp(logit_scale), held at 100 or less, as in CLIP."""
+    """exp(logit_scale), held at 100 or less, as in CLIP: a larger one makes training unstable."""
     return logit_scale.exp().clamp(max=100)
 
 
-def _init(module):
-    """OpenAI CLIP's initialisation: 1/sqrt(C) for what reads the stream, less for the MLP's first layer, no bias."""
+def init_module(module):
+    """OpenAI CLIP's initialisation: 1 / sqrt(C) for the layers that read the stream, biases zero."""
     if isinstance(module, nn.Linear):
+        # the first layer of an MLP has more outputs than inputs, so it starts smaller
         widens = module.out_features > module.in_features
         nn.init.normal_(module.weight, std=(module.in_features * (2 if widens else 1)) ** -0.5)
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
+
+
+def init_residual_branches(blocks, width):
+    """As OpenAI: the two branches that each block adds to the stream start smaller the more blocks there are, so that
+    the stream's size does not depend on the depth."""
+    std = width**-0.5 * (2 * len(blocks)) ** -0.5
+    for block in blocks:
+        nn.init.normal_(block.attn.out_proj.weight, std=std)
+        nn.init.normal_(block.mlp.c_proj.weight, std=std)

@@ -24,10 +24,15 @@ def adaptive_fusion_reference(text_states, adaptive_weights, proj_weight, proj_b
     K, B, T, D_t = text_states.shape
     f = text_states
     if norm_weight is not None:
+        # n^i = LayerNorm_i(f^i), with an affine map of its own for each text layer
         f = F.layer_norm(f, (D_t,), eps=eps)
-        f = f * norm_weight[:, None, None] + norm_bias[:, None, None]  # one affine map per text layer
+        f = f * norm_weight[:, None, None] + norm_bias[:, None, None]  # (K, B, T, D_t)
+    # f*^i = w^i * n^i + n^i: the weights say how far to move away from the feature itself, so zero keeps it
     f = adaptive_weights[:, None] * f + f  # (K, B, T, D_t)
-    f = f.permute(1, 2, 0, 3).reshape(B, T, K * D_t)  # concat: layer by layer, batch first throughout
+    # concat_i[f*^i]: batch first throughout. The released code reshapes (T, B, ..) as (B, T, ..) here, which mixes
+    # the samples of a batch.
+    f = f.permute(1, 2, 0, 3).reshape(B, T, K * D_t)  # (B, T, K D_t)
+    # f*^ml = concat_i[f*^i] W_proj^T + b
     return F.linear(f, proj_weight, proj_bias)  # (B, T, D_v)
 
 
@@ -36,19 +41,22 @@ def adaptive_fusion(text_states, adaptive_weights, proj_weight, proj_bias,
     """The fusion by the fastest backend there is. Arguments and result as `adaptive_fusion_reference`; the result has
     the type of proj_weight, under autocast autocast's.
 
-    backend: "reference" (plain PyTorch), "triton" (fusion_triton.py), or "auto", what `choose_backend` says. Raises ValueError
-    for another, ImportError for "triton" where it is not installed.
+    backend: "reference" (plain PyTorch), "triton" (fusion_triton.py), or "auto", the choice of `choose_backend`.
+    Raises ValueError for another, ImportError for "triton" where it is not installed.
     """
     if backend not in ("auto", "reference", "triton"):
         raise ValueError(f"fusion backend must be auto, reference or triton, not {backend!r}")
-    if (choose_backend(text_states.device.type) if backend == "auto" else backend) == "triton":
-        from hivg.fusion_triton import adaptive_fusion as fused
+    if backend == "auto":
+        backend = choose_backend(text_states.device.type)
+    if backend == "triton":
+        # imported when it is needed only: Triton exists for Linux alone
+        from hivg.fusion_triton import adaptive_fusion as fuse
     else:
-        fused = adaptive_fusion_reference
-    return fused(text_states, adaptive_weights, proj_weight, proj_bias, norm_weight, norm_bias, eps)
+        fuse = adaptive_fusion_reference
+    return fuse(text_states, adaptive_weights, proj_weight, proj_bias, norm_weight, norm_bias, eps)
 
 
-@cache
+@cache  # the model asks at every bridge; the answer never changes
 def choose_backend(device_type):
-    """The backend for a kind of device, chosen once: "triton" on a GPU where Triton is installed, else "reference"."""
+    """The backend for a kind of device: "triton" on a GPU where Triton is installed, else "reference"."""
     return "triton" if device_type == "cuda" and find_spec("triton") else "reference"

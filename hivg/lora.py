@@ -1,15 +1,27 @@
 """Hi LoRA: low-rank adapters added in stages, from the shallow layers to the deep ones.
 
-Layers 1..L of a tower are cut in G groups. In stage j every layer l <= j L/G gets a NEW pair (A_j, B_j), and the
+Layers 1..L of a tower are cut into G groups. In stage j every layer l <= j L/G gets a NEW pair (A_j, B_j), and the
 pairs of earlier stages stay in place, frozen:
 
-    h_j^l = W_0 x                                              l >  j L/G
+    h_j^l = W_0 x                                                      l >  j L/G
     h_j^l = W_0 x + (alpha/r) sum_{k = ceil(l G/L) .. j} B_k A_k x     l <= j L/G
 
-so a shallow layer ends with G pairs and the deepest group with one. The other modes, for comparison:
+so a shallow layer ends with G pairs and the deepest group with one. The paper's reason for the order: the deep layers
+compute on what the shallow ones see, so errors of perception add up with the depth unless the shallow layers are
+adapted first.
+
+The layers that a stage trains (`adapted_layers`), in ViT-B, L = 12 and G = 3, and in its text tower, L = 12 and G = 1:
+
+    stage       1       2       3
+    vision      1-4     1-8     1-12
+    text        1-12    1-12    1-12
+
+Nothing else of CLIP is ever trained; the bridges, the grounding encoder and the heads are trained in every stage.
+
+The other modes, for comparison:
 
     shared    one pair a layer; stage j adds it to the layers l <= j L/G that lack it and trains all there are
-              (what the released program does)
+              (as the released program does)
     vanilla   all layers get their pair in stage 1, the only one
     none      no adapters
 """
@@ -23,6 +35,7 @@ import torch.nn.functional as F
 
 MODES = ("hierarchical", "shared", "vanilla", "none")
 TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # the attention's four projections, nothing else
+TEXT_GROUPS = 1  # the text tower is one group: all its layers are adapted from stage 1
 
 
 class LoRALinear(nn.Module):
@@ -36,47 +49,70 @@ class LoRALinear(nn.Module):
 
     def __init__(self, linear, rank, alpha, dropout):
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.rank, self.scale, self.dropout = rank, alpha / rank, dropout
-        self.A, self.B = nn.ParameterList(), nn.ParameterList()
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.rank = rank
+        self.scale = alpha / rank  # so that the size of the update does not grow with the rank
+        self.dropout = dropout
+        self.A = nn.ParameterList()
+        self.B = nn.ParameterList()
         self.stages = []  # the stage that brought each pair
         self.train(linear.training)
 
     def add_pair(self, stage):
         """Freeze the pairs there are and add a new, trainable one."""
-        for p in self.parameters():
-            p.requires_grad_(False)
+        self.requires_grad_(False)  # W_0, b and the pairs of earlier stages
         out_features, in_features = self.weight.shape
         A = torch.empty(self.rank, in_features, device=self.weight.device)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # the init of nn.Linear, as in the LoRA paper's code
+        B = torch.zeros(out_features, self.rank, device=self.weight.device)  # so B A = 0, and the output stays
         self.A.append(nn.Parameter(A))
-        self.B.append(nn.Parameter(torch.zeros(out_features, self.rank, device=self.weight.device)))
+        self.B.append(nn.Parameter(B))
         self.stages.append(stage)
 
     def forward(self, x):
-        h = F.linear(x, self.weight, self.bias)  # (..., in) -> (..., out)
-        # sum_k B_k A_k x = [B_1 .. B_j] [A_1; ..; A_j] x: two products however many stages there were
-        A, B = torch.cat(list(self.A)), torch.cat(list(self.B), dim=1)  # (j r, in), (out, j r)
-        return h + self.scale * F.linear(F.linear(F.dropout(x, self.dropout, self.training), A), B)
+        """(..., in) -> (..., out)."""
+        h = F.linear(x, self.weight, self.bias)  # W_0 x + b
+        # sum_k B_k A_k = [B_1 .. B_j] [A_1; ..; A_j], so two products do for any number of stages
+        A = torch.cat(list(self.A))  # (j r, in)
+        B = torch.cat(list(self.B), dim=1)  # (out, j r)
+        x = F.dropout(x, self.dropout, self.training)  # on the adapters' input only; W_0 sees all of x
+        return h + self.scale * F.linear(F.linear(x, A), B)
 
     def merged(self):
         """A plain nn.Linear with the same output: W_0 + (alpha/r) sum_k B_k A_k. This module is left as it is."""
-        out_features, in_features = self.weight.shape
+        weight = self.weight.double()  # summed in float64, so that it is rounded once
+        update = torch.zeros_like(weight)
+        for A, B in zip(self.A, self.B):
+            update = update + B.double() @ A.double()  # (out, r) (r, in) -> (out, in)
+        # W_0 + (alpha/r) sum_k B_k A_k
+        weight = (weight + self.scale * update).to(self.weight.dtype)
+
+        out_features, in_features = weight.shape
+        # on "meta" there is no memory and no random start for numbers that are replaced at once
         linear = nn.Linear(in_features, out_features, bias=self.bias is not None, device="meta")
-        update = sum((B.double() @ A.double() for A, B in zip(self.A, self.B)), torch.tensor(0.0))
-        weight = (self.weight.double() + self.scale * update).to(self.weight.dtype)  # summed in float64, rounded once
         linear.weight = nn.Parameter(weight.detach())
-        linear.bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
-        return linear.requires_grad_(self.weight.requires_grad).train(self.training)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone())
+        linear.requires_grad_(self.weight.requires_grad)  # a frozen layer stays frozen
+        return linear.train(self.training)
 
 
 def adapted_layers(stage, n_layers, groups, mode="hierarchical"):
-    """The layers, counted from 1, whose adapters stage `stage` trains: those with l <= stage * n_layers / groups."""
+    """The layers, counted from 1, whose adapters stage `stage` trains: those with l <= stage * n_layers / groups.
+
+    groups: of the tower; `lora_groups` of the configuration for vision, TEXT_GROUPS for text. Stage 0 is the warm-up,
+    without adapters. Raises ValueError for a mode that is none of MODES.
+    """
     if mode not in MODES:
         raise ValueError(f"lora must be one of {', '.join(MODES)}, not {mode!r}")
-    if stage < 1 or mode == "none" or (mode == "vanilla" and stage > 1):
-        return []
-    last = n_layers if mode == "vanilla" else min(stage * n_layers // groups, n_layers)
+    if mode == "none":
+        last = 0
+    elif mode == "vanilla":
+        last = n_layers if stage == 1 else 0
+    else:
+        # the largest l with l <= j L/G; the text tower, of one group, has all its layers from stage 1
+        last = min(stage * n_layers // groups, n_layers)
     return list(range(1, last + 1))
 
 
@@ -87,17 +123,19 @@ def add_stage(blocks, stage, groups, rank=32, alpha=16, dropout=0.1, mode="hiera
     """
     for module in blocks.modules():
         if isinstance(module, LoRALinear):
-            for p in module.parameters():
-                p.requires_grad_(False)
-    for l in adapted_layers(stage, len(blocks), groups, mode):
-        attn = blocks[l - 1].attn
+            module.requires_grad_(False)  # what earlier stages trained
+
+    for layer in adapted_layers(stage, len(blocks), groups, mode):
+        attn = blocks[layer - 1].attn
         for name in TARGETS:
             linear = getattr(attn, name)
-            if not isinstance(linear, LoRALinear):
+            if not isinstance(linear, LoRALinear):  # the first pair of this layer
                 linear = LoRALinear(linear, rank, alpha, dropout)
                 setattr(attn, name, linear)
             if mode == "shared" and linear.stages:
-                linear.A[0].requires_grad_(True), linear.B[0].requires_grad_(True)
+                # the one pair of an earlier stage, trained on
+                linear.A[0].requires_grad_(True)
+                linear.B[0].requires_grad_(True)
             else:
                 linear.add_pair(stage)
 
@@ -105,7 +143,7 @@ def add_stage(blocks, stage, groups, rank=32, alpha=16, dropout=0.1, mode="hiera
 def merge(module):
     """A copy of `module` with every LoRALinear replaced by the plain linear it amounts to; `module` is unchanged."""
     module = copy.deepcopy(module)
-    for parent in list(module.modules()):
+    for parent in list(module.modules()):  # lists, as the modules are replaced meanwhile
         for name, child in list(parent.named_children()):
             if isinstance(child, LoRALinear):
                 setattr(parent, name, child.merged())

@@ -1,5 +1,7 @@
-"""The losses of HiVG: box, CLC, RTCC, mask; and of the tiny CLIP's pre-training. Every function returns a scalar,
-without its weight."""
+"""The losses of HiVG: box (with GIoU), CLC, RTCC, mask. Every function returns a scalar, without its weight.
+
+Letters: B batch, P = h w patches of the grid, n numbers of a sample.
+"""
 
 from dataclasses import dataclass
 
@@ -12,7 +14,13 @@ from hivg.boxes import cxcywh_to_xyxy, giou
 def box_loss(boxes, targets, kind="smooth_l1"):
     """boxes and targets (B, 4) cxcywh in 0..1: summed over the four numbers, averaged over the batch.
     kind: smooth_l1 (paper) or l1 (released code)."""
-    return {"smooth_l1": F.smooth_l1_loss, "l1": F.l1_loss}[kind](boxes, targets, reduction="sum") / len(boxes)
+    if kind == "smooth_l1":
+        loss = F.smooth_l1_loss(boxes, targets, reduction="sum")
+    elif kind == "l1":
+        loss = F.l1_loss(boxes, targets, reduction="sum")
+    else:
+        raise ValueError(f"the box loss must be smooth_l1 or l1, not {kind!r}")
+    return loss / len(boxes)
 
 
 def giou_loss(boxes, targets):
@@ -20,70 +28,81 @@ def giou_loss(boxes, targets):
     return (1 - giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(targets))).mean()
 
 
-def contrastive_loss(logits_per_text, same_image=None):
-    """CLIP's symmetric cross entropy of logits (B, B), row i = expression i. same_image (B, B) bool: other expressions
-    of the same picture (off the diagonal) are no negatives and are left out of the softmax."""
-    n = len(logits_per_text)
-    if same_image is not None:
-        others = same_image & ~torch.eye(n, dtype=torch.bool, device=same_image.device)
-        logits_per_text = logits_per_text.masked_fill(others, float("-inf"))
-    labels = torch.arange(n, device=logits_per_text.device)
-    return (F.cross_entropy(logits_per_text, labels) + F.cross_entropy(logits_per_text.T, labels)) / 2
+def contrastive_loss(logits_per_text, image_ids=None):
+    """CLC: CLIP's symmetric contrastive loss between the expressions and the images of a batch.
 
+        L = (CE(S) + CE(S^T)) / 2,   S_ij = min(exp(logit_scale), 100) cos(t_i, v_j)
 
-def patch_similarity(words, patches, sharpness=20.0):
-    """How well each text fits each picture by its best patches, as in FILIP (Yao et al. 2022) with a soft maximum:
-    words (M, W, E) and patches (B, P, E), not normalised -> (M, B): the cosine of a word with the patches, averaged
-    with the weights softmax(sharpness * cosine), then averaged over the words."""
-    cosine = torch.einsum("mwe,bpe->mwbp", F.normalize(words, dim=-1), F.normalize(patches, dim=-1))
-    return (cosine * (sharpness * cosine).softmax(-1)).sum(-1).mean(1)
+    logits_per_text (B, B) is S: t_i is the text feature at the end token of expression i, v_j the feature of [CLS] of
+    image j, both in CLIP's shared space, and logit_scale is learned (`similarity` in clip.py). CE is the cross entropy
+    of each row with its own column as the right one. Under data parallelism B is the batch of all GPUs together.
 
-
-def phrase_loss(logits, true, own):
-    """Contrast of phrases with pictures: logits (M, B), true (M, B) bool whether the phrase is true of the picture, own
-    (M,) the picture it was said about. A phrase has to find its own picture among those that it is not true of, and a
-    picture each of its phrases among those that are not true of it."""
-    right = logits[torch.arange(len(own), device=own.device), own]
-    wrong = logits.masked_fill(true, float("-inf"))
-    return (F.softplus(wrong.logsumexp(1) - right) + F.softplus(wrong.logsumexp(0)[own] - right)).mean()
+    image_ids (B,): which image each row is of, None if all differ. Expressions of one image are not negatives of each
+    other: that image is right for both. The released code takes them for negatives.
+    """
+    B = len(logits_per_text)
+    own = torch.arange(B, device=logits_per_text.device)  # (B,): expression i was said of image i
+    if image_ids is not None:
+        same_image = image_ids[:, None] == image_ids  # (B, B), symmetric
+        itself = torch.eye(B, dtype=torch.bool, device=image_ids.device)
+        # exp(-inf) = 0 takes these pairs out of the softmax, for the rows and for the columns alike
+        logits_per_text = logits_per_text.masked_fill(same_image & ~itself, float("-inf"))
+    text_to_image = F.cross_entropy(logits_per_text, own)
+    image_to_text = F.cross_entropy(logits_per_text.T, own)
+    return (text_to_image + image_to_text) / 2
 
 
 def focal_loss(logits, targets, alpha=0.25, gamma=2.0):
-    """Focal loss (Lin et al. 2017, eq. 5) of logits (B, n) against targets (B, n) in {0, 1}, averaged over both."""
-    bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    """Focal loss (Lin et al. 2017, eq. 5) of logits (B, n) against targets (B, n) in {0, 1}, averaged over both:
+
+        -alpha_t (1 - p_t)^gamma log p_t,   p_t the probability of the right answer
+    """
+    bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")  # -log p_t
     p = logits.sigmoid()
-    missed = p * (1 - targets) + (1 - p) * targets  # 1 - p_t
-    return ((alpha * targets + (1 - alpha) * (1 - targets)) * missed**gamma * bce).mean()
+    missed = p * (1 - targets) + (1 - p) * targets  # 1 - p_t: near 0 for the many easy patches of the background
+    alpha_t = alpha * targets + (1 - alpha) * (1 - targets)
+    return (alpha_t * missed**gamma * bce).mean()
 
 
 def dice_loss(logits, targets):
     """1 - (2 sum p t + 1) / (sum p + sum t + 1) of logits (B, n) and targets (B, n) in {0, 1}, averaged over B."""
     p = logits.sigmoid()
-    return (1 - (2 * (p * targets).sum(1) + 1) / (p.sum(1) + targets.sum(1) + 1)).mean()
+    shared = (p * targets).sum(1)  # (B,)
+    both = p.sum(1) + targets.sum(1)  # (B,)
+    return (1 - (2 * shared + 1) / (both + 1)).mean()  # the 1s: no division by 0 where nothing is to be found
 
 
 def box_on_grid(boxes, grid, image_size):
-    """The box drawn on the patch grid, the target of the token map: (B, 4) cxcywh in 0..1 of an image_size square ->
-    (B, h * w) of 0. and 1. A patch is in the box if its sampled pixel is: that of a nearest-neighbour resize, which is
-    what the released code does, so a small box can miss; the patch of the box's centre is set in any case (ours)."""
-    (h, w), (xmin, ymin, xmax, ymax) = grid, (cxcywh_to_xyxy(boxes) * image_size).unbind(-1)
-    y = torch.arange(h, device=boxes.device) * (image_size / h)
-    x = torch.arange(w, device=boxes.device) * (image_size / w)
+    """The box drawn on the patch grid, the target of RTCC: (B, 4) cxcywh in 0..1 of an image_size square -> (B, h * w)
+    of 0. and 1.
+
+    A patch is in the box if its sampled pixel is: that of a nearest-neighbour resize, as in the released code, so a
+    small box can miss all of them; the patch of the box's centre is set in any case (ours).
+    """
+    h, w = grid
+    xmin, ymin, xmax, ymax = (cxcywh_to_xyxy(boxes) * image_size).unbind(-1)  # pixels, (B,) each
+    # nearest neighbour samples the first pixel of each patch
+    y = torch.arange(h, device=boxes.device) * (image_size / h)  # (h)
+    x = torch.arange(w, device=boxes.device) * (image_size / w)  # (w)
+    # the box is painted in whole pixels: all that it touches
     rows = (y >= ymin.floor()[:, None]) & (y < ymax.ceil()[:, None])  # (B, h)
     columns = (x >= xmin.floor()[:, None]) & (x < xmax.ceil()[:, None])  # (B, w)
-    target = (rows[:, :, None] & columns[:, None, :]).flatten(1).float()
-    column, row = (boxes[:, 0] * w).long().clamp(0, w - 1), (boxes[:, 1] * h).long().clamp(0, h - 1)
-    return target.scatter(1, (row * w + column)[:, None], 1.0)
+    target = (rows[:, :, None] & columns[:, None, :]).flatten(1).float()  # (B, P)
+
+    row = (boxes[:, 1] * h).long().clamp(0, h - 1)  # (B,), of the centre
+    column = (boxes[:, 0] * w).long().clamp(0, w - 1)  # (B,)
+    centre = row * w + column  # (B,), its number among the patches
+    return target.scatter(1, centre[:, None], 1.0)
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """The weight of each term; 0 leaves it out."""
+    """The weight of each term, by default the paper's; 0 leaves it out."""
 
     box: float = 2.0
     giou: float = 2.0
-    clc: float = 1.0  # contrast of pictures and expressions (CLIP's loss)
-    rtcc_focal: float = 20.0  # RTCC: the token map
+    clc: float = 1.0  # contrast of images and expressions
+    rtcc_focal: float = 20.0  # similarity of the text with each patch
     rtcc_dice: float = 2.0
     mask_focal: float = 20.0
     mask_dice: float = 2.0
@@ -93,19 +112,33 @@ def grounding_losses(output, batch, logits_per_text, image_ids, weights: LossWei
     """All terms, weighted: output an HiVGOutput, batch a dict with images (B, 3, S, S), boxes (B, 4) cxcywh in 0..1,
     masks (B, M, M) bool, to whose size the mask logits are resized; logits_per_text (n, n) and image_ids (n,) are those
     of all ranks -> {name: scalar tensor}; their sum is the loss."""
-    w, boxes, predicted = weights, batch["boxes"], output.boxes.float()  # in bfloat16 a GIoU is mostly rounding
+    targets = batch["boxes"]
+    boxes = output.boxes.float()  # in bfloat16 a GIoU is mostly rounding
     terms = {}
-    terms["box"] = lambda: box_loss(predicted, boxes, box_kind)
-    terms["giou"] = lambda: giou_loss(predicted, boxes)
-    terms["clc"] = lambda: contrastive_loss(logits_per_text, image_ids[:, None] == image_ids)
-    if w.rtcc_focal or w.rtcc_dice:
-        side = round(output.token_similarity.shape[1] ** 0.5)
-        target = box_on_grid(boxes, (side, side), batch["images"].shape[-1])
-        terms["rtcc_focal"] = lambda: focal_loss(output.token_similarity, target)
-        terms["rtcc_dice"] = lambda: dice_loss(output.token_similarity, target)
-    if w.mask_focal or w.mask_dice:
-        logits = F.interpolate(output.mask_logits, batch["masks"].shape[1:], mode="bilinear").flatten(1)
-        mask = batch["masks"].flatten(1).float()
-        terms["mask_focal"] = lambda: focal_loss(logits, mask)
-        terms["mask_dice"] = lambda: dice_loss(logits, mask)
-    return {name: getattr(w, name) * term() for name, term in terms.items() if getattr(w, name)}
+
+    if weights.box:
+        terms["box"] = weights.box * box_loss(boxes, targets, box_kind)
+    if weights.giou:
+        terms["giou"] = weights.giou * giou_loss(boxes, targets)
+    if weights.clc:
+        terms["clc"] = weights.clc * contrastive_loss(logits_per_text, image_ids)
+
+    # RTCC: each patch should be similar to the text if, and only if, it lies in the box
+    if weights.rtcc_focal or weights.rtcc_dice:
+        side = round(output.token_similarity.shape[1] ** 0.5)  # the grid is square, as the letterbox is
+        on_grid = box_on_grid(targets, (side, side), batch["images"].shape[-1])  # (B, P)
+    if weights.rtcc_focal:
+        terms["rtcc_focal"] = weights.rtcc_focal * focal_loss(output.token_similarity, on_grid)
+    if weights.rtcc_dice:
+        terms["rtcc_dice"] = weights.rtcc_dice * dice_loss(output.token_similarity, on_grid)
+
+    # Mask: the box or, where the data has one, the segmentation
+    if weights.mask_focal or weights.mask_dice:
+        masks = batch["masks"].flatten(1).float()  # (B, M M)
+        logits = F.interpolate(output.mask_logits, batch["masks"].shape[1:], mode="bilinear")  # (B, 1, M, M)
+        logits = logits.flatten(1)  # (B, M M)
+    if weights.mask_focal:
+        terms["mask_focal"] = weights.mask_focal * focal_loss(logits, masks)
+    if weights.mask_dice:
+        terms["mask_dice"] = weights.mask_dice * dice_loss(logits, masks)
+    return terms

@@ -1,7 +1,7 @@
 """CLIP's tokenizer: byte-pair encoding over the UTF-8 bytes of cleaned, lower-cased text.
 
 A word is written as one printable character per byte, the last one marked with `</w>`; then the merge that
-stands first in a ranked table is applied, again and again, until none applies. What remains are the tokens:
+stands first in a ranked table is applied, again and again, until none applies. The symbols that remain are the tokens:
 
     "lowest"  ->  l o w e s t</w>  ->  lo w e s t</w>  ->  low e s t</w>  ->  lowe s t</w>
 
@@ -20,12 +20,14 @@ import ftfy
 import regex
 import torch
 
-SOT, EOT = "<|startoftext|>", "<|endoftext|>"
+SOT = "<|startoftext|>"
+EOT = "<|endoftext|>"
 END = "</w>"  # marks the last symbol of a word
 HEADER = "#version: 0.2"  # as in Hugging Face's merges.txt, so that our tables are such files
-N_CLIP_MERGES = 49152 - 256 - 2  # OpenAI's file goes on after these, but CLIP was trained with no more
-MEND = "give CLIP's bpe_simple_vocab_16e6.txt.gz, or the merges.txt or tokenizer.json of a Hugging Face CLIP"
+N_CLIP_MERGES = 49152 - 256 - 2  # OpenAI's file holds more lines, but CLIP was trained with these alone
+ACCEPTED_FILES = "CLIP's bpe_simple_vocab_16e6.txt.gz, or the merges.txt or tokenizer.json of a Hugging Face CLIP"
 
+# start and end token written out, English contractions, runs of letters, single digits, runs of anything else
 WORD_PATTERN = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE
 )
@@ -33,35 +35,42 @@ WORD_PATTERN = regex.compile(
 
 def bytes_to_unicode():
     """One printable character for each of the 256 bytes: {byte: character}, in CLIP's order (byte 33, "!", first)."""
+    # the printable characters of Latin-1 stand for themselves
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [b for b in range(256) if b not in printable]  # blanks and controls borrow the characters from 256 on
-    return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
+    table = {byte: chr(byte) for byte in printable}
+    # blanks and controls, which a merge table as a text file could not hold, borrow the characters from 256 on
+    others = [byte for byte in range(256) if byte not in printable]
+    for n, byte in enumerate(others):
+        table[byte] = chr(256 + n)
+    return table
 
 
 BYTE_TO_CHAR = bytes_to_unicode()
-CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 
 
 def clean(text):
-    """Mends mojibake, resolves HTML entities (twice, for "&amp;lt;"), makes every run of blanks one, lower case."""
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    """Repaired, without HTML entities, every run of blanks one blank, in lower case."""
+    text = ftfy.fix_text(text)  # mojibake; curly quotes and full-width letters become plain
+    text = html.unescape(html.unescape(text))  # twice, for "&amp;lt;", as CLIP does
     return regex.sub(r"\s+", " ", text).strip().lower()
 
 
 def split_words(text):
-    """Cleaned text in CLIP's words: contractions, runs of letters, single digits, runs of anything else."""
+    """Text -> its cleaned words, a list of strings."""
     return WORD_PATTERN.findall(clean(text))
 
 
 def word_symbols(word):
-    """The symbols a word starts as: "low" -> ("l", "o", "w</w>")."""
-    chars = [BYTE_TO_CHAR[b] for b in word.encode("utf-8")]
+    """The symbols that a word starts as: "low" -> ("l", "o", "w</w>")."""
+    # bytes, not characters, so that 256 symbols spell every text there is
+    chars = [BYTE_TO_CHAR[byte] for byte in word.encode("utf-8")]
     return (*chars[:-1], chars[-1] + END)
 
 
 def merge_pair(symbols, pair):
     """Joins every occurrence of `pair`, from the left: ("l", "o", "w</w>"), ("l", "o") -> ("lo", "w</w>")."""
-    merged, i = [], 0
+    merged = []
+    i = 0
     while i < len(symbols):
         step = 2 if symbols[i : i + 2] == pair else 1
         merged.append("".join(symbols[i : i + step]))
@@ -78,42 +87,51 @@ def learn_merges(texts, n_merges):
     Returns: list of (left, right) in rank order, for `Tokenizer(merges)`.
     Source: Sennrich et al. 2016, algorithm 1.
     """
-    words = Counter(word_symbols(w) for text in texts for w in split_words(text) if w not in (SOT, EOT))
+    words = Counter()  # {symbols of a word: how often it occurs}
+    for text in texts:
+        for word in split_words(text):
+            if word not in (SOT, EOT):  # these are tokens already
+                words[word_symbols(word)] += 1
+
     merges = []
     while len(merges) < n_merges:
-        pairs = Counter()
+        pairs = Counter()  # {pair of neighbours: how often it occurs}
         for symbols, count in words.items():
             for pair in zip(symbols, symbols[1:]):
                 pairs[pair] += count
+        # the largest count, then the smallest pair
         best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
         if best is None or pairs[best] < 2:
-            break
+            break  # a pair that occurs once teaches nothing of other texts
         merges.append(best)
-        merged = Counter()
+        merged_words = Counter()
         for symbols, count in words.items():
-            merged[merge_pair(symbols, best)] += count
-        words = merged
+            merged_words[merge_pair(symbols, best)] += count
+        words = merged_words
     return merges
 
 
 def parse_merges(lines):
-    """Merges from "left right" strings or (left, right) pairs; ValueError names the first that is neither."""
+    """Merges from "left right" strings or [left, right] lists; ValueError names the first that is neither."""
     merges = []
-    for i, line in enumerate(lines, start=1):
-        pair = tuple(line.split()) if isinstance(line, str) else tuple(line) if isinstance(line, list) else ()
-        if len(pair) != 2 or not all(isinstance(s, str) and s for s in pair):
-            raise ValueError(f"merge {i} ({line!r:.60}) is not two symbols")
-        merges.append(pair)
+    for number, line in enumerate(lines, start=1):
+        pair = line.split() if isinstance(line, str) else line
+        is_pair = isinstance(pair, list) and len(pair) == 2
+        if not is_pair or not all(isinstance(symbol, str) and symbol for symbol in pair):
+            raise ValueError(f"merge {number} ({line!r:.60}) is not two symbols")
+        merges.append(tuple(pair))
     return merges
 
 
 def merges_from_json(text):
     """The merges of a Hugging Face tokenizer.json; ValueError where there are none or they are not CLIP's kind."""
+    # any JSON may come, so each level is checked before the next is looked at
     data = json.loads(text)
     model = data.get("model") if isinstance(data, dict) else None
     merges = model.get("merges") if isinstance(model, dict) else None
     if not isinstance(merges, list):
         raise ValueError("no list of merges under model.merges")
+    # GPT-2's words end in nothing; its merges would load, and give other tokens
     if model.get("end_of_word_suffix") not in (None, END):
         raise ValueError(f"words end in {model['end_of_word_suffix']!r:.60}, not {END!r}, so it is not CLIP's")
     return parse_merges(merges)
@@ -122,11 +140,13 @@ def merges_from_json(text):
 def read_text(path):
     """The text of a plain or gzipped file; the content says which it is, as downloads lose their suffixes."""
     data = path.read_bytes()
-    return (gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data).decode("utf-8")
+    if data.startswith(b"\x1f\x8b"):  # gzip's first two bytes
+        data = gzip.decompress(data)
+    return data.decode("utf-8")
 
 
 class Tokenizer:
-    """Text to CLIP's token ids and back.
+    """Text to CLIP's token ids.
 
     The vocabulary is the 256 byte symbols, the same 256 ending a word, one symbol per merge, then the start and
     the end token. The end token has the largest id: CLIP finds it as the argmax of a row.
@@ -140,34 +160,40 @@ class Tokenizer:
     """
 
     def __init__(self, merges, context_length=77):
-        merges, chars = [tuple(pair) for pair in merges], list(BYTE_TO_CHAR.values())
-        self.symbols = chars + [c + END for c in chars] + ["".join(pair) for pair in merges] + [SOT, EOT]
+        merges = [tuple(pair) for pair in merges]
+        # the order fixes the ids
+        self.symbols = list(BYTE_TO_CHAR.values())
+        self.symbols += [char + END for char in BYTE_TO_CHAR.values()]
+        self.symbols += ["".join(pair) for pair in merges]
+        self.symbols += [SOT, EOT]
         self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
-        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
+        self.ranks = {pair: rank for rank, pair in enumerate(merges)}  # the lowest is merged first
         self.merges = merges
         self.context_length = check_context_length(context_length)
         self.vocab_size = len(self.symbols)
-        self.sot_id, self.eot_id = self.vocab_size - 2, self.vocab_size - 1
+        self.sot_id = self.vocab_size - 2
+        self.eot_id = self.vocab_size - 1  # the largest, as `end_positions` in clip.py asks
         self._cache = {}  # word -> ids; expressions repeat their words
         self._check_merges()
 
     def _check_merges(self):
-        # A blank is never part of a word, so a merge of one betrays a GPT-2 table, which would otherwise load.
+        # a blank is never part of a word, so a merge of one betrays a GPT-2 table, which would load otherwise
         blank = BYTE_TO_CHAR[ord(" ")]
         known = set(self.symbols[:512]) - {blank, blank + END}
-        for i, pair in enumerate(self.merges, start=1):
-            left, right = pair
+        for number, (left, right) in enumerate(self.merges, start=1):
+            merge = f"merge {number} ({left + ' ' + right!r:.60})"
+            # nothing follows the symbol that ends a word
             if left not in known or right not in known or left.endswith(END):
-                raise ValueError(f"merge {i} ({left + ' ' + right!r:.60}) joins symbols that nothing before it makes")
-            if self.ranks[pair] != i - 1:
-                raise ValueError(f"merge {i} ({left + ' ' + right!r:.60}) is repeated further down")
+                raise ValueError(f"{merge} joins symbols that no earlier merge makes")
+            if self.ranks[left, right] != number - 1:
+                raise ValueError(f"{merge} is repeated further down")
             known.add(left + right)
 
     @classmethod
     def from_file(cls, path, context_length=77):
         """Reads OpenAI's bpe_simple_vocab_16e6.txt.gz, merges.txt, tokenizer.json (by that suffix), or `to_text()`.
 
-        Each may be gzipped. Raises ValueError, one line with the file and the mend, for anything else.
+        Each may be gzipped. Raises ValueError for anything else: one line with the file, the problem and what to do.
         """
         path = Path(path)
         check_context_length(context_length)  # outside the try: it is not the file's fault
@@ -186,31 +212,36 @@ class Tokenizer:
             problem = f"not valid JSON ({error})"
         except ValueError as error:
             problem = str(error)
-        raise ValueError(f"{path}: no merge table read: {problem}; {MEND}")
+        raise ValueError(f"{path}: not a merge table: {problem}; give {ACCEPTED_FILES}")
 
     @classmethod
     def from_text(cls, text, context_length=77):
         """The tokenizer of a merge table, one "left right" per line under an optional "#version" header line."""
         lines = text.removesuffix("\n").split("\n")
-        if "#version" in lines[0]:
+        if "#version" in lines[0]:  # OpenAI's has the file's name before it
             lines = lines[1:]
         return cls(parse_merges(lines[:N_CLIP_MERGES]), context_length)
 
     def to_text(self):
         """The merge table as text, read back exactly by `from_text`; a weights file carries it in its metadata."""
-        return "\n".join([HEADER, *(f"{left} {right}" for left, right in self.merges)]) + "\n"
+        lines = [HEADER]
+        for left, right in self.merges:
+            lines.append(f"{left} {right}")
+        return "\n".join(lines) + "\n"
 
     def _word_ids(self, word):
         if word in (SOT, EOT):
             return [self.ids[word]]
         if word not in self._cache:
-            symbols = word_symbols(word)
+            symbols = word_symbols(word)  # ("l", "o", "w", "e", "s", "t</w>")
             while True:
-                pair = min(zip(symbols, symbols[1:]), key=lambda p: self.ranks.get(p, len(self.ranks)), default=None)
-                if pair not in self.ranks:
+                # the neighbours whose merge was learned first; those that never were rank behind all
+                pairs = zip(symbols, symbols[1:])
+                first = min(pairs, key=lambda pair: self.ranks.get(pair, len(self.ranks)), default=None)
+                if first not in self.ranks:
                     break
-                symbols = merge_pair(symbols, pair)
-            self._cache[word] = [self.ids[s] for s in symbols]
+                symbols = merge_pair(symbols, first)
+            self._cache[word] = [self.ids[symbol] for symbol in symbols]
         return self._cache[word]
 
     def encode(self, text):
@@ -218,63 +249,39 @@ class Tokenizer:
 
         As in CLIP, "<|startoftext|>" and "<|endoftext|>" written out in the text become those tokens.
         """
-        return [i for word in split_words(text) for i in self._word_ids(word)]
-
-    def decode(self, ids):
-        """The cleaned text of token ids (any iterable, or a 1-d tensor), a blank after each word.
-
-        A start token is dropped and reading stops at the end token, so a padded row gives its text alone. A token
-        cut out of the middle of a character gives U+FFFD.
-        """
-        data = bytearray()
-        for i in ids:
-            symbol = self.symbols[int(i)]
-            if symbol == EOT:
-                break
-            if symbol != SOT:
-                data += bytes(CHAR_TO_BYTE[c] for c in symbol.removesuffix(END))
-                data += b" " if symbol.endswith(END) else b""
-        return data.decode("utf-8", errors="replace").strip()
+        ids = []
+        for word in split_words(text):
+            ids += self._word_ids(word)
+        return ids
 
     def __call__(self, texts, context_length=None, pad_to="longest"):
         """Token ids of a batch: start token, text, end token, then zeros.
 
         Args:
             texts: a string or a list of B strings. A blank one gives start and end token alone.
-            context_length: the most tokens in a row, the tokenizer's own by default. What is longer is cut, and its
+            context_length: the most tokens in a row, the tokenizer's own by default. A longer text is cut, and its
                 last kept token becomes the end token, as with `truncate=True` in CLIP.
             pad_to: "longest" makes the rows as long as the longest of the batch, "context" as `context_length`.
 
-        Returns: (B, T) int64. Zero is also the id of "!": ask `padding_after_end`, not the ids, what is padding.
+        Returns: (B, T) int64. Zero is also the id of "!": padding is what follows `end_positions` (clip.py).
         """
         length = check_context_length(self.context_length if context_length is None else context_length)
         if pad_to not in ("longest", "context"):
             raise ValueError(f'pad_to must be "longest" or "context", not {pad_to!r}')
         texts = [texts] if isinstance(texts, str) else texts
-        rows = [[self.sot_id, *self.encode(text)[: length - 2], self.eot_id] for text in texts]
+        rows = []  # B lists of ids
+        for text in texts:
+            ids = self.encode(text)[: length - 2]  # room for start and end
+            rows.append([self.sot_id, *ids, self.eot_id])
         T = length if pad_to == "context" else max(map(len, rows), default=2)
-        token_ids = torch.zeros(len(rows), T, dtype=torch.long)
-        for out, row in zip(token_ids, rows):
-            out[: len(row)] = torch.tensor(row)
+        token_ids = torch.zeros(len(rows), T, dtype=torch.long)  # (B, T)
+        for i, row in enumerate(rows):
+            token_ids[i, : len(row)] = torch.tensor(row)
         return token_ids
 
 
 def check_context_length(length):
+    """The length; ValueError where a row could not even hold the start and the end token."""
     if length < 2:
         raise ValueError(f"context_length must hold the start and the end token, so at least 2, not {length}")
     return length
-
-
-def end_positions(token_ids):
-    """Where each row ends: token_ids (B, T) -> (B,) int64, the first position of the row's largest id, as in CLIP."""
-    return token_ids.argmax(dim=-1)
-
-
-def padding_after_end(token_ids, eot_id=None):
-    """What follows the end token: token_ids (B, T) -> (B, T) bool, True = padding.
-
-    The end token is the row's largest id, or `eot_id` where given (a row without it has no padding). The id 0 says
-    nothing: it fills the padding, but it is a real token too, "!" inside a word.
-    """
-    is_end = token_ids == (token_ids.amax(dim=-1, keepdim=True) if eot_id is None else eot_id)  # (B, T)
-    return is_end.cumsum(dim=-1) - is_end.long() > 0  # an end token stands somewhere before this position

@@ -26,8 +26,27 @@ def assert_close(name, a, b, tol):
     """Same shape, and nowhere further apart than `tol`; says which tensor it was, and by how much."""
     assert a.shape == b.shape, f"{name}: shape {tuple(a.shape)} against {tuple(b.shape)}"
     difference = (a.double() - b.double()).abs()
-    largest, mean = difference.max().item(), difference.mean().item()
+    largest = difference.max().item()
+    mean = difference.mean().item()
     assert largest <= tol, f"{name}: largest difference {largest:.2e}, mean {mean:.2e}, tolerance {tol:.0e}"
+
+
+def random(*shape, seed=0):
+    """Normal numbers in float64, the same for the same seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def random_boxes(n, seed=0):
+    """(n, 4) xyxy within 0..1, in float64."""
+    corners = torch.rand(n, 2, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.cat([corners.amin(1), corners.amax(1)], -1)
+
+
+def to_cxcywh(boxes):
+    """(..., 4) xyxy -> (..., 4) cxcywh."""
+    low = boxes[..., :2]
+    high = boxes[..., 2:]
+    return torch.cat([(low + high) / 2, high - low], -1)
 
 
 def randomise(module, seed=0, std=0.05):
@@ -41,7 +60,7 @@ def randomise(module, seed=0, std=0.05):
 
 
 def make_clip(seed=0, dtype=torch.float64, **changes):
-    """A CLIP in evaluation mode: 64 x 64 pictures, a grid of 4 x 4 patches; every width is another number."""
+    """A CLIP in evaluation mode: 64 x 64 images, a grid of 4 x 4 patches; every width is another number."""
     torch.manual_seed(seed)
     sizes = dict(image_size=64, patch_size=16, vision_width=64, vision_layers=3, vision_heads=4, text_width=48,
                  text_layers=2, text_heads=3, embed_dim=40, vocab_size=make_tokenizer().vocab_size)
@@ -73,7 +92,29 @@ def make_hivg(seed=0, dtype=torch.float64, fresh=False, **changes):
 def make_batch(texts=TEXTS, seed=3, dtype=torch.float64):
     """images (B, 3, 64, 64), padding_mask (B, 64, 64), token_ids (B, T): landscape, portrait and square in turn."""
     generator = torch.Generator().manual_seed(seed)
-    images, padding = torch.randn(len(texts), 3, 64, 64, generator=generator), torch.zeros(len(texts), 64, 64).bool()
-    padding[0::3, :20], padding[0::3, 44:] = True, True  # landscape: rows 0 and 3 of the patches, and a bit of 1 and 2
-    padding[1::3, :, :5], padding[1::3, :, 40:] = True, True  # portrait: column 3, half of column 2, a bit of column 0
-    return images.masked_fill(padding[:, None], 0).to(dtype), padding, make_tokenizer()(texts)
+    images = torch.randn(len(texts), 3, 64, 64, generator=generator)
+    padding = torch.zeros(len(texts), 64, 64, dtype=torch.bool)
+    padding[0::3, :20] = True  # landscape: rows 0 and 3 of the patches, and a bit of 1 and 2
+    padding[0::3, 44:] = True
+    padding[1::3, :, :5] = True  # portrait: column 3, half of column 2, a bit of column 0
+    padding[1::3, :, 40:] = True
+    images = images.masked_fill(padding[:, None], 0).to(dtype)
+    return images, padding, make_tokenizer()(texts)
+
+
+def watch(model, name, run, batch):
+    """The arguments that a method of the model is called with, once, while `run(*batch)` runs."""
+    method = getattr(model, name)
+    calls = []
+
+    def watched(*args):
+        calls.append(args)
+        return method(*args)
+
+    model.__dict__[name] = watched  # found before the class's method
+    try:
+        run(*batch)
+    finally:
+        del model.__dict__[name]
+    assert len(calls) == 1
+    return calls[0]

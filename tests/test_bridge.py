@@ -3,17 +3,14 @@
 import pytest
 import torch
 import torch.nn as nn
-from makers import TEXTS, assert_close, make_batch, make_clip, make_config, make_hivg, randomise
+from makers import TEXTS, assert_close, make_batch, make_clip, make_config, make_hivg, random, randomise
 
 from hivg.bridge import KINDS, Bridge
-from hivg.fusion import adaptive_fusion, adaptive_fusion_reference
+from hivg.clip import similarity
+from hivg.fusion import adaptive_fusion, adaptive_fusion_reference, choose_backend
 from hivg.model import HiVG
 
 TEXT_KINDS = ("adaptive", "projected")
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def fusion_arguments(K, B, T, D_t, D_v, norm=True):
@@ -48,9 +45,12 @@ def test_fusion_is_the_loop(K, B, T, D_t, D_v, norm, fusion):
     assert_close("fusion, eps", fusion(*arguments, eps=0.3), fusion_loop(*arguments, eps=0.3), 1e-10)
 
 
-def test_fusion_backend_name():
-    with pytest.raises(ValueError, match="reference"):
-        adaptive_fusion(*fusion_arguments(1, 1, 1, 4, 3), backend="fastest")
+def test_fusion_backend():
+    arguments = fusion_arguments(2, 1, 3, 4, 3)
+    with pytest.raises(ValueError, match="auto, reference or triton, not 'fastest'"):
+        adaptive_fusion(*arguments, backend="fastest")
+    assert choose_backend("cpu") == "reference"
+    assert torch.equal(adaptive_fusion(*arguments), adaptive_fusion(*arguments, backend="reference"))
 
 
 @pytest.mark.parametrize("norm", [True, False])
@@ -72,36 +72,70 @@ def make_bridge(kind="adaptive", K=2, text_norm=True):
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_fresh_bridge_is_the_identity(kind):
     torch.manual_seed(0)
-    bridge, x = Bridge(kind, 12, 2, 16, 2, 9).double(), random(3, 5, 16)
-    mask = torch.ones(3, 4, dtype=torch.bool)
-    s, key_mask = bridge.keys(random(2, 3, 4, 12), random(3, 4, 16), mask)
-    assert torch.equal(bridge(x, s, key_mask), x)
-    assert not torch.equal(randomise(bridge)(x, s, key_mask), x)
+    bridge = Bridge(kind, 12, 2, 16, 2, 9).double()
+    x = random(3, 5, 16)
+    is_key = torch.ones(3, 4, dtype=torch.bool)
+    keys = bridge.keys(random(2, 3, 4, 12), random(3, 4, 16))
+    assert torch.equal(bridge(x, keys, is_key), x)
+    assert not torch.equal(randomise(bridge)(x, keys, is_key), x)
+
+
+def test_fresh_fusion_is_the_projected_text():
+    """The adaptive weights start at zero: f*^i = f^i, here without a norm."""
+    bridge = Bridge("adaptive", 12, 2, 16, 2, 9, text_norm=False).double()
+    states = random(2, 3, 4, 12)
+    expected = bridge.proj(torch.cat([states[0], states[1]], dim=-1))
+    assert_close("keys", bridge.keys(states), expected, 1e-10)
 
 
 @pytest.mark.parametrize("text_norm", [True, False])
 @pytest.mark.parametrize("K", [1, 2, 3])
 def test_bridge_formula(K, text_norm):
-    """x + FFN(CrossAttention(LN(x), keys = values = s)), a sample at a time, on its own words alone."""
-    bridge, x, states = make_bridge(K=K, text_norm=text_norm), random(3, 5, 16), random(K, 3, 6, 12, seed=1)
-    mask = torch.arange(6) < torch.tensor([6, 2, 4])[:, None]
+    """x + FFN(CrossAttention(LN(x), keys = values = f*^ml)), a sample at a time, on its own words alone."""
+    bridge = make_bridge(K=K, text_norm=text_norm)
+    x = random(3, 5, 16)
+    states = random(K, 3, 6, 12, seed=1)
+    lengths = (6, 2, 4)
+    is_key = torch.arange(6) < torch.tensor(lengths)[:, None]
     assert (bridge.norm_weight is not None) == text_norm
-    y = bridge(x, *bridge.keys(states, None, mask))
-    for b, n in enumerate((6, 2, 4)):
-        s = fusion_loop(states[:, b : b + 1, :n], bridge.adaptive_weights[:, :n], bridge.proj.weight, bridge.proj.bias,
-                        bridge.norm_weight, bridge.norm_bias)
-        attended = bridge.attn(nn.functional.layer_norm(x[b : b + 1], (16,), bridge.ln.weight, bridge.ln.bias), s)
-        assert_close(f"sample {b}", y[b], (x[b : b + 1] + bridge.mlp(attended))[0], 1e-10)
+    y = bridge(x, bridge.keys(states), is_key)
+    for b, n in enumerate(lengths):
+        fused = fusion_loop(states[:, b : b + 1, :n], bridge.adaptive_weights[:, :n], bridge.proj.weight,
+                            bridge.proj.bias, bridge.norm_weight, bridge.norm_bias)
+        normed = nn.functional.layer_norm(x[b : b + 1], (16,), bridge.ln.weight, bridge.ln.bias)
+        expected = x[b : b + 1] + bridge.mlp(bridge.attn(normed, fused))
+        assert_close(f"sample {b}", y[b], expected[0], 1e-10)
+
+
+def test_no_mask_means_every_position():
+    """As the released code has it."""
+    bridge = make_bridge()
+    x = random(2, 5, 16)
+    keys = bridge.keys(random(2, 2, 4, 12, seed=1))
+    everything = torch.ones(2, 4, dtype=torch.bool)
+    assert torch.equal(bridge(x, keys, None), bridge(x, keys, everything))
+    assert not torch.allclose(bridge(x, keys, everything.tril(1)), bridge(x, keys, None), atol=1e-4)
+
+
+def test_a_constant_has_no_padding():
+    """All its rows are looked at, however many words there are."""
+    bridge = make_bridge("constant")
+    x = random(2, 5, 16)
+    keys = bridge.keys(random(2, 2, 4, 12))
+    assert keys.shape == (2, 9, 16)
+    assert torch.equal(keys[0], bridge.constant) and torch.equal(keys[1], bridge.constant)
+    assert torch.equal(bridge(x, keys, torch.ones(2, 4, dtype=torch.bool)), bridge(x, keys, None))
 
 
 def test_every_text_layer_counts():
-    bridge, x, states = make_bridge(K=3), random(1, 5, 16), random(3, 1, 4, 12, seed=1)
-    mask = torch.ones(1, 4, dtype=torch.bool)
-    before = bridge(x, *bridge.keys(states, None, mask))
+    bridge = make_bridge(K=3)
+    x = random(1, 5, 16)
+    states = random(3, 1, 4, 12, seed=1)
+    before = bridge(x, bridge.keys(states))
     for k in range(3):
         changed = states.clone()
         changed[k] += random(1, 4, 12, seed=k + 2)
-        assert (bridge(x, *bridge.keys(changed, None, mask)) - before).abs().max() > 1e-3, f"layer {k} has no effect"
+        assert (bridge(x, bridge.keys(changed)) - before).abs().max() > 1e-3, f"layer {k} has no effect"
 
 
 # --- in the model ---
@@ -116,7 +150,8 @@ def test_training_starts_from_clip(kind, batch):
     output = model(*batch)
     assert torch.equal(output.image_features, clip.encode_image(images))
     assert_close("text_features", output.text_features, clip.encode_text(token_ids), 1e-10)
-    assert_close("logits_per_text", output.logits_per_text, clip.logits_per_text(images, token_ids), 1e-10)
+    expected = similarity(clip.encode_text(token_ids), clip.encode_image(images), clip.logit_scale)
+    assert_close("logits_per_text", output.logits_per_text, expected, 1e-10)
     for bridge in model.bridges.values():
         randomise(bridge)
     changed = (model(*batch).image_features - output.image_features).abs().max() > 1e-3
@@ -124,8 +159,8 @@ def test_training_starts_from_clip(kind, batch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_text_steers_the_picture(kind):
-    """Another expression gives other picture features, unless the bridge looks at a constant or is not there."""
+def test_text_steers_the_image(kind):
+    """Another expression gives other image features, unless the bridge looks at a constant or is not there."""
     model = make_hivg(bridge=kind)
     images, padding_mask, token_ids = make_batch()
     first = model(images, padding_mask, token_ids)
@@ -157,19 +192,15 @@ def test_what_follows_the_end_token_changes_nothing(kind):
 
 @pytest.mark.parametrize("text_layers", [(2,), (1,), (1, 2), (2, 1)])
 def test_text_layers(text_layers):
-    """The bridge gets the outputs of exactly these text blocks, counted from 1, in this order."""
+    """Each bridge fuses the outputs of exactly these text blocks, counted from 1, in this order."""
     model = make_hivg(text_layers=text_layers)
-    images, padding_mask, token_ids = make_batch(TEXTS[:2])
-    _, states = model.clip.encode_text(token_ids, return_hidden_states=True)
-    seen = []
-    for bridge in model.bridges.values():
-        keys = bridge.keys
-        bridge.keys = lambda text_states, projected, mask, keys=keys: (
-            seen.append(text_states), keys(text_states, projected, mask))[1]
-    model(images, padding_mask, token_ids)
-    assert len(seen) == 2
-    for given in seen:
-        assert_close("text states", given, torch.stack([states[i - 1] for i in text_layers]), 1e-10)
+    _, _, token_ids = make_batch(TEXTS[:2])
+    states = model.clip.text(token_ids)
+    keys = model.bridge_keys(states, None)
+    used = torch.stack([states[layer - 1] for layer in text_layers])
+    assert set(keys) == {"0", "2"}
+    for block, bridge in model.bridges.items():
+        assert_close(f"keys of block {block}", keys[block], bridge.keys(used), 1e-10)
 
 
 def test_projected_text():
@@ -177,12 +208,33 @@ def test_projected_text():
     model = make_hivg(bridge="projected")
     images, padding_mask, token_ids = make_batch(TEXTS[3:])
     text = model.clip.text
-    _, states = model.clip.encode_text(token_ids, return_hidden_states=True)
-    s = model.bridge_text_proj(text.ln_final(states[-1]) @ text.text_projection)
-    mask = torch.ones(token_ids.shape, dtype=torch.bool)[:, None, None]
-    bridges = {int(l): lambda x, bridge=bridge: bridge(x, s, mask) for l, bridge in model.bridges.items()}
-    expected = model.clip.visual.pool(model.clip.visual(images, bridges)[-1])
-    assert_close("image_features", model(images, padding_mask, token_ids).image_features, expected, 1e-10)
+    projected = model.bridge_text_proj(text.ln_final(text(token_ids)[-1]) @ text.text_projection)
+    states = model.clip.visual(images, model.bridges, {"0": projected, "2": projected})
+    output = model(images, padding_mask, token_ids)
+    assert_close("image_features", output.image_features, model.clip.visual.pool(states[-1]), 1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_changes_no_gradient(kind):
+    """The blocks, bridges and all, run twice and give what they gave at once, dropout included."""
+    model = make_hivg(bridge=kind, stage=1).train()
+    batch = make_batch()
+    runs = []
+    for bridge in model.bridges.values():
+        bridge.register_forward_hook(lambda module, args, out: runs.append(module))
+    gradients = []
+    for on in (False, True):
+        model.clip.visual.checkpoint = on
+        model.zero_grad()
+        runs.clear()
+        torch.manual_seed(0)  # dropout
+        output = model(*batch)
+        (output.boxes.sum() + output.token_similarity.sum() + output.image_features.sum()).backward()
+        assert len(runs) == len(model.bridges) * (2 if on else 1)
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name in gradients[0]:
+        assert_close(name, gradients[1][name], gradients[0][name], 1e-10)
 
 
 def test_bridges_stand_in_the_blocks_of_the_config(batch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from makers import GOLDEN, assert_close, make_clip, needs_golden, randomise
+from makers import GOLDEN, assert_close, make_clip, needs_golden, random, randomise
 from safetensors.torch import load_file
 
 from hivg.clip import (
@@ -13,16 +13,14 @@ from hivg.clip import (
     Attention,
     CLIPConfig,
     QuickGELU,
+    VisionTransformer,
     at_end_token,
+    bounded_logit_scale,
+    end_positions,
     resize_positions,
     similarity,
     sine_positions,
 )
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
 
 # --- the parts ---
 
@@ -77,7 +75,9 @@ def test_similarity():
     text, image = random(3, 8), 5 * random(2, 8, seed=1)
     for scale, factor in ((2.0, 2.0), (400.0, 100.0)):  # held at 100
         expected = factor * F.cosine_similarity(text[:, None], image[None], dim=-1)
-        assert_close("similarity", similarity(text, image, torch.tensor(scale).double().log()), expected, 1e-10)
+        logit_scale = torch.tensor(scale).double().log()
+        assert_close("similarity", similarity(text, image, logit_scale), expected, 1e-10)
+        assert bounded_logit_scale(logit_scale).item() == pytest.approx(factor)
 
 
 # --- the position table ---
@@ -132,10 +132,25 @@ def test_sine_positions_of_any_width():
 
 
 @pytest.mark.parametrize("height, width", [(64, 64), (32, 96), (128, 16)])
-def test_picture_sizes(clip, height, width):
-    features, hidden_states = clip.encode_image(random(2, 3, height, width), return_hidden_states=True)
+def test_image_sizes(clip, height, width):
+    images = random(2, 3, height, width)
+    features = clip.encode_image(images)
     assert features.shape == (2, 40) and features.isfinite().all()
-    assert [h.shape for h in hidden_states] == [(2, 1 + height * width // 256, 64)] * 3
+    assert [h.shape for h in clip.visual(images)] == [(2, 1 + height * width // 256, 64)] * 3
+
+
+def test_patches_are_read_row_by_row(clip):
+    """The pixels of a patch go into one token alone: number row * width + column, behind [CLS]."""
+    visual = randomise(VisionTransformer(clip.config), 1).double()
+    images = random(1, 3, 64, 64)
+    changed = images.clone()
+    changed[:, :, 32:48, 16:32] += 1  # row 2, column 1
+    seen = []
+    visual.ln_pre.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    visual(images)
+    visual(changed)
+    moved = (seen[1] - seen[0]).abs().amax(-1)[0]  # (N)
+    assert moved.nonzero().flatten().tolist() == [1 + 2 * 4 + 1]
 
 
 # --- the towers ---
@@ -150,15 +165,16 @@ def tokens(*lengths, T=10, vocab=100):
 
 def test_text_is_causal(clip):
     ids = tokens(4, 9, 1)
-    features, states = clip.encode_text(ids, return_hidden_states=True)
+    features = clip.encode_text(ids)
+    states = clip.text(ids)
     for row, end in enumerate((4, 9, 1)):
         changed = ids[row : row + 1].clone()
         changed[:, end + 1 :] = (changed[:, end + 1 :] + 1) % 90
-        features_2, states_2 = clip.encode_text(changed, return_hidden_states=True)
-        assert_close(f"features of row {row}", features_2[0], features[row], 1e-10)
-        assert_close(f"states of row {row}", states_2[-1][0, : end + 1], states[-1][row, : end + 1], 1e-10)
+        last = clip.text(changed)[-1]
+        assert_close(f"features of row {row}", clip.encode_text(changed)[0], features[row], 1e-10)
+        assert_close(f"states of row {row}", last[0, : end + 1], states[-1][row, : end + 1], 1e-10)
         if end < 9:
-            assert not torch.allclose(states_2[-1][0, end + 1 :], states[-1][row, end + 1 :], atol=1e-3)
+            assert not torch.allclose(last[0, end + 1 :], states[-1][row, end + 1 :], atol=1e-3)
         cut = clip.encode_text(ids[row : row + 1, : end + 1])  # fewer positions
         assert_close(f"features of row {row}, cut", cut[0], features[row], 1e-10)
 
@@ -172,47 +188,55 @@ def test_every_earlier_token_counts(clip):
         assert (clip.encode_text(changed) - features).abs().max() > 1e-3, f"position {position} has no effect"
 
 
-def test_at_end_token_takes_the_first():
-    ids = torch.tensor([[1, 9, 3, 9], [9, 0, 0, 0]])
-    x = torch.arange(8.0).view(2, 4, 1)
-    assert at_end_token(x, ids).tolist() == [[1.0], [4.0]]
+def test_the_end_is_the_first_of_the_largest_ids():
+    ids = torch.tensor([[1, 9, 3, 9], [9, 0, 0, 0], [1, 0, 0, 9]])  # 0 is a token as others are
+    assert end_positions(ids).tolist() == [1, 0, 3]
+    x = torch.arange(12.0).view(3, 4, 1)
+    assert at_end_token(x, ids).tolist() == [[1.0], [4.0], [11.0]]
 
 
 def test_hidden_states(clip, batch):
-    """One after each block, and the features come from the last; the bridges run where and when they should."""
+    """One after each block, and the features come from the last."""
     images, _, ids = batch
-    features, states = clip.encode_image(images, return_hidden_states=True)
+    states = clip.visual(images)
     assert len(states) == 3
     for number, block in enumerate(clip.visual.blocks[1:]):
         assert_close(f"state {number + 1}", block(states[number]), states[number + 1], 1e-10)
-    assert_close("image features", clip.visual.ln_post(states[-1])[:, 0] @ clip.visual.proj, features, 1e-10)
-    assert torch.equal(features, clip.encode_image(images))
+    features = clip.visual.ln_post(states[-1])[:, 0] @ clip.visual.proj
+    assert_close("image features", clip.encode_image(images), features, 1e-10)
 
-    features, states = clip.encode_text(ids, return_hidden_states=True)
+    states = clip.text(ids)
     assert len(states) == 2
     assert_close("text state 1", clip.text.blocks[1](states[0], causal=True), states[1], 1e-10)
+    features = clip.encode_text(ids)
     ends = (ids == clip.config.vocab_size - 1).int().argmax(1)
     for i, end in enumerate(ends):
         expected = clip.text.ln_final(states[1][i, end]) @ clip.text.text_projection
         assert_close(f"text features of row {i}", features[i], expected, 1e-10)
-    assert torch.equal(features, clip.encode_text(ids))
 
 
 def test_bridge_runs_between_attention_and_mlp(clip, batch):
-    images, block = batch[0], clip.visual.blocks[1]
-    without, states = clip.visual(images), clip.visual(images, {1: lambda x: 2 * x})
+    """In its own block alone, with its own keys."""
+    images = batch[0]
+    block = clip.visual.blocks[1]
+
+    def bridge(x, keys, is_key):
+        assert is_key == "mask"
+        return 2 * x + keys
+
+    without = clip.visual(images)
+    states = clip.visual(images, {"1": bridge}, {"0": None, "1": 3.0}, "mask")
     assert torch.equal(states[0], without[0])
-    x = states[0]
-    x = 2 * (x + block.attn(block.ln_1(x)))
+    x = 2 * (states[0] + block.attn(block.ln_1(states[0]))) + 3
     assert_close("bridged block", states[1], x + block.mlp(block.ln_2(x)), 1e-10)
+    assert_close("the next block", states[2], clip.visual.blocks[2](states[1]), 1e-10)
 
 
 def test_forward(clip, batch):
     images, _, ids = batch
     text, image = clip(images, ids[:3])
-    assert torch.equal(text, clip.encode_text(ids[:3])) and torch.equal(image, clip.encode_image(images))
-    logits, scale = clip.logits_per_text(images, ids[:3]), clip.logit_scale.exp()
-    assert_close("logits_per_text", logits, scale * F.cosine_similarity(text[:, None], image[None], dim=-1), 1e-10)
+    assert torch.equal(text, clip.encode_text(ids[:3]))
+    assert torch.equal(image, clip.encode_image(images))
 
 
 def test_start():
@@ -261,9 +285,11 @@ def test_agrees_with_openai():
     expected = load_file(GOLDEN / "openai_clip_tiny.expected.safetensors")
     images, ids = expected["image"], expected["token_ids"]
     with torch.no_grad():
-        image_features, vision = clip.encode_image(images, return_hidden_states=True)
-        text_features, text = clip.encode_text(ids, return_hidden_states=True)
-        logits = clip.logits_per_text(images, ids)
+        vision = clip.visual(images)
+        text = clip.text(ids)
+        image_features = clip.encode_image(images)
+        text_features = clip.encode_text(ids)
+        logits = similarity(text_features, image_features, clip.logit_scale)
     ours = {"image_features": image_features, "text_features": text_features, "vision_hidden_first": vision[0],
             "vision_hidden_last": vision[-1], "text_hidden_first": text[0], "text_hidden_last": text[-1],
             "logits_per_text": logits, "logits_per_image": logits.T}

@@ -189,6 +189,15 @@ def test_gradients_reach_what_is_trained_and_nothing_else(mode, stage, bridge):
             assert not p.requires_grad and p.grad is None, f"{name} is frozen, yet has a gradient"
 
 
+def test_the_settings_reach_the_adapters():
+    model = make_hivg(stage=2, lora_rank=3, lora_alpha=12, lora_dropout=0.3)
+    adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    assert adapters
+    for linear in adapters:
+        assert (linear.rank, linear.scale, linear.dropout) == (3, 4, 0.3)
+        assert all(A.shape[0] == 3 for A in linear.A)
+
+
 def test_new_stage_changes_no_prediction(batch):
     model = make_hivg(stage=0)
     for stage in (1, 2, 3):

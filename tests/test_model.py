@@ -1,18 +1,18 @@
 """HiVG as a whole: a prediction depends on its own sample only, and each output is what its description says."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from makers import TEXTS, assert_close, make_batch, make_clip, make_config, make_hivg, randomise
+from makers import TEXTS, assert_close, make_batch, make_clip, make_config, make_hivg, watch
 
 from hivg.bridge import KINDS
 from hivg.clip import CLIP_SIZES
 from hivg.lora import MODES
-from hivg.model import EncoderLayer, HiVG, HiVGConfig, HiVGOutput
+from hivg.model import HiVG, HiVGConfig, HiVGOutput
 
 PER_SAMPLE = ("boxes", "token_similarity", "mask_logits", "text_features", "image_features")
 
@@ -56,82 +56,6 @@ def test_padding_of_the_text_changes_nothing(kind, batch):
     assert_same(model(images, padding_mask, padded), model(*batch))
 
 
-def watch(model, name, run, batch):
-    """The arguments that a method of the model is called with while it runs on a batch."""
-    method, calls = getattr(model, name), []
-    model.__dict__[name] = lambda *args: (calls.append(args), method(*args))[1]
-    try:
-        run(*batch)
-    finally:
-        del model.__dict__[name]
-    assert len(calls) == 1
-    return calls[0]
-
-
-def test_what_counts_as_padding(hivg, batch):
-    """A patch is padding when more than half of it is; [CLS] never is; the text ends with its end token."""
-    _, _, is_visual, is_text = watch(hivg, "encode", hivg, batch)
-    landscape = [[0] * 4, [1] * 4, [1] * 4, [0] * 4]  # padded up to pixel row 20 and from 44 on
-    portrait = [[1, 1, 1, 0]] * 4  # padded up to column 5 and from 40 on, the middle of patch 2
-    grids = torch.tensor([landscape, portrait, [[1] * 4] * 4, landscape]).bool()
-    assert torch.equal(is_visual[:, 1:].view(4, 4, 4), grids)
-    assert is_visual[:, 0].all()
-    assert is_text.sum(1).tolist() == [len(hivg.tokenizer.encode(text)) + 2 for text in TEXTS]
-    assert is_text[:, 0].all() and (is_text.int().diff(dim=1) <= 0).all()
-
-
-def test_padding_is_masked_in_the_encoder(hivg, batch):
-    """What padded tokens hold reaches no other token; what the others hold does."""
-    visual, text, is_visual, is_text = watch(hivg, "encode", hivg, batch)
-    before = hivg.encode(visual, text, is_visual, is_text)
-    noise = torch.randn(visual.shape[2], dtype=torch.float64)
-    padded_visual, padded_text = ~is_visual[..., None], ~is_text[..., None]
-    assert padded_visual.any() and padded_text.any()
-    changed = hivg.encode(visual + noise * padded_visual, text + noise * padded_text, is_visual, is_text)
-    for name, a, b, keep in zip(("[REG]", "patches", "words"), changed, before, (..., is_visual[:, 1:], is_text)):
-        assert_close(name, a[keep], b[keep], 1e-10)
-    reg = hivg.encode(visual + noise * is_visual[..., None], text, is_visual, is_text)[0]
-    assert (reg - before[0]).abs().max() > 1e-3
-    reg = hivg.encode(visual, text + noise * is_text[..., None], is_visual, is_text)[0]
-    assert (reg - before[0]).abs().max() > 1e-3
-
-
-def test_encoder_layer_is_pytorchs():
-    """But for the position embedding, which joins the queries and keys only."""
-    torch.manual_seed(0)
-    ours = randomise(EncoderLayer(24, 3, 40, 0.1)).double().eval()
-    theirs = nn.TransformerEncoderLayer(24, 3, 40, activation="relu", norm_first=True, batch_first=True).double().eval()
-    a = ours.attn
-    attention = {"in_proj_weight": torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]),
-                 "in_proj_bias": torch.cat([a.q_proj.bias, a.k_proj.bias, a.v_proj.bias]),
-                 "out_proj.weight": a.out_proj.weight, "out_proj.bias": a.out_proj.bias}
-    state = {"self_attn." + name: p for name, p in attention.items()}
-    theirs.load_state_dict(state | {k: p for k, p in ours.state_dict().items() if not k.startswith("attn.")})
-    x, position = torch.randn(2, 6, 24).double(), torch.randn(6, 24).double()
-    keep = torch.arange(6) < torch.tensor([6, 4])[:, None]
-    expected = theirs(x, src_key_padding_mask=~keep)
-    assert_close("no position", ours(x, torch.zeros(6, 24).double(), keep[:, None, None]), expected, 1e-10)
-
-    y = ours.norm1(x)
-    attended, _ = theirs.self_attn(y + position, y + position, y, key_padding_mask=~keep)
-    expected = x + attended
-    expected = expected + ours.linear2(ours.linear1(ours.norm2(expected)).relu())
-    assert_close("position", ours(x, position, keep[:, None, None]), expected, 1e-10)
-
-
-def test_encoder_order(hivg, batch):
-    """[REG], visual, text, with the position table in that order, and the parts handed back from where they were."""
-    visual, text, is_visual, is_text = watch(hivg, "encode", hivg, batch)
-    x = torch.cat([hivg.reg_token.expand(4, 1, -1), visual, text], 1)
-    mask = torch.cat([torch.ones(4, 1).bool(), is_visual, is_text], 1)[:, None, None]
-    for layer in hivg.encoder:
-        x = layer(x, hivg.position[: x.shape[1]], mask)
-    x = F.layer_norm(x, (32,), hivg.encoder_norm.weight, hivg.encoder_norm.bias)
-    parts = hivg.encode(visual, text, is_visual, is_text)
-    for name, ours, expected in zip(("[REG]", "patches", "words"), parts, (x[:, 0], x[:, 2:18], x[:, 18:])):
-        assert_close(name, ours, expected, 1e-10)
-
-
 def test_dropout_is_for_training_only(batch):
     model = make_hivg(stage=1)
     assert_same(model(*batch), model(*batch), 0)
@@ -139,13 +63,10 @@ def test_dropout_is_for_training_only(batch):
     assert not torch.allclose(model(*batch).boxes, model(*batch).boxes, atol=1e-4)
 
 
-def test_encoder_drops_out_attention_too():
-    torch.manual_seed(0)
-    layer, x = randomise(EncoderLayer(8, 2, 16, 0.5)), torch.randn(1, 5, 8)
-    layer.dropout = nn.Identity()  # leaves the attention's
-    arguments = x, torch.zeros(5, 8), torch.ones(1, 1, 1, 5, dtype=torch.bool)
-    assert not torch.equal(layer.train()(*arguments), layer(*arguments))
-    assert torch.equal(layer.eval()(*arguments), layer(*arguments))
+def test_image_of_another_size(hivg, batch):
+    _, padding_mask, token_ids = batch
+    with pytest.raises(ValueError, match="images of \\(64, 32\\) pixels; this model takes squares of 64"):
+        hivg(torch.zeros(4, 3, 64, 32).double(), padding_mask, token_ids)
 
 
 # --- the heads ---
@@ -189,13 +110,13 @@ def test_levels_are_the_blocks_of_the_config(batch, level_norm):
     twice."""
     model = make_hivg(bridge="none", visual_levels=(3, 1), level_norm=level_norm)
     visual, text, _, _ = watch(model, "encode", model, batch)
-    _, states = model.clip.encode_image(batch[0], return_hidden_states=True)
+    states = model.clip.visual(batch[0])
     levels = [states[2], states[0]]
     if level_norm:
-        levels = [(x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() for x in levels]
+        levels = [F.layer_norm(x, (64,), torch.ones(64).double(), torch.zeros(64).double()) for x in levels]
     expected = model.visual_proj(model.levels_proj(torch.cat(levels, -1)))
     assert_close("visual tokens", visual, expected, 1e-10)
-    _, states = model.clip.encode_text(batch[2], return_hidden_states=True)
+    states = model.clip.text(batch[2])
     assert_close("text tokens", text, model.text_proj(model.clip.text.project(states[-1])), 1e-10)
 
 
@@ -203,6 +124,17 @@ def test_box_is_a_sigmoid_of_the_reg_token(hivg, batch):
     reg, _, _ = hivg.encode(*watch(hivg, "encode", hivg, batch))
     a, b, c = (layer for layer in hivg.box_head if isinstance(layer, nn.Linear))
     assert_close("boxes", hivg(*batch).boxes, torch.sigmoid(c(b(a(reg).relu()).relu())), 1e-10)
+
+
+def test_box_is_computed_in_float32():
+    """Also where the products are in bfloat16, in which a coordinate would be a multiple of 1/256."""
+    model = make_hivg(dtype=torch.float32)
+    batch = make_batch(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        reg, _, _ = model.encode(*watch(model, "encode", model, batch))
+        boxes = model(*batch).boxes
+    assert boxes.dtype == torch.float32
+    assert torch.equal(boxes, model.box_head(reg.float()).sigmoid())
 
 
 @pytest.mark.parametrize("n", [1, 4])
@@ -263,6 +195,19 @@ def test_score_is_in_0_to_1(hivg, batch):
 # --- the configuration and the whole ---
 
 
+def test_with_bridge(batch):
+    """All that was there stays, the new bridges change nothing yet, and what is trained is all but CLIP."""
+    bare = make_hivg(bridge="none")
+    model = bare.with_bridge("adaptive").double()
+    assert model.config == replace(bare.config, bridge="adaptive") and sorted(model.bridges) == ["0", "2"]
+    assert not model.training and bare.train().with_bridge("constant").training
+    assert_same(model(*batch), bare.eval()(*batch))
+    for name, p in model.named_parameters():
+        assert p.requires_grad == (not name.startswith("clip.")), name
+        if not name.startswith("bridges."):
+            assert torch.equal(p, bare.state_dict()[name]), name
+
+
 @pytest.mark.parametrize("mode, stage", [("hierarchical", 3), ("hierarchical", 1), ("shared", 2), ("vanilla", 1)])
 @pytest.mark.parametrize("dtype, tol", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_merged(mode, stage, dtype, tol):
@@ -277,15 +222,15 @@ def test_merged(mode, stage, dtype, tol):
 def test_config_survives_json(hivg):
     tiny = HiVGConfig.for_clip(CLIP_SIZES["tiny"], bridge="constant", lora="shared")
     for config in (HiVGConfig(), hivg.config, tiny):
-        assert HiVGConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+        assert HiVGConfig.from_dict(json.loads(json.dumps(asdict(config)))) == config
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_config_and_weights_are_the_model(kind, mode, batch):
-    """What a weights file holds, the configuration and the tensors, is all there is to a model."""
+    """The configuration and the tensors, as a weights file holds them, are all there is to a model."""
     model = make_hivg(bridge=kind, lora=mode, stage=2)
-    again = HiVG(HiVGConfig.from_dict(json.loads(json.dumps(model.config.to_dict())))).double().eval()
+    again = HiVG(HiVGConfig.from_dict(json.loads(json.dumps(asdict(model.config))))).double().eval()
     again.load_state_dict(model.state_dict())
     assert_same(again(*batch), model(*batch), 0)
     trained = [{name for name, p in m.named_parameters() if p.requires_grad} for m in (model, again)]

@@ -70,7 +70,7 @@ def test_resumed_is_uninterrupted(run, tmp_path, monkeypatch):
 
 
 def test_phrase_truth():
-    """Rows of (size, fill, colour, shape): a phrase is true of an image if one object has all that it names."""
+    """Rows of (shape, colour, filling, size): a phrase is true of an image if one object has all that it names."""
     named = torch.tensor([[-1, -1, 2, 5], [-1, -1, -1, 7], [-2, -2, -2, -2]])
     attributes = torch.tensor([[[0, 1, 2, 5], [1, 1, 3, 7]], [[0, 0, 2, 7], [-3, -3, -3, -3]]])
     assert phrase_truth(named, attributes).tolist() == [[True, False], [True, True], [False, False]]
