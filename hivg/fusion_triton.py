@@ -2,45 +2,53 @@
 
 The mathematics (fusion.py), for a row m = (b, t) of the output and text layers i = 1..K:
 
-    h_i = (x_i - mean_i) r_i                  r_i = 1 / sqrt(var_i + eps), over the D = D_t channels of the row
-    n_i = h_i * g_i + c_i                     g, c: norm_weight, norm_bias; without a norm n_i = x_i
-    a_i = n_i + w_i * n_i                     w_i (T, D): adaptive weights, of the position t
-    y   = sum_i a_i P_i^T + p                 P_i (D_v, D): columns i D .. (i + 1) D of proj_weight
+    x_hat_i = (x_i - mean_i) rstd_i           rstd_i = 1 / sqrt(var_i + eps), over the D = D_t channels of the row
+    n_i     = x_hat_i * g_i + c_i             g, c: norm_weight, norm_bias; without a norm n_i = x_i
+    a_i     = n_i + w_i * n_i                 w_i (T, D): adaptive weights, of the position t
+    y       = sum_i a_i P_i^T + p             P_i (D_v, D): columns i D .. (i + 1) D of proj_weight; p: proj_bias
 
-Plain PyTorch writes h, n, w n, a and the concatenation of the a_i to memory and reads each again. Here a program owns a
-tile of y and makes its operand a on the way in, a block of channels at a time:
+Plain PyTorch writes x_hat, n, w n, a and the concatenation of the a_i to memory and reads each again. Here a small
+kernel makes mean and rstd of every row, and then each program of the main kernel owns a tile of y. Its operand a never
+reaches memory: it is made in registers, a block of BD channels at a time, in one loop over the blocks of all K layers:
 
-             D_v                            for each layer i:
-         +---+---+---+                          mean, r of the tile's rows              (one pass over x_i)
-    B T  |   | y |   |  BM x BN                 for each block of BD channels:
-         +---+---+---+                              x (BM, BD), w (BM, BD), g, c (BD,) -> a (BM, BD)
-         |   |   |   |                              y += a @ P_i^T block (BD, BN)
-         +---+---+---+
+             D_v                            for each step = (layer i, block of BD channels):
+         +---+---+---+                          x (BM, BD), mean, rstd (BM,)  -> x_hat
+    B T  | 0 | 1 | 2 |  BM x BN                 g, c (BD,)                    -> n
+         +---+---+---+                          w (BM, BD)                    -> a (BM, BD)
+         | 3 | 4 | 5 |  numbers: order          y += a @ block of P_i^T (BD, BN)
+         +---+---+---+  of the programs     y + p -> memory
+
+One loop and not one for each layer, so that loads run ahead of the products across the layers too. The tiles of a row
+of tiles run side by side, so x comes from memory once and then from the cache. The rows are ordered position by
+position, all b of t = 0 first: neighbours share a row of w. Where the tiles are too few to keep a GPU busy, the steps
+are split into parts, whose sums are written apart and added in a fixed order.
 
 Bytes and operations, ViT-B/16 with K = 12, B = 64, T = 77, D = 512, D_v = 768, bfloat16 (`count` computes them): the
 product is 2 B T K D D_v = 46.5 GFLOP in either way. x is 60.6 MB, P 9.4 MB, w 0.9 MB, y 7.6 MB. Plain PyTorch reads x
 and writes and reads again its layer norm, two steps of the affine map, product with w, sum and copy: 14 times 60.6 MB
-in all; fused, x is read once from memory and, for each of the D_v / BN column tiles and both passes, again from the
-cache. Nothing but y is written. What one program reads it uses BN = 128 times, so the kernel should be bound by the
-products.
+in all; fused, x is read twice, and y and 8 bytes for each row and layer are written. In a step a program loads
+2 (BM BD + BN BD) bytes for 2 BM BN BD operations; the tile of 128 x 256 makes 85 operations of each byte that the cache
+gives, enough to be bound by the products. `python -m hivg.bench compile` counts what the compiler makes of a step.
 
 The gradients, d_ for the derivative of the loss by what follows, sums over the rows unless they say otherwise:
 
-    d_p     = sum d_y
-    d_P_i   = d_y^T a_i                       a_i is made again on the way in, as above
-    d_a_i   = d_y P_i                         a plain product, (B T, K D); the one large tensor there is
-    d_w_i   = sum over b of d_a_i * n_i       for a_i = (1 + w_i) n_i
-    d_n_i   = d_a_i * (1 + w_i)
-    d_g_i   = sum d_n_i * h_i,  d_c_i = sum d_n_i
-    d_h_i   = d_n_i * g_i
-    d_x_i   = r_i (d_h_i - mean(d_h_i) - h_i mean(d_h_i * h_i))      means over the channels of the row
+    d_p       = sum d_y
+    d_a_i     = d_y P_i                       a plain product, (B T, K D); the one large tensor there is
+    d_w_i     = sum over b of d_a_i * n_i     for a_i = (1 + w_i) n_i
+    d_n_i     = d_a_i * (1 + w_i)
+    d_g_i     = sum d_n_i * x_hat_i,  d_c_i = sum d_n_i
+    d_x_hat_i = d_n_i * g_i
+    d_x_i     = rstd_i (d_x_hat_i - mean(d_x_hat_i) - x_hat_i mean(d_x_hat_i * x_hat_i))    means over the channels
+    d_P_i     = d_y^T a_i                     a plain product
 
-The last because h = (x - mean(x)) r: moving x moves h by r, less what the mean takes off all channels alike (the
-first mean) and what the spread takes off along h (the second). Every sum has one owner and one order: the same bits
-each time.
+The one before the last because x_hat = (x - mean(x)) rstd: moving x moves x_hat by rstd, less what the mean takes off
+all channels alike (the first mean) and what the spread takes off along x_hat (the second). One kernel reads x and d_a
+once and makes all of these between the two products, and leaves a in the memory of d_a for the second: 4 times 60.6 MB.
+Every sum has one owner and one order: the same bits each time.
 
-Numbers: statistics and sums in float32 (float64 for float64); the product in the type of proj_weight, which is also the
-output's. float32 products are exact (`ieee`) unless PyTorch may use TF32.
+Numbers: statistics, a and sums in float32 (float64 for float64); the products in the type of proj_weight, which is also
+the output's. float32 products are exact (`ieee`) unless PyTorch may use TF32. In training, autocast gives x, w, g, c in
+float32 and P in bfloat16.
 """
 
 import torch
@@ -48,185 +56,151 @@ import triton
 import triton.language as tl
 
 INTERPRETED = triton.knobs.runtime.interpret
-ROWS, CHANNELS = 64, 64  # BM and BD of the kernels without a product
 
+# On Hopper a product runs on while the operand of the next is made. Triton before 3.9 may make that in registers which
+# the product still reads (github.com/triton-lang/triton, issue 9433, pull request 9514), and the result is wrong. A
+# product inside an `if` is waited for before anything else happens, so with those versions it is in one.
+SAFE_OVERLAP = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 9)
 
-def tiles(dtype):
-    """BM, BN, BD of the kernels with a product, as large as registers and shared memory hold without spilling (`python
-    -m hivg.bench compile`): float32 has no tensor cores to go through, so its products need both operands in
-    registers."""
-    if dtype in (torch.float16, torch.bfloat16):
-        return dict(BM=64, BN=128, BD=64, num_warps=8, num_stages=3)
-    return dict(BM=32, BN=64, BD=32, num_warps=4, num_stages=2)
-
-
-@triton.jit
-def load_block(x, rows_at, in_rows, d, D, ACC: tl.constexpr):
-    """(BM, BD): channels d (BD,) of the rows whose addresses are rows_at (BM,); 0 outside."""
-    mask = in_rows[:, None] & (d < D)[None, :]
-    return tl.load(x + rows_at[:, None] + d[None, :], mask=mask, other=0.0).to(ACC)
+# a * b + c as one instruction: the default up to Triton 3.9, but not of the next
+OPTIONS = dict(enable_fp_fusion=True)
 
 
 @triton.jit
-def row_statistics(x, rows_at, in_rows, D, eps, BM: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr):
-    """-> mean (BM,) and r (BM,) of rows of D channels, block by block: the mean and the sum of squares around it of
-    what was seen are joined with those of the next block (Chan et al. 1979), which loses no digits to large means."""
-    mean = tl.zeros((BM,), ACC)
-    squares = tl.zeros((BM,), ACC)
-    seen = tl.zeros((1,), ACC)
-    for start in range(0, D, BD):
-        d = start + tl.arange(0, BD)
-        n = tl.minimum(BD, D - start).to(ACC)
-        block = load_block(x, rows_at, in_rows, d, D, ACC)  # (BM, BD)
-        block_mean = tl.sum(block, 1) / n
-        apart = tl.where((d < D)[None, :], block - block_mean[:, None], 0.0)
-        shift = block_mean - mean
-        share = n / (seen + n)
-        squares += tl.sum(apart * apart, 1) + shift * shift * share * seen
-        mean += shift * share
-        seen += n
-    return mean, 1.0 / tl.sqrt(squares / D + eps)
+def load(pointers, mask, WHOLE: tl.constexpr):
+    """The numbers there, 0 outside the mask; WHOLE: nothing is outside, and the mask costs nothing."""
+    if WHOLE:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=mask, other=0.0)
 
 
-@triton.jit
-def normalised(x, rows_at, in_rows, mean, r, g, c, i, d, D, NORM: tl.constexpr, ACC: tl.constexpr):
-    """-> h and n (BM, BD) of layer i; 0 in channels outside, for g and c are 0 there."""
-    h = load_block(x, rows_at, in_rows, d, D, ACC)
-    if NORM:
-        h = (h - mean[:, None]) * r[:, None]
-        scale = tl.load(g + i * D + d, mask=d < D, other=0.0).to(ACC)  # (BD,)
-        shift = tl.load(c + i * D + d, mask=d < D, other=0.0).to(ACC)
-        return h, h * scale[None, :] + shift[None, :]
-    return h, h
+# Sizes that change from batch to batch are not specialised: Triton would compile again for a first 1 or multiple of 16.
+@triton.jit(do_not_specialize=["M", "T"])
+def statistics_kernel(x, mean, rstd, M, T, stride_xk, stride_xb, stride_xt, eps,
+                      D: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr):
+    """x (K, B, T, D) -> mean and rstd (K, M), M = B T. A program owns BM rows of a layer; BD holds a whole row."""
+    i = tl.program_id(1)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)  # (BM,)
+    d = tl.arange(0, BD)  # (BD,)
+    # 64 bits: x may have more than 2^31 elements
+    at = i.to(tl.int64) * stride_xk + (m // T).to(tl.int64) * stride_xb + m % T * stride_xt  # (BM,)
+    inside = (m < M)[:, None] & (d < D)[None, :]
+    row = tl.load(x + at[:, None] + d[None, :], mask=inside, other=0.0).to(ACC)  # (BM, BD)
+    row_mean = tl.sum(row, 1) / D  # (BM,)
+    # the squares around the mean, not around 0, which loses the digits of large means
+    apart = tl.where((d < D)[None, :], row - row_mean[:, None], 0.0)
+    variance = tl.sum(apart * apart, 1) / D  # (BM,)
+    tl.store(mean + i * M + m, row_mean, mask=m < M)
+    tl.store(rstd + i * M + m, 1.0 / tl.sqrt(variance + eps), mask=m < M)
 
 
-@triton.jit
-def weights_of(w, i, t, in_rows, d, D, swk, swt, ACC: tl.constexpr):
-    """1 + w_i at positions t (BM,) and channels d (BD,): (BM, BD)."""
-    mask = in_rows[:, None] & (d < D)[None, :]
-    return 1.0 + tl.load(w + i * swk + t[:, None] * swt + d[None, :], mask=mask, other=0.0).to(ACC)
-
-
-@triton.jit
-def forward_kernel(x, w, P, p, g, c, y, M, T, D, DV, sxk, sxb, sxt, swk, swt, eps, K: tl.constexpr,
-                   NORM: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-                   BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
-    """x (K, B, T, D), w (K, T, D), P (D_v, K D), p (D_v,), g and c (K, D) -> y (M, D_v), M = B T."""
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)  # (BM,)
-    columns = tl.program_id(1) * BN + tl.arange(0, BN)  # (BN,)
-    in_rows, in_columns = rows < M, columns < DV
-    b, t = (rows // T).to(tl.int64), rows % T
+@triton.jit(do_not_specialize=["B", "T", "steps"])
+def forward_kernel(x, mean, rstd, w, P, p, g, c, y, B, T, stride_xk, stride_xb, stride_xt, stride_wk, stride_wt, steps,
+                   K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr,
+                   MIX: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+                   BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr):
+    """x (K, B, T, D), mean and rstd (K, B T), w (K, T, D), P (D_v, K D), p (D_v,), g and c (K, D) -> y (parts, B T,
+    D_v). A program owns BM x BN of y, and `steps` of the steps of its sum."""
+    BLOCKS: tl.constexpr = (D + BD - 1) // BD  # steps of one layer
+    TILES: tl.constexpr = (DV + BN - 1) // BN  # of one row of tiles
+    WHOLE: tl.constexpr = D % BD == 0 and DV % BN == 0
+    part = tl.program_id(1)
+    columns = tl.program_id(0) % TILES * BN + tl.arange(0, BN)  # (BN,)
+    rows = tl.program_id(0) // TILES * BM + tl.arange(0, BM)  # (BM,)
+    in_rows = rows < B * T
+    # past the end the last row is read again and not stored, so that rows need no mask in the loop
+    rows = tl.minimum(rows, B * T - 1)
+    t = rows // B  # position by position
+    b = rows % B
+    m = b * T + t  # the row in memory of y, mean and rstd
+    x_rows = x + (b.to(tl.int64) * stride_xb + t * stride_xt)[:, None]  # (BM, 1)
+    w_rows = w + (t * stride_wt)[:, None]  # (BM, 1)
+    P_rows = P + (columns * (K * D))[None, :]  # (1, BN)
     tile = tl.zeros((BM, BN), ACC)
-    for i in range(K):
-        rows_at = b * sxb + t * sxt + i * sxk
-        mean, r = tl.zeros((BM,), ACC), tl.zeros((BM,), ACC)
+    # num_stages said here: a loop with an `if` in it is not pipelined unless it asks
+    for step in tl.range(part * steps, tl.minimum(part * steps + steps, K * BLOCKS), num_stages=STAGES):
+        i = step // BLOCKS
+        d = step % BLOCKS * BD + tl.arange(0, BD)  # (BD,)
+        in_d = d < D
+        n = load(x_rows + (i.to(tl.int64) * stride_xk + d)[None, :], in_d[None, :], WHOLE).to(ACC)  # (BM, BD)
         if NORM:
-            mean, r = row_statistics(x, rows_at, in_rows, D, eps, BM, BD, ACC)
-        for start in range(0, D, BD):
-            d = start + tl.arange(0, BD)
-            _, n = normalised(x, rows_at, in_rows, mean, r, g, c, i, d, D, NORM, ACC)
-            a = n * weights_of(w, i, t, in_rows, d, D, swk, swt, ACC)  # (BM, BD)
-            block = tl.load(P + columns[None, :] * (K * D) + (i * D + d)[:, None],
-                            mask=in_columns[None, :] & (d < D)[:, None], other=0.0)  # (BD, BN) of P^T
+            # two numbers a row, loaded again in each step: kept in registers over the loop, they would hold x to
+            # their own layout instead of the product's
+            r = tl.load(rstd + i * (B * T) + m)  # (BM,)
+            offset = tl.load(mean + i * (B * T) + m) * r
+            x_hat = n * r[:, None] - offset[:, None]  # (x - mean) rstd, as one instruction
+            scale = load(g + i * D + d, in_d, WHOLE).to(MIX)  # (BD,)
+            shift = load(c + i * D + d, in_d, WHOLE).to(MIX)
+            n = x_hat.to(MIX) * scale[None, :] + shift[None, :]
+        n = n.to(MIX)
+        weights = load(w_rows + (i * stride_wk + d)[None, :], in_d[None, :], WHOLE).to(MIX)
+        a = n + weights * n  # (BM, BD); channels outside meet zeros of P
+        block = load(P_rows + (i * D + d)[:, None], in_d[:, None] & (columns < DV)[None, :], WHOLE)  # (BD, BN) of P^T
+        if OVERLAP or step >= 0:  # always: the second half only makes it an `if` to the compiler
             tile = tl.dot(a.to(DOT), block.to(DOT), tile, input_precision=PRECISION, out_dtype=ACC)
-    tile += tl.load(p + columns, mask=in_columns, other=0.0).to(ACC)[None, :]
-    tl.store(y + rows[:, None].to(tl.int64) * DV + columns[None, :], tile.to(y.dtype.element_ty),
-             mask=in_rows[:, None] & in_columns[None, :])
+    if part == 0:
+        tile += tl.load(p + columns, mask=columns < DV, other=0.0).to(ACC)[None, :]
+    y_rows = y + (part.to(tl.int64) * (B * T) + m)[:, None] * DV  # (BM, 1)
+    tl.store(y_rows + columns[None, :], tile.to(y.dtype.element_ty), mask=in_rows[:, None] & (columns < DV)[None, :])
 
 
-@triton.jit
-def statistics_kernel(x, mean_out, r_out, M, T, D, sxk, sxb, sxt, eps, ACC: tl.constexpr, BM: tl.constexpr,
-                      BD: tl.constexpr):
-    """x (K, B, T, D) -> mean and r (K, M): what the gradients need of each row, made once for all of them."""
-    rows, i = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1)
-    in_rows = rows < M
-    rows_at = (rows // T).to(tl.int64) * sxb + rows % T * sxt + i * sxk
-    mean, r = row_statistics(x, rows_at, in_rows, D, eps, BM, BD, ACC)
-    tl.store(mean_out + i * M + rows, mean, mask=in_rows)
-    tl.store(r_out + i * M + rows, r, mask=in_rows)
-
-
-@triton.jit
-def proj_kernel(x, w, g, c, dy, mean, r, dP, M, T, D, DV, sxk, sxb, sxt, swk, swt, K: tl.constexpr,
-                NORM: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-                BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
-    """d_P_i = d_y^T a_i: a program owns BN x BD of dP (D_v, K D) and walks the rows of dy (M, D_v)."""
-    columns = tl.program_id(0) * BN + tl.arange(0, BN)
-    blocks = tl.cdiv(D, BD)
-    i, d = tl.program_id(1) // blocks, tl.program_id(1) % blocks * BD + tl.arange(0, BD)
-    tile = tl.zeros((BN, BD), ACC)
-    for start in range(0, M, BM):
-        rows = start + tl.arange(0, BM)
-        in_rows = rows < M
-        t = rows % T
-        rows_at = (rows // T).to(tl.int64) * sxb + t * sxt + i * sxk
-        m, s = tl.zeros((BM,), ACC), tl.zeros((BM,), ACC)
-        if NORM:
-            m = tl.load(mean + i * M + rows, mask=in_rows, other=0.0)
-            s = tl.load(r + i * M + rows, mask=in_rows, other=0.0)
-        _, n = normalised(x, rows_at, in_rows, m, s, g, c, i, d, D, NORM, ACC)
-        a = n * weights_of(w, i, t, in_rows, d, D, swk, swt, ACC)  # (BM, BD)
-        back = tl.load(dy + rows[None, :].to(tl.int64) * DV + columns[:, None],
-                       mask=in_rows[None, :] & (columns < DV)[:, None], other=0.0)  # (BN, BM) of d_y^T
-        tile = tl.dot(back.to(DOT), a.to(DOT), tile, input_precision=PRECISION, out_dtype=ACC)
-    tl.store(dP + columns[:, None] * (K * D) + (i * D + d)[None, :], tile.to(dP.dtype.element_ty),
-             mask=(columns < DV)[:, None] & (d < D)[None, :])
-
-
-@triton.jit
-def weights_kernel(x, w, g, c, da, mean, r, dw, dg, dc, B, T, D, KD, sxk, sxb, sxt, swk, swt,
-                   NORM: tl.constexpr, NEED_W: tl.constexpr, NEED_G: tl.constexpr, NEED_C: tl.constexpr,
-                   ACC: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr):
-    """d_w_i, and what each position adds to d_g_i and d_c_i, of these what is needed: a program owns one position and
-    BD channels of one layer of dw, dg, dc (K, T, D) and walks the batch; da (B T, K D)."""
-    t, i, d = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BD + tl.arange(0, BD)
-    sum_w, sum_g, sum_c = tl.zeros((BD,), ACC), tl.zeros((BD,), ACC), tl.zeros((BD,), ACC)
-    for start in range(0, B, BB):
-        b = (start + tl.arange(0, BB)).to(tl.int64)
-        in_rows = b < B
-        rows = b * T + t
-        m, s = tl.zeros((BB,), ACC), tl.zeros((BB,), ACC)
-        if NORM:
-            m = tl.load(mean + i * B * T + rows, mask=in_rows, other=0.0)
-            s = tl.load(r + i * B * T + rows, mask=in_rows, other=0.0)
-        h, n = normalised(x, b * sxb + t * sxt + i * sxk, in_rows, m, s, g, c, i, d, D, NORM, ACC)
-        back = load_block(da, rows * KD + i * D, in_rows, d, D, ACC)  # (BB, BD), 0 outside
-        if NEED_W:
-            sum_w += tl.sum(back * n, 0)
-        if NEED_G or NEED_C:
-            back *= weights_of(w, i, tl.zeros((BB,), tl.int32) + t, in_rows, d, D, swk, swt, ACC)
-        if NEED_G:
-            sum_g += tl.sum(back * h, 0)
-        if NEED_C:
-            sum_c += tl.sum(back, 0)
-    at = (i * T + t) * D + d
-    if NEED_W:
-        tl.store(dw + at, sum_w.to(dw.dtype.element_ty), mask=d < D)
-    if NEED_G:
-        tl.store(dg + at, sum_g, mask=d < D)
-    if NEED_C:
-        tl.store(dc + at, sum_c, mask=d < D)
-
-
-@triton.jit
-def states_kernel(x, w, g, c, da, mean, r, dx, M, T, D, KD, sxk, sxb, sxt, swk, swt, NORM: tl.constexpr,
-                  ACC: tl.constexpr, BD: tl.constexpr):
-    """d_x_i of one row of one layer; BD holds the whole row. dx (K, B, T, D), contiguous."""
-    m, i, d = tl.program_id(0), tl.program_id(1), tl.arange(0, BD)
-    row = m + tl.zeros((1,), tl.int32)
-    inside, t = row < M, row % T
-    rows_at = (row // T).to(tl.int64) * sxb + t * sxt + i * sxk
-    back = load_block(da, row.to(tl.int64) * KD + i * D, inside, d, D, ACC)  # (1, BD)
-    back *= weights_of(w, i, t, inside, d, D, swk, swt, ACC)
+@triton.jit(do_not_specialize=["B", "T", "samples"])
+def gradients_kernel(x, mean, rstd, w, g, c, da, dx, dw, dg, dc, B, T, stride_xk, stride_xb, stride_xt, stride_wk,
+                     stride_wt, samples, K: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, NEED_X: tl.constexpr,
+                     NEED_W: tl.constexpr, NEED_P: tl.constexpr, NEED_G: tl.constexpr, NEED_C: tl.constexpr,
+                     ACC: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr):
+    """x and da (B T, K D) -> of what is needed: dx (K, B, T, D), contiguous; a (B T, K D), over da; the parts of dw, dg
+    and dc (parts, K, T, D). A program owns position t of layer i for some `samples`, BB at a time; BD holds a row."""
+    t = tl.program_id(0)
+    i = tl.program_id(1)
+    part = tl.program_id(2)
+    d = tl.arange(0, BD)  # (BD,)
+    in_d = d < D
+    # one position and one layer: these are the same for all samples
+    weights = 1.0 + tl.load(w + i * stride_wk + t * stride_wt + d, mask=in_d, other=0.0).to(ACC)  # (BD,)
     if NORM:
-        at = i * M + row
-        s = tl.load(r + at)
-        h, _ = normalised(x, rows_at, inside, tl.load(mean + at), s, g, c, i, d, D, NORM, ACC)
-        h = tl.where((d < D)[None, :], h, 0.0)
-        back *= tl.load(g + i * D + d, mask=d < D, other=0.0).to(ACC)[None, :]
-        back = s[:, None] * (back - tl.sum(back, 1)[:, None] / D - h * (tl.sum(back * h, 1)[:, None] / D))
-    out = dx + (i * M + row).to(tl.int64)[:, None] * D + d[None, :]
-    tl.store(out, back.to(dx.dtype.element_ty), mask=(d < D)[None, :])
+        scale = tl.load(g + i * D + d, mask=in_d, other=0.0).to(ACC)  # (BD,)
+        shift = tl.load(c + i * D + d, mask=in_d, other=0.0).to(ACC)
+    sum_w = tl.zeros((BB, BD), ACC)
+    sum_g = tl.zeros((BB, BD), ACC)
+    sum_c = tl.zeros((BB, BD), ACC)
+    for start in range(part * samples, tl.minimum(part * samples + samples, B), BB):
+        b = (start + tl.arange(0, BB)).to(tl.int64)  # (BB,)
+        inside = (b < B)[:, None] & in_d[None, :]
+        row = (i * B + b) * T + t  # in mean, rstd and dx: layer by layer
+        x_at = x + (i.to(tl.int64) * stride_xk + b * stride_xb + t * stride_xt)[:, None] + d[None, :]
+        x_hat = tl.load(x_at, mask=inside, other=0.0).to(ACC)  # (BB, BD)
+        n = x_hat
+        if NORM:
+            r = tl.load(rstd + row, mask=b < B, other=0.0)  # (BB,)
+            offset = tl.load(mean + row, mask=b < B, other=0.0) * r
+            x_hat = tl.where(inside, x_hat * r[:, None] - offset[:, None], 0.0)
+            n = x_hat * scale[None, :] + shift[None, :]
+        da_at = da + ((b * T + t) * (K * D) + i * D)[:, None] + d[None, :]
+        if NEED_X or NEED_W or NEED_G or NEED_C:
+            back = tl.load(da_at, mask=inside, other=0.0).to(ACC)  # d_a (BB, BD)
+            if NEED_W:
+                sum_w += back * n
+            back = back * weights[None, :]  # d_n
+            if NEED_G:
+                sum_g += back * x_hat
+            if NEED_C:
+                sum_c += back
+            if NEED_X:
+                if NORM:
+                    back = back * scale[None, :]  # d_x_hat
+                    along = tl.sum(back * x_hat, 1) / D  # (BB,)
+                    back = r[:, None] * (back - (tl.sum(back, 1) / D)[:, None] - x_hat * along[:, None])
+                tl.store(dx + row[:, None] * D + d[None, :], back.to(dx.dtype.element_ty), mask=inside)
+        if NEED_P:  # last: d_a of these rows has been read
+            tl.store(da_at, (n * weights[None, :]).to(da.dtype.element_ty), mask=inside)
+    out = ((part * K + i) * T + t).to(tl.int64) * D + d
+    if NEED_W:
+        tl.store(dw + out, tl.sum(sum_w, 0), mask=in_d)
+    if NEED_G:
+        tl.store(dg + out, tl.sum(sum_g, 0), mask=in_d)
+    if NEED_C:
+        tl.store(dc + out, tl.sum(sum_c, 0), mask=in_d)
 
 
 # ---- from tensors to launches
@@ -234,100 +208,174 @@ def states_kernel(x, w, g, c, da, mean, r, dx, M, T, D, KD, sxk, sxb, sxt, swk, 
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def settings(x, w, P):
-    """What every kernel is told: sizes, strides, types."""
-    acc = tl.float64 if torch.float64 in (x.dtype, P.dtype) else tl.float32
-    dot = acc if INTERPRETED or acc == tl.float64 else TYPES[P.dtype]  # the interpreter has no products in bfloat16
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-    strides = (*x.stride()[:3], *w.stride()[:2])
-    return strides, dict(ACC=acc), dict(DOT=dot, PRECISION=precision)
+def machine(device):
+    """-> the first number of its compute capability, and how many processors; an H100's where there is no GPU."""
+    if device.type != "cuda":
+        return 9, 132
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.multi_processor_count
 
 
-def prepared(x, w, P, p, g, c):
-    """The tensors as the kernels read them: no gaps, but between the rows of x and w."""
-    x, w = (v if v.stride(-1) == 1 else v.contiguous() for v in (x, w))
-    return x, w, *(v if v is None else v.contiguous() for v in (P, p, g, c))
+def choose_tile(M, DV, x, w, P, major, processors):
+    """-> BM, BN, BD and options of forward_kernel for M rows: as large as registers and shared memory hold without
+    spilling (`python -m hivg.bench compile`), smaller where that leaves processors idle. x, w, P: their dtypes."""
+    if P not in (torch.float16, torch.bfloat16) or torch.float64 in (x, w):
+        # both operands of these products are in registers, unless they may use TF32
+        return dict(BM=32, BN=64, BD=32, num_warps=4, num_stages=2)
+    # x or w in float32 take twice the room: half the channels in a block, so that as many blocks are on their way
+    depth = dict(BD=32, num_stages=4) if 4 in (x.itemsize, w.itemsize) else dict(BD=64, num_stages=3)
+    if major == 9 and SAFE_OVERLAP:
+        # one program a processor: its products run while it makes the next operand
+        large = dict(BM=128, BN=256, num_warps=8) | depth
+        wanted = 0.6 * processors
+    else:
+        # two programs a processor: one makes its operand during the product of the other
+        large = dict(BM=64, BN=256, BD=32, num_warps=4, num_stages=3)
+        wanted = 1.2 * processors
+    if triton.cdiv(M, large["BM"]) * triton.cdiv(DV, large["BN"]) >= wanted:
+        return large
+    return dict(BM=64 if M > 16 else 16, BN=128, num_warps=4) | depth
 
 
-@torch.library.custom_op("hivg::adaptive_fusion", mutates_args=())
-def forward(x: torch.Tensor, w: torch.Tensor, P: torch.Tensor, p: torch.Tensor, g: torch.Tensor | None,
-            c: torch.Tensor | None, eps: float) -> torch.Tensor:
-    """Arguments of adaptive_fusion by the letters above: x (K, B, T, D), w (K, T, D), P (D_v, K D), p (D_v,), g and c
-    (K, D) or None -> y (B, T, D_v) in the type of P."""
-    (K, B, T, D), DV = x.shape, len(P)
-    y = torch.empty(B, T, DV, dtype=P.dtype, device=x.device)
-    if y.numel():
-        x, w, P, p, g, c = prepared(x, w, P, p, g, c)
-        strides, types, dots = settings(x, w, P)
-        tile = tiles(P.dtype)
-        grid = triton.cdiv(B * T, tile["BM"]), triton.cdiv(DV, tile["BN"])
-        forward_kernel[grid](x, w, P, p, g, c, y, B * T, T, D, DV, *strides, eps, K=K, NORM=g is not None, **types,
-                             **dots, **tile)
-    return y
+def split_sum(K, M, D, DV, tile, processors):
+    """-> how many tiles y has, into how many parts each tile's sum is split, and the steps of a part."""
+    tiles = triton.cdiv(M, tile["BM"]) * triton.cdiv(DV, tile["BN"])
+    total = K * triton.cdiv(D, tile["BD"])
+    # a part for each idle processor; one of fewer than two steps costs more than it saves
+    parts = max(1, min(processors // tiles, total // 2))
+    steps = triton.cdiv(total, parts)
+    return tiles, triton.cdiv(total, steps), steps
+
+
+def choose_types(x, w, P):
+    """Of their dtypes: of all sums; of a, before the product; of the product."""
+    sums = torch.float64 if torch.float64 in (x, w, P) else torch.float32
+    product = sums if sums == torch.float64 else P
+    if INTERPRETED and P == torch.bfloat16:
+        product = sums  # the interpreter cannot compute in bfloat16
+    # a is made in the type of the product where nothing comes in a wider one: two numbers an instruction
+    mix = product if x == w == P else sums
+    return sums, mix, product
+
+
+def dense_rows(x):
+    """x with its channels next to each other; between its rows there may be gaps."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@torch.library.custom_op("hivg::fusion_statistics", mutates_args=())
+def statistics(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (K, B, T, D) -> mean and rstd (K, B T), float64 for float64, else float32. An operator of its own, as it needs
+    no bridge's parameters: in training, torch.compile makes one call of those of all bridges of a model."""
+    K, B, T, D = x.shape
+    x = dense_rows(x)
+    mean = x.new_empty(K, B * T, dtype=torch.promote_types(x.dtype, torch.float32))
+    rstd = torch.empty_like(mean)
+    if mean.numel():
+        BD = triton.next_power_of_2(D)
+        BM = max(1, 4096 // BD)  # 32 numbers a thread
+        grid = triton.cdiv(B * T, BM), K
+        with torch.cuda.device_of(x):  # a launch goes to the current device, which need not be x's
+            statistics_kernel[grid](x, mean, rstd, B * T, T, *x.stride()[:3], eps, D=D, ACC=TYPES[mean.dtype],
+                                    BM=BM, BD=BD, **OPTIONS)
+    return mean, rstd
+
+
+@statistics.register_fake
+def _(x, eps):
+    K, B, T, _ = x.shape
+    mean = x.new_empty(K, B * T, dtype=torch.promote_types(x.dtype, torch.float32))
+    return mean, torch.empty_like(mean)
+
+
+@torch.library.custom_op("hivg::fusion", mutates_args=())
+def forward(x: torch.Tensor, mean: torch.Tensor | None, rstd: torch.Tensor | None, w: torch.Tensor, P: torch.Tensor,
+            p: torch.Tensor, g: torch.Tensor | None, c: torch.Tensor | None) -> torch.Tensor:
+    """The letters above: x (K, B, T, D), w (K, T, D), P (D_v, K D), p (D_v,) and, all or none, mean and rstd (K, B T),
+    g and c (K, D) -> y (B, T, D_v) in the type of P."""
+    K, B, T, D = x.shape
+    DV = len(P)
+    y = P.new_empty(B, T, DV)
+    if not y.numel():
+        return y
+    sums, mix, product = choose_types(x.dtype, w.dtype, P.dtype)
+    major, processors = machine(x.device)
+    tile = choose_tile(B * T, DV, x.dtype, w.dtype, P.dtype, major, processors)
+    tiles, parts, steps = split_sum(K, B * T, D, DV, tile, processors)
+    out = y if parts == 1 else P.new_empty(parts, B, T, DV, dtype=sums)
+    x = dense_rows(x)
+    w = dense_rows(w)
+    P, p, g, c = [v if v is None else v.contiguous() for v in (P, p, g, c)]
+    # asked in this way, because the older name, allow_tf32, raises once a program has used the newer one
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    with torch.cuda.device_of(x):
+        forward_kernel[tiles, parts](
+            x, mean, rstd, w, P, p, g, c, out, B, T, *x.stride()[:3], *w.stride()[:2], steps, K=K, D=D, DV=DV,
+            NORM=g is not None, ACC=TYPES[sums], MIX=TYPES[mix], DOT=TYPES[product],
+            PRECISION="tf32" if tf32 else "ieee", OVERLAP=SAFE_OVERLAP or major != 9, STAGES=tile["num_stages"],
+            **tile, **OPTIONS)
+    return y if parts == 1 else out.sum(0).to(P.dtype)
 
 
 @forward.register_fake
-def _(x, w, P, p, g, c, eps):
+def _(x, mean, rstd, w, P, p, g, c):
     return P.new_empty(*x.shape[1:3], len(P))
 
 
-@torch.library.custom_op("hivg::adaptive_fusion_backward", mutates_args=())
-def backward(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, P: torch.Tensor, g: torch.Tensor | None,
-             c: torch.Tensor | None, eps: float, needs: list[bool]) -> list[torch.Tensor]:
+@torch.library.custom_op("hivg::fusion_backward", mutates_args=())
+def backward(dy: torch.Tensor, x: torch.Tensor, mean: torch.Tensor | None, rstd: torch.Tensor | None, w: torch.Tensor,
+             P: torch.Tensor, g: torch.Tensor | None, c: torch.Tensor | None, needs: list[bool]) -> list[torch.Tensor]:
     """The gradients of x, w, P, p, g, c that `needs` asks for; an empty tensor for each of the others."""
-    (K, B, T, D), DV, M = x.shape, len(P), x.shape[1] * x.shape[2]
-    x, w, P, _, g, c = prepared(x, w, P, None, g, c)
-    dy = dy.reshape(M, DV).contiguous()
-    strides, types, dots = settings(x, w, P)
-    norm = g is not None
+    K, B, T, D = x.shape
     need_x, need_w, need_P, need_p, need_g, need_c = needs
-    exact = torch.float64 if types["ACC"] == tl.float64 else torch.float32
-    mean, r = (torch.empty(K, M, dtype=exact, device=x.device) for _ in range(2)) if norm else (None, None)
-    dx = dw = dP = dp = dg = dc = None
-    if norm and (need_x or need_w or need_P or need_g or need_c):
-        statistics_kernel[triton.cdiv(M, ROWS), K](x, mean, r, M, T, D, *strides[:3], eps, **types, BM=ROWS,
-                                                   BD=CHANNELS)
-    if need_p:
-        dp = dy.sum(0, dtype=exact).to(P.dtype)
-    if need_P:
-        dP = torch.empty_like(P)
-        tile = tiles(P.dtype)
-        grid = triton.cdiv(DV, tile["BN"]), K * triton.cdiv(D, tile["BD"])
-        proj_kernel[grid](x, w, g, c, dy, mean, r, dP, M, T, D, DV, *strides, K=K, NORM=norm, **types, **dots, **tile)
-    if need_x or need_w or need_g or need_c:
-        da = dy @ P  # (M, K D)
-        if need_w or need_g or need_c:
-            dw, dg, dc = (torch.empty(K, T, D, dtype=dtype, device=x.device) if need else None
-                          for dtype, need in ((w.dtype, need_w), (exact, need_g), (exact, need_c)))
-            grid = T, K, triton.cdiv(D, CHANNELS)
-            weights_kernel[grid](x, w, g, c, da, mean, r, dw, dg, dc, B, T, D, K * D, *strides, NORM=norm,
-                                 NEED_W=need_w, NEED_G=need_g, NEED_C=need_c, **types, BB=16, BD=CHANNELS)
-            dg, dc = (v if v is None else v.sum(1).to(g.dtype) for v in (dg, dc))
-        if need_x:
-            dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            states_kernel[M, K](x, w, g, c, da, mean, r, dx, M, T, D, K * D, *strides, NORM=norm, **types,
-                                BD=triton.next_power_of_2(D))
-    return [grad if need else x.new_empty(0) for grad, need in zip((dx, dw, dP, dp, dg, dc), needs)]
+    sums, _, _ = choose_types(x.dtype, w.dtype, P.dtype)
+    dy = dy.reshape(B * T, len(P))
+    # (B T, K D); only room for a where nothing needs d_a
+    da = dy @ P if need_x or need_w or need_g or need_c else P.new_empty(B * T, K * D)
+    BD = triton.next_power_of_2(D)
+    BB = max(1, min(triton.next_power_of_2(B), 2048 // BD))
+    # a program takes one block of BB samples, or more where there would be thousands of programs
+    programs = max(1, min(triton.cdiv(B, BB), 1024 // (K * T)))
+    samples = BB * max(1, triton.cdiv(B, BB * programs))
+    parts = triton.cdiv(B, samples)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None  # contiguous, whatever x is
+    dw, dg, dc = [x.new_empty(parts, K, T, D, dtype=sums) if need else None for need in (need_w, need_g, need_c)]
+    if B * T and (need_x or need_w or need_P or need_g or need_c):
+        x = dense_rows(x)
+        w = dense_rows(w)
+        g, c = [v if v is None else v.contiguous() for v in (g, c)]
+        with torch.cuda.device_of(x):
+            gradients_kernel[T, K, parts](
+                x, mean, rstd, w, g, c, da, dx, dw, dg, dc, B, T, *x.stride()[:3], *w.stride()[:2], samples, K=K, D=D,
+                NORM=g is not None, NEED_X=need_x, NEED_W=need_w, NEED_P=need_P, NEED_G=need_g, NEED_C=need_c,
+                ACC=TYPES[sums], BB=BB, BD=BD, **OPTIONS)
+    grads = [dx,
+             dw.sum(0).to(w.dtype) if need_w else None,
+             dy.T @ da if need_P else None,  # by now da holds a
+             dy.sum(0, dtype=sums).to(P.dtype) if need_p else None,
+             dg.sum((0, 2)).to(g.dtype) if need_g else None,
+             dc.sum((0, 2)).to(c.dtype) if need_c else None]
+    return [x.new_empty(0) if grad is None else grad for grad in grads]
 
 
 @backward.register_fake
-def _(dy, x, w, P, g, c, eps, needs):
-    like = (x, w, P, P[:, 0], g, c)
+def _(dy, x, mean, rstd, w, P, g, c, needs):
+    like = x, w, P, P[:, 0], g, c
     return [torch.empty(v.shape, dtype=v.dtype, device=v.device) if need else x.new_empty(0)
             for v, need in zip(like, needs)]
 
 
 def remember(ctx, inputs, output):
-    x, w, P, p, g, c, eps = inputs
-    ctx.save_for_backward(x, w, P, g, c)
-    ctx.eps = eps
+    x, mean, rstd, w, P, p, g, c = inputs
+    ctx.save_for_backward(x, mean, rstd, w, P, g, c)
 
 
 def differentiate(ctx, dy):
-    x, w, P, g, c = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:6])
-    grads = torch.ops.hivg.adaptive_fusion_backward(dy, x, w, P, g, c, ctx.eps, needs)
-    return *(grad if need else None for grad, need in zip(grads, needs)), None
+    need_x, _, _, need_w, need_P, need_p, need_g, need_c = ctx.needs_input_grad
+    needs = [need_x, need_w, need_P, need_p, need_g, need_c]
+    grads = backward(dy, *ctx.saved_tensors, needs)
+    dx, dw, dP, dp, dg, dc = [grad if need else None for grad, need in zip(grads, needs)]
+    return dx, None, None, dw, dP, dp, dg, dc  # what moves mean and rstd is in dx already
 
 
 forward.register_autograd(differentiate, setup_context=remember)
@@ -338,8 +386,12 @@ def adaptive_fusion(text_states, adaptive_weights, proj_weight, proj_bias, norm_
     kind = text_states.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-        proj_weight, proj_bias = proj_weight.to(dtype), proj_bias.to(dtype)
-    return forward(text_states, adaptive_weights, proj_weight, proj_bias, norm_weight, norm_bias, eps)
+        proj_weight = proj_weight.to(dtype)
+        proj_bias = proj_bias.to(dtype)
+    mean = rstd = None
+    if norm_weight is not None:
+        mean, rstd = statistics(text_states.detach(), eps)
+    return forward(text_states, mean, rstd, adaptive_weights, proj_weight, proj_bias, norm_weight, norm_bias)
 
 
 def count(B=64, T=77, K=12, D=512, DV=768, element=2):

@@ -1,120 +1,195 @@
-"""The fusion kernel: its benchmark, `python -m hivg.bench fusion`, and what it compiles to, `python -m hivg.bench
-compile`.
+"""The fusion kernel on a GPU, beside plain PyTorch and torch.compile: python -m hivg.bench fusion --output FOLDER
+
+For each case of hivg/bench/prediction.py and each way: is it right (output and gradients, against float64; an error of
+more than twice plain PyTorch's ends the row), then how long it takes. Times come in two kinds, with launches as a
+program makes them, and by CUDA graphs, which leave out what the CPU does in between and find x in the cache if it fits
+there: at small batch the first is the CPU's time, the second the GPU's. It stops by itself after LIMIT seconds and says
+what is left. FOLDER gets fusion.md, the table, and fusion.png.
 """
 
-import subprocess
-import tempfile
-from itertools import product
+import time
 from pathlib import Path
 
 import torch
+import triton
+from triton.testing import do_bench, do_bench_cudagraph
 
+from hivg.bench.compile import TYPES
+from hivg.bench.prediction import CASES, GPUS, SIZES, predict
 from hivg.fusion import adaptive_fusion_reference
+from hivg.fusion_triton import INTERPRETED, adaptive_fusion, count
 from hivg.utils.charts import plot_panels
 
-SIZES = {"ViT-B": (512, 768), "ViT-L": (768, 1024)}  # D_t, D_v
-LAYERS, POSITIONS, BATCHES = (1, 2, 12), (16, 77), (1, 16, 64, 256)
+LIMIT = 270  # seconds, less than five minutes with what is under way
+WAYS = ("eager", "compile", "ours")
+COLUMNS = ("case", "pass", "way", "error", "20 % ms", "median ms", "80 % ms", "by graph, ms", "model ms", "peak MB",
+           "TFLOP/s", "of the product rate")
 
 
-def tensors(K, B, T, D, DV, dtype, device):
+def make_tensors(case, device):
+    """The arguments of adaptive_fusion, and dy. Under autocast all are float32, as in training."""
+    D, DV = SIZES[case.size]
+    x, P = TYPES[case.types]
+    K, B, T = case.K, case.B, case.T
     shapes = (K, B, T, D), (K, T, D), (DV, K * D), (DV,), (K, D), (K, D)
-    return [torch.randn(shape, device=device, dtype=dtype).div_(shape[-1] ** 0.5).requires_grad_() for shape in shapes]
+    torch.manual_seed(0)
+    tensors = [torch.randn(shape, device=device).div_(shape[-1] ** 0.5).to(x).requires_grad_() for shape in shapes]
+    return tensors, torch.randn(B, T, DV, device=device).to(P)
 
 
-def roofs(dtype, device):
-    """What this device does at best, measured now: GB/s of a large copy, TFLOP/s of a large product."""
-    from triton.testing import do_bench
-    source = torch.empty(2**28, dtype=torch.uint8, device=device)
-    target, a = torch.empty_like(source), torch.randn(8192, 8192, device=device, dtype=dtype)
-    return 2 * source.nbytes / do_bench(lambda: target.copy_(source)) / 1e6, 2 * 8192**3 / do_bench(lambda: a @ a) / 1e9
+class Run:
+    """One way to compute a case."""
+
+    def __init__(self, way, case, tensors, dy):
+        self.function = adaptive_fusion if way == "ours" else adaptive_fusion_reference
+        if way == "compile":
+            torch.compiler.reset()  # each case compiled for itself, which takes most of the benchmark's time
+            self.function = torch.compile(self.function, dynamic=False)
+        self.autocast = case.types == "autocast"
+        self.tensors = tensors
+        self.dy = dy
+
+    def output(self):
+        with torch.autocast(self.dy.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.function(*self.tensors)
+
+    def forward(self):
+        with torch.no_grad():
+            return self.output()
+
+    def both(self):
+        return torch.autograd.grad(self.output(), self.tensors, self.dy)
 
 
-def bench_fusion(device):
-    """Eager, torch.compile and ours at all sizes: a table on stdout and fusion.png. Raises ValueError where there is no
-    GPU."""
-    if device.type != "cuda":
-        raise ValueError("the fusion kernel is measured on a GPU; this machine has none that PyTorch sees")
-    from triton.testing import do_bench
-
-    from hivg.fusion_triton import adaptive_fusion, count
-    curves = {"eager": [], "compile": [], "ours": []}
-    print("| size | K | T | batch | type | pass | way | 20 % ms | median ms | 80 % ms | peak MB | GB/s | TFLOP/s "
-          "| of roof |")
-    print("| --- " * 14 + "|")
-    for dtype in (torch.bfloat16, torch.float32):
-        copy, products = roofs(dtype, device)
-        print(f"roof in {dtype}: {copy:.0f} GB/s, {products:.1f} TFLOP/s", flush=True)
-        for (name, (D, DV)), K, T, B in product(SIZES.items(), LAYERS, POSITIONS, BATCHES):
-            inputs = tensors(K, B, T, D, DV, dtype, device)
-            dy = torch.randn(B, T, DV, device=device, dtype=dtype)
-            counted = count(B, T, K, D, DV, dy.element_size())
-            torch.compiler.reset()  # each size compiled for itself, which takes most of the benchmark's time
-            for way, f in (("eager", adaptive_fusion_reference), ("ours", adaptive_fusion),
-                           ("compile", torch.compile(adaptive_fusion_reference, dynamic=False))):
-                y = f(*inputs)
-                passes = {"forward": (lambda: f(*inputs), 1),
-                          "backward": (lambda: torch.autograd.grad(y, inputs, dy, retain_graph=True), 2),
-                          "both": (lambda: torch.autograd.grad(f(*inputs), inputs, dy), 3)}
-                for what, (run, share) in passes.items():
-                    with torch.set_grad_enabled(what != "forward"):
-                        run()
-                        torch.cuda.synchronize(device)
-                        before = torch.cuda.memory_allocated(device)
-                        torch.cuda.reset_peak_memory_stats(device)
-                        run()
-                        peak = (torch.cuda.max_memory_allocated(device) - before) / 1e6
-                        low, median, high = do_bench(run, quantiles=[0.2, 0.5, 0.8])
-                    bytes_ = share * sum(v for k, v in counted.items() if k != "operations") / median / 1e6
-                    flops = share * counted["operations"] / median / 1e9
-                    best = max(bytes_ / copy, flops / products)
-                    print(f"| {name} | {K} | {T} | {B} | {str(dtype)[6:]} | {what} | {way} | {low:.3f} | "
-                          f"{median:.3f} | {high:.3f} | {peak:.1f} | {bytes_:.0f} | {flops:.1f} | {best:.2f} |",
-                          flush=True)
-                    if (name, K, T, dtype, what) == ("ViT-B", 12, 77, torch.bfloat16, "both"):
-                        curves[way].append((B, median))
-    plot_panels([{"title": "forward and backward, ViT-B, K 12, T 77, bfloat16", "curves": curves, "x_label": "batch",
-                  "y_label": "ms"}], "fusion.png")
-    print("drawn in fusion.png")
+def distances(run, exact):
+    """Of the output and each gradient from the exact ones, as shares of their norms."""
+    found = [run.forward(), *run.both()]
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact)]
 
 
-def bench_compile():
-    """Registers, shared memory and spills of every kernel with a type and size, for compute capability 80 and 90: needs
-    Triton, no GPU."""
-    import triton
-    import triton.language as tl
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def exact_results(tensors, dy):
+    tensors = [v.detach().double().requires_grad_() for v in tensors]
+    y = adaptive_fusion_reference(*tensors)
+    return [y.detach(), *torch.autograd.grad(y, tensors, dy.double())]
 
-    from hivg import fusion_triton as kernels
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    print("| kernel | type | norm | compute capability | registers | stack (spills) | shared memory, bytes |")
-    print("| --- " * 7 + "|")
-    for name, (kind, triton_type), norm, capability in product(
-            ("forward", "statistics", "proj", "weights", "states"), (("bf16", tl.bfloat16), ("fp32", tl.float32)),
-            (True, False), (80, 90)):
-        if name == "statistics" and not norm:
+
+def peak_memory(function, device):
+    """MB that a call needs at most, beside what is there before it."""
+    function()
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    function()
+    return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+
+
+def time_by_graph(function):
+    """Median ms in a CUDA graph, or None where it cannot be captured."""
+    try:
+        return do_bench_cudagraph(function, rep=20, return_mode="median")
+    except RuntimeError as error:
+        print(f"no CUDA graph: {str(error).splitlines()[0]}", flush=True)
+        return None
+
+
+def product_rate(dtype, device):
+    """TFLOP/s of a large plain product, measured now: what the kernel could reach at best."""
+    a = torch.randn(8192, 8192, device=device, dtype=dtype)
+    return 2 * 8192**3 / do_bench(lambda: a @ a, return_mode="median") / 1e9
+
+
+def copy_rate(device):
+    """GB/s of a large copy, read and written."""
+    source = torch.empty(2**30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / do_bench(lambda: target.copy_(source), return_mode="median") / 1e6
+
+
+def measure_case(case, device, rates, gpu):
+    """-> rows of the table, one for each way and pass, and whether all were right."""
+    tensors, dy = make_tensors(case, device)
+    _, P = TYPES[case.types]
+    exact = exact_results(tensors, dy)
+    operations = count(case.B, case.T, case.K, *SIZES[case.size])["operations"] / 1e9
+    rows = []
+    right = True
+    for way in WAYS:
+        run = Run(way, case, tensors, dy)
+        found = distances(run, exact)
+        if way == "eager":
+            plain = found
+        # half a unit of rounding is allowed to all: plain PyTorch can be exact by luck
+        allowed = [2 * error + torch.finfo(P).eps / 2 for error in plain]
+        if way == "ours" and any(error > most for error, most in zip(found, allowed)):
+            right = False
+            rows.append([str(case), "", way, f"WRONG {max(found):.1e}, plain PyTorch {max(plain):.1e}"])
             continue
-        kernel = getattr(kernels, f"{name}_kernel")
-        constants = dict(K=12, NORM=norm, ACC=tl.float32, DOT=triton_type, PRECISION="ieee", BB=16, NEED_W=True,
-                         NEED_G=norm, NEED_C=norm)
-        channels = 1024 if name == "states" else kernels.CHANNELS  # a whole row of ViT-L's 768
-        options = {"BM": kernels.ROWS, "BD": channels}
-        if name in ("forward", "proj"):
-            options = kernels.tiles(torch.bfloat16 if kind == "bf16" else torch.float32)
-        constants |= {k: options.pop(k) for k in ("BM", "BN", "BD") if k in options}
-        types = {n: "i32" for n in kernel.arg_names}
-        types |= {n: f"*{kind}" for n in ("x", "w", "P", "p", "g", "c", "y", "dy", "da", "dP", "dw", "dx")}
-        types |= {n: "*fp32" for n in ("mean", "r", "dg", "dc", "mean_out", "r_out")} | {"eps": "fp32"}
-        aligned = {n for n in types if types[n][0] == "*"} | {"D", "DV", "KD", "sxk", "sxb", "sxt", "swk", "swt"}
-        signature = {n: "constexpr" if n in constants else types[n] for n in kernel.arg_names}
-        places = {n: (i,) for i, n in enumerate(kernel.arg_names)}
-        source = ASTSource(kernel, signature, {places[n]: constants[n] for n in places.keys() & constants},
-                           {places[n]: [["tt.divisibility", 16]] for n in places.keys() & aligned - constants.keys()})
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True)
-        numbers = dict(part.split(":") for part in usage.stdout.split() if part.count(":") == 1 and part[0] in "RS")
-        print(f"| {name} | {kind} | {'yes' if norm else 'no'} | {capability} | {numbers['REG']} | {numbers['STACK']} | "
-              f"{compiled.metadata.shared} |", flush=True)
+        for name, function, share in (("forward", run.forward, 1), ("both", run.both, 3)):
+            peak = peak_memory(function, device)
+            low, median, high = do_bench(function, warmup=10, rep=50, quantiles=[0.2, 0.5, 0.8])
+            graph = time_by_graph(function)
+            model = predict(case, gpu)[name] / 1000 if way == "ours" and gpu else None
+            rate = share * operations / (graph or median)
+            rows.append([str(case), name, way, f"{max(found):.1e}", low, median, high, graph, model, f"{peak:.1f}",
+                         f"{rate:.0f}", f"{rate / rates[P]:.2f}"])
+    return rows, right
+
+
+def text_of(row):
+    cells = ["" if v is None else f"{v:.3f}" if isinstance(v, float) else v for v in row]
+    return "| " + " | ".join(cells + [""] * (len(COLUMNS) - len(cells))) + " |"
+
+
+def draw(rows, path):
+    """ms by batch size, ViT-B with 12 layers of 77 positions: a panel for each pass and types."""
+    panels = []
+    for types in ("bfloat16", "autocast"):
+        for name in ("forward", "both"):
+            curves = {way: [] for way in WAYS}
+            for case in CASES:
+                for row in rows:
+                    wanted = case.size == "ViT-B" and case.K == 12 and case.types == types
+                    if wanted and row[:2] == [str(case), name]:
+                        curves[row[2]].append((case.B, row[7] or row[5]))
+            panels.append({"title": f"{name}, {types}, ViT-B, K 12, T 77", "x_label": "batch", "y_label": "ms",
+                           "curves": {way: sorted(curve) for way, curve in curves.items()}})
+    plot_panels(panels, path)
+
+
+def bench_fusion(device, output):
+    """All cases: a table on stdout and in the folder `output`, with a chart. Raises ValueError where there is no GPU,
+    and at the end if ours is wrong somewhere."""
+    if device.type != "cuda":
+        raise ValueError("the fusion kernel is measured on a GPU; this machine has none that PyTorch sees. "
+                         "`python -m hivg.bench compile` predicts its times without one")
+    if INTERPRETED:
+        raise ValueError("under Triton's interpreter there is nothing to measure; unset TRITON_INTERPRET")
+    start = time.perf_counter()
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = torch.cuda.get_device_name(device)
+    gpu = next((gpu for known, gpu in GPUS.items() if known in name), None)
+    rates = {dtype: product_rate(dtype, device) for dtype in (torch.bfloat16, torch.float32)}
+    lines = [f"{name}, torch {torch.__version__}, Triton {triton.__version__}; a large copy: {copy_rate(device):.0f} "
+             f"GB/s; a large product: {rates[torch.bfloat16]:.0f} TFLOP/s in bfloat16, {rates[torch.float32]:.0f} in "
+             "float32. Quantiles with launches; TFLOP/s by graph where there is one.", "",
+             "| " + " | ".join(COLUMNS) + " |", "| --- " * len(COLUMNS) + "|"]
+    print("\n".join(lines), flush=True)
+    measured = []
+    wrong = []
+    for case in CASES:
+        if time.perf_counter() - start > LIMIT:
+            lines.append(f"\n{case}: left out, {LIMIT} seconds had passed.")
+            print(lines[-1], flush=True)
+            continue
+        rows, right = measure_case(case, device, rates, gpu)
+        if not right:
+            wrong.append(str(case))
+        measured += rows
+        lines += [text_of(row) for row in rows]
+        print("\n".join(text_of(row) for row in rows), flush=True)
+    (folder / "fusion.md").write_text("\n".join(lines) + "\n")
+    draw(measured, folder / "fusion.png")
+    print(f"{folder / 'fusion.md'} and {folder / 'fusion.png'}, in {time.perf_counter() - start:.0f} s")
+    if wrong:
+        raise ValueError("the kernel is further from the exact result than twice plain PyTorch in " + "; ".join(wrong))
