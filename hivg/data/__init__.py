@@ -1,1 +1,1 @@
-"""Data: pictures and expressions in, batches of tensors out. Nothing here knows a model."""
+"""Data: images and expressions in, batches of tensors out. Nothing here knows a model."""

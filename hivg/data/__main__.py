@@ -1,10 +1,10 @@
-"""python -m hivg.data check DATASET [--data_root DIR] [--annotations FILE]: what a data set's files hold, what is wrong
-with them, and whether training pictures are in another split too.
+"""python -m hivg.data check DATASET [--data_root DIR] [--annotations FILE]: the content of a data set's files, the
+problems in them, and whether training images are in another split too.
 
 DATASET is a name (refcoco, refcoco+, refcocog, refcocog_google, referit, flickr, mixup) or a .jsonl file.
 """
 
-from hivg.data.annotations import check
+from hivg.data.check import check
 from hivg.utils.cli import Parser, fail
 
 
@@ -12,7 +12,7 @@ def main():
     parser = Parser(description=__doc__)
     parser.add_argument("command", choices=["check"])
     parser.add_argument("dataset")
-    parser.add_argument("--data-root", "--data_root", default="data", metavar="DIR", help="default: data")
+    parser.add_argument("--data_root", default="data", metavar="DIR", help="folder with all data sets (default: data)")
     parser.add_argument("--annotations", metavar="FILE", help="a file or folder, if not at a published place")
     args = parser.parse_args()
     try:

@@ -11,7 +11,7 @@ def polygon_mask(polygons, height, width):
     """-> (height, width) bool, True where a pixel's centre (x + 0.5, y + 0.5) is inside any of the polygons.
 
     polygons is a list of flat lists [x0, y0, x1, y1, ..] in pixels, closed by themselves; each is filled by the
-    even-odd rule, so where a polygon covers itself twice is a hole. It may reach out of the picture. Left and upper
+    even-odd rule, so where a polygon covers itself twice is a hole. It may reach out of the image. Left and upper
     outlines are inside, right and lower ones not. Raises ValueError for a list that is no polygon.
     """
     mask = np.zeros((height, width), dtype=bool)
@@ -34,18 +34,25 @@ def _corners(polygon):
 def _fill(corners, height, width):
     """Scan lines through the middles of the pixel rows: a pixel is inside if an odd number of the polygon's edges
     cross its line at or left of its centre."""
-    (x, y), (to_x, to_y) = corners.T, np.roll(corners, -1, axis=0).T  # (n,) each, the two ends of the edges
+    x, y = corners.T  # (n,) where each edge starts
+    to_x, to_y = np.roll(corners, -1, axis=0).T  # (n,) and ends
     # An edge crosses the lines from its upper end to before its lower one, so a corner on a line counts once.
-    upper, lower = np.minimum(y, to_y), np.maximum(y, to_y)
-    first, end = (np.ceil(ends - 0.5).clip(0, height).astype(int) for ends in (upper, lower))
-    crossed = end - first
-    edge = np.repeat(np.arange(len(corners)), crossed)  # (m,) the edge of each crossing
-    row = np.arange(len(edge)) - np.repeat(np.cumsum(crossed) - crossed, crossed) + first[edge]  # and its row
-    at = x[edge] + (row + 0.5 - y[edge]) * (to_x - x)[edge] / (to_y - y)[edge]
-    column = np.ceil(at - 0.5).clip(0, width).astype(int)  # the first pixel whose centre is not left of it
+    first = _first_centre(np.minimum(y, to_y), height)  # (n,) rows
+    end = _first_centre(np.maximum(y, to_y), height)
+    crossings = end - first  # (n,) of each edge
+    edge = np.repeat(np.arange(len(corners)), crossings)  # (m,) the edge of each crossing
+    number = np.arange(len(edge)) - np.repeat(np.cumsum(crossings) - crossings, crossings)  # (m,) 0, 1, .. in its edge
+    row = first[edge] + number
+    x_at = x[edge] + (row + 0.5 - y[edge]) * (to_x - x)[edge] / (to_y - y)[edge]
+    column = _first_centre(x_at, width)
     odd = np.zeros((height, width + 1), dtype=bool)
     np.logical_xor.at(odd, (row, column), True)
     return np.logical_xor.accumulate(odd[:, :width], axis=1)
+
+
+def _first_centre(position, limit):
+    """The first pixel whose centre is not before a position, at most `limit`."""
+    return np.ceil(position - 0.5).clip(0, limit).astype(int)
 
 
 def rle_mask(rle):
@@ -84,7 +91,9 @@ def _decompress(text):
     Each character less 48 is six bits. The lower five are bits of the count, lowest first; the sixth says that more
     follow; the fifth of the last one is the sign. From the fourth count on it is the difference to the last but one.
     """
-    counts, value, shift = [], 0, 0
+    counts = []
+    value = 0
+    shift = 0
     for code in text.encode() if isinstance(text, str) else text:
         bits = code - 48
         if not 0 <= bits < 64 or shift > 60:  # no count has more than 64 bits
@@ -96,22 +105,26 @@ def _decompress(text):
         if bits & 16:
             value -= 1 << shift
         counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-        value, shift = 0, 0
+        value = 0
+        shift = 0
     if shift:
         raise ValueError(f"the string of a run-length mask ends within a count: {_short(text)}")
     return counts
 
 
 def mask_of(segmentation, height, width):
-    """What an annotation of a height x width picture has as "segmentation" -> (height, width) bool, or None for None or
-    an empty one. It may be a list of polygons (polygon_mask) or a dictionary of run lengths (rle_mask). Raises
-    ValueError for anything else, or for run lengths of another size."""
+    """The "segmentation" of an annotation of a height x width image -> (height, width) bool, or None if it is None or
+    empty.
+
+    It may be a list of polygons (polygon_mask) or a dictionary of run lengths (rle_mask). Raises ValueError for
+    anything else, or for run lengths of another size.
+    """
     if segmentation is None or (isinstance(segmentation, (list, tuple, dict)) and not segmentation):
         return None
     if isinstance(segmentation, dict):
         size = _size(segmentation)
         if size != (height, width):
-            raise ValueError(f"a run-length mask of {size[0]} x {size[1]} for a picture of {height} x {width}"
+            raise ValueError(f"a run-length mask of {size[0]} x {size[1]} for an image of {height} x {width}"
                              " (height x width)")
         return rle_mask(segmentation)
     if isinstance(segmentation, (list, tuple)):
@@ -120,7 +133,7 @@ def mask_of(segmentation, height, width):
                      f"not {_short(segmentation)}")
 
 
-def _short(thing):
-    """One line of at most 60 characters that shows it."""
-    text = repr(thing)
+def _short(value):
+    """Its repr, cut to 60 characters."""
+    text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,7 +1,7 @@
-"""The letterbox: any picture into a square of the model's size, and boxes there and back.
+"""The letterbox: any image into a square of the model's size, and boxes there and back.
 
-The long side is resized to the square (PIL bilinear, which smooths when it shrinks), the picture is normalised and
-put in the middle; the rest is zero and marked as padding. Training may ask for a smaller picture and another place
+The long side is resized to the square (PIL bilinear, which smooths when it shrinks), the image is normalised and put
+in the middle; the rest is zero and marked as padding. Training may ask for a smaller image and another place
 (augment.py).
 """
 
@@ -19,73 +19,80 @@ NORMALIZATION = {  # mean and standard deviation of R, G, B in 0..1
 
 @dataclass(frozen=True)
 class Letterbox:
-    """Where a picture of width x height pixels lies in a square of `size` pixels: resized to inner (w, h), its corner
-    at (left, top)."""
+    """The place of an image of width x height pixels in a square of `size` pixels."""
 
     width: int
     height: int
     size: int
     fill: float = 1.0  # above 0, at most 1: the long side's share of the square
-    place: tuple = (0.5, 0.5)  # shares of the free room that are left of the picture and above it, each 0..1
+    place: tuple = (0.5, 0.5)  # shares of the free room that are left of the image and above it, each 0..1
 
     @property
     def scale(self):
+        """Pixels of the square for one pixel of the image."""
         return self.size * self.fill / max(self.width, self.height)
 
     @property
     def inner(self):
+        """(width, height) of the image in the square, in pixels."""
         return max(1, round(self.width * self.scale)), max(1, round(self.height * self.scale))
 
     @property
     def corner(self):
-        # (left, top); in the middle as the released code has it
+        """(left, top) of the image in the square, in pixels."""
+        # less 0.1 so that half a pixel is rounded as the released code does it
         return tuple(round((self.size - side) * share - 0.1) for side, share in zip(self.inner, self.place))
 
+    @property
+    def window(self):
+        """The rows and columns of the square that the image covers, two slices."""
+        left, top = self.corner
+        width, height = self.inner
+        return slice(top, top + height), slice(left, left + width)
+
     def image(self, image, normalization="clip"):
-        """PIL RGB picture -> (3, size, size) float32, normalised, zero where padded."""
-        (w, h), (left, top) = self.inner, self.corner
-        mean, std = (np.array(v, dtype=np.float32) for v in NORMALIZATION[normalization])
-        pixels = np.asarray(image.resize((w, h), Image.BILINEAR), dtype=np.float32) / 255  # (h, w, 3)
+        """PIL RGB image -> (3, size, size) float32, normalised, zero where padded."""
+        mean, std = np.array(NORMALIZATION[normalization], dtype=np.float32)
+        pixels = np.asarray(image.resize(self.inner, Image.BILINEAR), dtype=np.float32) / 255  # (h, w, 3)
         square = np.zeros((self.size, self.size, 3), dtype=np.float32)
-        square[top : top + h, left : left + w] = (pixels - mean) / std
-        return torch.from_numpy(square.transpose(2, 0, 1).copy())
+        square[self.window] = (pixels - mean) / std
+        return torch.from_numpy(square.transpose(2, 0, 1).copy())  # (3, size, size)
 
     def padding_mask(self):
-        """(size, size) bool, True where there is no picture."""
-        (w, h), (left, top) = self.inner, self.corner
+        """(size, size) bool, True where there is no image."""
         mask = torch.ones(self.size, self.size, dtype=torch.bool)
-        mask[top : top + h, left : left + w] = False
+        mask[self.window] = False
         return mask
 
     def mask(self, mask):
-        """(height, width) bool array of the picture -> (size, size) bool, nearest neighbour."""
+        """(height, width) bool array of the image -> (size, size) bool, nearest neighbour."""
         return self.labels(mask.astype(np.uint8)).bool()
 
     def labels(self, labels):
-        """(height, width) uint8 array of the picture -> (size, size) uint8, nearest neighbour, 0 where padded."""
-        (w, h), (left, top) = self.inner, self.corner
+        """(height, width) uint8 array of the image -> (size, size) uint8, nearest neighbour, 0 where padded."""
         square = torch.zeros(self.size, self.size, dtype=torch.uint8)
-        inner = Image.fromarray(labels).resize((w, h), Image.NEAREST)
-        square[top : top + h, left : left + w] = torch.from_numpy(np.array(inner))
+        resized = Image.fromarray(labels).resize(self.inner, Image.NEAREST)
+        square[self.window] = torch.from_numpy(np.array(resized))
         return square
 
     def boxes_to_square(self, boxes):
-        """(n, 4) xyxy in the picture's pixels -> (n, 4) cxcywh in 0..1 of the square."""
-        left, top = self.corner
-        low_high = boxes.float() * self.scale + torch.tensor([left, top, left, top])
-        low, high = low_high[..., :2], low_high[..., 2:]
+        """(..., 4) xyxy in the image's pixels -> (..., 4) cxcywh in 0..1 of the square."""
+        offset = torch.tensor(self.corner * 2)  # (4,) left, top, left, top
+        corners = boxes.float() * self.scale + offset  # (..., 4) xyxy in pixels of the square
+        low = corners[..., :2]
+        high = corners[..., 2:]
         return torch.cat([(low + high) / 2, high - low], -1) / self.size
 
     def boxes_to_image(self, boxes):
-        """(n, 4) cxcywh in 0..1 of the square -> (n, 4) xyxy in the picture's pixels, clipped to the picture."""
-        left, top = self.corner
-        centre, half = boxes[..., :2] * self.size, boxes[..., 2:] * self.size / 2
-        low_high = (torch.cat([centre - half, centre + half], -1) - torch.tensor([left, top, left, top])) / self.scale
-        limit = torch.tensor([self.width, self.height, self.width, self.height])
-        return torch.minimum(low_high.clamp(min=0), limit)
+        """(..., 4) cxcywh in 0..1 of the square -> (..., 4) xyxy in the image's pixels, clipped to the image."""
+        centre = boxes[..., :2] * self.size  # (..., 2) in pixels of the square
+        half = boxes[..., 2:] * self.size / 2
+        corners = torch.cat([centre - half, centre + half], -1)  # (..., 4) xyxy
+        corners = (corners - torch.tensor(self.corner * 2)) / self.scale  # in the image's pixels
+        limit = torch.tensor([self.width, self.height] * 2)
+        return torch.minimum(corners.clamp(min=0), limit)
 
     def map_to_image(self, square):
-        """(size, size) float array over the square, e.g. a mask -> (height, width), bilinear."""
-        (w, h), (left, top) = self.inner, self.corner
-        inner = Image.fromarray(np.asarray(square, dtype=np.float32)[top : top + h, left : left + w])
+        """(size, size) floats over the square, e.g. a mask -> (height, width) float32 array, bilinear."""
+        inner = Image.fromarray(np.asarray(square, dtype=np.float32)[self.window])
         return np.asarray(inner.resize((self.width, self.height), Image.BILINEAR))

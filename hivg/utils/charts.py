@@ -1,6 +1,7 @@
 """Line charts with Pillow alone: the curves of a training run, the bars of a benchmark."""
 
 import math
+from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
@@ -12,23 +13,26 @@ def plot_curves(curves, path=None, title="", x_label="", y_label="", boundaries=
 
     curves: {name: [(x, y), ...]} in drawing order; a gap is left where y is no finite number
     path: a file to write as well; boundaries: [(x, name), ...] vertical lines, for instance where a stage begins
-    size: (width, height) in pixels. Returns the picture.
+    size: (width, height) in pixels. Returns the image.
     """
-    return plot_panels([dict(curves=curves, title=title, x_label=x_label, y_label=y_label, boundaries=boundaries)],
-                       path, size)
+    panel = dict(curves=curves, title=title, x_label=x_label, y_label=y_label, boundaries=boundaries)
+    return plot_panels([panel], path, size)
 
 
 def plot_panels(panels, path=None, size=(900, 300)):
     """Line charts below each other, with one range of x for all, so that they can be read downwards.
 
     panels: a list of dicts with `curves` and, at will, title, x_label, y_label, boundaries, as in plot_curves
-    path: a file to write as well; size: (width, height) of one panel in pixels. Returns the picture.
+    path: a file to write as well; size: (width, height) of one panel in pixels. Returns the image.
     """
     width, height = size
     if not panels or width < 200 or height < 150:
         raise ValueError(f"expected one or more panels of 200 x 150 pixels or more, got {len(panels)} of {size}")
-    x_range = _range([x for panel in panels for curve in panel["curves"].values() for x, y in curve if _finite(x, y)]
-                     + [x for panel in panels for x, _ in panel.get("boundaries", ())], room=0.0)
+    xs = []
+    for panel in panels:
+        xs += [x for x, _ in _finite_points(panel["curves"])]
+        xs += [x for x, _ in panel.get("boundaries", ())]
+    x_range = _range(xs, room=0.0)
     image = Image.new("RGB", (2 * width, 2 * height * len(panels)), "white")
     for i, panel in enumerate(panels):  # drawn at twice the size and reduced: smooth lines
         image.paste(_panel(2 * width, 2 * height, x_range, **panel), (0, 2 * height * i))
@@ -38,52 +42,86 @@ def plot_panels(panels, path=None, size=(900, 300)):
     return image
 
 
+@dataclass
+class Axes:
+    """The area of a chart in pixels and its ranges in numbers."""
+
+    left: int
+    right: int
+    top: int
+    bottom: int
+    x_range: tuple
+    y_range: tuple
+
+    def column(self, x):
+        low, high = self.x_range
+        return self.left + (x - low) / (high - low) * (self.right - self.left)
+
+    def row(self, y):
+        low, high = self.y_range
+        return self.bottom - (y - low) / (high - low) * (self.bottom - self.top)
+
+
 def _panel(width, height, x_range, curves, title="", x_label="", y_label="", boundaries=()):
     image = Image.new("RGB", (width, height), "white")
-    draw, left, right, bottom = ImageDraw.Draw(image), 160, width - 40, height - (92 if x_label else 56)
-    ys = [y for curve in curves.values() for x, y in curve if _finite(x, y)]
-    (x_low, x_high), (y_low, y_high) = x_range, _range(ys, room=0.05)
-
-    def column(x):
-        return left + (x - x_low) / (x_high - x_low) * (right - left)
-
-    def row(y):
-        return bottom - (y - y_low) / (y_high - y_low) * (bottom - top)
-
-    top = 16
+    draw = ImageDraw.Draw(image)
+    ys = [y for _, y in _finite_points(curves)]
+    axes = Axes(left=160, right=width - 40, top=16, bottom=height - (92 if x_label else 56), x_range=x_range,
+                y_range=_range(ys, room=0.05))
     if title:
-        write_block(draw, (left, top), text_block(clean_text(title, 80), 32, math.inf), INK)
-        top += 48
+        write_block(draw, (axes.left, axes.top), text_block(clean_text(title, 80), 32, math.inf), INK)
+        axes.top += 48
     names = [(clean_text(name, 60), colour_of(i)) for i, name in enumerate(curves)]
-    top = _legend(draw, names, left, right, top)
-    top = _boundary_names(draw, [(column(x), clean_text(name, 40)) for x, name in boundaries], right, top) + 8
-    top = min(top, bottom - 60)  # a legend of very many names must not push the chart out
+    axes.top = _legend(draw, names, axes.left, axes.right, axes.top)
+    boundary_names = [(axes.column(x), clean_text(name, 40)) for x, name in boundaries]
+    axes.top = _boundary_names(draw, boundary_names, axes.right, axes.top) + 8
+    axes.top = min(axes.top, axes.bottom - 60)  # a legend of very many names must not push the chart out
 
-    for y, text in _ticks(y_low, y_high, (bottom - top) // 64):
-        draw.line((left, row(y), right, row(y)), FAINT, 2)
-        draw.text((left - 14, row(y)), text, GREY, fonts_of_size(24)[0], anchor="rm")
-    for x, text in _ticks(x_low, x_high, (right - left) // 160):
-        draw.line((column(x), top, column(x), bottom), FAINT, 2)
-        draw.text((column(x), bottom + 12), text, GREY, fonts_of_size(24)[0], anchor="ma")
+    _grid(draw, axes)
     for x, _ in boundaries:
-        for y in range(top - 8, bottom, 16):  # dashed
-            draw.line((column(x), y, column(x), min(y + 8, bottom)), GREY, 2)
-    draw.line((left, top, left, bottom, right, bottom), GREY, 2)
-    for curve, (_, colour) in zip(curves.values(), names):
-        _curve(draw, [(column(x), row(y)) if _finite(x, y) else None for x, y in curve], colour)
+        column = axes.column(x)
+        for y in range(axes.top - 8, axes.bottom, 16):  # dashed
+            draw.line((column, y, column, min(y + 8, axes.bottom)), GREY, 2)
+    draw.line((axes.left, axes.top, axes.left, axes.bottom, axes.right, axes.bottom), GREY, 2)
+    for points, (_, colour) in zip(curves.values(), names):
+        _curve(draw, [(axes.column(x), axes.row(y)) if _finite(x, y) else None for x, y in points], colour)
+    middle_x = (axes.left + axes.right) / 2
+    middle_y = (axes.top + axes.bottom) / 2
     if not ys:
-        draw.text(((left + right) / 2, (top + bottom) / 2), "no data", GREY, fonts_of_size(28)[0], anchor="mm")
-    _axis_names(image, clean_text(x_label, 80), clean_text(y_label, 40), (left + right) // 2, (top + bottom) // 2)
+        draw.text((middle_x, middle_y), "no data", GREY, fonts_of_size(28)[0], anchor="mm")
+    _axis_names(image, clean_text(x_label, 80), clean_text(y_label, 40), int(middle_x), int(middle_y))
     return image
+
+
+def _grid(draw, axes):
+    """Horizontal and vertical lines at round values, with these values beside the axes."""
+    font = fonts_of_size(24)[0]
+    for y, text in _ticks(*axes.y_range, (axes.bottom - axes.top) // 64):
+        row = axes.row(y)
+        draw.line((axes.left, row, axes.right, row), FAINT, 2)
+        draw.text((axes.left - 14, row), text, GREY, font, anchor="rm")
+    for x, text in _ticks(*axes.x_range, (axes.right - axes.left) // 160):
+        column = axes.column(x)
+        draw.line((column, axes.top, column, axes.bottom), FAINT, 2)
+        draw.text((column, axes.bottom + 12), text, GREY, font, anchor="ma")
 
 
 def _finite(x, y):
     return abs(x) < 1e300 and abs(y) < 1e300  # false for not-a-number; beyond, a difference would overflow
 
 
+def _finite_points(curves):
+    """All points (x, y) of the curves that can be drawn."""
+    points = []
+    for curve in curves.values():
+        points += [(x, y) for x, y in curve if _finite(x, y)]
+    return points
+
+
 def _range(values, room):
     """Lowest and highest value with `room` (a share of the range) on both sides; never the same number twice."""
-    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    low = min(values, default=0.0)
+    high = max(values, default=1.0)
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         return low - (abs(low) / 2 or 0.5), high + (abs(high) / 2 or 0.5)
     return low - room * (high - low), high + room * (high - low)
@@ -93,14 +131,20 @@ def _ticks(low, high, count):
     """About `count` round values between low and high, 1, 2 or 5 times a power of ten apart, with their texts."""
     least = (high - low) / max(count, 2)
     power = 10.0 ** math.floor(math.log10(least))
-    step = next((m * power for m in (1, 2, 5) if m * power >= least), 10 * power)
+    steps = [power, 2 * power, 5 * power, 10 * power]
+    step = next((step for step in steps if step >= least), steps[-1])
     values = [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
     largest = max(map(abs, values), default=0.0)
+    step_power = math.floor(math.log10(step) + 1e-9)
     if 1e-3 <= largest < 1e6:
-        return [(v, f"{v + 0.0:,.{max(0, -math.floor(math.log10(step) + 1e-9))}f}") for v in values]
-    digits = max(0, math.floor(math.log10(largest or 1.0)) - math.floor(math.log10(step) + 1e-9))
-    mantissas = [f"{v:.{digits}e}".split("e") for v in values]
-    return [(v, f"{float(m):g}e{int(e)}" if v else "0") for v, (m, e) in zip(values, mantissas)]
+        decimals = max(0, -step_power)
+        return [(value, f"{value + 0.0:,.{decimals}f}") for value in values]  # + 0.0: no "-0"
+    decimals = max(0, math.floor(math.log10(largest or 1.0)) - step_power)
+    ticks = []
+    for value in values:
+        mantissa, exponent = f"{value:.{decimals}e}".split("e")
+        ticks.append((value, f"{float(mantissa):g}e{int(exponent)}" if value else "0"))
+    return ticks
 
 
 def _legend(draw, names, left, right, top):
@@ -109,7 +153,8 @@ def _legend(draw, names, left, right, top):
     for name, colour in names:
         block = text_block(name, 24, math.inf)
         if x > left and x + 52 + block.width > right:
-            x, top = left, top + 34
+            x = left
+            top += 34
         draw.line((x, top + 16, x + 40, top + 16), colour, 8)
         write_block(draw, (x + 52, top), block, INK)
         x += 52 + block.width + 36
@@ -122,27 +167,31 @@ def _boundary_names(draw, names, right, top):
     for x, name in sorted(names):
         block = text_block(name, 22, math.inf)
         x = min(x, right - block.width)
-        level = next((i for i, end in enumerate(ends) if end <= x), len(ends))
-        ends[level:level + 1] = [x + block.width + 12]
-        write_block(draw, (x, top + 28 * level), block, GREY)
+        row = 0
+        while row < len(ends) and ends[row] > x:
+            row += 1
+        ends[row:row + 1] = [x + block.width + 12]
+        write_block(draw, (x, top + 28 * row), block, GREY)
     return top + 28 * len(ends)
 
 
 def _curve(draw, points, colour):
     """A line through (x, y) points in pixels, broken at each None; a point alone is a dot."""
     run = []
-    for point in points + [None]:
+    for point in [*points, None]:
         if point is not None:
             run.append(point)
+            continue
+        if len(run) > 1:
+            draw.line(run, colour, 5, joint="curve")
         elif run:
-            if len(run) > 1:
-                draw.line(run, colour, 5, joint="curve")
-            else:
-                draw.ellipse((run[0][0] - 7, run[0][1] - 7, run[0][0] + 7, run[0][1] + 7), colour)
-            run = []
+            x, y = run[0]
+            draw.ellipse((x - 7, y - 7, x + 7, y + 7), colour)
+        run = []
 
 
 def _axis_names(image, x_label, y_label, middle_x, middle_y):
+    """The names of the axes: x below the chart, y upright beside it."""
     draw = ImageDraw.Draw(image)
     if x_label:
         draw.text((middle_x, image.height - 12), x_label, INK, font_for(x_label, 24), anchor="md")

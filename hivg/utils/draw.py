@@ -1,8 +1,8 @@
-"""Pictures of boxes, masks and heat maps, with Pillow alone (line charts are in charts.py).
+"""Images with boxes, masks and heat maps drawn over them, with Pillow alone (line charts are in charts.py).
 
 Pixels: x runs right, y runs down, (0, 0) is the top left corner of the top left pixel. Boxes are
 (xmin, ymin, xmax, ymax) in pixels; a rectangle inside this file is the same in whole numbers, right and bottom
-excluded. Every function returns a new RGB picture and leaves its arguments alone.
+excluded. Every function returns a new RGB image and leaves its arguments alone.
 """
 
 import math
@@ -16,17 +16,21 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 COLOURS = ["#d55e00", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#f0e442"]
 # "inferno" at eleven equal steps: its lightness rises evenly, so it also reads in grey
 HEAT = "#000004 #160b39 #420a68 #6a176e #932667 #bc3754 #dd513a #f37819 #fca50a #f6d746 #fcffa4".split()
-PAPER, INK, GREY, FAINT = (252, 252, 250), (34, 34, 34), (105, 105, 105), (228, 228, 228)
+PAPER = (252, 252, 250)
+INK = (34, 34, 34)
+GREY = (105, 105, 105)
+FAINT = (228, 228, 228)
 FALLBACK_FONTS = ["DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msgothic.ttc", "arial.ttf"]
 MAX_CHARACTERS = 300  # of one label; what is longer ends in an ellipsis
 
 
-# ---- colours and pictures -------------------------------------------------------------------------------------------
+# ---- colours and images ---------------------------------------------------------------------------------------------
 
 def colour_of(i):
     """The i-th colour (red, green, blue), 0..255: seven hues, then the same darker, then lighter, then again."""
-    end, share = [(0, 0.0), (0, 0.4), (255, 0.5)][i // len(COLOURS) % 3]
-    return tuple(round(c + (end - c) * share) for c in ImageColor.getrgb(COLOURS[i % len(COLOURS)]))
+    hue = ImageColor.getrgb(COLOURS[i % len(COLOURS)])
+    mixed_with, share = [(0, 0.0), (0, 0.4), (255, 0.5)][i // len(COLOURS) % 3]
+    return tuple(round(channel + (mixed_with - channel) * share) for channel in hue)
 
 
 def _contrast(colour):
@@ -36,7 +40,7 @@ def _contrast(colour):
 
 
 def _rgb(image):
-    """A PIL image of any mode, or an (H, W, 3) uint8 array, as a new RGB picture."""
+    """A PIL image of any mode, or an (H, W, 3) uint8 array, as a new RGB image."""
     if not isinstance(image, Image.Image):
         image = np.asarray(image)
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
@@ -48,7 +52,7 @@ def _rgb(image):
 
 
 def _layer(values, size, name):
-    """An (h, w) array within 0..1 as a grey picture of `size` (W, H), smoothly resized."""
+    """An (h, w) array within 0..1 as a grey image of `size` (W, H), smoothly resized."""
     if values.ndim != 2 or values.size == 0:
         raise ValueError(f"{name} must have shape (h, w), got {values.shape}")
     grey = np.clip(np.nan_to_num(values) * 255 + 0.5, 0, 255).astype(np.uint8)
@@ -56,28 +60,33 @@ def _layer(values, size, name):
 
 
 def overlay_heatmap(image, heatmap, alpha=0.65):
-    """Lay a heat map over a picture, from dark violet (lowest) to light yellow (highest).
+    """Lay a heat map over an image, from dark violet (lowest) to light yellow (highest).
 
-    heatmap: (h, w) numbers of any range and size; stretched to the picture and to its own lowest and highest
-    value. A constant map is all lowest, and so is what is not a number. alpha: opacity 0..1 where the map is
-    highest; half of that where it is lowest, so that the picture stays visible there.
+    heatmap: (h, w) numbers of any range and size; stretched to the image and to its own lowest and highest
+    value. A constant map is all lowest, and so are values that are not numbers. alpha: opacity 0..1 where the map is
+    highest; half of that where it is lowest, so that the image stays visible there.
     """
-    image, heat = _rgb(image), np.asarray(heatmap, dtype=np.float64)
+    image = _rgb(image)
+    heat = np.asarray(heatmap, dtype=np.float64)
     finite = heat[np.isfinite(heat)]
-    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+    low = finite.min() if finite.size else 0.0
+    high = finite.max() if finite.size else 0.0
     heat = np.nan_to_num(heat, nan=low, posinf=high, neginf=low)
     grey = _layer((heat - low) / (high - low or 1.0), image.size, "heatmap")
     anchors = np.array([ImageColor.getrgb(c) for c in HEAT])  # (11, 3)
-    table = [np.interp(np.linspace(0, 1, 256), np.linspace(0, 1, len(HEAT)), channel) for channel in anchors.T]
-    colours = Image.merge("RGB", [grey.point(channel.round().astype(int).tolist()) for channel in table])
+    channels = []
+    for channel in anchors.T:
+        table = np.interp(np.linspace(0, 1, 256), np.linspace(0, 1, len(HEAT)), channel)  # (256,) for each grey
+        channels.append(grey.point(table.round().astype(int).tolist()))
+    colours = Image.merge("RGB", channels)
     opacity = grey.point([round(255 * alpha * (0.5 + 0.5 * level / 255)) for level in range(256)])
     return Image.composite(colours, image, opacity)
 
 
 def overlay_mask(image, mask, colour=None, alpha=0.5):
-    """Tint the masked part of a picture.
+    """Tint the masked part of an image.
 
-    mask: (h, w) bool, or numbers 0..1 of how much; stretched to the picture. colour: (r, g, b) or a name or
+    mask: (h, w) bool, or numbers 0..1 of how much; stretched to the image. colour: (r, g, b) or a name or
     "#rrggbb". alpha: opacity 0..1 where the mask is 1.
     """
     image = _rgb(image)
@@ -89,13 +98,16 @@ def _colour(colour, i):
     """A colour as Pillow knows them, or the i-th of ours for None."""
     if colour is None:
         return colour_of(i)
-    return ImageColor.getrgb(colour)[:3] if isinstance(colour, str) else tuple(int(c) for c in colour)
+    if isinstance(colour, str):
+        return ImageColor.getrgb(colour)[:3]
+    return tuple(int(channel) for channel in colour)
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------
 
 class Block(NamedTuple):
     """Wrapped text, ready to draw; width and height in pixels."""
+
     lines: list
     font: ImageFont.FreeTypeFont
     width: int
@@ -118,25 +130,31 @@ def fonts_of_size(size):
 def _lacks(which, character):
     """Whether the font of that number draws `character` as its sign for a missing one (most often a hollow box)."""
     font = fonts_of_size(16)[which]
-    glyph, missing = font.getmask(character), font.getmask("\U0010ffff")
+    glyph = font.getmask(character)
+    missing = font.getmask("\U0010ffff")
     return glyph.size == missing.size and bytes(glyph) == bytes(missing)
 
 
 def font_for(text, size):
     """The first font that lacks the fewest characters of `text`; those it lacks appear as hollow boxes."""
     fonts = fonts_of_size(size)
-    return fonts[min(range(len(fonts)), key=lambda which: sum(_lacks(which, c) for c in set(text)))]
+    lacking = []  # of each font, the number of characters
+    for which in range(len(fonts)):
+        lacking.append(sum(_lacks(which, character) for character in set(text)))
+    return fonts[lacking.index(min(lacking))]
 
 
 def clean_text(text, limit=MAX_CHARACTERS):
     """One line of printable text of at most `limit` characters: no control characters, no halves of characters."""
-    text = str(text)[:4 * limit]
-    text = " ".join("".join(c if c.isprintable() else " " if c.isspace() else "" for c in text).split())
+    text = "".join(c for c in str(text)[:4 * limit] if c.isprintable() or c.isspace())
+    text = " ".join(text.split())
     return text if len(text) <= limit else text[:limit - 1].rstrip() + "…"
 
 
 def _wrap(text, font, width):
-    lines, line = [], ""
+    """Text in lines of at most `width` pixels, a list."""
+    lines = []
+    line = ""
     for word in text.split(" "):
         longer = f"{line} {word}" if line else word
         if font.getlength(longer) <= width:
@@ -155,19 +173,22 @@ def _wrap(text, font, width):
 
 
 def text_block(text, size, width):
+    """Text of a font size, wrapped to at most `width` pixels, in lines of similar length."""
     font = font_for(text, size)
     lines = _wrap(text, font, width)
-    for share in (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6) if len(lines) > 1 else ():
-        narrower = _wrap(text, font, share * width)  # even lines look better than a word alone in the last one
-        if len(narrower) > len(lines):
-            break
-        lines = narrower
+    if len(lines) > 1:  # even lines look better than a word alone in the last one
+        for share in (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6):
+            narrower = _wrap(text, font, share * width)
+            if len(narrower) > len(lines):
+                break
+            lines = narrower
     ascent, descent = font.getmetrics()
     return Block(lines, font, math.ceil(max(map(font.getlength, lines))), (ascent + descent) * len(lines))
 
 
-def write_block(draw, xy, block, colour):
-    x, y = xy  # top left corner
+def write_block(draw, corner, block, colour):
+    """Write a Block; corner: (x, y) of its top left."""
+    x, y = corner
     for i, line in enumerate(block.lines):
         draw.text((x, y + i * block.height // len(block.lines)), line, colour, block.font)
 
@@ -178,22 +199,23 @@ def draw_boxes(image, boxes, labels=None, scores=None, colours=None, heatmap=Non
     """Draw boxes, each with its expression beside it.
 
     image:   PIL image, or (H, W, 3) uint8 RGB array
-    boxes:   (n, 4) numbers, (xmin, ymin, xmax, ymax) in pixels; what lies outside the picture is cut off
+    boxes:   (n, 4) numbers, (xmin, ymin, xmax, ymax) in pixels; parts outside the image are cut off
     labels:  n strings; scores: n numbers, written after the labels
     colours: n colours, (r, g, b) or "#rrggbb"; by default n that are easily told apart
     heatmap: (h, w) numbers, see overlay_heatmap; mask: (h, w) 0..1, see overlay_mask, in the first box's colour
 
-    A box's line lies around its inside, and a label in none: neither hides what it names, except that the line of
-    a box along the picture's border lies within that border. Labels that have no such place, or would hide more
-    than a sixth of the picture, are written below it with a key of colours. The returned picture is then larger,
-    with the old one in its top left corner, so that coordinates stay what they were.
+    The line of a box lies around its inside, and labels lie outside all boxes, so neither hides an object; only the
+    line of a box along the image's border lies within that border. Labels that have no such place, or would hide more
+    than a sixth of the image, are written below it with a key of colours. The returned image is then larger, with the
+    old one in its top left corner, so that coordinates stay the same.
 
     Raises ValueError for boxes of another shape, not finite or inside out, and for lists of another length.
     """
     image = _rgb(image)
     boxes = _checked_boxes(boxes)
-    labels, scores, colours = (_one_each(values, len(boxes), name) for values, name in
-                               [(labels, "labels"), (scores, "scores"), (colours, "colours")])
+    labels = _one_each(labels, len(boxes), "labels")
+    scores = _one_each(scores, len(boxes), "scores")
+    colours = _one_each(colours, len(boxes), "colours")
     colours = [_colour(colour, i) for i, colour in enumerate(colours)]
     texts = [_caption(label, score) for label, score in zip(labels, scores)]
     if heatmap is not None:
@@ -201,27 +223,33 @@ def draw_boxes(image, boxes, labels=None, scores=None, colours=None, heatmap=Non
     if mask is not None:
         image = overlay_mask(image, mask, colours[0] if colours else None)
 
-    scale = math.sqrt(image.width * image.height)  # everything grows with the picture, down to what is readable
-    line, halo, size = max(2, round(scale / 180)), max(1, round(scale / 600)), max(12, round(scale / 32))
+    scale = math.sqrt(image.width * image.height)  # everything grows with the image, down to a readable size
+    line = max(2, round(scale / 180))
+    halo = max(1, round(scale / 600))
+    size = max(12, round(scale / 32))  # of the letters
     draw = ImageDraw.Draw(image)
     frames = [_frame(box, line + halo, image.size) for box in boxes]
     for frame, colour in zip(frames, colours):
         _outline(draw, frame, colour, line, halo)
 
-    taken, untagged = list(frames), []
+    taken = list(frames)
+    without_place = []  # (text, colour)
     for frame, text, colour in zip(frames, texts, colours):
-        place = _place_tag(text, size, frame, taken, image.size) if text else None
-        if place:
-            tag, block = place
-            taken.append(tag)
-            _fill(draw, tag, colour)
-            write_block(draw, (tag[0] + size // 3, tag[1] + size // 8), block, _contrast(colour))
-        elif text:
-            untagged.append((text, colour))
-    return _with_key(image, untagged, size) if untagged else image
+        if not text:
+            continue
+        place = _place_tag(text, size, frame, taken, image.size)
+        if place is None:
+            without_place.append((text, colour))
+            continue
+        tag, block = place
+        taken.append(tag)
+        _fill(draw, tag, colour)
+        write_block(draw, (tag[0] + size // 3, tag[1] + size // 8), block, _contrast(colour))
+    return _with_key(image, without_place, size) if without_place else image
 
 
 def _checked_boxes(boxes):
+    """(n, 4) float64. Raises ValueError."""
     boxes = np.asarray(boxes, dtype=np.float64)
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         if boxes.size:
@@ -233,6 +261,7 @@ def _checked_boxes(boxes):
 
 
 def _one_each(values, n, name):
+    """values as a list of n, of None if it is None."""
     if values is None:
         return [None] * n
     if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != n:
@@ -241,18 +270,19 @@ def _one_each(values, n, name):
 
 
 def _caption(label, score):
-    parts = [clean_text(label or ""), f"{score:.2f}" if score is not None else ""]
-    return " · ".join(part for part in parts if part)
+    """The text of a label; a score is written behind it."""
+    text = clean_text(label or "")
+    if score is None:
+        return text
+    return f"{text} · {score:.2f}" if text else f"{score:.2f}"
 
 
 def _frame(box, margin, size):
-    """The rectangle at the outer edge of a box's line: the box grown by `margin`, within the picture."""
-    limit = np.array(size * 2)
-    box = np.clip(box, 0, limit)
+    """The rectangle at the outer edge of a box's line: the box grown by `margin`, within an image of `size`."""
+    limit = np.array(size * 2)  # W, H, W, H
+    box = np.clip(box, 0, limit)  # a box beyond the image leaves a mark at its border
     frame = np.concatenate([np.floor(box[:2]) - margin, np.ceil(box[2:]) + margin])
-    frame = np.clip(frame, 0, limit).astype(int)
-    frame[:2] = np.minimum(frame[:2], limit[:2] - 1)  # a box beyond the picture leaves a mark at its border
-    return tuple(int(v) for v in (*frame[:2], *np.maximum(frame[2:], frame[:2] + 1)))
+    return tuple(np.clip(frame, 0, limit).astype(int).tolist())
 
 
 def _fill(draw, rectangle, colour, **outline):
@@ -261,51 +291,62 @@ def _fill(draw, rectangle, colour, **outline):
 
 
 def _outline(draw, frame, colour, line, halo):
+    """A line along the inside of a frame, with a halo of a contrasting colour."""
     x0, y0, x1, y1 = frame
     _fill(draw, (x0 - halo, y0 - halo, x1 + halo, y1 + halo), None, outline=_contrast(colour), width=line + 2 * halo)
     _fill(draw, frame, None, outline=colour, width=line)
 
 
-def _place_tag(text, size, frame, taken, picture):
+def _place_tag(text, size, frame, taken, image_size):
     """A rectangle and wrapped text for a label that touches its frame and overlaps nothing taken; or None."""
-    for share in (0.6, 0.4, 0.25, 1.0):  # of the picture's width
-        width = picture[0] * share - 2 * (size // 3)
-        if width < 3 * size:  # a letter or two a line
+    image_width, image_height = image_size
+    indent = size // 3  # of the text in its rectangle
+    for share in (0.6, 0.4, 0.25, 1.0):  # of the image's width
+        text_width = image_width * share - 2 * indent
+        if text_width < 3 * size:  # a letter or two a line
             continue
-        block = text_block(text, size, width)
-        w, h = block.width + 2 * (size // 3), block.height + 2 * (size // 8)
-        if len(block.lines) > 3 or w * h > picture[0] * picture[1] / 6 or w > picture[0]:
+        block = text_block(text, size, text_width)
+        width = block.width + 2 * indent
+        height = block.height + 2 * (size // 8)
+        if len(block.lines) > 3 or width * height > image_width * image_height / 6 or width > image_width:
             continue
-        for x, y in _spots(frame, w, h, picture):
-            tag = (x, y, x + w, y + h)
-            inside = y >= 0 and x >= 0 and tag[2] <= picture[0] and tag[3] <= picture[1]
-            if inside and not any(_overlap(tag, other) for other in taken):
+        for x, y in _spots(frame, width, height, image_size):
+            tag = (x, y, x + width, y + height)
+            is_inside = x >= 0 and y >= 0 and tag[2] <= image_width and tag[3] <= image_height
+            if is_inside and not any(_overlap(tag, other) for other in taken):
                 return tag, block
     return None
 
 
-def _spots(frame, w, h, picture):
-    """Top left corners for a label of w x h around a frame, the most usual first: above, below, right, left."""
+def _spots(frame, width, height, image_size):
+    """Top left corners for a label around a frame, the most usual first: above, below, right, left."""
     x0, y0, x1, y1 = frame
-    columns = [min(max(x, 0), picture[0] - w) for x in (x0, x1 - w, (x0 + x1 - w) // 2)]
-    rows = [min(max(y, 0), picture[1] - h) for y in (y0, y1 - h, (y0 + y1 - h) // 2)]
-    return ([(x, y) for y in (y0 - h, y1) for x in columns] + [(x, y) for x in (x1, x0 - w) for y in rows])
+    columns = [min(max(x, 0), image_size[0] - width) for x in (x0, x1 - width, (x0 + x1 - width) // 2)]
+    rows = [min(max(y, 0), image_size[1] - height) for y in (y0, y1 - height, (y0 + y1 - height) // 2)]
+    spots = [(x, y0 - height) for x in columns]
+    spots += [(x, y1) for x in columns]
+    spots += [(x1, y) for y in rows]
+    spots += [(x0 - width, y) for y in rows]
+    return spots
 
 
 def _overlap(a, b):
+    """Whether two rectangles have pixels in common."""
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _with_key(image, entries, size):
-    """The picture with a strip below it: for each (text, colour) a square of the colour and the wrapped text."""
-    pad, indent = size // 2, 2 * size
-    width = max(image.width, 16 * size)  # a very narrow picture would leave a letter or two a line
+    """The image with a strip below it: for each (text, colour) a square of the colour and the wrapped text."""
+    pad = size // 2
+    indent = 2 * size
+    width = max(image.width, 16 * size)  # a very narrow image would leave a letter or two a line
     blocks = [text_block(text, size, width - indent - pad) for text, _ in entries]
     width = max([image.width] + [block.width + indent + pad for block in blocks])
     height = sum(block.height + pad // 2 for block in blocks) + 2 * pad - pad // 2
     canvas = Image.new("RGB", (width, image.height + height), PAPER)
     canvas.paste(image, (0, 0))
-    draw, y = ImageDraw.Draw(canvas), image.height + pad
+    draw = ImageDraw.Draw(canvas)
+    y = image.height + pad
     for (_, colour), block in zip(entries, blocks):
         top = y + (block.height // len(block.lines) - size) // 2
         _fill(draw, (pad, top, pad + size, top + size), colour)
@@ -317,32 +358,38 @@ def _with_key(image, entries, size):
 # ---- contact sheet --------------------------------------------------------------------------------------------------
 
 def contact_sheet(tiles, captions=None, columns=4, tile=320):
-    """A grid of pictures, each fitted into a square of `tile` pixels, its caption wrapped below it.
+    """A grid of images, each fitted into a square of `tile` pixels, its caption wrapped below it.
 
-    tiles: pictures as in draw_boxes; captions: as many strings. Returns the sheet, `columns` pictures wide.
+    tiles: images as in draw_boxes; captions: as many strings. Returns the sheet, `columns` images wide.
     """
     if not len(tiles) or columns < 1 or tile < 16:
-        raise ValueError(f"a contact sheet needs pictures, columns and a tile of 16 pixels, got {len(tiles)}, "
+        raise ValueError(f"a contact sheet needs images, columns and a tile of 16 pixels, got {len(tiles)}, "
                          f"{columns}, {tile}")
     captions = _one_each(captions, len(tiles), "captions")
-    columns, size = min(columns, len(tiles)), max(11, tile // 20)
+    columns = min(columns, len(tiles))
+    size = max(11, tile // 20)  # of the letters
     gap = size
     blocks = [text_block(clean_text(caption or "", 200), size, tile) for caption in captions]
     rows = [range(i, min(i + columns, len(tiles))) for i in range(0, len(tiles), columns)]
-    heights = [tile + max(blocks[i].height if captions[i] else 0 for i in row) + gap // 2 for row in rows]
+    heights = []
+    for row in rows:
+        text_height = max([blocks[i].height for i in row if captions[i]], default=0)
+        heights.append(tile + text_height + gap // 2)
     sheet = Image.new("RGB", (columns * (tile + gap) + gap, sum(heights) + gap * (len(rows) + 1)), PAPER)
-    draw, y = ImageDraw.Draw(sheet), gap
+    draw = ImageDraw.Draw(sheet)
+    y = gap
     for row, height in zip(rows, heights):
         for column, i in enumerate(row):
             x = gap + column * (tile + gap)
-            picture = _fitted(_rgb(tiles[i]), tile)
+            image = _fitted(_rgb(tiles[i]), tile)
             _fill(draw, (x, y, x + tile, y + tile), (240, 240, 238))
-            sheet.paste(picture, (x + (tile - picture.width) // 2, y + (tile - picture.height) // 2))
+            sheet.paste(image, (x + (tile - image.width) // 2, y + (tile - image.height) // 2))
             write_block(draw, (x, y + tile + gap // 2), blocks[i], INK)
         y += height + gap
     return sheet
 
 
 def _fitted(image, tile):
+    """The image resized so that its long side is `tile`."""
     scale = tile / max(image.size)
     return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)

@@ -1,0 +1,180 @@
+"""Scenes of the drawn world as numbers, and their images.
+
+x, y and lengths are in units of the image's long side, y points down.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+# All darker than any background: an outline then looks alike in every colour, which a small ViT learns far sooner
+COLOURS = {"red": (205, 20, 30), "green": (10, 130, 45), "blue": (30, 65, 215), "brown": (125, 75, 30),
+           "purple": (115, 25, 155), "orange": (240, 115, 0), "black": (18, 18, 22), "pink": (230, 70, 160)}
+SIZES = {"small": 0.22, "medium": 0.31, "large": 0.44}  # diameter / sqrt(image's area)
+OUTLINE = 0.36  # an outlined shape has a hole of its own form, smaller by this share: 18 % of the diameter a side
+TEXTURES = ("plain", "gradient", "stripes", "checks", "speckle")
+
+
+@dataclass(frozen=True)
+class Object:
+    """x, y, diameter in long sides of the image, y pointing down; rotation in degrees, clockwise."""
+
+    shape: str
+    colour: str
+    size: str
+    filled: bool
+    x: float
+    y: float
+    diameter: float
+    rotation: float
+
+
+@dataclass(frozen=True)
+class Background:
+    """Two RGB colours and how they alternate: period in long sides, angle in radians, seed of the speckle."""
+
+    texture: str
+    colours: tuple
+    period: float
+    angle: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    """width and height in long sides (the longer is 1); objects from back to front."""
+
+    width: float
+    height: float
+    background: Background
+    objects: tuple
+
+
+def _polar(radii, count):
+    """A closed figure with this many corners, the first at the top, their radii repeating."""
+    angles = 2 * np.pi * np.arange(count) / count
+    return np.resize(radii, count)[:, None] * np.stack([np.sin(angles), -np.cos(angles)], 1)
+
+
+def _heart():
+    t = 2 * np.pi * np.arange(64) / 64
+    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return np.stack([16 * np.sin(t) ** 3, -y], 1) / 32
+
+
+def _cross(reach, half):
+    """Four arms of this reach and half this width."""
+    r = reach
+    h = half
+    return np.array([[-h, -r], [h, -r], [h, -h], [r, -h], [r, h], [h, h], [h, r], [-h, r], [-h, h], [-r, h], [-r, -h],
+                     [-h, -h]])
+
+
+def _arrow(tip, barb, neck, half, end):
+    """An arrow upwards: y of its tip, x of its barbs, y of its neck, half the width of its shaft, y of its end."""
+    return np.array([[0, tip], [barb, neck], [half, neck], [half, end], [-half, end], [-half, neck], [-barb, neck]])
+
+
+# The corners (n, 2) of each shape for diameter 1, y pointing down. The extents differ a little, so that all look
+# equally large.
+CORNERS = {
+    "circle": _polar([0.48], 64),
+    "square": np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * 0.43,
+    "triangle": _polar([0.58], 3),
+    "star": _polar([0.56, 0.25], 10),
+    "heart": _heart(),
+    "diamond": np.array([[0, -0.57], [0.38, 0], [0, 0.57], [-0.38, 0]]),
+    "cross": _cross(0.5, 0.18),
+    "arrow": _arrow(-0.54, 0.5, 0.08, 0.22, 0.5),
+}
+# The hole of the outlined shape: the same, shrunk towards the middle; where that would leave some sides thin, redrawn.
+HOLES = {shape: corners * (1 - OUTLINE) for shape, corners in CORNERS.items()}
+HOLES["cross"] = _cross(0.39, 0.07)
+HOLES["arrow"] = _arrow(-0.34, 0.25, -0.03, 0.1, 0.38)
+REACH = 0.63  # no corner comes further from the middle, with some room to the image's edge
+SHAPES = tuple(CORNERS)
+
+
+def _polygon(obj, pixels):
+    """The corners of an object as a flat list of pixel coordinates. For an outlined one the path goes around the
+    outside, then around the hole."""
+    corners = CORNERS[obj.shape]  # (n, 2)
+    if not obj.filled:
+        hole = HOLES[obj.shape]
+        corners = np.concatenate([corners, corners[:1], hole, hole[:1]])
+    angle = math.radians(obj.rotation)
+    cos = math.cos(angle)
+    sin = math.sin(angle)
+    corners = corners @ (np.array([[cos, sin], [-sin, cos]]) * obj.diameter) + (obj.x, obj.y)  # (n, 2) in long sides
+    return np.rint(corners * pixels).astype(int).ravel().tolist()
+
+
+def _texture(background, width, height):
+    """The background as an RGB image of this many pixels."""
+    first, second = background.colours
+    if background.texture == "plain":
+        return Image.new("RGB", (width, height), first)
+    if background.texture == "gradient":
+        # how much of the first colour is in each of the four corners, (2, 2, 1)
+        corner = np.cos(background.angle + np.array([[0, 1], [3, 2]]) * np.pi / 2)[..., None] / 2 + 0.5
+        corners = corner * first + (1 - corner) * np.array(second)
+        return Image.fromarray(corners.astype(np.uint8)).resize((width, height), Image.BILINEAR, (0.5, 0.5, 1.5, 1.5))
+    if background.texture == "speckle":
+        grid = np.random.default_rng(background.seed).random((64, 64, 1), np.float32)
+        grains = grid * first + (1 - grid) * np.array(second, np.float32)
+        return Image.fromarray(grains.astype(np.uint8)).resize((width, height), Image.BILINEAR)
+    return _bands(background, width, height)
+
+
+def _bands(background, width, height):
+    """Stripes or checks."""
+    step = 1 / (background.period * max(width, height))  # periods for a pixel
+    cos = math.cos(background.angle) * step
+    sin = math.sin(background.angle) * step
+    x = np.arange(width, dtype=np.float32)  # (W,)
+    y = np.arange(height, dtype=np.float32)[:, None]  # (H, 1)
+    band = np.floor(cos * x + sin * y).astype(np.int32)  # (H, W)
+    if background.texture == "checks":
+        band += np.floor(cos * y - sin * x).astype(np.int32)
+    bands = Image.fromarray((band & 1).astype(np.uint8))
+    bands.putpalette(background.colours[0] + background.colours[1])
+    return bands.convert("RGB")
+
+
+def draw(scene, long_side=256, supersample=1):
+    """Draws a scene: (RGB image, labels). labels (H, W) uint8: 0 background, i + 1 where object i shows.
+
+    long_side in pixels. supersample=2 or more draws larger and shrinks, for smooth edges.
+    """
+    # Only the labels are drawn; the image is the labels, each with its object's colour, over the background.
+    pixels = long_side * supersample
+    width = max(round(scene.width * long_side), 1) * supersample
+    height = max(round(scene.height * long_side), 1) * supersample
+    labels = Image.new("P", (width, height))
+    pencil = ImageDraw.Draw(labels)
+    palette = [0, 0, 0]
+    for i, obj in enumerate(scene.objects):
+        pencil.polygon(_polygon(obj, pixels), fill=i + 1)
+        palette += COLOURS[obj.colour]
+    labels.putpalette(palette)
+    index = np.asarray(labels)  # (H, W)
+    image = _texture(scene.background, width, height)
+    image.paste(labels.convert("RGB"), mask=Image.fromarray((index > 0).view(np.uint8) * 255))
+    if supersample > 1:
+        image = image.reduce(supersample)
+        index = index[supersample // 2::supersample, supersample // 2::supersample]
+    return image, index.copy()  # `index` is a read-only view of the drawing
+
+
+def boxes_of(labels, targets):
+    """The tight boxes (n, 4) float32 (xmin, ymin, xmax, ymax) of the visible pixels of objects; the last pixel's far
+    edge is the box's edge."""
+    boxes = np.zeros((len(targets), 4), np.float32)
+    for row, target in enumerate(targets):
+        mask = labels == target + 1
+        x = np.flatnonzero(mask.any(0))
+        y = np.flatnonzero(mask.any(1))
+        boxes[row] = x[0], y[0], x[-1] + 1, y[-1] + 1
+    return boxes

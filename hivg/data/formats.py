@@ -1,0 +1,189 @@
+"""The four formats of annotation files, each to the same rows, not checked yet.
+
+A file's format is recognised by its content. Pickles are read as plain data (hivg/utils/pickles.py).
+"""
+
+import json
+import re
+import zlib
+from dataclasses import dataclass
+
+from hivg.data.published import COCO, DATASETS, IMAGE_FOLDERS
+from hivg.utils import pickles
+
+
+@dataclass(slots=True)
+class Row:
+    """One expression as a file says it; only `form` and `image_folder` are certain to be right."""
+
+    file: object = None
+    expression: object = None
+    bbox: object = None
+    form: str = "xywh"  # or xyxy
+    image_folder: str | None = COCO  # below the data root; None: `file` is a path of its own
+    segmentation: object = None
+    split: str | None = None  # None: the file holds one split
+    size: tuple | None = None  # (width, height) of the image, where the file says it
+    problem: str | None = None  # why there is no complete row
+
+
+def read_rows(path, dataset):
+    """All rows of an annotation file, a list.
+
+    dataset: a key of published.DATASETS; anything else stands for people's own data. Raises ValueError.
+    """
+    try:
+        with open(path, "rb") as file:
+            first_line = file.readline(1 << 20)
+        if first_line.lstrip()[:1] not in (b"{", b"["):
+            return pickled_rows(path, dataset)
+        if "image" in (json_object(first_line) or {}):
+            return lines_rows(path, dataset)
+        data = json.loads(path.read_text("utf-8"))
+        if isinstance(data, dict) and {"images", "annotations"} <= data.keys():
+            return mdetr_rows(data)
+        raise ValueError("JSON, but neither MDETR's (images and annotations) nor a line for each expression with its "
+                         "image, expression and bbox")
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"no {error} in it" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path}: cannot be read as annotations: {reason}") from None
+
+
+def pickled_rows(path, dataset):
+    data = pickles.read(path)
+    if not isinstance(data, list) or not data:
+        raise ValueError("no list of rows in it")
+    if isinstance(data[0], dict):
+        return refer_rows(path, data, dataset)
+    return list_rows(data, dataset)
+
+
+def refer_rows(path, refs, dataset):
+    """REFER: a list of objects, each with its sentences, whose boxes are in instances.json beside it."""
+    beside = path.with_name("instances.json")
+    if not beside.is_file():
+        raise ValueError(f"a REFER file needs {beside}, which holds its boxes")
+    instances = json.loads(beside.read_text("utf-8"))
+    # ids are numbers in one file and text in another
+    annotations = {str(annotation["id"]): annotation for annotation in instances["annotations"]}
+    images = {str(image["id"]): image for image in instances.get("images", [])}
+    rows = []
+    for ref in refs:
+        annotation = annotations.get(str(ref["ann_id"]), {})
+        image = images.get(str(ref["image_id"]), {})
+        # REFER's own file names end in _<number of the object>
+        file = image.get("file_name") or re.sub(r"_\d+(\.\w+)$", r"\1", ref["file_name"])
+        problem = None
+        if not annotation:
+            problem = f"ann_id {ref['ann_id']} of ref_id {ref.get('ref_id')} is not in {beside.name}"
+        bbox = annotation["bbox"] if annotation else None
+        for sentence in ref["sentences"]:
+            rows.append(Row(
+                file=file,
+                expression=sentence.get("sent") or sentence.get("raw"),
+                bbox=bbox,
+                image_folder=DATASETS[dataset].image_folder,
+                segmentation=annotation.get("segmentation"),
+                split=ref["split"],
+                size=stated_size(image),
+                problem=problem,
+            ))
+    return rows
+
+
+def list_rows(data, dataset):
+    """The `.pth` lists: (file, bbox, phrase), or (file, second, bbox, phrase, fifth).
+
+    second is a dict with the image's size, a mask's file name or, in the mixture, the image's data set; fifth is a list
+    of attributes in one generation of the files, polygons or an RLE in the other.
+    """
+    rows = []
+    for fields in data:
+        if not isinstance(fields, list | tuple) or len(fields) not in (3, 5):
+            rows.append(Row(problem=f"{fields!r:.60} is not of 3 or 5 fields"))
+            continue
+        if len(fields) == 5:
+            file, second, bbox, phrase, fifth = fields
+        else:
+            file, bbox, phrase = fields
+            second = fifth = None
+        image_folder = DATASETS[dataset].image_folder
+        if dataset == "mixup":
+            image_folder = IMAGE_FOLDERS.get(second, COCO) if isinstance(second, str) else COCO
+        rows.append(Row(
+            file=pickles.plain_text(file),
+            expression=pickles.plain_text(phrase),
+            bbox=bbox,
+            form="xyxy" if dataset in ("referit", "flickr") else "xywh",
+            image_folder=image_folder,
+            segmentation=fifth,
+            size=stated_size(second),
+        ))
+    return rows
+
+
+def mdetr_rows(data):
+    """MDETR: one record of a COCO image for each expression, with one annotation."""
+    annotations = {}
+    for annotation in data["annotations"]:
+        annotations.setdefault(annotation["image_id"], annotation)
+    rows = []
+    for image in data["images"]:
+        annotation = annotations.get(image["id"], {})
+        rows.append(Row(
+            file=image["file_name"],
+            expression=image["caption"],
+            bbox=annotation["bbox"] if annotation else None,
+            segmentation=annotation.get("segmentation"),
+            size=stated_size(image),
+            problem=None if annotation else f"image {image['id']} has no annotation",
+        ))
+    return rows
+
+
+def lines_rows(path, dataset):
+    """JSON lines: {"image", "expression", "bbox": [xmin, ymin, xmax, ymax]}, if wanted "segmentation" and "split"."""
+    published = DATASETS.get(dataset)
+    rows = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        record = json_object(line)
+        if record is None:
+            rows.append(Row(problem=f"line {number} is not a JSON object: {line:.60}"))
+            continue
+        rows.append(Row(
+            file=record.get("image"),
+            expression=record.get("expression"),
+            bbox=record.get("bbox"),
+            form="xyxy",
+            image_folder=published.image_folder if published else None,
+            segmentation=record.get("segmentation"),
+            split=record.get("split"),
+        ))
+    if not published and not any(row.split for row in rows):
+        for row in rows:
+            row.split = split_of_image(row.file)
+    return rows
+
+
+def split_of_image(file):
+    """"val" for one file name in ten, else "train": all expressions of an image are in one split."""
+    return "val" if zlib.crc32(str(file).encode(errors="replace")) % 10 == 0 else "train"
+
+
+def json_object(line):
+    """The JSON object that is this line, or None."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def stated_size(record):
+    """(width, height) of an image if a record says them, else None."""
+    if not isinstance(record, dict):
+        return None
+    size = record.get("width"), record.get("height")
+    return size if all(isinstance(n, int | float) and n > 0 for n in size) else None

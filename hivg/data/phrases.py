@@ -1,0 +1,125 @@
+"""The words of the drawn world: noun phrases for its objects, captions of whole scenes.
+
+The captions, and a phrase for each object, are the texts of the tiny CLIP's pre-training; referring expressions are in
+expressions.py. Objects and scenes are those of drawing.py.
+"""
+
+# Attributes are bits, so that a set of them is an integer.
+SIZE = 1
+FILL = 2
+COLOUR = 4
+SHAPE = 8
+ALL = SIZE | FILL | COLOUR | SHAPE
+
+SIZE_WORDS = {"small": ("small", "small", "little", "tiny"), "medium": ("medium", "medium-sized"),
+              "large": ("large", "big")}
+FILL_WORDS = {True: ("filled", "solid"), False: ("outlined", "hollow", "empty")}
+COLOUR_WORDS = {"purple": ("purple", "purple", "violet")}  # the other colours have one name
+ANY_WORDS = ("shape", "object", "thing", "one")
+RELATION_WORDS = {
+    "left": ("left of", "to the left of", "on the left side of"),
+    "right": ("right of", "to the right of", "on the right side of"),
+    "above": ("above", "above", "over", "higher than"),
+    "below": ("below", "below", "under", "beneath", "lower than"),
+    "closest": ("closest to", "nearest to", "next to"),
+    "furthest": ("furthest from", "farthest from", "furthest away from"),
+    "between": ("between",)}
+
+PLACES = (("at the top left", "at the top", "at the top right"),
+          ("on the left", "in the middle", "on the right"),
+          ("at the bottom left", "at the bottom", "at the bottom right"))
+MAX_CAPTION_WORDS = 60
+NAMED = {SHAPE: 1, COLOUR: 1, FILL: 0.3, SIZE: 0.15}  # how often a phrase names each attribute
+
+
+def pick(rng, options):
+    """One of the options, all equally likely. (Much faster than rng.choice.)"""
+    return options[int(rng.random() * len(options))]
+
+
+def attribute_words(rng, obj, attributes):
+    """The adjectives for a set of attributes, in the order English wants them: ["large", "red", "outlined"]."""
+    words = []
+    if attributes & SIZE:
+        words.append(pick(rng, SIZE_WORDS[obj.size]))
+    pair = []
+    if attributes & FILL:
+        pair.append(pick(rng, FILL_WORDS[obj.filled]))
+    if attributes & COLOUR:
+        pair.append(pick(rng, COLOUR_WORDS.get(obj.colour, (obj.colour,))))
+    if rng.random() < 0.3:  # "outlined red", less often "red outlined"
+        pair.reverse()
+    return words + pair
+
+
+def noun_phrase(rng, obj, attributes, before=(), any_words=ANY_WORDS):
+    """"red circle", with a superlative or ordinal before it: "leftmost red circle"."""
+    noun = obj.shape if attributes & SHAPE else pick(rng, any_words)
+    return " ".join([*before, *attribute_words(rng, obj, attributes), noun])
+
+
+def indefinite(rng, obj, attributes):
+    """"a large red circle", with these attributes."""
+    phrase = noun_phrase(rng, obj, attributes)
+    article = "an" if phrase[0] in "aeiou" else "a"
+    return f"{article} {phrase}"
+
+
+def place(scene, obj):
+    """The ninth of the image that an object is in, in words."""
+    row = int(3 * obj.y / scene.height)
+    column = int(3 * obj.x / scene.width)
+    return PLACES[row][column]
+
+
+def relate(rng, a, b):
+    """How a is to b: the one of the four directions that fits best, in words."""
+    dx = a.x - b.x
+    dy = a.y - b.y
+    if abs(dx) > abs(dy):
+        return pick(rng, RELATION_WORDS["left" if dx < 0 else "right"])
+    return pick(rng, RELATION_WORDS["above" if dy < 0 else "below"])
+
+
+def caption(scene, rng):
+    """A caption that names all objects of the scene in random order, in at most MAX_CAPTION_WORDS words.
+
+    Half of the captions do not say where the objects are, a quarter say where in the image, a quarter how they are to
+    each other. The shape of every object is named; size, fill and colour only in two captions of five each: a caption
+    that one attribute gives away (colours nearly always do) teaches nothing of the others.
+    """
+    objects = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
+    attributes = SHAPE
+    for attribute in (SIZE, FILL, COLOUR):
+        if rng.random() < 0.4:
+            attributes |= attribute
+    style = pick(rng, ("plain", "plain", "places", "relative"))
+    names = [indefinite(rng, obj, attributes) for obj in objects]
+    parts = names
+    if style == "places":
+        parts = [f"{name} {place(scene, obj)}" for name, obj in zip(names, objects)]
+    elif style == "relative":
+        parts = []
+        for i in range(0, len(names) - 1, 2):
+            relation = relate(rng, objects[i], objects[i + 1])
+            parts.append(f"{names[i]} {relation} {names[i + 1]}")
+        parts += names[len(names) // 2 * 2:]  # the last of an odd number
+    if sum(len(part.split()) for part in parts) >= MAX_CAPTION_WORDS:  # so many that there is no room for places
+        parts = names
+    if len(parts) == 1:
+        return parts[0]
+    return ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def object_phrases(scene, rng):
+    """A phrase for each object, "a red star", true of it and perhaps of others: (phrases, the attributes that each
+    names, sets of bits)."""
+    named = []
+    for _ in scene.objects:
+        attributes = 0
+        for attribute, chance in NAMED.items():
+            if rng.random() < chance:
+                attributes |= attribute
+        named.append(attributes)
+    texts = [indefinite(rng, obj, attributes) for obj, attributes in zip(scene.objects, named)]
+    return texts, named

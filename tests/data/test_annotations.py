@@ -1,0 +1,263 @@
+"""Samples of the data sets: the same scenes in all formats give the same samples; rows with a problem are counted."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from makers_data import (
+    expected,
+    found,
+    make_scenes,
+    python2,
+    write_lines,
+    write_list,
+    write_mdetr,
+    write_own,
+    write_refer,
+    xywh,
+)
+from PIL import Image
+
+from hivg.data.annotations import Report, checked_segmentation, read_samples
+from hivg.data.published import COCO, DATASETS, FLICKR, REFERIT, canonical
+
+WRITERS = {  # name: the function and its arguments
+    "REFER, Python 2": (write_refer, {"dump": python2}),
+    "REFER, Python 3": (write_refer, {"dump": pickle.dumps}),
+    "REFER, protocol 0": (write_refer, {"dump": lambda data: pickle.dumps(data, 0)}),
+    ".pth": (write_list, {}),
+    ".pth, arrays": (write_list, {"array": True}),
+    ".pth, older torch.save": (write_list, {"legacy": True}),
+    ".pth, older torch.save, arrays": (write_list, {"legacy": True, "array": True}),
+    ".pth, named unc": (write_list, {"dataset": "unc"}),
+    "MDETR": (write_mdetr, {}),
+    "JSON lines": (write_lines, {}),
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("writer", WRITERS)
+def test_every_format_gives_the_same_samples(tmp_path, writer, seed):
+    splits = {}
+    for i, split in enumerate(("train", "val", "testA")):
+        splits[split] = make_scenes(tmp_path, seed=10 * seed + i)
+    write, arguments = WRITERS[writer]
+    write(tmp_path, splits, **arguments)
+    for split, scenes in splits.items():
+        for name in ("refcoco", "unc"):
+            report = Report()
+            samples = read_samples(tmp_path, name, split, report=report)
+            assert found(samples) == expected(tmp_path, scenes)
+            assert not report.problems
+    with pytest.raises(ValueError, match="no split 'testB'.*there are testA, train, val"):
+        read_samples(tmp_path, "refcoco", "testB")
+
+
+@pytest.mark.parametrize("dataset", ["unc", "unc+", "gref", "gref_umd", "referit", "flickr"])
+@pytest.mark.parametrize("new", [True, False])
+def test_published_lists(tmp_path, dataset, new):
+    folder = {"referit": REFERIT, "flickr": FLICKR}.get(dataset, COCO)
+    scenes = make_scenes(tmp_path, folder=folder, head="")
+    write_list(tmp_path, {"val": scenes}, dataset, new)
+    samples = read_samples(tmp_path, dataset, "val")
+    assert found(samples) == expected(tmp_path, scenes, folder, segmentation=new and dataset != "flickr")
+
+
+def test_mixture(tmp_path):
+    """Boxes are xywh throughout; the second field says where the image is."""
+    rows = []
+    want = []
+    for seed, source, folder in ((1, "coco", COCO), (2, "flickr", FLICKR), (3, "referit", REFERIT)):
+        is_coco = source == "coco"
+        scenes = make_scenes(tmp_path, 3, seed, folder, head="")
+        want += expected(tmp_path, scenes, folder, segmentation=is_coco)
+        for s in scenes:
+            second = s.coco_size() if is_coco else source
+            rows.append((s.file, second, xywh(s.box), s.expression, s.segmentation if is_coco else None))
+    (tmp_path / "mixup").mkdir()
+    torch.save(rows, tmp_path / "mixup" / "mixup_train.pth")
+    assert found(read_samples(tmp_path, "mixup", "train")) == want
+
+
+@pytest.mark.parametrize("place, dataset", [
+    ("refcoco+/refs(unc).p", "unc+"),
+    ("refcocog/refs(umd).p", "gref_umd"),
+    ("refcocog/refs(google).p", "gref"),
+    ("refer/refcocog/refs(umd).p", "refcocog"),
+    ("annotations/refclef/refs(berkeley).p", "referit"),
+])
+def test_places_of_refer(tmp_path, place, dataset):
+    folder = DATASETS[canonical(dataset)].image_folder
+    scenes = make_scenes(tmp_path, folder=folder)
+    write_refer(tmp_path, {"val": scenes}, place)
+    want = expected(tmp_path, scenes, folder)
+    assert found(read_samples(tmp_path, dataset, "val")) == want
+    file = tmp_path / place
+    assert found(read_samples(tmp_path, dataset, "val", annotations=file)) == want
+    assert found(read_samples(tmp_path, dataset, "val", annotations=str(file.parent))) == want
+
+
+def test_the_likelier_place_comes_first(tmp_path):
+    """A split's own file in the data set's folder before one in the data root."""
+    near = make_scenes(tmp_path, 2, seed=1)
+    far = make_scenes(tmp_path, 2, seed=2)
+    write_mdetr(tmp_path, {"val": far})
+    assert found(read_samples(tmp_path, "refcoco", "val")) == expected(tmp_path, far)
+    write_lines(tmp_path, {"val": near})
+    assert found(read_samples(tmp_path, "refcoco", "val")) == expected(tmp_path, near)
+
+
+# --- names ---
+
+
+def test_names_are_unambiguous():
+    names = []
+    for name, published in DATASETS.items():
+        assert published.names[0] == name
+        names += published.names
+    assert len(names) == len(set(names))
+    assert canonical("gref_umd") == "refcocog" and canonical("flickr30k") == canonical("flickr") == "flickr"
+
+
+def test_unknown_names_and_empty_roots(tmp_path):
+    with pytest.raises(ValueError, match=r"no data set 'coco'; there are shapes, refcoco, .*also as flickr30k, gref,"):
+        read_samples(tmp_path, "coco", "train")
+    with pytest.raises(ValueError, match="no annotations of refcoco.*refcoco_train.pth"):
+        read_samples(tmp_path, "unc", "train")
+    with pytest.raises(ValueError, match="no such file"):
+        read_samples(tmp_path, tmp_path / "mine.jsonl", "train")
+
+
+# --- people's own data ---
+
+
+def test_own_lines_are_split_by_image(tmp_path):
+    path = write_own(tmp_path)
+    train = read_samples("nowhere", path, "train")
+    val = read_samples("nowhere", path, "val")
+    assert len(train) + len(val) == 80 and 1 <= len(val) <= 20
+    assert not {s.image for s in train} & {s.image for s in val}
+    assert train[0].box == (1.0, 2.0, 11.0, 12.5) and train[0].image == tmp_path / "images/0.png"
+
+
+def test_own_lines_may_name_their_split(tmp_path):
+    path = write_own(tmp_path, split="train")
+    assert len(read_samples(tmp_path, str(path), "train")) == 80
+    with pytest.raises(ValueError, match="no split 'val'; there are train"):
+        read_samples(tmp_path, path, "val")
+
+
+def test_own_images_are_below_the_data_root_or_beside_the_file(tmp_path):
+    path = write_own(tmp_path, 1, split="train")
+    root = tmp_path / "root"
+    (root / "images").mkdir(parents=True)
+    assert read_samples(root, path, "train")[0].image == tmp_path / "images/0.png"
+    Image.new("RGB", (30, 20)).save(root / "images/0.png")
+    assert read_samples(root, path, "train")[0].image == root / "images/0.png"
+
+
+# --- problems ---
+
+
+def test_problems_are_counted_named_and_left_out(tmp_path, capsys):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    good = {"image": "a.png", "expression": "x", "bbox": [0, 0, 30.5, 20]}  # half a pixel too wide is how people draw
+    bad = {
+        "missing image": {"image": "b.png"},
+        "damaged image": {"image": "broken.png"},
+        "box outside the image": {"bbox": [5, 5, 40, 10]},
+        "box without area": {"bbox": [5, 5, 5, 10]},
+        "empty expression": {"expression": "  "},
+        "box that is not four numbers": {"bbox": [1, 2, 3]},
+        "no image named": {"image": None},
+    }
+    more = [{"bbox": [9, 5, 7, 10]}, {"bbox": [float("nan"), 0, 1, 1]}]
+    path = tmp_path / "mine.jsonl"
+    with open(path, "w") as file:
+        for change in [{}, *bad.values(), *more]:
+            file.write(json.dumps(good | change | {"split": "train"}) + "\n")
+        file.write("not JSON\n")
+    report = Report()
+    samples = read_samples(tmp_path, path, "train", report=report)
+    assert [s.box for s in samples] == [(0.0, 0.0, 30.5, 20.0)]
+    assert report.problems == {kind: 1 for kind in bad} | {"box without area": 3, "incomplete row": 1}
+    for index, kind in enumerate(bad, 1):
+        assert report.first[kind].startswith(f"index {index}: ")
+    assert not capsys.readouterr().err
+    read_samples(tmp_path, path, "train")
+    assert capsys.readouterr().err.splitlines() == report.lines()
+
+
+@pytest.mark.parametrize("box, is_inside", [
+    ([-1, -1, 31, 21], True), ([-1.1, 0, 9, 9], False), ([0, -1.1, 9, 9], False), ([0, 0, 31.1, 9], False),
+    ([0, 0, 9, 21.1], False)])
+def test_a_box_may_reach_out_by_a_pixel(tmp_path, box, is_inside):
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps({"image": "a.png", "expression": "x", "bbox": box, "split": "train"}))
+    assert len(read_samples(tmp_path, path, "train", report=Report())) == is_inside
+
+
+def test_a_missing_join_is_counted(tmp_path):
+    scenes = make_scenes(tmp_path)
+    write_refer(tmp_path, {"val": scenes})
+    instances = tmp_path / "refcoco" / "instances.json"
+    data = json.loads(instances.read_text())
+    del data["annotations"][0]
+    instances.write_text(json.dumps(data))
+    report = Report()
+    samples = read_samples(tmp_path, "refcoco", "val", report=report)
+    assert found(samples) == expected(tmp_path, scenes[1:])
+    assert "ann_id 10" in report.first["incomplete row"]
+    instances.unlink()
+    with pytest.raises(ValueError, match="needs .*instances.json"):
+        read_samples(tmp_path, "refcoco", "val")
+
+
+def test_file_names_without_their_object(tmp_path):
+    """Where instances.json lists no images, REFER's own file names are used, less the number of the object."""
+    scenes = make_scenes(tmp_path)
+    write_refer(tmp_path, {"val": scenes})
+    instances = tmp_path / "refcoco" / "instances.json"
+    instances.write_text(json.dumps({"annotations": json.loads(instances.read_text())["annotations"]}))
+    assert found(read_samples(tmp_path, "refcoco", "val")) == expected(tmp_path, scenes)
+
+
+def test_a_stated_size_saves_opening_the_image(tmp_path):
+    scenes = make_scenes(tmp_path)
+    write_list(tmp_path, {"val": scenes})
+    write_list(tmp_path, {"val": scenes}, "unc+", new=False)
+    for s in scenes:
+        (tmp_path / COCO / s.file).write_bytes(b"")
+    assert found(read_samples(tmp_path, "refcoco", "val")) == expected(tmp_path, scenes)
+    report = Report()
+    assert not read_samples(tmp_path, "unc+", "val", report=report)
+    assert report.problems == {"damaged image": len(scenes)}
+
+
+TRIANGLE = [1.0, 1.0, 5.0, 1.0, 5.0, 5.0]
+RLE = {"size": [2, 3], "counts": [1, 2, 3]}
+
+
+@pytest.mark.parametrize("given, wanted", [
+    (None, None), ([], None), ("7.mat", None), ([TRIANGLE, TRIANGLE], [TRIANGLE, TRIANGLE]),
+    ((tuple(TRIANGLE),), [tuple(TRIANGLE)]), ([np.array(TRIANGLE)], [TRIANGLE]),
+    ([TRIANGLE[:4]], None), ([[*TRIANGLE, 7.0]], None), ([TRIANGLE, ["r1"] * 6], None), (TRIANGLE, None),
+    (RLE, RLE), ({"size": (np.int64(2), 3), "counts": (1, 2, 3)}, RLE),
+    ({"size": [2, 3], "counts": b"123"}, {"size": [2, 3], "counts": "123"}), ({"size": [2, 3]}, None)], ids=str)
+def test_segmentations_are_plain_numbers(given, wanted):
+    """Anything that is no segmentation, as mask names and lists of attributes, is none."""
+    assert checked_segmentation(given, 3, 2, "a.jpg") == wanted
+
+
+def test_the_first_annotation_of_an_image_counts(tmp_path):
+    scenes = make_scenes(tmp_path, 1)[:1]
+    write_mdetr(tmp_path, {"val": scenes})
+    path = tmp_path / "finetune_refcoco_val.json"
+    data = json.loads(path.read_text())
+    data["annotations"].append(data["annotations"][0] | {"bbox": [0, 0, 1, 1]})
+    path.write_text(json.dumps(data))
+    assert found(read_samples(tmp_path, "refcoco", "val")) == expected(tmp_path, scenes)

@@ -1,0 +1,187 @@
+"""From data sets to batches of tensors: the same from files as drawn, in an order that depends on the step alone."""
+
+import pytest
+import torch
+from makers import assert_close
+from makers_data import write_own, write_shapes
+from PIL import Image
+
+from hivg.data.annotations import Sample
+from hivg.data.augment import Augment
+from hivg.data.batches import (
+    SampleTensors,
+    ShapesTensors,
+    box_mask,
+    collate,
+    evaluation_batches,
+    open_dataset,
+    training_batches,
+)
+from hivg.data.shapes import HARD_MIX, Shapes
+
+ROWS = {  # the keys of a row: shape and type of the tensors, None for lists
+    "images": ((3, 32, 32), torch.float32), "padding_mask": ((32, 32), torch.bool), "boxes": ((4,), torch.float32),
+    "masks": ((32, 32), torch.bool), "image_ids": ((), torch.int64), "has_mask": ((), torch.bool),
+    "pixel_boxes": ((4,), torch.float32), "expressions": None, "kinds": None, "image_names": None, "letterboxes": None}
+
+
+def make_samples(folder, n=10):
+    Image.new("RGB", (40, 30), "red").save(folder / "a.png")
+    return [Sample(folder / "a.png", f"cup {i}", (10.0, 10.0, 30.0, 20.0), None, "a.png") for i in range(n)]
+
+
+@pytest.mark.parametrize("kind", ["shapes", "samples", "augmented"])
+def test_keys_shapes_and_types(tmp_path, kind):
+    if kind == "shapes":
+        dataset = ShapesTensors("train", 32)
+    else:
+        dataset = SampleTensors(make_samples(tmp_path), 32, augment=Augment() if kind == "augmented" else None)
+    batch = next(iter(training_batches(dataset, 0, 8, 1)))
+    assert batch.keys() == ROWS.keys()
+    for key, wanted in ROWS.items():
+        assert len(batch[key]) == 8, key
+        if wanted is None:
+            assert isinstance(batch[key], list), key
+        else:
+            assert (tuple(batch[key].shape[1:]), batch[key].dtype) == wanted, key
+
+
+def test_drawn_scenes_as_tensors():
+    """Boxes and masks are those of the item, in the square."""
+    dataset = ShapesTensors("train", 64, seed=3)
+    for index in range(5):
+        row = dataset[index]
+        item = Shapes("train", seed=3)[index]
+        assert row["expressions"] == item["expressions"] and row["kinds"] == item["kinds"]
+        assert row["pixel_boxes"].tolist() == item["boxes"].tolist()
+        letterbox = row["letterboxes"][0]
+        assert_close("boxes", letterbox.boxes_to_image(row["boxes"]), row["pixel_boxes"], 1e-3)
+        for mask, target in zip(row["masks"], item["targets"]):
+            assert torch.equal(mask, letterbox.mask(item["labels"] == target + 1)) and mask.any()
+        assert row["image_ids"].tolist() == [index] * 4
+        assert row["image_names"] == [f"train {index}"] * 4
+
+
+def test_samples_from_files_are_what_shapes_draws(tmp_path):
+    """An image written and read back gives the tensors of the bundled data set itself, masks too."""
+    path = write_shapes(tmp_path, 5)
+    ours = open_dataset(str(path), "train", 64)
+    drawn = open_dataset("shapes", "train", 64)
+    for i in range(5):
+        rows = collate([ours[4 * i + k] for k in range(4)])
+        expected = drawn[i]
+        assert rows["expressions"] == expected["expressions"]
+        for name in ("images", "padding_mask", "boxes", "masks", "pixel_boxes", "has_mask"):
+            assert_close(name, rows[name], expected[name], 1e-6)
+        assert rows["image_ids"].tolist() == [i] * 4
+
+
+def test_hard_mix_is_of_the_training_split_alone():
+    assert open_dataset("shapes", "train", 32, train=True, hard_mix=True).shapes.weights == HARD_MIX
+    for options in ({"train": True}, {"hard_mix": True}):
+        assert open_dataset("shapes", "val", 32, **options).shapes.weights != HARD_MIX
+
+
+def test_training_alone_is_augmented(tmp_path):
+    path = write_shapes(tmp_path, 2)
+    assert open_dataset(path, "train", 32).augment is None
+    assert open_dataset(path, "train", 32, train=True).augment == Augment()
+
+
+def test_a_data_set_without_samples_is_refused(tmp_path, capsys):
+    path = write_own(tmp_path, 2, bbox=[5, 5, 5, 5], split="train")
+    with pytest.raises(ValueError, match="no sample is left; `python -m hivg.data check .*mine.jsonl` says why"):
+        open_dataset(str(path), "train", 32)
+
+
+def test_training_order(tmp_path):
+    """Every epoch is all samples once, in another order; an item depends on (seed, index) alone."""
+    samples = make_samples(tmp_path)
+    data = SampleTensors(samples, 32, augment=Augment())
+    orders = []
+    for epoch in range(3):
+        orders.append([data.number(10 * epoch + i) for i in range(10)])
+        assert sorted(orders[-1]) == list(range(10))
+    assert orders[0] != orders[1] != orders[2]
+    again = SampleTensors(samples, 32, augment=Augment())
+    other = SampleTensors(samples, 32, seed=1, augment=Augment())
+    for index in (25, 3, 2**33 + 5):  # any order; a stage starts at a large index
+        row = data[index]
+        assert row["expressions"] == again[index]["expressions"]
+        assert torch.equal(row["images"], again[index]["images"])
+        assert not torch.equal(row["images"], other[index]["images"])
+    same_sample = 10 + orders[1].index(orders[0][0])
+    assert data[0]["expressions"] == data[same_sample]["expressions"]
+    assert not torch.equal(data[0]["images"], data[same_sample]["images"])  # augmented differently
+
+
+def texts(batches):
+    return [batch["expressions"] for batch in batches]
+
+
+def test_batches_resume_and_are_shared(tmp_path):
+    data = SampleTensors(make_samples(tmp_path), 32, augment=Augment())
+    whole = texts(training_batches(data, 0, 4, 5))
+    assert len(whole) == 5 and all(len(batch) == 4 for batch in whole)
+    assert texts(training_batches(data, 0, 4, 5, start=3)) == whole[3:]
+    first = texts(training_batches(data, 0, 4, 5, rank=0, world=2))
+    second = texts(training_batches(data, 0, 4, 5, rank=1, world=2))
+    assert [a + b for a, b in zip(first, second, strict=True)] == whole
+
+
+def test_batches_of_scenes_follow_their_first_item():
+    dataset = ShapesTensors("train", 32)
+    batches = [batch["image_ids"].tolist() for batch in training_batches(dataset, 100, 8, 3)]
+    assert batches == [[100] * 4 + [101] * 4, [102] * 4 + [103] * 4, [104] * 4 + [105] * 4]
+
+
+@pytest.mark.parametrize("batch_size, world", [(6, 1), (0, 1), (4, 2), (12, 2)])
+def test_a_batch_is_of_whole_scenes_for_every_rank(batch_size, world):
+    with pytest.raises(ValueError, match=f"multiple of {4 * world}.*, not {batch_size}"):
+        training_batches(ShapesTensors("train", 32), 0, batch_size, 1, world=world)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_evaluation_sees_every_sample_once(tmp_path, world):
+    data = SampleTensors(make_samples(tmp_path), 32)
+    seen = []
+    for rank in range(world):
+        for batch in texts(evaluation_batches(data, 3, rank=rank, world=world)):
+            assert 1 <= len(batch) <= 3
+            seen += batch
+    assert sorted(seen) == sorted(f"cup {i}" for i in range(10))
+
+
+def test_loaders_leave_the_random_numbers_alone(tmp_path):
+    data = SampleTensors(make_samples(tmp_path), 32, augment=Augment())
+    torch.manual_seed(0)
+    for _ in training_batches(data, 0, 2, 3):
+        pass
+    drawn = torch.rand(3)
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.rand(3))
+
+
+def test_workers_change_nothing(tmp_path):
+    data = SampleTensors(make_samples(tmp_path), 32, augment=Augment())
+    alone = list(training_batches(data, 0, 4, 3))
+    for a, b in zip(alone, training_batches(data, 0, 4, 3, workers=2), strict=True):
+        assert a["expressions"] == b["expressions"] and torch.equal(a["images"], b["images"])
+
+
+def test_a_box_stands_in_for_a_mask(tmp_path):
+    row = SampleTensors(make_samples(tmp_path, 1), 40)[0]
+    assert not row["has_mask"].any()
+    rows = row["masks"][0].any(1).nonzero()[:, 0]
+    columns = row["masks"][0].any(0).nonzero()[:, 0]
+    assert (columns[0], columns[-1] + 1) == (10, 30)  # the image is 40 wide and lies 5 lower in the square
+    assert (rows[0], rows[-1] + 1) == (15, 25)
+    assert torch.equal(row["masks"][0], box_mask(row["boxes"][0], 40))
+
+
+def test_images_are_named_and_numbered_by_their_file(tmp_path):
+    path = write_own(tmp_path, 3, split="train")
+    data = open_dataset(str(path), "train", 32)
+    ids = [int(data[i]["image_ids"]) for i in range(6)]
+    assert ids == [0, 0, 1, 1, 2, 2]
+    assert data[5]["image_names"] == [str(tmp_path / "images/2.png")]

@@ -1,0 +1,52 @@
+"""The report of `python -m hivg.data check`."""
+
+import subprocess
+import sys
+
+import pytest
+from makers import ROOT
+from makers_data import make_scenes, write_list, write_mixture, write_own
+
+from hivg.data.__main__ import main
+from hivg.data.check import check
+
+
+def test_counts_and_leakage(tmp_path):
+    train = make_scenes(tmp_path, 5, 1)
+    val = make_scenes(tmp_path, 4, 2)
+    write_list(tmp_path, {"train": train, "val": val + train[:1], "testA": val})
+    text = check(tmp_path, "refcoco")
+    assert f"refcoco train: {len(train)} expressions (120,624 published), 5 images" in text
+    assert f"images of refcoco train in refcoco val: 1, for instance {train[0].file}" in text
+    assert "images of refcoco train in refcoco testA: 0" in text and "no split 'testB'" in text
+    done = subprocess.run([sys.executable, "-m", "hivg.data", "check", "unc", "--data_root", tmp_path], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.stdout == text + "\n" and done.returncode == 0
+
+
+def test_leakage_between_the_parts_of_the_mixture(tmp_path):
+    train = make_scenes(tmp_path, 5, 1)
+    val = make_scenes(tmp_path, 4, 2)
+    write_list(tmp_path, {"val": val}, "gref_umd")
+    write_mixture(tmp_path, {"train": train + val[-1:]})
+    text = check(tmp_path, "mixup")
+    assert f"images of mixup train in refcocog val: 1, for instance {val[-1].file}" in text
+    assert "no split 'val' of mixup" in text
+    assert "of flickr" not in text and "of refcocog" not in text  # parts that are not there are passed over
+
+
+def test_own_data_is_reported_by_its_splits(tmp_path):
+    path = write_own(tmp_path, 3, split="dev")
+    (tmp_path / "images/2.png").unlink()
+    lines = check("nowhere", path).splitlines()
+    assert lines[0] == f"{path} dev: 4 expressions, 2 images"
+    assert "2 left out, missing image" in lines[1]
+
+
+def test_unknown_names_get_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hivg.data", "check", "coco"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert err.startswith("error: no data set 'coco'") and len(err.splitlines()) == 1

@@ -1,0 +1,203 @@
+"""Data sets on disk that the test files share: random scenes, written as the published formats and as people's own."""
+
+import json
+import pickle
+import pickletools
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from hivg.data.published import COCO
+from hivg.data.shapes import Shapes
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One expression about an image; box is xyxy."""
+
+    file: str
+    size: tuple
+    box: tuple
+    expression: str
+    segmentation: list | dict | None
+    number: int
+
+    def coco_size(self):
+        return {"height": self.size[1], "width": self.size[0]}
+
+
+def make_scenes(root, n=6, seed=0, folder=COCO, head="COCO_train2014_"):
+    """n random images, written below root, with an object or two: a Scene for each expression."""
+    rng = random.Random(seed)
+    scenes = []
+    (root / folder).mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        width = rng.randint(20, 90)
+        height = rng.randint(20, 90)
+        number = 1000 * seed + i
+        file = f"{head}{number:012d}.jpg"
+        Image.new("RGB", (width, height)).save(root / folder / file)
+        for _ in range(rng.randint(1, 2)):
+            # quarters of pixels: sums of them are exact
+            w = rng.randint(1, 4 * width) / 4
+            h = rng.randint(1, 4 * height) / 4
+            x = rng.randint(0, int(4 * (width - w))) / 4
+            y = rng.randint(0, int(4 * (height - h))) / 4
+            polygon = [[x, y, x + w, y, x + w, y + h]]
+            rle = {"size": [height, width], "counts": [width * height - 3, 3]}
+            text = rng.choice(["the red cup", "Zebra on the LEFT", "café, 2nd", "man in a hat, looking up"])
+            scenes.append(Scene(file, (width, height), (x, y, x + w, y + h), f"{text} {i}",
+                                rng.choice([None, polygon, rle]), number))
+    return scenes
+
+
+def xywh(box):
+    return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+
+
+def expected(root, scenes, folder=COCO, segmentation=True):
+    """The samples of these scenes as `found` shows them."""
+    return [(root / folder / s.file, s.expression, s.box, s.segmentation if segmentation else None, s.file)
+            for s in scenes]
+
+
+def found(samples):
+    return [(s.image, s.expression, s.box, s.segmentation, s.image_id) for s in samples]
+
+
+# --- the published formats; splits is {split: scenes} ---
+
+
+def python2(data):
+    """`data` as Python 2's pickle wrote it: text as byte strings."""
+    out = pickle.dumps(encoded(data), protocol=3)
+    # SHORT_BINBYTES is to Python 3 what SHORT_BINSTRING was to Python 2
+    for op, _, at in pickletools.genops(out):
+        if op.name in ("SHORT_BINBYTES", "BINBYTES"):
+            code = b"U" if op.name == "SHORT_BINBYTES" else b"T"
+            out = out[:at] + code + out[at + 1 :]
+    return b"\x80\x02" + out[2:]
+
+
+def encoded(value):
+    """The same lists and dicts with their text as bytes."""
+    if isinstance(value, str):
+        return value.encode()
+    if isinstance(value, dict):
+        return {encoded(k): encoded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [encoded(v) for v in value]
+    return value
+
+
+def write_refer(root, splits, place="refcoco/refs(unc).p", dump=python2):
+    refs = []
+    annotations = []
+    images = {}
+    for split, scenes in splits.items():
+        for s in scenes:
+            n = len(refs) + 1
+            stem, suffix = s.file.rsplit(".", 1)
+            sentence = {"sent": s.expression, "raw": s.expression.upper(), "sent_id": n, "tokens": s.expression.split()}
+            refs.append({"ref_id": n, "ann_id": 10 * n, "image_id": s.number, "category_id": 3, "sent_ids": [n],
+                         "file_name": f"{stem}_{n}.{suffix}", "split": split, "sentences": [sentence]})
+            annotations.append({"id": 10 * n, "image_id": s.number, "bbox": xywh(s.box),
+                                "segmentation": s.segmentation, "iscrowd": 0})
+            images[s.number] = {"id": s.number, "file_name": s.file, **s.coco_size()}
+    path = root / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(dump(refs))
+    instances = {"annotations": annotations, "images": list(images.values())}
+    path.with_name("instances.json").write_text(json.dumps(instances))
+
+
+def write_list(root, splits, dataset="refcoco", new=True, array=False, legacy=False):
+    """new: the generation with sizes and segmentations; array: boxes as numpy arrays; legacy: the older torch.save."""
+    for split, scenes in splits.items():
+        rows = []
+        for s in scenes:
+            box = list(s.box) if dataset in ("referit", "flickr") else xywh(s.box)
+            box = np.array(box) if array else box
+            if dataset == "flickr":
+                rows.append((s.file, box, s.expression))
+            elif new:
+                rows.append((s.file, s.coco_size(), box, s.expression, s.segmentation))
+            else:
+                rows.append((s.file, f"{s.number}.mat", box, s.expression, [["r1", ["none"]], ["r2", ["red"]]]))
+        path = root / dataset / f"{dataset}_{split}.pth"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(rows, path, _use_new_zipfile_serialization=not legacy)
+
+
+def write_mixture(root, splits):
+    (root / "mixup").mkdir(exist_ok=True)
+    for split, scenes in splits.items():
+        rows = [(s.file, s.coco_size(), xywh(s.box), s.expression, s.segmentation) for s in scenes]
+        torch.save(rows, root / "mixup" / f"mixup_{split}.pth")
+
+
+def write_mdetr(root, splits):
+    for split, scenes in splits.items():
+        images = []
+        boxes = []
+        for i, s in enumerate(scenes):
+            images.append({"id": i, "file_name": s.file, **s.coco_size(), "original_id": s.number,
+                           "caption": s.expression, "dataset_name": "refcoco"})
+            boxes.append({"id": i, "image_id": i, "bbox": xywh(s.box), "segmentation": s.segmentation, "area": 1,
+                          "iscrowd": 0, "tokens_positive": [[0, 3]]})
+        data = {"info": {}, "licenses": [], "images": images, "annotations": boxes[::-1], "categories": []}
+        (root / f"finetune_refcoco_{split}.json").write_text(json.dumps(data))
+
+
+def write_lines(root, splits):
+    for split, scenes in splits.items():
+        path = root / "refcoco" / f"{split}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w") as file:
+            for i, s in enumerate(scenes):
+                row = {"image": s.file, "expression": s.expression, "bbox": s.box, "id": i}
+                if s.segmentation:
+                    row["segmentation"] = s.segmentation
+                file.write(json.dumps(row) + "\n")
+
+
+# --- people's own data ---
+
+
+def write_own(folder, n=40, **fields):
+    """mine.jsonl: two expressions about each of n images; `fields` are added to its rows."""
+    (folder / "images").mkdir()
+    rows = []
+    for i in range(n):
+        Image.new("RGB", (30, 20)).save(folder / "images" / f"{i}.png")
+        for word in ("cup", "dog"):
+            rows.append({"image": f"images/{i}.png", "expression": f"{word} {i}", "bbox": [1, 2, 11, 12.5]} | fields)
+    path = folder / "mine.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def write_shapes(folder, scenes=12, split="train", to="train"):
+    """Scenes of the bundled data set as people's own data, masks too; a second call adds to the first."""
+    shapes = Shapes(split)
+    (folder / "images").mkdir(exist_ok=True)
+    path = folder / "mine.jsonl"
+    with open(path, "a") as file:
+        for i in range(scenes):
+            item = shapes[i]
+            name = f"images/{split}{i}.png"
+            item["image"].save(folder / name)
+            for text, box, target in zip(item["expressions"], item["boxes"].tolist(), item["targets"]):
+                row = {"image": name, "expression": text, "bbox": box, "split": to,
+                       "segmentation": run_lengths(item["labels"] == target + 1)}
+                file.write(json.dumps(row) + "\n")
+    return path
+
+
+def run_lengths(mask):
+    """(H, W) bool -> COCO's RLE."""
+    changes = np.flatnonzero(np.diff(np.concatenate([[0], mask.T.ravel(), [0]])))
+    return {"size": list(mask.shape), "counts": np.diff([0, *changes, mask.size]).tolist()}

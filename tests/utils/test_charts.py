@@ -1,0 +1,97 @@
+"""Line charts: ticks are round and true, curves are where their points are, and odd input is drawn."""
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from hivg.utils.charts import _boundary_names, _legend, _ticks, plot_curves, plot_panels
+from hivg.utils.draw import colour_of
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (0, 2.5e-4), (-3, 7), (0, 123456), (1e7, 3e7), (0.3, 0.3001), (5, 60)])
+def test_ticks_are_round_distinct_and_true(low, high):
+    ticks = _ticks(low, high, 5)
+    assert 2 <= len(ticks) <= 7 and len({text for _, text in ticks}) == len(ticks)
+    step = ticks[1][0] - ticks[0][0]
+    assert round(step / 10 ** np.floor(np.log10(step * 1.0000001)), 6) in (1, 2, 5)
+    for value, text in ticks:
+        assert low - 1e-9 <= value <= high * (1 + 1e-9)
+        assert float(text.replace(",", "")) == pytest.approx(value, abs=step * 1e-6)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("curves", [
+    {}, {"none": []}, {"one": [(3, 5)]}, {"gap": [(0, 1), (1, NAN), (2, 3)]}, {"all": [(0, NAN), (1, float("inf"))]},
+    {"flat": [(0, 2), (9, 2)]}, {"huge": [(0, -1e299), (1, 1e299)]}, {"tiny": [(0, 1e-12), (1, 3e-12)]},
+    {f"run {i} with a long name": [(0, i), (1, -i)] for i in range(30)}, {"犬": [(i, i % 7) for i in range(5000)]},
+])
+def test_curves(curves):
+    image = plot_curves(curves, title="Training", x_label="epoch", y_label="loss",
+                        boundaries=[(0, "warm-up"), (0.5, "stage 1"), (0.55, "stage 2"), (1, "end")])
+    assert image.size == (900, 360) and image.mode == "RGB"
+    assert plot_curves(curves).size == (900, 360)
+
+
+def test_a_curve_is_where_its_points_are():
+    line = np.asarray(plot_curves({"a": [(0, 0), (1, 1)]}))[60:]  # below the legend
+    rows, columns = np.nonzero(np.abs(line.astype(int) - colour_of(0)).sum(axis=2) < 60)
+    assert np.corrcoef(rows, columns)[0, 1] < -0.999  # rises to the right
+    broken = np.asarray(plot_curves({"a": [(0, 0), (0.4, 0.4), (0.5, NAN), (0.6, 0.6), (1, 1)]}))[60:]
+    assert (broken[:, 470:490] == 255).all(axis=2).mean() > (line[:, 470:490] == 255).all(axis=2).mean()
+
+
+def curve_pixels(image):
+    """(rows, columns) of the first curve, below the legend."""
+    pixels = np.asarray(image)[26:].astype(int)
+    rows, columns = np.nonzero(np.abs(pixels - colour_of(0)).sum(axis=2) < 60)
+    return rows + 26, columns
+
+
+def test_a_curve_stays_within_the_axes():
+    rows, columns = curve_pixels(plot_curves({"a": [(0, 0), (1, 9), (2, -9), (3, 0)]}))
+    assert rows.min() > 32 and rows.max() <= 332  # the legend is above, the numbers of x below
+    assert columns.min() >= 78 and columns.max() <= 882
+    assert columns.max() - columns.min() > 790
+
+
+def test_points_alone_are_dots_with_nothing_between():
+    rows, columns = curve_pixels(plot_curves({"a": [(0, 1), (1, NAN), (2, 3)]}))
+    left = columns < 90
+    right = columns > 870
+    assert (left | right).all()
+    for dot in (rows[left], rows[right]):
+        assert len(dot) > 10 and dot.max() - dot.min() < 10
+    assert rows[left].min() > 250 and rows[right].max() < 200
+
+
+def test_boundaries_count_for_the_range():
+    _, columns = curve_pixels(plot_curves({"a": [(0, 0), (1, 1)]}, boundaries=[(2, "end")]))
+    assert 470 < columns.max() < 490  # half of the width
+
+
+def test_names_that_do_not_fit_take_another_row():
+    draw = ImageDraw.Draw(Image.new("RGB", (600, 400)))
+    names = [("a long name of a curve", (0, 0, 0))]
+    one_row = _legend(draw, names, 0, 600, 0)
+    assert _legend(draw, names * 2, 0, 800, 0) == one_row
+    assert _legend(draw, names * 3, 0, 400, 0) == one_row + 2 * 34
+    one_row = _boundary_names(draw, [(0, "stage 1"), (300, "stage 2")], 600, 0)
+    assert _boundary_names(draw, [(0, "stage 1"), (5, "stage 2"), (300, "stage 3")], 600, 0) == 2 * one_row
+
+
+def test_the_name_of_y_reads_upwards():
+    image = np.asarray(plot_curves({}, y_label="MMMMMM.........."))[:, :40]
+    rows, _ = np.nonzero(image.max(axis=2) < 128)
+    assert np.median(rows) > rows.min() + 0.6 * (rows.max() - rows.min())
+
+
+def test_panels(tmp_path):
+    panels = [dict(curves={"train": [(0, 3), (1, 2)]}, y_label="loss"), dict(curves={}, title="nothing yet")]
+    image = plot_panels(panels, tmp_path / "curves.png")
+    assert image.size == (900, 600)
+    assert (np.asarray(Image.open(tmp_path / "curves.png")) == np.asarray(image)).all()
+    for bad in (dict(panels=[]), dict(panels=panels, size=(20, 20))):
+        with pytest.raises(ValueError, match="panels"):
+            plot_panels(**bad)
