@@ -3,7 +3,8 @@
 __all__ = ["Grounder"]
 
 
-def __getattr__(name):  # imported when first asked for, so that `import hivg.boxes` stays light
+def __getattr__(name):
+    """Import the Grounder when it is first asked for, so that `import hivg.boxes` stays light."""
     if name == "Grounder":
         from hivg.grounder import Grounder
 

@@ -6,7 +6,7 @@ import torch
 
 from hivg import weights
 from hivg.clip import CLIP_SIZES
-from hivg.lora import adapted_layers
+from hivg.lora import TEXT_GROUPS, adapted_layers
 from hivg.model import HiVG
 
 
@@ -46,7 +46,7 @@ def stage_column(stage, model):
     config = model.config
     has_bridge = config.bridge != "none"
     vision_layers = adapted_layers(config.stage, config.clip.vision_layers, config.lora_groups, config.lora)
-    text_layers = adapted_layers(config.stage, config.clip.text_layers, 1, config.lora)
+    text_layers = adapted_layers(config.stage, config.clip.text_layers, TEXT_GROUPS, config.lora)
     column = {
         "stage": stage.name,
         "epochs": str(stage.epochs),

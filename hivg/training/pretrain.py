@@ -100,7 +100,7 @@ class CaptionedShapes(Dataset):
 def phrase_truth(named, attributes):
     """Which phrases are true of which images.
 
-    named (M, 4) int: the attributes (size, fill, colour, shape) that a phrase names, -1 where it names none.
+    named (M, 4) int: the attributes (shape, colour, filling, size) that a phrase names, -1 where it names none.
     attributes (B, 8, 4) int: those of the objects of each image -> (M, B) bool.
     """
     named = named[:, None, None]  # (M, 1, 1, 4)

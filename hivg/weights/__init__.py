@@ -1,17 +1,13 @@
 """Weights files in and out: ours, OpenAI's CLIP, Hugging Face's CLIP, released HiVG checkpoints.
 
-Our own file is one `.safetensors`: tensors, configuration and the merge table of the tokenizer (JSON and text in its
-metadata), so it loads by itself. What a file is, is seen from what is in it, not from its name. Nothing in any file is
-ever executed (utils/pickles.py), every tensor must be there in the right shape, and numbers load as float32.
-
-    python -m hivg.weights fetch ViT-B/16   OpenAI's weights and merge table into weights/
-    python -m hivg.weights convert IN OUT   any of the four as our own .safetensors
-    python -m hivg.weights show FILE        what a file is
+Our own file is one `.safetensors` with the tensors and, in its metadata, the configuration (JSON) and the tokenizer's
+merge table (text), so it loads by itself. The kind of a file is recognised by its content, not by its name. Nothing in
+any file is ever executed (utils/pickles.py), every tensor must be there in the right shape, and numbers load as
+float32. `clip_names.py` and `released.py` translate the other programs' names; the command line is in `__main__.py`.
 """
 
 import json
 import os
-import sys
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
@@ -25,43 +21,58 @@ from hivg.clip import CLIP, CLIPConfig
 from hivg.model import HiVG, HiVGConfig
 from hivg.tokenizer import Tokenizer
 from hivg.utils import pickles
-from hivg.utils.cli import Parser, fail
-from hivg.weights import download, foreign
+from hivg.weights.clip_names import NotThisKind, huggingface_clip, kind_of, openai_clip
+from hivg.weights.download import TABLE
+from hivg.weights.released import looks_released, released_hivg
 
 KINDS = {
-    "clip": "a CLIP", "hivg": "a HiVG model",  # ours
-    "openai": "OpenAI's CLIP", "huggingface": "a CLIP of Hugging Face's", "released": "a released HiVG checkpoint",
+    "clip": "a CLIP",  # ours
+    "hivg": "a HiVG model",  # ours
+    "openai": "OpenAI's CLIP",
+    "huggingface": "a CLIP of Hugging Face's",
+    "released": "a released HiVG checkpoint",
 }
 FOLDER = Path(__file__).parents[2] / "weights"
-TABLES = (download.TABLE, "merges.txt", "tokenizer.json")  # merge tables that are looked for beside the weights
+TABLES = (TABLE, "merges.txt", "tokenizer.json")  # merge tables that are looked for beside the weights
 
 
 class WeightsError(ValueError):
-    """A weights file that cannot be used; the message names the file and the mend in one line."""
+    """A weights file that cannot be used; the message says in one line which file, what is wrong and what to do."""
 
 
 class File(NamedTuple):
+    """A weights file as `read` gives it."""
+
     kind: str  # one of KINDS
     config: CLIPConfig | HiVGConfig
     tokenizer: Tokenizer | None
-    tensors: dict  # our names
+    tensors: dict  # {our name: tensor}
     info: dict  # plain data kept beside the weights
 
 
-def save(path, model, info=None, dtype=None):
-    """Write a CLIP or a HiVG, with its tokenizer (`model.tokenizer`), to `path`, which appears whole or not at all.
+# ---- writing
 
-    info: plain data kept beside the weights, e.g. the accuracy. dtype: store the tensors so (they load as float32).
+def save(path, model, info=None, dtype=None):
+    """Write a CLIP or a HiVG, with its tokenizer (`model.tokenizer`), to `path`. The file appears whole or not at all.
+
+    info: plain data kept beside the weights, e.g. the accuracy. dtype: the type to store the tensors in (they load as
+    float32); by default the model's own.
     """
-    kind = "hivg" if isinstance(model, HiVG) else "clip"
-    tensors = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in model.state_dict().items()}
-    metadata = {"format": "pt", "kind": kind, "config": json.dumps(asdict(model.config)),
-                "info": json.dumps(info or {}), "tokenizer": model.tokenizer.to_text() if model.tokenizer else ""}
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        tensors[name] = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+    metadata = {
+        "format": "pt",
+        "kind": "hivg" if isinstance(model, HiVG) else "clip",
+        "config": json.dumps(asdict(model.config)),
+        "info": json.dumps(info or {}),
+        "tokenizer": model.tokenizer.to_text() if model.tokenizer else "",
+    }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    side = path.with_name(path.name + ".part")
-    side.write_bytes(save_bytes(tensors, metadata))
-    os.replace(side, path)
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(save_bytes(tensors, metadata))
+    os.replace(part, path)  # at once: an interruption leaves the old file
 
 
 # ---- reading
@@ -76,26 +87,26 @@ def read(path):
             start = file.read(1024)
         if problem := not_weights(start):
             raise WeightsError(f"{path}: {problem}")
-        if start[8:9] == b"{":  # the length of a header, then the header, JSON
+        if start[8:9] == b"{":  # a safetensors file: 8 bytes of length, then a header in JSON
             return _read_safetensors(path)
         return _read_foreign(path, pickles.read(path))
-    except (foreign.NotThisKind, pickles.RefusedError) as error:
+    except WeightsError:
+        raise
+    except (NotThisKind, pickles.RefusedError) as error:
         raise WeightsError(f"{path}: {error}") from None
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: not a whole .safetensors file ({error}); copy or download it again") from None
-    except WeightsError:
-        raise
-    except (ValueError, IndexError, RuntimeError) as error:  # the latter: tensors of other shapes than anyone's
+    except (ValueError, IndexError, RuntimeError) as error:  # the last two: tensors of shapes that nobody has
         raise WeightsError(f"{path}: cannot be read: {error}; copy or download it again") from None
 
 
 def not_weights(start):
-    """What a file that begins so is, if it is plainly no weights file, with the mend; else None."""
+    """The first bytes of a file -> a message if they are plainly not those of weights, else None."""
     text = start.lstrip().lower()
     if not start:
-        return "empty; copy or download it again"
+        return "the file is empty; copy or download it again"
     if text.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the weights; `git lfs pull` in its folder brings them"
+        return "a Git LFS pointer, not the weights; run `git lfs pull` in its folder"
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<!--")):
         return "a web page saved under this name, not the weights; download the file itself"
     return None
@@ -104,7 +115,7 @@ def not_weights(start):
 def _read_safetensors(path):
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     kind = metadata.get("kind")
     if kind is None:
         return _read_foreign(path, tensors)
@@ -112,11 +123,9 @@ def _read_safetensors(path):
         raise WeightsError(f"{path}: a safetensors file of the kind {kind!r:.60}, which is not one of this project's; "
                            "use one that train.py wrote")
     try:
-        config, info, table = json.loads(metadata["config"]), json.loads(metadata["info"]), metadata["tokenizer"]
-        clip = config["clip"] if kind == "hivg" else config
-        tokenizer = Tokenizer.from_text(table, clip["context_length"]) if table else None
-        if tokenizer and tokenizer.vocab_size != clip["vocab_size"]:
-            raise ValueError(f"a tokenizer of {tokenizer.vocab_size} for a vocabulary of {clip['vocab_size']}")
+        config = json.loads(metadata["config"])
+        info = json.loads(metadata["info"])
+        tokenizer = _tokenizer_of(metadata["tokenizer"], config["clip"] if kind == "hivg" else config)
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{path}: its metadata is damaged ({error}); copy or download it again") from None
     try:
@@ -126,70 +135,92 @@ def _read_safetensors(path):
     return File(kind, config, tokenizer, tensors, info)
 
 
+def _tokenizer_of(table, clip):
+    """The tokenizer of a merge table's text, None for an empty one; clip: the CLIP's configuration as a dict."""
+    if not table:
+        return None
+    tokenizer = Tokenizer.from_text(table, clip["context_length"])
+    if tokenizer.vocab_size != clip["vocab_size"]:
+        raise ValueError(f"a tokenizer of {tokenizer.vocab_size} tokens for a vocabulary of {clip['vocab_size']}")
+    return tokenizer
+
+
 def _misconfigured(path, kind, error):
     return WeightsError(f"{path}: its configuration is not that of {KINDS[kind]} ({error}); use a file that this "
                         "version of train.py wrote")
 
 
 def _read_foreign(path, data):
-    """What someone else saved: a state dict, a TorchScript module, or a released checkpoint around a state dict."""
+    """Another program's file, already read: a state dict, a TorchScript module, or a released checkpoint."""
     args = data.get("args") if isinstance(data, dict) else None
     if isinstance(args, Namespace) and isinstance(data.get("model"), dict):
-        kind, tensors, info = "released", tensors_of(data["model"]), {"args": plain(vars(args))}
+        config, tensors = released_hivg(tensors_of(data["model"]), args)
+        info = {"source": KINDS["released"], "args": plain(vars(args))}
+        return File("released", config, find_tokenizer(path.parent, config.clip), tensors, info)
+
+    tensors = tensors_of(data)
+    if looks_released(tensors):
+        raise WeightsError(f"{path}: the weights of a released HiVG without its settings; use the whole checkpoint, a "
+                           "dict with `model` and `args`")
+    kind = kind_of(tensors)
+    if kind == "openai":
+        config, tensors = openai_clip(tensors)
+    elif kind == "huggingface":
+        config, tensors = huggingface_clip(tensors)
     else:
-        tensors = tensors_of(data)
-        kind, info = foreign.kind_of(tensors), {}
-        if kind is None:
-            what = ", ".join(list(tensors)[:4]) + (" .." if len(tensors) > 4 else "")
-            raise WeightsError(f"{path}: no CLIP and no HiVG: it holds " + (f"tensors called {what}" if tensors else
-                               "no weights at all") + "; the README lists what can be loaded")
-        if kind == "released":
-            raise WeightsError(f"{path}: the weights of a released HiVG without its settings; take the whole "
-                               "checkpoint, a dict with `model` and `args`")
-    if kind == "released":
-        config, tensors = foreign.released_hivg(tensors, args)
-        clip = config.clip
-    else:
-        config, tensors = (foreign.openai_clip if kind == "openai" else foreign.huggingface_clip)(tensors)
-        clip = config
-    return File(kind, config, find_tokenizer(path.parent, clip), tensors, {"source": KINDS[kind]} | info)
+        raise WeightsError(f"{path}: neither a CLIP nor a HiVG: it holds {_some_names(tensors)}; the README lists the "
+                           "files that can be loaded")
+    return File(kind, config, find_tokenizer(path.parent, config), tensors, {"source": KINDS[kind]})
+
+
+def _some_names(tensors):
+    if not tensors:
+        return "no weights at all"
+    more = " .." if len(tensors) > 4 else ""
+    return "tensors called " + ", ".join(list(tensors)[:4]) + more
 
 
 def tensors_of(data):
-    """{dotted name: tensor} of a state dict or of the modules of a TorchScript archive, read from the disk."""
-    if isinstance(data, dict) and isinstance(data.get("state_dict"), dict):
+    """The tensors of a state dict or of the modules of a TorchScript archive, read from the disk -> {dotted name:
+    tensor}."""
+    if isinstance(data, pickles.Module):
+        data = vars(data)
+    elif isinstance(data, dict) and isinstance(data.get("state_dict"), dict):
         data = data["state_dict"]
-    flat = {}
-
-    def walk(prefix, value):
-        if isinstance(value, pickles.Module):
-            for name, part in vars(value).items():
-                if name != "attn_mask":  # made by the program; no weight
-                    walk(f"{prefix}.{name}" if prefix else name, part)
-        elif isinstance(value, pickles.TensorOnDisk):
-            flat[prefix] = value.read()
-        elif isinstance(value, torch.Tensor):
-            flat[prefix] = value
-
+    tensors = {}
     if isinstance(data, dict):
         for name, value in data.items():
-            walk(str(name), value)
-    else:
-        walk("", data)
-    return flat
+            _add_tensors(tensors, str(name), value)
+    return tensors
+
+
+def _add_tensors(tensors, name, value):
+    """Put a tensor, or all those of a module under `name`, into `tensors`; ignore anything else."""
+    if isinstance(value, pickles.Module):
+        for part, inner in vars(value).items():
+            if part != "attn_mask":  # the causal mask of OpenAI's archive is no weight
+                _add_tensors(tensors, f"{name}.{part}", inner)
+    elif isinstance(value, pickles.TensorOnDisk):
+        tensors[name] = value.read()
+    elif isinstance(value, torch.Tensor):
+        tensors[name] = value
 
 
 def plain(values):
-    """What of a dict can be kept as JSON."""
-    return {k: v for k, v in values.items() if isinstance(v, str | int | float | bool | None)}
+    """The entries of a dict that JSON can hold."""
+    return {name: value for name, value in values.items() if isinstance(value, str | int | float | bool | None)}
 
+
+# ---- the tokenizer of other programs' files
 
 def find_tokenizer(folder, config):
-    """The tokenizer of a merge table beside the weights or in weights/, the first whose vocabulary fits; None if there
-    is none. Raises ValueError for a table that is damaged."""
-    for path in (place / name for place in (folder, FOLDER) for name in TABLES):
-        if path.is_file():
-            tokenizer = Tokenizer.from_file(path, config.context_length)
+    """The first merge table beside the weights or in weights/ whose vocabulary fits -> Tokenizer, or None if there is
+    no such table. Raises ValueError for a table that is damaged."""
+    for place in (folder, FOLDER):
+        for name in TABLES:
+            if not (place / name).is_file():
+                continue
+            tokenizer = Tokenizer.from_file(place / name, config.context_length)
             if tokenizer.vocab_size == config.vocab_size:
                 return tokenizer
     return None
@@ -198,121 +229,84 @@ def find_tokenizer(folder, config):
 def need_tokenizer(model, path):
     """Raises WeightsError if there is no tokenizer to a model that was loaded from `path`."""
     if model.tokenizer is None:
-        raise WeightsError(f"{path}: no merge table to it; put CLIP's {download.TABLE}, or the merges.txt or "
+        raise WeightsError(f"{path}: no merge table was found for it; put CLIP's {TABLE}, or the merges.txt or "
                            "tokenizer.json of a Hugging Face CLIP, beside it or into weights/ (`python -m hivg.weights "
-                           "fetch table`)")
+                           "fetch table` gets CLIP's)")
 
 
 # ---- loading
 
 def load(path):
-    """Any weights file -> CLIP or HiVG, in float32 and evaluation mode, with `tokenizer` (None if no merge table was
+    """Any weights file -> CLIP or HiVG in float32 and evaluation mode, with `tokenizer` (None if no merge table was
     found) and `info`. Raises WeightsError."""
-    return _build(path, read(path))
+    return build(path, read(path))
 
 
-def _build(path, file):
+def load_clip(path):
+    """-> CLIP from OpenAI's, Hugging Face's or our file. As `load`; raises WeightsError."""
+    return _load_kind(path, ("clip", "openai", "huggingface"), KINDS["clip"])
+
+
+def load_hivg(path):
+    """-> HiVG from our file, its adapters apart, or from a released checkpoint, its adapters folded. As `load`; raises
+    WeightsError."""
+    return _load_kind(path, ("hivg", "released"), KINDS["hivg"])
+
+
+def load_released(path):
+    """-> HiVG from a released HiVG checkpoint, its adapters folded. As `load`; raises WeightsError."""
+    return _load_kind(path, ("released",), KINDS["released"])
+
+
+def _load_kind(path, kinds, wanted):
+    file = read(path)
+    if file.kind not in kinds:
+        raise WeightsError(f"{path}: holds {KINDS[file.kind]}; {wanted} is needed here")
+    return build(path, file)
+
+
+def build(path, file):
+    """The model of a File, which loses its tensors to it; path: for messages. Raises WeightsError."""
     try:
         with torch.device("meta"):  # no time spent on random numbers that are overwritten
             model = CLIP(file.config) if isinstance(file.config, CLIPConfig) else HiVG(file.config)
     except Exception as error:  # a wrong setting can fail anywhere in the model
         raise _misconfigured(path, file.kind, error) from None
     check_keys(path, KINDS[file.kind], file.tensors, model.state_dict())
-    tensors = {name: own(file.tensors.pop(name)) for name in list(file.tensors)}  # one by one: half the memory
+    tensors = {}
+    for name in list(file.tensors):
+        tensors[name] = own(file.tensors.pop(name))  # one by one, which takes half the memory
     model.load_state_dict(tensors, assign=True)
-    model.tokenizer, model.info = file.tokenizer, file.info
+    model.tokenizer = file.tokenizer
+    model.info = file.info
     return model.eval()
 
 
 def own(tensor):
-    """The tensor as float32 with a storage of its own: not a part of a larger one, nor transposed."""
+    """The tensor as float32 in a storage of its own: not part of a larger one, not transposed."""
     tensor = tensor.float().contiguous()
-    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+    is_part = tensor.untyped_storage().nbytes() > tensor.nbytes
+    return tensor.clone() if is_part else tensor
 
 
-def _load(path, kinds, wanted):
-    file = read(path)
-    if file.kind not in kinds:
-        raise WeightsError(f"{path}: holds {KINDS[file.kind]}; {wanted} is needed here")
-    return _build(path, file)
-
-
-def load_clip(path):
-    """-> CLIP from OpenAI's, Hugging Face's or our file. As `load`; raises WeightsError."""
-    return _load(path, ("clip", "openai", "huggingface"), KINDS["clip"])
-
-
-def load_hivg(path):
-    """-> HiVG from our file, adapters apart, or from a released checkpoint, adapters folded. As `load`; raises
-    WeightsError."""
-    return _load(path, ("hivg", "released"), KINDS["hivg"])
-
-
-def load_released(path):
-    """-> HiVG from a released HiVG checkpoint, adapters folded. As `load`; raises WeightsError."""
-    return _load(path, ("released",), KINDS["released"])
-
-
-def check_keys(path, what, tensors, expected):
-    """Raise WeightsError unless the tensors have exactly the expected names and shapes."""
-    missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
-    shapes = [f"{k} {tuple(tensors[k].shape)} instead of {tuple(expected[k].shape)}"
-              for k in expected.keys() & tensors.keys() if tensors[k].shape != expected[k].shape]
-    lists = [f"{name}: {', '.join(sorted(rows)[:8])}{f' and {len(rows) - 8} more' if len(rows) > 8 else ''}"
-             for name, rows in (("missing", missing), ("left over", extra), ("of another shape", shapes)) if rows]
+def check_keys(path, called, tensors, expected):
+    """Raises WeightsError unless the tensors have exactly the expected names and shapes. called: the kind, in words."""
+    shapes = []
+    for name in expected.keys() & tensors.keys():
+        found = tuple(tensors[name].shape)
+        wanted = tuple(expected[name].shape)
+        if found != wanted:
+            shapes.append(f"{name} {found} instead of {wanted}")
+    differences = {
+        "missing": expected.keys() - tensors.keys(),
+        "left over": tensors.keys() - expected.keys(),
+        "of another shape": shapes,
+    }
+    lists = []
+    for title, names in differences.items():
+        if names:
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            lists.append(f"{title}: {', '.join(sorted(names)[:8])}{more}")
     if lists:
-        raise WeightsError(f"{path}: taken for {what}, it does not fit its own configuration; {'; '.join(lists)}")
-
-
-# ---- the command line
-
-def describe(path):
-    """What a file is, as lines of text; it is loaded whole, so that what is said is true. Raises WeightsError."""
-    file = read(path)
-    names = list(file.tensors)
-    model = _build(path, file)
-    config = model.config if isinstance(model, HiVG) else None
-    clip = config.clip if config else model.config
-    rows = [("kind", KINDS[file.kind]), ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
-            ("tensors", len(names)), ("tokenizer", f"{model.tokenizer.vocab_size} tokens" if model.tokenizer else
-                                      "none found; see `fetch`"),
-            ("picture", f"{clip.image_size} px, patches of {clip.patch_size} px"),
-            ("vision tower", f"{clip.vision_layers} blocks, {clip.vision_width} wide, {clip.vision_heads} heads"),
-            ("text tower", f"{clip.text_layers} blocks, {clip.text_width} wide, {clip.text_heads} heads, "
-                           f"{clip.context_length} positions, {clip.vocab_size} tokens"),
-            ("embedding", clip.embed_dim)]
-    if config:
-        rows += [("Hi LoRA", "no adapters" if config.lora == "none" else f"{config.lora}, stage {config.stage}")]
-        rows += [(k, v) for k, v in asdict(config).items() if k not in ("clip", "lora", "stage")]
-    rows += file.info.items()
-    return "\n".join(f"{name:<18}{value}" for name, value in rows)
-
-
-def main():
-    parser = Parser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="fetch | convert | show")
-    for name, *args in (("fetch", "model"), ("convert", "IN", "OUT"), ("show", "FILE")):
-        command = commands.add_parser(name)
-        for arg in args:
-            command.add_argument(arg, help=", ".join(download.FILES) if arg == "model" else None)
-    args = parser.parse_args()
-    try:
-        if args.command == "fetch":
-            for path in download.fetch(args.model, FOLDER):
-                print(path)
-        elif args.command == "show":
-            print(describe(args.FILE))
-        else:
-            if not args.OUT.endswith(".safetensors"):
-                raise ValueError(f"{args.OUT}: our files are .safetensors; give OUT that suffix")
-            model = load(args.IN)
-            save(args.OUT, model, model.info)
-            print(args.OUT)
-            if model.tokenizer is None:
-                print(f"no {download.TABLE} was found beside {args.IN} or in weights/, so the new file has no tokenizer",
-                      file=sys.stderr)
-    except KeyboardInterrupt:
-        fail("interrupted; the same command goes on where it was", code=130)
-    except (ValueError, OSError) as error:
-        fail(error)
-
+        raise WeightsError(f"{path}: recognised as {called}, but its tensors do not fit its configuration; "
+                           f"{'; '.join(lists)}; use the file as it was published or saved")

@@ -1,5 +1,86 @@
-"""python -m hivg.weights fetch | convert | show."""
+"""Weights files on the command line.
 
-from hivg.weights import main
+    python -m hivg.weights fetch ViT-B/16   OpenAI's weights and merge table into weights/
+    python -m hivg.weights convert IN OUT   any file that can be loaded, written as our own .safetensors
+    python -m hivg.weights show FILE        what a file is: kind, sizes, parameters, settings
+"""
 
-main()
+import sys
+from dataclasses import asdict
+
+from hivg.model import HiVG
+from hivg.utils.cli import Parser, fail
+from hivg.weights import FOLDER, KINDS, build, download, load, read, save
+
+
+def describe(path):
+    """A file described in lines of text. It is loaded whole, so that what is said is true. Raises WeightsError."""
+    file = read(path)
+    count = len(file.tensors)  # before `build`, which takes them out
+    model = build(path, file)
+    config = model.config if isinstance(model, HiVG) else None
+    clip = config.clip if config else model.config
+    rows = {
+        "kind": KINDS[file.kind],
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "tensors": count,
+        "tokenizer": f"{model.tokenizer.vocab_size} tokens" if model.tokenizer else "none found; see `fetch`",
+        "image": f"{clip.image_size} px, patches of {clip.patch_size} px",
+        "vision tower": f"{clip.vision_layers} blocks, {clip.vision_width} wide, {clip.vision_heads} heads",
+        "text tower": f"{clip.text_layers} blocks, {clip.text_width} wide, {clip.text_heads} heads, "
+                      f"{clip.context_length} positions, {clip.vocab_size} tokens",
+        "embedding": clip.embed_dim,
+    }
+    if config:
+        rows["Hi LoRA"] = "no adapters" if config.lora == "none" else f"{config.lora}, stage {config.stage}"
+        for name, value in asdict(config).items():
+            if name not in ("clip", "lora", "stage"):
+                rows[name] = value
+    lines = [f"{name:<18}{value}" for name, value in rows.items()]
+    lines += [f"{name:<18}{value}" for name, value in file.info.items()]
+    return "\n".join(lines)
+
+
+def convert(source, target):
+    """Write any file that can be loaded as our own. Raises ValueError or OSError."""
+    if not target.endswith(".safetensors"):
+        raise ValueError(f"{target}: our files are .safetensors; give OUT that suffix")
+    model = load(source)
+    save(target, model, model.info)
+    print(target)
+    if model.tokenizer is None:
+        print(f"no {download.TABLE} was found beside {source} or in weights/, so the new file has no tokenizer",
+              file=sys.stderr)
+
+
+def arguments():
+    parser = Parser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="fetch | convert | show")
+    fetch = commands.add_parser("fetch", help="download OpenAI's weights and merge table into weights/")
+    fetch.add_argument("model", metavar="MODEL", help=", ".join(download.FILES))
+    convert = commands.add_parser("convert", help="write any file that can be loaded as our own")
+    convert.add_argument("source", metavar="IN", help="a weights file of any kind")
+    convert.add_argument("target", metavar="OUT", help="the new file, .safetensors")
+    show = commands.add_parser("show", help="say what a file is")
+    show.add_argument("file", metavar="FILE", help="a weights file of any kind")
+    return parser.parse_args()
+
+
+def main():
+    args = arguments()
+    try:
+        if args.command == "fetch":
+            for path in download.fetch(args.model, FOLDER):
+                print(path)
+        elif args.command == "convert":
+            convert(args.source, args.target)
+        else:
+            print(describe(args.file))
+    except KeyboardInterrupt:
+        fail("interrupted; the same command resumes where it stopped", code=130)
+    except (ValueError, OSError) as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()

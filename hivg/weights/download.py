@@ -1,5 +1,7 @@
-"""Downloads of OpenAI's weights and merge table, checked by their sha256. Sources: the addresses in `clip/clip.py` of
-the openai/CLIP repository, which hold the weights' hashes, and the merge table of the same repository.
+"""Downloads of OpenAI's weights and merge table, checked by their sha256.
+
+Sources: the addresses in `clip/clip.py` of the openai/CLIP repository, which contain the weights' hashes, and the merge
+table of the same repository.
 """
 
 import hashlib
@@ -26,69 +28,76 @@ FILES = {
     "table": (f"https://github.com/openai/CLIP/raw/main/clip/{TABLE}",
               "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"),
 }
-CHUNK = 1 << 20
+CHUNK = 1 << 20  # bytes read at once
 
 
 def fetch(name, folder):
-    """Bring a model of FILES and the merge table into `folder` -> their paths. What is there and whole is not fetched
-    again; what is there in part (`.part`) goes on. Raises ValueError."""
+    """Download a model of FILES and the merge table into `folder` -> their paths. A file that is there and whole is not
+    downloaded again; one that is there in part (`.part`) is resumed. Raises ValueError."""
     if name not in FILES:
         raise ValueError(f"no weights are called {name!r:.60}; there are {', '.join(FILES)}")
-    return [download(*FILES[n], Path(folder)) for n in dict.fromkeys((name, "table"))]
+    paths = [download(*FILES[name], Path(folder))]
+    if name != "table":
+        paths.append(download(*FILES["table"], Path(folder)))
+    return paths
 
 
 def download(address, sha256, folder):
-    """One file -> its path. It gets its name only once its hash is right. Raises ValueError."""
+    """Download one file -> its path. It gets its name only once its hash is right. Raises ValueError."""
     path = folder / address.rsplit("/", 1)[1]
     part = path.with_name(path.name + ".part")
     if path.is_file():
-        if hash_of(path) == sha256:
-            return path
-        raise ValueError(f"{path}: is there, but is not the published file (its sha256 differs); remove it and fetch "
-                         "again")
+        if hash_of(path) != sha256:
+            raise ValueError(f"{path}: exists, but is not the published file (its sha256 differs); remove it and fetch "
+                             "again")
+        return path
+
     folder.mkdir(parents=True, exist_ok=True)
-    for fresh in (False, True):  # a part that turns out wrong is fetched once more, from its start
-        if fresh:
-            part.unlink(missing_ok=True)
-        resumed = part.is_file() and part.stat().st_size > 0
+    resumed = part.is_file() and part.stat().st_size > 0
+    get(address, part)
+    if hash_of(part) != sha256 and resumed:  # the part was wrong from its start: once more without it
+        part.unlink()
         get(address, part)
-        if hash_of(part) == sha256:
-            os.replace(part, path)
-            return path
-        if not resumed:
-            break
-    part.unlink()
-    raise ValueError(f"{address}: what came is not the published file (its sha256 differs), and was removed; try again "
-                     "later, or from another network")
+    if hash_of(part) != sha256:
+        part.unlink()
+        raise ValueError(f"{address}: the server sent something other than the published file (the sha256 differs), "
+                         "which was removed; try again later, or from another network")
+    os.replace(part, path)
+    return path
 
 
 def get(address, part):
-    """Append to `part` what of the address is not in it yet. Raises ValueError if the connection fails; what came by
-    then stays."""
+    """Append to `part` the bytes of the address that are not in it yet. Raises ValueError if the connection fails; the
+    bytes received by then stay."""
     done = part.stat().st_size if part.is_file() else 0
     request = urllib.request.Request(address, headers={"Range": f"bytes={done}-"} if done else {})
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
-            if done and answer.status != 206:  # no ranges here: it sends everything
+            if answer.status != 206:  # 206: only the range that was asked for; otherwise everything is sent
                 done = 0
-            total = done + int(answer.headers.get("Content-Length", 0))
-            progress = Progress(f"{part.name.removesuffix('.part')}, MB", round(total / 1e6))
-            with open(part, "r+b" if done else "wb") as file:
-                file.seek(done)
-                while data := answer.read(CHUNK):
-                    file.write(data)
-                    done += len(data)
-                    progress(round(done / 1e6))
-            if done < total:
-                raise ValueError(f"{address}: the connection ended after {done:,} of {total:,} bytes; the same command "
-                                 "goes on where it was")
+            receive(answer, part, done)
     except urllib.error.HTTPError as error:
         if error.code != 416:  # 416: nothing is left to send
             raise ValueError(f"{address}: the server answers {error.code} {error.reason}; try again later") from None
     except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-        raise ValueError(f"{address}: no connection ({getattr(error, 'reason', error)}); check the network, or bring "
-                         f"the file on another way as {part.with_suffix('')}; what came is kept, and the same command "
-                         "goes on there") from None
+        raise ValueError(f"{address}: no connection ({getattr(error, 'reason', error)}); check the network and run the "
+                         "same command again, which resumes the download, or bring the file some other way and save it "
+                         f"as {part.with_suffix('')}") from None
+
+
+def receive(answer, part, done):
+    """Write an open answer to `part` from byte `done` on. Raises ValueError if it ends too early."""
+    total = done + int(answer.headers.get("Content-Length", 0))
+    progress = Progress(f"{part.name.removesuffix('.part')}, MB", round(total / 1e6))
+    with open(part, "r+b" if done else "wb") as file:
+        file.seek(done)
+        while data := answer.read(CHUNK):
+            file.write(data)
+            done += len(data)
+            progress(round(done / 1e6))
+    if done < total:
+        raise ValueError(f"{part}: the connection ended after {done:,} of {total:,} bytes; run the same command again, "
+                         "which resumes the download")
 
 
 def hash_of(path):

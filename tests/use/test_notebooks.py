@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NUMBER = re.compile(r"[-+]?\d[\d,.]*(e[-+]?\d+)?%?")
 MACHINE_PATH = re.compile(r"(?<![\w.:])(/(home|root|Users|tmp|usr|opt|var|mnt|work|content)\b|[A-Za-z]:\\)")
@@ -28,7 +28,7 @@ def code_cells(path):
 
 
 def without_numbers(text):
-    """What is left of a text when another machine may round otherwise: its words."""
+    """The words of a text alone, as another machine may round its numbers otherwise."""
     return " ".join(NUMBER.sub("#", text).split())
 
 
@@ -44,6 +44,7 @@ def test_there_are_notebooks():
     assert len(NOTEBOOKS) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs_and_its_outputs_are_kept(path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
@@ -82,9 +83,9 @@ def test_notebook_is_small_and_of_no_machine(path):
     assert path.stat().st_size < 300 * 1024
     notebook = read(path)
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
-    pictures = [output["data"].pop("image/png") for cell in notebook["cells"] for output in cell.get("outputs", ())
+    images = [output["data"].pop("image/png") for cell in notebook["cells"] for output in cell.get("outputs", ())
                 if "image/png" in output.get("data", ())]
-    for picture in pictures:
-        assert Image.open(io.BytesIO(base64.b64decode("".join(picture)))).width <= 300
+    for image in images:
+        assert Image.open(io.BytesIO(base64.b64decode("".join(image)))).width <= 300
     for text in strings(notebook):
         assert not MACHINE_PATH.search(text), f"{path.name} holds a path of one machine: {text}"

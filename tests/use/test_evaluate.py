@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from makers import BUNDLED, make_clip, make_hivg
+from makers import ROOT, make_clip, make_hivg
 
 from hivg import evaluate, weights
 from hivg.data.batches import ShapesTensors, evaluation_batches
 from hivg.data.expressions import KINDS
 from hivg.data.shapes import SPLITS, Shapes
 
-ROOT = Path(evaluate.__file__).parents[1]
 SCENES = 6
 
 
@@ -44,9 +43,10 @@ def batches(batch_size=64, split="val"):
 
 def overlap(a, b):
     """IoU of two boxes, by hand."""
-    width, height = (max(0, min(a[i + 2], b[i + 2]) - max(a[i], b[i])) for i in (0, 1))
-    area = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
-    return width * height / (sum(area) - width * height)
+    width = max(0, min(a[2], b[2]) - max(a[0], b[0]))
+    height = max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
+    return width * height / (areas - width * height)
 
 
 # --- predictions ---
@@ -54,24 +54,28 @@ def overlap(a, b):
 
 @pytest.mark.parametrize("split", ["val", "testB"])
 def test_every_expression_has_its_row(model, split):
-    rows, items = evaluate.predict(model, batches(split=split)), [Shapes(split)[i] for i in range(SCENES)]
-    assert [row["expression"] for row in rows] == [text for item in items for text in item["expressions"]]
-    assert [row["kind"] for row in rows] == [kind for item in items for kind in item["kinds"]]
-    assert [row["image_id"] for row in rows] == [i for i in range(SCENES) for _ in range(4)]
-    np.testing.assert_allclose([row["target"] for row in rows], [box for item in items for box in item["boxes"]])
-    for row in rows:
-        width, height = items[row["image_id"]]["image"].size
-        xmin, ymin, xmax, ymax = row["box"]
-        assert row.keys() == {"image", "expression", "kind", "image_id", "box", "target", "iou", "score"}
-        assert 0 <= xmin <= xmax <= width and 0 <= ymin <= ymax <= height
-        assert row["iou"] == pytest.approx(overlap(row["box"], row["target"]), abs=1e-5)
-        assert 0 <= row["score"] <= 1
+    rows = evaluate.predict(model, batches(split=split))
+    shapes = Shapes(split)
+    number = 0
+    for image_id in range(SCENES):
+        item = shapes[image_id]
+        width, height = item["image"].size
+        for text, kind, target in zip(item["expressions"], item["kinds"], item["boxes"]):
+            row = rows[number]
+            number += 1
+            assert row.keys() == {"image", "expression", "kind", "image_id", "box", "target", "iou", "score"}
+            assert (row["expression"], row["kind"], row["image_id"]) == (text, kind, image_id)
+            np.testing.assert_allclose(row["target"], target)
+            xmin, ymin, xmax, ymax = row["box"]
+            assert 0 <= xmin <= xmax <= width and 0 <= ymin <= ymax <= height
+            assert row["iou"] == pytest.approx(overlap(row["box"], row["target"]), abs=1e-5)
+            assert 0 <= row["score"] <= 1
+    assert number == len(rows)
     assert any(row["iou"] > 0 for row in rows) and json.loads(json.dumps(rows)) == rows
 
 
 def test_rows_do_not_depend_on_the_batches(model):
-    together, apart = evaluate.predict(model, batches()), evaluate.predict(model, batches(4))
-    for a, b in zip(together, apart, strict=True):
+    for a, b in zip(evaluate.predict(model, batches()), evaluate.predict(model, batches(4)), strict=True):
         np.testing.assert_allclose(a["box"], b["box"], atol=1e-5 * 256)
         assert a["score"] == pytest.approx(b["score"], abs=1e-5)
 
@@ -85,7 +89,6 @@ def test_the_model_keeps_its_mode(model):
         assert evaluate.predict(model, batches()) == rows and model.training
     finally:
         model.eval()
-    assert not torch.is_grad_enabled() or all(p.grad is None for p in model.parameters())
 
 
 def test_progress_is_told(model):
@@ -94,24 +97,45 @@ def test_progress_is_told(model):
     assert told == [8, 16, 24]
 
 
+def test_mask_iou():
+    """By hand: logits above 0 are the mask."""
+    logits = torch.full((1, 1, 4, 4), -0.1)
+    logits[0, 0, :, :2] = 0.1  # the left half
+    masks = torch.zeros(1, 4, 4, dtype=torch.bool)
+    masks[0, :2] = True  # the upper half
+    assert evaluate.mask_iou(logits, masks).tolist() == pytest.approx([4 / 12])
+    assert evaluate.mask_iou(logits, torch.zeros_like(masks)).tolist() == [0]
+    masks[0, :, :2] = True
+    masks[0, :, 2:] = False
+    assert evaluate.mask_iou(logits, masks).tolist() == [1]
+
+
+def test_masks_are_asked_for(model):
+    rows = evaluate.predict(model, batches(), masks=True)
+    assert all(0 <= row["mask_iou"] <= 1 for row in rows) and any(row["mask_iou"] > 0 for row in rows)
+
+
 # --- comparisons ---
 
 
 @pytest.mark.parametrize("scenes", [2, 3, 7, 250])
-def test_shuffled_moves_every_expression_to_another_picture(scenes):
-    rows = [{"expression": f"{i} {j}", "image_id": i} for i in range(scenes) for j in range(4)]
+def test_shuffled_moves_every_expression_to_another_image(scenes):
+    rows = []
+    for i in range(scenes):
+        rows += [{"expression": f"{i} {j}", "image_id": i} for j in range(4)]
     moved = evaluate.shuffled(rows)
     assert sorted(moved) == sorted(row["expression"] for row in rows)
-    assert all(int(text.split()[0]) != row["image_id"] for text, row in zip(moved, rows, strict=True))
+    for text, row in zip(moved, rows, strict=True):
+        assert int(text.split()[0]) != row["image_id"]
 
 
-def test_other_expressions_on_the_same_pictures(model):
+def test_other_expressions_on_the_same_images(model):
     rows = evaluate.predict(model, batches(8))
     moved = evaluate.predict(model, batches(8), expressions=evaluate.shuffled(rows))
     assert [row["expression"] for row in moved] == evaluate.shuffled(rows)
-    for name in ("target", "image_id", "kind"):
-        assert [row[name] for row in moved] == [row[name] for row in rows]
-    assert all(a["box"] != b["box"] for a, b in zip(moved, rows) if a["expression"] != b["expression"])
+    for a, b in zip(moved, rows, strict=True):
+        assert (a["target"], a["image_id"], a["kind"]) == (b["target"], b["image_id"], b["kind"])
+        assert a["box"] != b["box"] or a["expression"] == b["expression"]
 
 
 def scene(size, boxes, targets):
@@ -123,7 +147,7 @@ def scene(size, boxes, targets):
 
 
 def test_guessers():
-    """By hand. The largest of the first picture is object 1, meant once of two times; a random guess is right once of
+    """By hand. The largest of the first image is object 1, meant once of two times; a random guess is right once of
     three. In the second, object 1 shows most though the outline of object 0 is larger; their boxes overlap by more
     than half, so both are right for either."""
     first = scene((20, 30), [(0, 0, 3, 3), (5, 5, 15, 15), (20, 5, 25, 10)], [1, 2])
@@ -144,8 +168,12 @@ def test_guessers_on_the_data(monkeypatch):
 
 
 def test_report():
-    rows = [{"expression": "word " * n, "kind": kind, "iou": iou, "score": score} for n, kind, iou, score in [
-        (2, "attribute", 0.8, 0.9), (5, "attribute", 0.5, 0.6), (6, "relation", 0.3, 0.7), (12, "ordinal", 0.0, 0.1)]]
+    rows = [
+        {"expression": "word " * 2, "kind": "attribute", "iou": 0.8, "score": 0.9},
+        {"expression": "word " * 5, "kind": "attribute", "iou": 0.5, "score": 0.6},
+        {"expression": "word " * 6, "kind": "relation", "iou": 0.3, "score": 0.7},
+        {"expression": "word " * 12, "kind": "ordinal", "iou": 0.0, "score": 0.1},
+    ]
     assert evaluate.report(rows).splitlines() == [
         "Acc@0.5 0.5000 (95 % interval 0.1500 to 0.8500), mean IoU 0.4000, 4 expressions",
         "Acc@0.6 0.2500, Acc@0.7 0.2500, Acc@0.8 0.2500, Acc@0.9 0.0000",
@@ -156,6 +184,9 @@ def test_report():
         "  ordinal            1 expressions, Acc@0.5 0.0000, mean IoU 0.0000",
         "  relation           1 expressions, Acc@0.5 0.0000, mean IoU 0.3000",
         "score tells right from wrong boxes: AUROC 0.750 (0.5 = not at all)"]
+    rows[0]["mask_iou"] = 0.25
+    rows[2]["mask_iou"] = 0.75
+    assert evaluate.report(rows).splitlines()[1].endswith(", mask IoU 0.5000 of 2")
 
 
 # --- the command line ---
@@ -174,7 +205,7 @@ def run(monkeypatch, capfd, *args):
 
 def test_command(model, weights_file, monkeypatch, capfd, tmp_path):
     code, out, err = run(monkeypatch, capfd, "--weights", weights_file, "--split", "val", "--device", "cpu",
-                         "--per-sample", tmp_path / "rows.jsonl")
+                         "--per_sample", tmp_path / "rows.jsonl", "--sheet", tmp_path / "sheet.png")
     assert code == 0 and "error" not in err
     first, *report, last = out.splitlines()
     assert re.fullmatch(rf"{weights_file} on shapes val, \d+ expressions a second", first)
@@ -184,50 +215,67 @@ def test_command(model, weights_file, monkeypatch, capfd, tmp_path):
         assert row["expression"] == own["expression"] and row["kind"] in KINDS
         np.testing.assert_allclose(row["box"], own["box"], atol=1e-5 * 256)
     moved = evaluate.predict(model, batches(), expressions=evaluate.shuffled(rows))
-    compared = {"expressions shuffled": np.mean([row["iou"] >= 0.5 for row in moved]),
-                **evaluate.guessers(Shapes("val"))}
+    compared = {"expressions shuffled": np.mean([row["iou"] >= 0.5 for row in moved])}
+    compared |= evaluate.guessers(Shapes("val"))
     assert last == "for comparison, Acc@0.5: " + ", ".join(f"{k} {v:.4f}" for k, v in compared.items())
+    assert (tmp_path / "sheet.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("args, word", [
-    (["--split", "nope"], "nope"), (["--split", "train"], "train"), (["--split", "pretrain"], "pretrain"),
+def test_sheet_shows_the_worst_first(model, monkeypatch):
+    captions = []
+    monkeypatch.setattr(evaluate, "contact_sheet", lambda tiles, names: captions.extend(zip(tiles, names)))
+    dataset = ShapesTensors("val", 64)
+    rows = evaluate.predict(model, batches())
+    evaluate.sheet(dataset, rows)
+    worst = sorted(rows, key=lambda row: row["iou"])[: evaluate.SHEET]
+    assert [name for _, name in captions[: evaluate.SHEET]] == [f"worst: {row['expression']}" for row in worst]
+    assert len(captions) == 2 * evaluate.SHEET
+    for tile, name in captions:
+        row = next(row for row in rows if row["expression"] == name.split(": ", 1)[1])
+        assert tile.width >= dataset.shapes[row["image_id"]]["image"].width
+
+
+BAD_ARGUMENTS = [
+    (["--split", "nope"], "nope"),
+    (["--split", "train"], "train"),
+    (["--split", "pretrain"], "pretrain"),
     (["--dataset", "coco"], "coco"),
-    (["--device", "foo"], "foo"), (["--device", "cuda:99"], "cuda:99"), (["--fast"], "--fast"), (["extra"], "extra"),
-    (["--weights", "missing.safetensors"], "missing.safetensors"), (["--weights", "page.safetensors"], "page.safeten"),
-    (["--weights", "clip.safetensors"], "clip.safetensors"), (["--per-sample", "no/folder/rows.jsonl"], "no/folder"),
-    (["--per-sample", "."], ".:")], ids=lambda x: x if isinstance(x, str) else "_".join(x))
+    (["--device", "foo"], "foo"),
+    (["--device", "cuda:99"], "cuda:99"),
+    (["--fast"], "--fast"),
+    (["extra"], "extra"),
+    (["--weights", "missing.safetensors"], "missing.safetensors"),
+    (["--weights", "page.safetensors"], "page.safetensors"),
+    (["--weights", "clip.safetensors"], "clip.safetensors"),
+    (["--per_sample", "no/folder/rows.jsonl"], "no/folder"),
+    (["--per_sample", "."], ".:"),
+    (["--compare", "a.jsonl", "b.jsonl"], "a.jsonl"),
+]
+
+
+@pytest.mark.parametrize("args, word", BAD_ARGUMENTS, ids=["_".join(args) for args, _ in BAD_ARGUMENTS])
 def test_bad_arguments_get_one_line(weights_file, monkeypatch, capfd, tmp_path, args, word):
     monkeypatch.chdir(tmp_path)
     Path("page.safetensors").write_text("<html>\n</html>\n")
     clip = make_clip(dtype=torch.float32)
     clip.tokenizer = weights.load_hivg(weights_file).tokenizer
     weights.save("clip.safetensors", clip)
-    args = args if "--weights" in args else ["--weights", weights_file, *args]
+    if "--weights" not in args:
+        args = ["--weights", weights_file, *args]
     code, out, err = run(monkeypatch, capfd, *args)
     assert (code, out) == (2, "") and re.fullmatch(r"error: [^\n]+\n", err) and word in err
 
 
 def test_help(monkeypatch, capfd):
     code, out, err = run(monkeypatch, capfd, "--help")
-    assert (code, err) == (0, "") and all(word in out for word in ("--per-sample", "testA", "compose"))
+    assert (code, err) == (0, "")
+    for word in ("--per_sample", "--data_root", "--compare", "testA", "compose"):
+        assert word in out
 
 
+@pytest.mark.slow
 def test_as_a_module(tmp_path):
     """The one that starts a process."""
-    done = subprocess.run([sys.executable, "-m", "hivg.evaluate", "--weights", tmp_path / "none.safetensors"], cwd=ROOT,
-                          capture_output=True, text=True)
+    command = [sys.executable, "-m", "hivg.evaluate", "--weights", tmp_path / "none.safetensors"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "") and re.fullmatch(r"error: .*none.safetensors: .*\n", done.stderr)
-
-
-# --- the bundled weights ---
-
-
-def test_bundled_weights(monkeypatch):
-    """A sample of the test split; README has all of it."""
-    monkeypatch.setitem(SPLITS, "test", (50, SPLITS["test"][1]))
-    model = weights.load_hivg(BUNDLED).merged()
-    dataset = ShapesTensors("test", model.config.clip.image_size, model.config.normalization)
-    rows = evaluate.predict(model, evaluation_batches(dataset))
-    moved = evaluate.predict(model, evaluation_batches(dataset), expressions=evaluate.shuffled(rows))
-    assert np.mean([row["iou"] >= 0.5 for row in rows]) >= 0.85
-    assert np.mean([row["iou"] >= 0.5 for row in moved]) <= 0.35

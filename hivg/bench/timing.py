@@ -1,0 +1,64 @@
+"""Time and memory: how the benchmarks measure and print them."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parents[2]
+QUANTILES = (0.2, 0.5, 0.8)
+WARM_UP = 3  # runs that are not counted
+
+
+def measure(function, repeats, device=torch.device("cpu")):
+    """Call the function `repeats` times after WARM_UP -> milliseconds (20 %, median, 80 %)."""
+    times = []
+    for _ in range(WARM_UP + repeats):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(1000 * (time.perf_counter() - start))
+    return np.quantile(times[WARM_UP:], QUANTILES)
+
+
+def show(name, times):
+    low, median, high = times
+    print(f"{name:<52}{median:9.1f} ms   ({low:.1f} to {high:.1f})", flush=True)
+
+
+def memory(name):
+    """A line of /proc/self/status in bytes: VmRSS is the memory in use, VmHWM the most that was."""
+    return 1024 * int(re.search(name + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+ALONE = """
+import sys, time
+from hivg.bench.timing import memory
+{imports}
+before = memory("VmRSS")
+start = time.perf_counter()
+{work}
+print(1000 * (time.perf_counter() - start), memory("VmHWM") - before)
+"""
+
+
+def measure_alone(imports, work, argument):
+    """Time and memory of a piece of code, run three times in a process of its own, so that nothing else counts.
+
+    imports, work: Python, of which only `work` is measured; it finds the argument as sys.argv[1].
+    -> milliseconds (20 %, median, 80 %), the most bytes that any run took.
+    """
+    command = [sys.executable, "-c", ALONE.format(imports=imports, work=work), argument]
+    times = []
+    most = 0
+    for _ in range(3):
+        run = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        milliseconds, used = map(float, run.stdout.split())
+        times.append(milliseconds)
+        most = max(most, used)
+    return np.quantile(times, QUANTILES), most

@@ -1,0 +1,152 @@
+"""Two other programs' CLIPs in our names: OpenAI's (`clip/model.py`) and Hugging Face's (`modeling_clip.py`).
+
+`openai_clip` and `huggingface_clip` take {their name: tensor} and give (CLIPConfig, {our name: tensor}). Every size is
+read off the shapes, and a tensor keeps the type it was saved in. Tensors that a kind always holds and we do not need
+are left out by name. Anything else that is unknown keeps its own name, so that `weights.check_keys` reports it as left
+over.
+"""
+
+import re
+
+from hivg.clip import CLIPConfig
+
+HEAD_WIDTH = 64  # of every CLIP that OpenAI published; no shape says it
+
+# (pattern in their name, what it becomes in ours), applied in this order
+OPENAI = [
+    (r"^visual\.transformer\.resblocks\.", "visual.blocks."),
+    (r"^transformer\.resblocks\.", "text.blocks."),
+    (r"^(token_embedding|positional_embedding|ln_final|text_projection)\b", r"text.\1"),
+]
+OPENAI_UNUSED = {"input_resolution", "context_length", "vocab_size"}  # sizes that the shapes say too
+
+HUGGING_FACE = [
+    (r"^vision_model\.", "visual."),
+    (r"^text_model\.", "text."),
+    (r"\.encoder\.layers\.", ".blocks."),
+    (r"\.self_attn\.", ".attn."),
+    (r"\.layer_norm([12])\.", r".ln_\1."),
+    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
+    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
+    (r"^visual\.embeddings\.class_embedding$", "visual.class_embedding"),
+    (r"^visual\.embeddings\.patch_embedding\.", "visual.conv1."),
+    (r"^text\.embeddings\.token_embedding\.", "text.token_embedding."),
+    (r"\.embeddings\.position_embedding\.weight$", ".positional_embedding"),
+    (r"^visual\.pre_layrnorm\.", "visual.ln_pre."),
+    (r"^visual\.post_layernorm\.", "visual.ln_post."),
+    (r"^text\.final_layer_norm\.", "text.ln_final."),
+    (r"^visual_projection\.weight$", "visual.proj"),
+    (r"^text_projection\.weight$", "text.text_projection"),
+]
+HUGGING_FACE_UNUSED = {"vision_model.embeddings.position_ids", "text_model.embeddings.position_ids"}
+
+
+class NotThisKind(ValueError):
+    """The tensors are not what they were taken for; the message says why."""
+
+
+def kind_of(tensors):
+    """Whose CLIP the names look like: "openai", "huggingface" or None. Raises NotThisKind for a CLIP with a ResNet."""
+    for name in tensors:
+        if name.startswith("visual.layer1."):
+            raise NotThisKind("a CLIP with a ResNet (RN50, RN101, RN50x4, ..); HiVG needs a ViT: use ViT-B/32, "
+                              "ViT-B/16, ViT-L/14 or ViT-L/14@336px")
+    if any(re.match(r"visual\.(conv1|transformer)\.", name) for name in tensors):
+        return "openai"
+    if any(re.match(r"vision_model\.(embeddings|encoder)\.", name) for name in tensors):
+        return "huggingface"
+    return None
+
+
+def openai_clip(tensors):
+    """The state dict of OpenAI's CLIP -> (CLIPConfig, tensors with our names). Raises NotThisKind."""
+    tensors = rename(without(tensors, OPENAI_UNUSED), OPENAI)
+    tensors = split_in_proj(tensors)
+    return clip_config(tensors), tensors
+
+
+def huggingface_clip(tensors):
+    """The state dict of a Hugging Face CLIPModel -> (CLIPConfig, tensors with our names). Raises NotThisKind."""
+    tensors = rename(without(tensors, HUGGING_FACE_UNUSED), HUGGING_FACE)
+    for name in ("visual.proj", "text.text_projection"):
+        if name in tensors:
+            tensors[name] = tensors[name].T  # theirs is the weight (E, C) of a linear layer, ours (C, E)
+    return clip_config(tensors), tensors
+
+
+def without(tensors, unused):
+    return {name: tensor for name, tensor in tensors.items() if name not in unused}
+
+
+def rename(tensors, rules):
+    """Apply (pattern, replacement) rules in their order to each name."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def split_in_proj(tensors):
+    """One matrix in_proj (3 C, C) of an attention -> q_proj, k_proj, v_proj (C, C), stacked in that order."""
+    split = {}
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"(.*\.)in_proj_(weight|bias)", name)
+        if match and tensor.shape[0] % 3 == 0:
+            prefix, last = match.groups()
+            q, k, v = tensor.chunk(3)  # each (C, C) or (C,)
+            split[f"{prefix}q_proj.{last}"] = q
+            split[f"{prefix}k_proj.{last}"] = k
+            split[f"{prefix}v_proj.{last}"] = v
+        else:
+            split[name] = tensor
+    return split
+
+
+def clip_config(tensors):
+    """The CLIPConfig of tensors with our names, read off their shapes. Raises NotThisKind."""
+    width, _, patch, _ = shape_of(tensors, "visual.conv1.weight", 4)
+    positions, _ = shape_of(tensors, "visual.positional_embedding", 2)
+    vocabulary, text_width = shape_of(tensors, "text.token_embedding.weight", 2)
+    context, _ = shape_of(tensors, "text.positional_embedding", 2)
+    _, embed = shape_of(tensors, "text.text_projection", 2)
+    side = round((positions - 1) ** 0.5)  # of the patch grid; one position is the class token's
+    if side * side != positions - 1 or width % HEAD_WIDTH or text_width % HEAD_WIDTH:
+        raise NotThisKind(f"widths {width} and {text_width} (multiples of {HEAD_WIDTH} in a CLIP) and {positions} "
+                          "positions (a square number and one) cannot be a CLIP's")
+    return CLIPConfig(
+        image_size=side * patch,
+        patch_size=patch,
+        vision_width=width,
+        vision_layers=depth_of(tensors, "visual", "image"),
+        vision_heads=width // HEAD_WIDTH,
+        text_width=text_width,
+        text_layers=depth_of(tensors, "text", "text"),
+        text_heads=text_width // HEAD_WIDTH,
+        embed_dim=embed,
+        context_length=context,
+        vocab_size=vocabulary,
+    )
+
+
+def shape_of(tensors, name, dimensions):
+    if name not in tensors:
+        raise NotThisKind(f"a CLIP has a tensor of {dimensions} dimensions for our {name}, which is not in it")
+    shape = tensors[name].shape
+    if len(shape) != dimensions:
+        raise NotThisKind(f"a CLIP has a tensor of {dimensions} dimensions for our {name}, which has shape "
+                          f"{tuple(shape)}")
+    return shape
+
+
+def depth_of(tensors, tower, called):
+    """How many blocks a tower has: the highest number in a name, and one."""
+    depth = 0
+    for name in tensors:
+        match = re.match(rf"{tower}\.blocks\.(\d+)\.", name)
+        if match:
+            depth = max(depth, int(match[1]) + 1)
+    if depth == 0:
+        raise NotThisKind(f"no transformer block in its {called} tower")
+    return depth

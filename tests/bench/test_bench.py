@@ -1,0 +1,64 @@
+"""The benchmarks measure real work: the files they make are read as those of other programs, and a step trains."""
+
+import sys
+
+import pytest
+import torch
+
+from hivg import weights
+from hivg.bench import __main__ as bench
+from hivg.bench import reading, training
+from hivg.bench.timing import measure, measure_alone
+from hivg.clip import CLIP, CLIP_SIZES, CLIPConfig
+from hivg.data.annotations import read_samples
+from hivg.losses import LossWeights
+from hivg.training.criterion import Criterion
+
+SMALL = CLIPConfig(image_size=64, patch_size=16, vision_width=64, vision_layers=12, vision_heads=1, text_width=64,
+                   text_layers=12, text_heads=1, embed_dim=32, vocab_size=600)
+
+
+def test_measure_counts_the_runs_after_the_warm_up():
+    calls = []
+    low, median, high = measure(lambda: calls.append(1), 5)
+    assert len(calls) == 8 and 0 < low <= median <= high
+
+
+def test_the_openai_file_loads_as_one(tmp_path):
+    reading.write_openai(CLIP(SMALL), tmp_path / "clip.pt")
+    loaded = weights.load_clip(tmp_path / "clip.pt")
+    assert loaded.config == SMALL and loaded.info == {"source": "OpenAI's CLIP"}
+
+
+def test_the_refer_files_are_read(tmp_path):
+    reading.write_refer(tmp_path, objects=20, images=6)
+    samples = read_samples(tmp_path, "refcoco", "train")
+    assert len(samples) == 60 and len({sample.image for sample in samples}) == 6
+
+
+def test_a_step_gives_every_trained_parameter_a_gradient(monkeypatch):
+    monkeypatch.setitem(CLIP_SIZES, "small", SMALL)
+    model = training.preset_model("refcoco-base", "small").train()
+    assert model.config.text_layers == (12,) and model.config.lora_rank == 32 and model.config.stage == 3
+    criterion = Criterion(model, LossWeights(), "smooth_l1")
+    batch = training.random_batch(2, SMALL, torch.device("cpu"))
+    monkeypatch.setattr(criterion, "zero_grad", lambda: None)  # keep what the backward made
+    training.step(criterion, batch, torch.device("cpu"), torch.float32)
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_the_work_alone():
+    (low, median, high), most = measure_alone("import numpy as np", "a = np.ones(int(sys.argv[1]))", "20000000")
+    assert 0 < low <= median <= high and 1.5e8 < most < 2.5e8
+
+
+def test_names_and_flags(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["bench", "step", "--preset", "flickr-large", "--batch_sizes", "1", "2"])
+    args = bench.arguments()
+    assert args.names == ["step"] and args.preset == "flickr-large" and args.batch_sizes == [1, 2]
+    monkeypatch.setattr(sys, "argv", ["bench", "backward"])
+    with pytest.raises(SystemExit) as stop:
+        bench.arguments()
+    assert stop.value.code == 2 and "there are forward, data" in capfd.readouterr().err

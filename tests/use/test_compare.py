@@ -1,0 +1,41 @@
+"""Two evaluations of the same samples: python -m hivg.evaluate --compare. Its test of significance: test_metrics.py."""
+
+import json
+
+import pytest
+
+from hivg.evaluate import compare
+
+
+def write_rows(path, right):
+    """A per-sample file of eight rows, of which `right` have a good box."""
+    lines = []
+    for i in range(8):
+        row = {"image": f"{i}.png", "expression": f"cup {i}", "target": [0, 0, i, i], "iou": 0.9 if i in right else 0.0}
+        lines.append(json.dumps(row) + "\n")
+    path.write_text("".join(lines))
+
+
+def test_compare_names_the_samples(tmp_path):
+    write_rows(tmp_path / "a", range(8))
+    write_rows(tmp_path / "b", range(2))
+    text = compare(tmp_path / "a", tmp_path / "b")
+    assert text.startswith(f"Acc@0.5 1.0000 {tmp_path / 'a'}\nAcc@0.5 0.2500 {tmp_path / 'b'}\n")
+    assert "6 right in the first alone, 0 in the second alone" in text and "0.0312" in text and "more than" in text
+    assert text.count("right in the first alone: ") == 6 and "7.png: cup 7 (IoU 0.90, 0.00)" in text
+    text = compare(tmp_path / "b", tmp_path / "a")
+    assert text.count("right in the second alone: ") == 6 and "7.png: cup 7 (IoU 0.00, 0.90)" in text
+
+
+def test_compare_refuses_other_samples(tmp_path):
+    write_rows(tmp_path / "a", range(8))
+    (tmp_path / "c").write_text((tmp_path / "a").read_text().replace("cup 3", "dog 3"))
+    with pytest.raises(ValueError, match="not of the same samples"):
+        compare(tmp_path / "a", tmp_path / "c")
+    (tmp_path / "empty").write_text("")
+    with pytest.raises(ValueError, match="not of the same samples"):
+        compare(tmp_path / "empty", tmp_path / "empty")
+    (tmp_path / "list").write_text("[1]\n")
+    for name in ("missing", "list"):
+        with pytest.raises(ValueError, match=f"{name}: not a file"):
+            compare(tmp_path / "a", tmp_path / name)

@@ -1,0 +1,243 @@
+"""python ground.py: what it prints, draws and refuses."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from makers import ROOT, make_clip, make_hivg
+from makers_use import BAD_IMAGES, TEXTS, assert_line, make_image, write_cut
+from PIL import Image
+
+import ground
+from hivg import Grounder, weights
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_hivg(dtype=torch.float32, stage=1)
+
+
+@pytest.fixture(scope="module")
+def grounder(model):
+    return Grounder(model, "cpu")
+
+
+@pytest.fixture(scope="module")
+def weights_file(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "random.safetensors"
+    weights.save(path, model)
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch, capfd, tmp_path, weights_file):
+    """python ground.py ARGS in this process, in a folder with a.png -> (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    make_image().save("a.png")
+
+    def run(*args, model=weights_file, device="cpu"):
+        command = ["ground.py", *args, "--weights", model, "--device", device]
+        monkeypatch.setattr(sys, "argv", [str(arg) for arg in command])
+        capfd.readouterr()
+        try:
+            code = ground.main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capfd.readouterr()
+
+    return run
+
+
+def assert_fails(result, *words):
+    """Exit code 2, nothing on stdout, one line on stderr."""
+    code, out, err = result
+    assert (code, out) == (2, "") and re.fullmatch(r"error: [^\n]+\n", err), result
+    assert_line(err.strip(), *words)
+
+
+def assert_row(line, grounder, image, texts):
+    """A line of --json: exactly the keys promised, and the numbers of the Python interface."""
+    row = json.loads(line)
+    assert list(row) == ["image", "width", "height", "results"] and row["image"] == image
+    assert (row["width"], row["height"]) == Image.open(image).size and len(row["results"]) == len(texts)
+    for entry, result in zip(row["results"], grounder.ground(image, texts)):
+        assert list(entry) == ["label", "score", "box"] and list(entry["box"]) == ["xmin", "ymin", "xmax", "ymax"]
+        assert entry["label"] == result.expression and entry["score"] == pytest.approx(result.score, abs=1e-6)
+        assert list(entry["box"].values()) == pytest.approx(result.box, abs=1e-3)
+        assert all(type(v) is float for v in (entry["score"], *entry["box"].values()))
+
+
+def make_folder(name, *files):
+    """A folder with copies of the image."""
+    Path(name).mkdir()
+    for file in files:
+        make_image().save(Path(name) / file)
+
+
+# --- good input ---
+
+
+def test_json(run, grounder):
+    code, out, err = run("a.png", "-e", TEXTS[0], "--expression", "星", "--json")
+    assert code == 0 and out.endswith("\n")
+    assert_row(out, grounder, "a.png", [TEXTS[0], "星"])  # fails unless stdout is a single JSON object
+    assert [p.name for p in Path().iterdir()] == ["a.png"]  # draws only with --output
+    code, out, err = run("a.png", "-e", TEXTS[0], "--json", "--output", "drawn/b.png")
+    assert code == 0 and json.loads(out)["image"] == "a.png"
+    assert Image.open("drawn/b.png").size[0] >= 200
+
+
+def test_json_of_several(run, grounder):
+    make_folder("more", "c.jpg", "b.PNG", "d.gif")
+    Path("more/notes.txt").write_text("not an image, and no image's name")
+    Path("more/paper.pdf").write_text("Pillow writes this kind, but cannot read it")
+    code, out, err = run("more", "a.png", "-e", TEXTS[0], "--json")
+    assert code == 0 and "error" not in err
+    for line, image in zip(out.splitlines(), ["more/b.PNG", "more/c.jpg", "more/d.gif", "a.png"], strict=True):
+        assert_row(line, grounder, image, TEXTS[:1])
+
+
+def test_words_and_drawing(run):
+    code, out, _ = run("a.png", "-e", "star", "-e", "circle")
+    number = r"\d+\.\d"
+    box = rf"box \({number}, {number}, {number}, {number}\), score \d\.\d\d\n"
+    assert code == 0 and re.fullmatch(rf"a.png \(200 x 120\)\n  star: {box}  circle: {box}", out)
+    drawn = np.asarray(Image.open("grounded.png"))
+    code, out, _ = run("a.png", "-e", "star", "-e", "circle", "--heatmap", "--output", "hot.png")
+    assert code == 0 and (np.asarray(Image.open("hot.png")) != drawn).any()
+
+
+def test_drawings_of_several(run):
+    """A file each, also for two images of one name."""
+    make_folder("more", "a.png", "b.png", "b.jpg")
+    assert run("more", "-e", "star")[0] == 0
+    assert sorted(path.name for path in Path("grounded").iterdir()) == ["a.png", "b-2.png", "b.png"]
+    assert run("a.png", "more/a.png", "-e", "star", "--output", "out")[0] == 0
+    assert len(list(Path("out").iterdir())) == 2
+
+
+def test_the_image_itself_is_not_drawn_over(run):
+    make_image().save("b.png")
+    before = Path("a.png").read_bytes()
+    assert_fails(run("a.png", "-e", "star", "--output", "a.png"), "a.png", "--output")
+    assert_fails(run("a.png", "b.png", "-e", "star", "--output", "."), "a.png", "--output")
+    assert Path("a.png").read_bytes() == before
+
+
+def test_dtype(run):
+    exact = run("a.png", "-e", "star", "--json")[1]
+    code, rough, _ = run("a.png", "-e", "star", "--json", "--dtype", "bfloat16")
+    assert code == 0 and json.loads(rough) != json.loads(exact)
+
+
+def test_help(run):
+    code, out, err = run("--help")
+    assert code == 0 and err == ""
+    for flag in ("--weights", "--output", "--heatmap", "--json", "--device", "--dtype", "-e"):
+        assert flag in out
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES, ids=lambda name: name[:20])
+def test_bad_image_on_the_command_line(run, name):
+    write, word = BAD_IMAGES[name]
+    write(Path(name))
+    assert_fails(run(name, "-e", "star"), name, word)
+    assert_fails(run(name, "-e", "star", "--json"), name, word)
+
+
+def test_folder_with_a_bad_image(run, grounder):
+    """It is reported, the others are grounded, exit code 1."""
+    make_folder("more", "a.png", "c.png")
+    write_cut(Path("more/b.png"))
+    code, out, err = run("more", "-e", "star", "--json")
+    assert code == 1 and re.fullmatch(r"error: more/b.png: [^\n]+\n", err)
+    for line, name in zip(out.splitlines(), ("more/a.png", "more/c.png"), strict=True):
+        assert_row(line, grounder, name, ["star"])
+
+
+def write_clip(path):
+    clip = make_clip(dtype=torch.float32)
+    clip.tokenizer = make_hivg().tokenizer
+    weights.save(path, clip)
+
+
+@pytest.mark.parametrize("args, options, word", [
+    (["a.png", "-e", ""], {}, "expression"),
+    (["a.png", "-e", "star", "-e", "  "], {}, "expression"),
+    (["a.png"], {}, "no expression"),
+    (["-e", "star"], {}, "no image"),
+    (["folder", "-e", "star"], {}, "folder"),
+    (["a.png", "-e", "star", "--fast"], {}, "--fast"),
+    (["a.png", "-e", "star", "--out", "x.png"], {}, "--out"),  # no abbreviations
+    (["a.png", "-e", "star", "--dtype", "int8"], {}, "int8"),
+    (["a.png", "-e"], {}, "expected one argument"),
+    (["a.png", "-e", "star"], {"device": "foo"}, "foo"),
+    (["a.png", "-e", "star"], {"device": "cuda:99"}, "cuda:99"),
+    (["a.png", "-e", "star"], {"model": "missing.safetensors"}, "missing.safetensors"),
+    (["a.png", "-e", "star"], {"model": "a.png"}, "a.png"),
+    (["a.png", "-e", "star"], {"model": "clip.safetensors"}, "clip.safetensors"),
+    ([], {"model": "missing.safetensors"}, "missing.safetensors"),
+], ids=str)
+def test_bad_arguments(run, args, options, word):
+    Path("folder").mkdir()
+    write_clip(Path("clip.safetensors"))
+    assert_fails(run(*args, **options), word)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(run):
+    assert_fails(run("a.png", "-e", "star", device="cuda"), "cuda", "--device cpu")
+
+
+@pytest.mark.parametrize("output", ["drawn.xyz", "a.png/b.png", "drawn"])
+def test_drawing_that_cannot_be_written(run, output):
+    code, _, err = run("a.png", "-e", "star", "--output", output)
+    assert code == 2 and re.fullmatch(r"error: [^\n]+\n", err) and output in err
+
+
+# --- in processes of its own ---
+
+
+def start(folder, *args, **options):
+    command = [sys.executable, str(ROOT / "ground.py"), *map(str, args)]
+    return subprocess.run(command, cwd=folder, text=True, **(dict(capture_output=True) | options))
+
+
+@pytest.mark.slow
+def test_process_of_its_own(tmp_path, weights_file, grounder, monkeypatch):
+    """Also where the output can hold nothing but ASCII."""
+    monkeypatch.chdir(tmp_path)
+    make_folder("more", "a.png")
+    Path("more/b.png").write_bytes(b"")
+    done = start(".", "more", "-e", "星", "--json", "--weights", weights_file, "--device", "cpu",
+                 env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 1 and re.fullmatch(r"error: more/b.png: [^\n]+\n", done.stderr)
+    assert_row(done.stdout, grounder, "more/a.png", ["星"])
+
+
+@pytest.mark.slow
+def test_process_that_fails(tmp_path, weights_file):
+    done = start(tmp_path, "nothing.png", "-e", "star", "--weights", weights_file)
+    assert (done.returncode, done.stdout) == (2, "") and re.fullmatch(r"error: nothing.png: [^\n]+\n", done.stderr)
+
+
+@pytest.mark.slow
+def test_reader_that_leaves(tmp_path, weights_file, monkeypatch):
+    """As `ground.py more --json | head -0`: no traceback."""
+    monkeypatch.chdir(tmp_path)
+    make_folder("more", "a.png")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = start(".", "more", "-e", "star", "--json", "--weights", weights_file, capture_output=False, stdout=writer,
+                 stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")

@@ -1,0 +1,317 @@
+"""Every command and every Python block of README.md and weights/README.md, run in a folder of its own.
+
+Files that a command names and that are not there are made small: a bundled image, the bundled weights, two evaluations.
+Commands that need data, a GPU, the network or hours are only parsed: by --plan (train.py), or by the parser of the
+program. A command of a program that is not known here fails.
+"""
+
+import importlib.util
+import json
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from makers import BUNDLED, ROOT
+from torch.distributed.run import get_args_parser as torchrun_parser
+
+import ground
+from hivg import evaluate
+from hivg.bench import __main__ as bench
+from hivg.data.shapes import SPLITS
+from hivg.training import pretrain
+from hivg.training.flags import settings_from_flags
+from hivg.weights import __main__ as weights_program
+from hivg.weights import download
+
+pytestmark = pytest.mark.slow
+PAGES = ["README.md", "weights/README.md"]
+SMALL = 4  # scenes of a split of `shapes`
+
+
+# --- what is on a page ---
+
+
+def blocks_of(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def commands_of(block):
+    """The commands of a shell block, each a list of words, without comments and redirections."""
+    commands = []
+    for line in block.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while "&&" in words:
+            end = words.index("&&")
+            commands.append(words[:end])
+            words = words[end + 1 :]
+        commands.append(words)
+    return [until_redirection(words) for words in commands if words]
+
+
+def until_redirection(words):
+    for sign in (">", ">>", "|"):
+        if sign in words:
+            words = words[: words.index(sign)]
+    return words
+
+
+def commands_of_page(page):
+    """The commands of the shell blocks, and those within the text: `python ...` with at least one more word."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    commands = []
+    for block in blocks_of(text, "bash"):
+        commands += commands_of(block)
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    for quoted in re.findall(r"`((?:\w+=\S+\s+)*(?:python|torchrun)\s[^`]+)`", prose):
+        commands.append(until_redirection(shlex.split(quoted)))  # also over the end of a line
+    return commands
+
+
+# --- the rules, by program ---
+
+
+def check_command(words, monkeypatch):
+    """Run or parse one command in the current folder. Fails for a wrong one, and for a program that is not known."""
+    try:
+        check_program(words, monkeypatch)
+    except SystemExit as stop:  # of a parser
+        assert not stop.code, f"{shlex.join(words)}: exit code {stop.code}"
+
+
+def check_program(words, monkeypatch):
+    words = list(words)
+    while re.fullmatch(r"\w+=\S*", words[0]):
+        words.pop(0)  # VARIABLE=value in front
+    program = words[0].removeprefix(".venv/bin/")
+    if program in ("python", "python3"):
+        check_python(words[1:], monkeypatch)
+    elif program == "torchrun":
+        check_torchrun(words[1:], monkeypatch)
+    elif program == "pip":
+        check_pip(words[1:])
+    elif program in (".", "source"):
+        assert words[1:] == [".venv/bin/activate"], f"not known: {shlex.join(words)}"
+    elif program in ("git", "cd", "jupyter"):
+        pass  # the project's address and the reader's folders are not there
+    else:
+        pytest.fail(f"no rule for {shlex.join(words)!r}; add one to this file")
+
+
+def check_python(words, monkeypatch):
+    if words[0] == "ground.py":
+        run_ground(words[1:], monkeypatch)
+    elif words[0] == "train.py":
+        plan_training(words[1:], monkeypatch)
+    elif words[0] != "-m":
+        pytest.fail(f"no rule for python {shlex.join(words)!r}; add one to this file")
+    elif words[1] == "venv":
+        assert words[2:] == [".venv"]
+    elif words[1] == "pip":
+        check_pip(words[2:])
+    elif words[1] == "pytest":
+        check_pytest(words[2:])
+    elif words[1] == "hivg.evaluate":
+        run_evaluate(words[2:], monkeypatch)
+    elif words[1] == "hivg.weights":
+        run_weights(words[2:], monkeypatch)
+    elif words[1] == "hivg.bench":
+        monkeypatch.setattr(sys, "argv", ["bench", *words[2:]])
+        bench.arguments()  # exits for flags and names that are not known
+    elif words[1] == "hivg.training.pretrain":
+        monkeypatch.setattr(sys, "argv", ["pretrain", *without_flag(words[2:], "--resume")])
+        settings_from_flags(pretrain.Settings, "")
+    else:
+        check_by_help(words[1], words[2:], monkeypatch)
+
+
+def run_ground(args, monkeypatch):
+    images = args[: args.index("-e")] if "-e" in args else []
+    for image in images:
+        make_image(Path(image))
+    make_weights(value_of(args, "--weights"))
+    assert call(ground.main, args, monkeypatch) == 0
+
+
+def plan_training(args, monkeypatch):
+    """The flags are accepted, and the stages printed; it needs no data. A resumed run is planned as a new one."""
+    make_weights(value_of(args, "--finetune"))
+    make_clip(value_of(args, "--clip"))
+    args = [*without_flag(without_flag(args, "--resume"), "--plan"), "--plan"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *args])
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+
+def check_torchrun(words, monkeypatch):
+    script = words.index("train.py")
+    torchrun_parser().parse_args(words)
+    plan_training(words[script + 1 :], monkeypatch)
+
+
+def run_evaluate(args, monkeypatch):
+    if "--compare" in args:
+        for path in args[args.index("--compare") + 1 :]:
+            make_rows(Path(path))
+    dataset = value_of(args, "--dataset") or "shapes"
+    monkeypatch.setattr(sys, "argv", ["evaluate", *args])
+    settings = evaluate.arguments()
+    if dataset == "shapes" or "--compare" in args:
+        monkeypatch.setitem(SPLITS, settings.split, (SMALL, SPLITS[settings.split][1]))
+        make_weights(value_of(args, "--weights"))
+        assert call(evaluate.main, args, monkeypatch) == 0
+
+
+def run_weights(args, monkeypatch):
+    command, *names = args
+    if command == "fetch":
+        assert names[0] in download.FILES, f"nothing to fetch is called {names[0]}"
+        assert len(names) == 1
+    else:
+        make_weights(names[0])
+        assert call(weights_program.main, args, monkeypatch) == 0
+
+
+def check_pip(args):
+    assert args[0] == "install"
+    for name in args[1:]:
+        if name.endswith(".txt"):
+            assert (ROOT / name).is_file()
+
+
+def check_pytest(args):
+    for name in args:
+        assert not name.startswith("tests") or (ROOT / name.split("::")[0]).exists(), f"there is no {name}"
+
+
+def check_by_help(module, args, monkeypatch):
+    """Any other program of this project: it is there, and its --help knows the flags."""
+    assert module.startswith("hivg.") and importlib.util.find_spec(module), f"no program is called {module}"
+    lines = []
+    monkeypatch.setattr(sys.stdout, "write", lines.append)
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    monkeypatch.undo()
+    assert not stop.value.code
+    for flag in re.findall(r"--\w[\w-]*", " ".join(args)):
+        assert flag in "".join(lines), f"{module} has no {flag}"
+
+
+def call(main, args, monkeypatch):
+    """The exit code of a program's main."""
+    monkeypatch.setattr(sys, "argv", ["program", *args])
+    try:
+        return main() or 0
+    except SystemExit as stop:
+        return stop.code or 0
+
+
+def value_of(args, flag):
+    return args[args.index(flag) + 1] if flag in args else None
+
+
+def without_flag(args, flag):
+    return [arg for arg in args if arg != flag]
+
+
+# --- the files that commands name ---
+
+
+def make_image(path):
+    if path.suffix:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "weights" / "example.png", path)
+    else:
+        make_image(path / "a.png")
+
+
+def make_weights(name):
+    """The bundled HiVG under a name, unless there is such a file."""
+    if name and not Path(name).exists():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(BUNDLED, name)
+
+
+def make_clip(name):
+    """The bundled CLIP under a name that is not that of a published one, whose sizes --plan knows without the file."""
+    published = [Path(address).name for address, _ in download.FILES.values()]
+    if name and Path(name).name not in published and not Path(name).exists():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "weights" / "clip-tiny.safetensors", name)
+
+
+def make_rows(path):
+    row = {"image": "a.png", "expression": "cup", "target": [0, 0, 1, 1], "iou": 0.5}
+    path.write_text(json.dumps(row) + "\n")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder like the project's, with copies of the bundled files, so that nothing of the project is written to."""
+    shutil.copytree(ROOT / "weights", tmp_path / "weights", ignore=lambda _, names: [n for n in names if n[0] == "."])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# --- the tests ---
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands(page, folder):
+    commands = commands_of_page(page)
+    assert commands
+    done = []
+    for words in commands:
+        if words in done:
+            continue
+        done.append(words)
+        print(shlex.join(words))  # shown where the test fails
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            check_command(words, monkeypatch)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks(page, folder):
+    """All in one namespace, in their order."""
+    blocks = blocks_of((ROOT / page).read_text(encoding="utf-8"), "python")
+    assert blocks
+    names = {}
+    for block in blocks:
+        for path in re.findall(r'"([\w/.-]+\.safetensors)"', block):
+            make_weights(path)
+        exec(compile(block, page, "exec"), names)
+
+
+def test_the_printed_box_is_the_readmes(folder, capfd, monkeypatch):
+    """The output that the README shows for `python ground.py`, but for the last digit of the numbers."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.search(r"^```\n(weights/example\.png .*?)^```", text, re.DOTALL | re.MULTILINE)[1]
+    monkeypatch.chdir(ROOT)
+    capfd.readouterr()
+    assert call(ground.main, ["--output", str(folder / "drawn.png"), "--device", "cpu"], monkeypatch) == 0
+    printed = capfd.readouterr().out
+    number = r"\d+\.\d+"
+    assert re.sub(number, "N", printed) == re.sub(number, "N", shown)
+    for a, b in zip(re.findall(number, printed), re.findall(number, shown), strict=True):
+        assert float(a) == pytest.approx(float(b), abs=0.2)
+
+
+@pytest.mark.parametrize("line", [
+    "make all",
+    "python solve.py",
+    "python -m hivg.nothing",
+    "python -m hivg.data check mine.jsonl --fast",
+    "python train.py --batchsize 3",
+    "torchrun --processes=2 train.py",
+    "python -m hivg.evaluate --split nope",
+    "python -m hivg.bench backward",
+    "python -m hivg.weights fetch RN50",
+    "python -m hivg.training.pretrain --stages 3",
+    "python ground.py image.png",
+])
+def test_wrong_commands_are_found(line, folder, monkeypatch):
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        check_command(shlex.split(line), monkeypatch)

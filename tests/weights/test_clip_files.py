@@ -1,0 +1,210 @@
+"""OpenAI's and Hugging Face's CLIPs, in files made here in the published formats; the golden files, where they are; the
+merge table beside them."""
+
+import json
+import zipfile
+
+import pytest
+import torch
+import torch.nn.functional as F
+from makers import GOLDEN, TEXTS, assert_close, make_tokenizer, needs_golden
+from makers_weights import (
+    assert_same_weights,
+    half,
+    make_published_clip,
+    save_legacy,
+    save_table,
+    scripted,
+    to_huggingface,
+    to_openai,
+)
+from safetensors.torch import load_file, save_file
+
+from hivg import weights
+from hivg.clip import similarity
+from hivg.weights import WeightsError, download
+
+VOCABULARY = make_tokenizer().vocab_size
+
+
+# --- every kind loads exactly ---
+
+
+def openai_archive(clip, path):
+    torch.jit.save(scripted(half(to_openai(clip))), path)
+
+
+def openai_state_dict(clip, path):
+    torch.save(half(to_openai(clip)), path)
+
+
+def openai_float32(clip, path):
+    torch.save(to_openai(clip), path)  # q, k and v are then parts of a tensor that needs no conversion
+
+
+def openai_wrapped(clip, path):
+    torch.save({"epoch": 3, "state_dict": half(to_openai(clip))}, path)
+
+
+def openai_legacy(clip, path):
+    save_legacy(half(to_openai(clip)), path)
+
+
+def openai_safetensors(clip, path):
+    save_file(half(to_openai(clip)), path)
+
+
+def huggingface_safetensors(clip, path):
+    save_file(to_huggingface(clip), path, {"format": "pt"})
+
+
+def huggingface_safetensors_older(clip, path):
+    save_file(to_huggingface(clip, position_ids=True), path, {"format": "pt"})
+
+
+def huggingface_bin(clip, path):
+    torch.save(to_huggingface(clip), path)
+
+
+def huggingface_bin_older(clip, path):
+    torch.save(to_huggingface(clip, position_ids=True), path)
+
+
+def huggingface_legacy(clip, path):
+    save_legacy(to_huggingface(clip, position_ids=True), path)
+
+
+WRITERS = [openai_archive, openai_state_dict, openai_float32, openai_wrapped, openai_legacy, openai_safetensors,
+           huggingface_safetensors, huggingface_safetensors_older, huggingface_bin, huggingface_bin_older,
+           huggingface_legacy]
+SIZES = {
+    "patch 32": dict(image_size=96, patch_size=32, vision_layers=1),
+    "wider": dict(vision_width=192, vision_heads=3, embed_dim=24),
+    "patch 14": dict(image_size=70, patch_size=14, text_layers=3, text_width=128, text_heads=2, context_length=20),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_clip_loads_exactly(tmp_path, write):
+    assert_loads_exactly(make_published_clip(), write, tmp_path)
+
+
+@pytest.mark.parametrize("write", [openai_archive, huggingface_safetensors_older])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_clip_of_any_size_loads_exactly(tmp_path, write, sizes):
+    assert_loads_exactly(make_published_clip(**SIZES[sizes]), write, tmp_path)
+
+
+def assert_loads_exactly(clip, write, tmp_path):
+    write(clip, tmp_path / "file")
+    loaded = weights.load_clip(tmp_path / "file")
+    assert loaded.config == clip.config  # every size, the heads too, from the shapes
+    assert_same_weights(loaded, clip)
+    assert not loaded.training and loaded.tokenizer is None
+    for name, tensor in loaded.state_dict().items():  # each in a storage of its own, nothing transposed
+        assert tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes, name
+    weights.save(tmp_path / "ours.safetensors", loaded)
+    assert_same_weights(weights.load_clip(tmp_path / "ours.safetensors"), clip)
+
+
+def test_archive_runs_nothing_and_needs_no_code(tmp_path):
+    """The archive's code may be gone, and its tensors may have been saved from a GPU."""
+    clip = make_published_clip()
+    openai_archive(clip, tmp_path / "archive.pt")
+    with zipfile.ZipFile(tmp_path / "archive.pt") as source, zipfile.ZipFile(tmp_path / "bare.pt", "w") as target:
+        for name in source.namelist():
+            if "/code/" in name or name.endswith("constants.pkl"):
+                continue
+            content = source.read(name).replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0")
+            target.writestr(name, content)
+            if name.endswith("data.pkl"):
+                assert b"cuda:0" in content
+    assert_same_weights(weights.load_clip(tmp_path / "bare.pt"), clip)
+
+
+def test_a_mask_beside_the_weights_of_an_archive_is_left_out(tmp_path):
+    """OpenAI's archives keep the causal mask as an attribute of every text block."""
+    clip = make_published_clip()
+    tensors = half(to_openai(clip)) | {"transformer.resblocks.0.attn_mask": torch.zeros(77, 77)}
+    torch.jit.save(scripted(tensors), tmp_path / "archive.pt")
+    assert_same_weights(weights.load_clip(tmp_path / "archive.pt"), clip)
+
+
+# --- the merge table beside the weights ---
+
+
+def write_tokenizer_json(path):
+    model = {"type": "BPE", "end_of_word_suffix": "</w>", "merges": [" ".join(p) for p in make_tokenizer().merges]}
+    path.write_text(json.dumps({"model": model}))
+
+
+def write_merges(path):
+    path.write_text(make_tokenizer().to_text())
+
+
+TABLES = {"bpe_simple_vocab_16e6.txt.gz": save_table, "merges.txt": write_merges,
+          "tokenizer.json": write_tokenizer_json}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_table_beside_the_weights(tmp_path, table):
+    save_file(to_huggingface(make_published_clip()), tmp_path / "model.safetensors")
+    TABLES[table](tmp_path / table)
+    loaded = weights.load_clip(tmp_path / "model.safetensors")
+    assert loaded.tokenizer.merges == make_tokenizer().merges
+    assert torch.equal(loaded.tokenizer(TEXTS), make_tokenizer()(TEXTS))
+
+
+def test_table_in_the_weights_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "FOLDER", tmp_path / "weights")
+    (tmp_path / "weights").mkdir()
+    save_table(tmp_path / "weights" / download.TABLE)
+    save_file(to_huggingface(make_published_clip()), tmp_path / "model.safetensors")
+    assert weights.load_clip(tmp_path / "model.safetensors").tokenizer.merges == make_tokenizer().merges
+
+
+def test_table_of_another_vocabulary_is_not_taken(tmp_path):
+    save_file(to_huggingface(make_published_clip(vocab_size=VOCABULARY + 1)), tmp_path / "model.safetensors")
+    save_table(tmp_path / download.TABLE)
+    loaded = weights.load_clip(tmp_path / "model.safetensors")
+    assert loaded.tokenizer is None
+    with pytest.raises(WeightsError, match="merge table"):
+        weights.need_tokenizer(loaded, "model.safetensors")
+
+
+# --- the golden files ---
+
+
+@needs_golden
+@pytest.mark.parametrize("kind, first, last", [
+    ("openai", "{}_hidden_first", "{}_hidden_last"),
+    ("hf", None, "{}_hidden_2"),
+])
+def test_golden_clip(kind, first, last):
+    clip = weights.load_clip(GOLDEN / f"{kind}_clip_tiny.checkpoint.safetensors")
+    expected = {}
+    for name, tensor in load_file(GOLDEN / f"{kind}_clip_tiny.expected.safetensors").items():
+        expected[name] = tensor.float() if tensor.is_floating_point() else tensor.long()
+    images = expected.pop("image")
+    ids = expected.pop("token_ids")
+    with torch.no_grad():
+        image_features = clip.encode_image(images)
+        text_features = clip.encode_text(ids)
+        vision = clip.visual(images)  # the hidden states after each block
+        text = clip.text(ids)
+        logits = similarity(text_features, image_features, clip.logit_scale)
+    found = {
+        "image_features": image_features,
+        "text_features": text_features,
+        "image_embeds": F.normalize(image_features, dim=-1),
+        "text_embeds": F.normalize(text_features, dim=-1),
+        "logits_per_text": logits,
+        "logits_per_image": logits.T,
+    }
+    for tower, states in (("vision", vision), ("text", text)):
+        if first:
+            found[first.format(tower)] = states[0]
+        found[last.format(tower)] = states[-1] if kind == "openai" else states[1]
+    assert expected and expected.keys() <= found.keys()
+    for name, tensor in expected.items():
+        assert_close(name, found[name], tensor, 1e-5)

@@ -1,0 +1,274 @@
+"""Files that cannot be used: each gets one line that names it, and nothing in it is ever run."""
+
+import argparse
+import os
+import pickle
+import re
+import zipfile
+
+import pytest
+import torch
+from makers_weights import (
+    half,
+    make_published_clip,
+    make_released,
+    message_of,
+    save_legacy,
+    scripted,
+    to_huggingface,
+    to_openai,
+    to_released,
+)
+from PIL import Image
+from safetensors.torch import save_file
+
+from hivg import weights
+from hivg.utils import pickles
+
+
+@pytest.fixture(scope="module")
+def released():
+    """A released checkpoint; do not change it."""
+    return to_released(make_released())
+
+
+# --- nothing is run ---
+
+
+class Payload:
+    """Unpickling it runs a command."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def save_bare(data, path):
+    path.write_bytes(pickle.dumps(data))
+
+
+def save_python_2(data, path):
+    path.write_bytes(pickle.dumps(data, protocol=2))
+
+
+def save_zip(data, path):
+    """As PyTorch writes around a pickle of `data`."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(data))
+        archive.writestr("archive/version", b"3\n")
+
+
+def save_like_torchscript(data, path):
+    save_zip(data, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("archive/constants.pkl", pickle.dumps(()))
+        archive.writestr("archive/code/__torch__.py", b"class Part(Module):\n  pass\n")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("save", [torch.save, save_legacy, save_bare, save_python_2, save_zip, save_like_torchscript])
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "in a checkpoint"])
+def test_a_command_is_refused_and_not_run(tmp_path, suffix, save, inside):
+    path = tmp_path / f"file{suffix}"
+    touched = tmp_path / "touched"
+    data = Payload(touched)
+    if inside:
+        data = {"model": {"w": data}, "args": argparse.Namespace(x=data)}
+    save(data, path)
+    assert re.search(r"(posix|nt|os)\.system", message_of(path))
+    assert not touched.exists()
+    os.system(f"touch {touched}")
+    assert touched.exists()  # as it would have been
+
+
+@pytest.mark.parametrize("module, name", [
+    ("builtins", "eval"),
+    ("builtins", "getattr"),
+    ("torch", "load"),
+    ("torch.storage", "_load_from_bytes"),
+    ("numpy", "fromfile"),
+    ("hivg.weights", "save"),
+    ("hivg.utils.pickles", "read"),
+    ("collections", "namedtuple"),
+    ("torch.jit._pickle", "build_boollist.__globals__"),
+])
+def test_only_listed_names_can_be_called(tmp_path, module, name):
+    data = b"\x80\x02c" + f"{module}\n{name}\n".encode() + b"X\x01\x00\x00\x001\x85R."
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", data)
+    assert f"{module}.{name}" in message_of(tmp_path / "x.pt")
+
+
+# --- files of something else ---
+
+
+def save_web_page(path):
+    path.write_text("\n<!DOCTYPE html><html>404</html>")
+
+
+def save_lfs_pointer(path):
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n")
+
+
+def save_text(path):
+    path.write_text("hello there")
+
+
+def save_image(path):
+    Image.new("RGB", (3, 3)).save(path, "PNG")
+
+
+def save_other_zip(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", "a")
+
+
+def save_number_for_a_matrix(path):
+    torch.save({"visual.conv1.weight": torch.zeros(64, 3, 8, 8),
+                "visual.transformer.resblocks.0.attn.in_proj_weight": torch.tensor(3.0)}, path)
+
+
+def save_resnet(path):
+    torch.save({"visual.conv1.weight": torch.zeros(2, 3, 3, 3), "visual.layer1.0.conv1.weight": torch.zeros(1)}, path)
+
+
+def save_data(data):
+    return lambda path: torch.save(data, path)
+
+
+OTHER_FILES = {  # name: (writer, part of the message)
+    "empty": (lambda path: path.write_bytes(b""), "empty"),
+    "web page": (save_web_page, "web page"),
+    "LFS": (save_lfs_pointer, "git lfs pull"),
+    "text": (save_text, "not a file that PyTorch saved"),
+    "an image": (save_image, "not a file that PyTorch saved"),
+    "another zip": (save_other_zip, "not of PyTorch"),
+    "a list": (save_data([torch.zeros(3)]), "no weights at all"),
+    "a number": (save_data(3), "no weights at all"),
+    "other weights": (save_data({"conv.weight": torch.zeros(3)}), "tensors called conv.weight"),
+    "a ResNet CLIP": (save_resnet, "ResNet"),
+    "a number for a matrix": (save_number_for_a_matrix, "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_each_wrong_file_has_its_line(tmp_path, name):
+    save, expected = OTHER_FILES[name]
+    save(tmp_path / "file.pt")
+    assert expected in message_of(tmp_path / "file.pt")
+
+
+@pytest.mark.parametrize("args, expected", [
+    (dict(model="RN50"), "model='RN50'"),
+    (dict(imsize=65), "imsize=65"),
+    (dict(imsize="64"), "imsize='64'"),
+    (dict(imsize=True), "imsize=True"),
+    (dict(dataset="unc+"), "text layers"),  # which reads two, and the file has one
+    (dict(enable_adaptive_weights=False), "adaptive weights off"),  # towers of different width
+    (dict(model="ViT-L/14"), "12 vision"),
+], ids=str)
+def test_args_that_do_not_fit(tmp_path, released, args, expected):
+    args = argparse.Namespace(**(vars(released["args"]) | args))
+    torch.save({"model": released["model"], "args": args}, tmp_path / "file.pt")
+    assert expected in message_of(tmp_path / "file.pt")
+
+
+def test_released_without_args(tmp_path, released):
+    torch.save(released["model"], tmp_path / "file.pt")
+    assert "settings" in message_of(tmp_path / "file.pt")
+
+
+# --- damaged files ---
+
+
+@pytest.mark.parametrize("kind", ["archive", "state dict", "safetensors", "older torch.save"])
+@pytest.mark.parametrize("keep", [0.02, 0.5, 0.98])
+def test_a_file_cut_short(tmp_path, kind, keep):
+    path = tmp_path / "file.pt"
+    clip = make_published_clip()
+    if kind == "archive":
+        torch.jit.save(scripted(half(to_openai(clip))), path)
+    elif kind == "state dict":
+        torch.save(half(to_openai(clip)), path)
+    elif kind == "safetensors":
+        save_file(to_huggingface(clip), path)
+    else:
+        save_legacy(to_huggingface(clip), path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(keep * len(data))])
+    assert "download it again" in message_of(path)
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    path = tmp_path / "file.pt"
+    torch.save(to_openai(make_published_clip()), path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    assert "download it again" in message_of(path)
+
+
+def test_tensors_stay_inside_their_storage(tmp_path):
+    """A pickle may say that a tensor is larger than its storage in the file."""
+    path = tmp_path / "x.pt"
+    torch.save({"w": torch.arange(4.0)}, path)
+    tensor = pickles.read(path)["w"]
+    assert torch.equal(tensor.read(), torch.arange(4.0))
+    for changes in (dict(shape=(5,)), dict(offset=1), dict(shape=(2, 2), stride=(3, 1))):
+        with pytest.raises(ValueError, match="too short"):
+            pickles.TensorOnDisk(**(vars(tensor) | changes)).read()
+
+
+def test_a_compressed_tensor_is_not_unpacked(tmp_path):
+    """PyTorch stores, so a compressed entry may be a bomb."""
+    torch.save({"w": torch.zeros(10**6)}, tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as source:
+        with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as target:
+            for name in source.namelist():
+                target.writestr(name, source.read(name))
+    assert "is damaged (compressed)" in message_of(tmp_path / "bomb.pt")
+
+
+# --- names and shapes must be exact ---
+
+
+def tensors_of(kind, released):
+    if kind == "openai":
+        return to_openai(make_published_clip())
+    if kind == "huggingface":
+        return to_huggingface(make_published_clip())
+    return dict(released["model"])
+
+
+@pytest.mark.parametrize("kind, name, ours", [
+    ("openai", "visual.ln_post.bias", "visual.ln_post.bias"),
+    ("openai", "transformer.resblocks.1.attn.in_proj_bias", "text.blocks.1.attn.k_proj.bias"),
+    ("huggingface", "vision_model.post_layernorm.bias", "visual.ln_post.bias"),
+    ("released", "bbox_embed.layers.1.bias", "box_head.2.bias"),
+    ("released", "clip.base_model.model.vision_model.encoder.layers.3.cross_norm.bias", "bridges.3.ln.bias"),
+])
+def test_keys_and_shapes_must_be_exact(tmp_path, released, kind, name, ours):
+    good = tensors_of(kind, released)
+    missing = {other: tensor for other, tensor in good.items() if other != name}
+    left_over = good | {"extra": torch.zeros(2)}
+    reshaped = good | {name: torch.zeros(6)}
+    ours = re.escape(ours)
+    for tensors, expected in (
+        (missing, rf"missing: .*{ours}"),
+        (left_over, "left over: extra"),
+        (reshaped, rf"of another shape: .*{ours} \("),
+    ):
+        data = {"model": tensors, "args": released["args"]} if kind == "released" else tensors
+        torch.save(data, tmp_path / "file")
+        message = message_of(tmp_path / "file")
+        assert weights.KINDS[kind] in message and re.search(expected, message), message
+
+
+def test_kinds_are_not_confused(tmp_path, released):
+    save_file(to_huggingface(make_published_clip()), tmp_path / "hf.safetensors")
+    torch.save(released, tmp_path / "released.pth")
+    assert "holds a CLIP of Hugging Face's" in message_of(tmp_path / "hf.safetensors", weights.load_hivg)
+    assert "holds a CLIP of Hugging Face's" in message_of(tmp_path / "hf.safetensors", weights.load_released)
+    assert "holds a released HiVG checkpoint" in message_of(tmp_path / "released.pth", weights.load_clip)

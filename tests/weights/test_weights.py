@@ -1,0 +1,240 @@
+"""Weights files: what goes in comes out, a bad file gets one line that names it, an interrupted save costs nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from makers import make_batch, make_clip, make_hivg, make_tokenizer
+from makers_weights import assert_same_weights, message_of
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from hivg import weights
+from hivg.tokenizer import Tokenizer
+
+LOADERS = {"clip": weights.load_clip, "hivg": weights.load_hivg}
+
+
+def make(kind, **changes):
+    if kind == "hivg":
+        return make_hivg(dtype=torch.float32, **changes)
+    clip = make_clip(dtype=torch.float32, **changes)
+    clip.tokenizer = Tokenizer(make_tokenizer().merges, clip.config.context_length)
+    return clip
+
+
+def trained(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same_model(a, b):
+    """Configuration, every tensor bit for bit, what is trained, tokenizer."""
+    assert a.config == b.config
+    assert list(a.state_dict()) == list(b.state_dict())
+    assert_same_weights(a, b)
+    assert trained(a) == trained(b)
+    assert a.tokenizer.merges == b.tokenizer.merges
+    assert a.tokenizer.context_length == b.tokenizer.context_length
+
+
+# --- there and back ---
+
+
+def test_clip_comes_back(tmp_path):
+    clip = make("clip", context_length=20)
+    weights.save(tmp_path / "new" / "clip.safetensors", clip, {"accuracy": 0.5, "stage": "pretrain"})
+    loaded = weights.load_clip(tmp_path / "new" / "clip.safetensors")
+    assert_same_model(loaded, clip)
+    assert loaded.info == {"accuracy": 0.5, "stage": "pretrain"} and not loaded.training
+
+
+CONFIGURATIONS = [
+    {"lora": "hierarchical", "stage": 0},
+    {"lora": "hierarchical", "stage": 1},
+    {"lora": "hierarchical", "stage": 2},
+    {"lora": "hierarchical", "stage": 3},
+    {"lora": "shared", "stage": 0},
+    {"lora": "shared", "stage": 1},
+    {"lora": "shared", "stage": 2},
+    {"lora": "shared", "stage": 3},
+    {"lora": "vanilla", "stage": 0},
+    {"lora": "vanilla", "stage": 1},
+    {"lora": "none"},
+    {"bridge": "projected"},
+    {"bridge": "constant"},
+    {"bridge": "none"},
+    {"text_norm": False, "normalization": "imagenet", "lora_alpha": 3.5},
+]
+
+
+@pytest.mark.parametrize("changes", CONFIGURATIONS, ids=str)
+def test_hivg_comes_back(tmp_path, changes):
+    model = make("hivg", **changes)
+    weights.save(tmp_path / "hivg.safetensors", model)
+    loaded = weights.load_hivg(str(tmp_path / "hivg.safetensors"))
+    assert_same_model(loaded, model)
+    assert loaded.info == {} and not loaded.training
+    batch = make_batch(dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(loaded(*batch).boxes, model(*batch).boxes)
+    loaded.add_stage(1 + model.config.stage)  # training can continue
+    model.add_stage(1 + model.config.stage)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert trained(loaded) == trained(model)
+
+
+def test_merged_model_comes_back(tmp_path):
+    model = make("hivg", stage=2).merged()
+    weights.save(tmp_path / "hivg.safetensors", model)
+    assert_same_model(weights.load_hivg(tmp_path / "hivg.safetensors"), model)
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_the_bytes_load_as_float32(tmp_path, kind, dtype):
+    model = make(kind)
+    for name, stored in (("half", dtype), ("full", None)):
+        weights.save(tmp_path / name, model, dtype=stored)
+    assert (tmp_path / "half").stat().st_size < 0.6 * (tmp_path / "full").stat().st_size
+    for name, tensor in LOADERS[kind](tmp_path / "half").state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, model.state_dict()[name].to(dtype).float()), name
+
+
+# --- bad files ---
+
+
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def damage_with_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGED_FILES = {  # name: (a function of the path of a good file, part of the message)
+    "missing": (lambda path: path.unlink(), "no such"),
+    "a folder": (damage_with_folder, "no such"),
+    "empty": (lambda path: cut(path, 0), "empty"),
+    "cut in the header": (lambda path: cut(path, 100), "not a whole"),
+    "cut in the middle": (lambda path: cut(path, path.stat().st_size // 2), "not a whole"),
+    "last byte lost": (lambda path: cut(path, -1), "not a whole"),
+    "a web page": (lambda path: path.write_text("<!DOCTYPE html><html><body>Not\nfound</body>"), "a web page"),
+    "a pickle": (lambda path: torch.save({"a": torch.zeros(3)}, path), "tensors called a"),
+    "another program's": (lambda path: save_file({"weight": torch.zeros(3)}, path), "neither a CLIP nor a HiVG"),
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("name", DAMAGED_FILES)
+def test_damaged_file_gets_one_line(tmp_path, kind, name):
+    path = tmp_path / "weights.safetensors"
+    weights.save(path, make(kind))
+    damage, expected = DAMAGED_FILES[name]
+    damage(path)
+    assert expected in message_of(path, LOADERS[kind])
+
+
+def read_parts(path):
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        return tensors, dict(file.metadata())
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("changes, expected", [
+    ({"kind": "lora"}, "not one of this project's"),
+    ({"config": None}, "config"),
+    ({"config": '{"clip": '}, "metadata"),
+    ({"config": "[1]"}, "metadata"),
+    ({"tokenizer": None}, "tokenizer"),
+    ({"tokenizer": "a b c"}, "metadata"),
+    ({"tokenizer": "a b\n"}, "vocabulary"),
+], ids=str)
+def test_damaged_metadata_gets_one_line(tmp_path, kind, changes, expected):
+    path = tmp_path / "weights.safetensors"
+    weights.save(path, make(kind))
+    tensors, metadata = read_parts(path)
+    metadata |= changes
+    save_file(tensors, path, {name: text for name, text in metadata.items() if text is not None})
+    assert expected in message_of(path, LOADERS[kind])
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("setting, value", [("colour", 3), ("vision_layers", "six")])
+def test_wrong_configuration_gets_one_line(tmp_path, kind, setting, value):
+    path = tmp_path / "weights.safetensors"
+    weights.save(path, make(kind))
+    tensors, metadata = read_parts(path)
+    config = json.loads(metadata["config"])
+    (config["clip"] if kind == "hivg" else config)[setting] = value
+    save_file(tensors, path, metadata | {"config": json.dumps(config)})
+    message = message_of(path, LOADERS[kind])
+    assert "configuration" in message and (setting == "vision_layers" or setting in message)
+
+
+BIAS = {"clip": "visual.ln_post.bias", "hivg": "levels_proj.bias"}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_keys_and_shapes_must_be_exact(tmp_path, kind):
+    path = tmp_path / "weights.safetensors"
+    weights.save(path, make(kind))
+    tensors, metadata = read_parts(path)
+    bias = BIAS[kind]
+
+    save_file({name: t for name, t in tensors.items() if name != bias}, path, metadata)
+    assert f"missing: {bias}" in message_of(path, LOADERS[kind])
+    save_file(tensors | {"extra": torch.ones(2)}, path, metadata)
+    assert "left over: extra" in message_of(path, LOADERS[kind])
+    save_file(tensors | {bias: torch.ones(7)}, path, metadata)
+    assert f"{bias} (7,) instead of" in message_of(path, LOADERS[kind])
+    save_file({f"x.{name}": t for name, t in tensors.items()}, path, metadata)
+    message = message_of(path, LOADERS[kind])
+    assert "missing: " in message and "left over: x." in message and " more" in message
+
+
+@pytest.mark.parametrize("kind, other", [("clip", "hivg"), ("hivg", "clip")])
+def test_the_other_model_is_refused(tmp_path, kind, other):
+    path = tmp_path / "weights.safetensors"
+    weights.save(path, make(other))
+    message = message_of(path, LOADERS[kind])
+    assert f"holds {weights.KINDS[other]}" in message and f"{weights.KINDS[kind]} is needed" in message
+
+
+def test_impossible_path_gets_one_line(tmp_path):
+    message_of(tmp_path / ("x" * 300), weights.load_hivg)
+
+
+# --- interrupted saves ---
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed(*_):
+    raise Killed
+
+
+def half(path, data):
+    with open(path, "wb") as file:
+        file.write(data[: len(data) // 2])
+    raise Killed
+
+
+@pytest.mark.parametrize("owner, name, stop", [(Path, "write_bytes", half), (weights.os, "replace", killed)])
+def test_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch, owner, name, stop):
+    path = tmp_path / "clip.safetensors"
+    old = make("clip", seed=1)
+    new = make("clip", seed=2)
+    weights.save(path, old)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(owner, name, stop)
+        weights.save(path, new)
+    assert_same_model(weights.load_clip(path), old)
+    weights.save(path, new)
+    assert_same_model(weights.load_clip(path), new)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]

@@ -1,0 +1,185 @@
+"""python -m hivg.weights fetch, convert and show; the programs with other people's weights."""
+
+import hashlib
+import http.server
+import re
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from makers import ROOT, TEXTS, make_tokenizer
+from makers_weights import (
+    assert_same_weights,
+    half,
+    make_published_clip,
+    make_released,
+    save_table,
+    to_openai,
+    to_released,
+)
+from PIL import Image
+
+import train
+from hivg import Grounder, weights
+from hivg.weights import WeightsError, download
+from hivg.weights.__main__ import describe
+
+# --- fetch ---
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """A web server on this machine; its settings are attributes of a subclass."""
+
+    files = {}  # name -> bytes
+    limit = None  # of bytes sent, after which the connection ends
+    ranges = True  # whether it sends a part when asked for one
+    asked = []  # the ranges asked for so far
+
+    def do_GET(self):
+        data = self.files[self.path[1:]]
+        asked = self.headers.get("Range")
+        self.asked.append(asked)
+        start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and self.ranges else 0
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(data) - start))
+        self.end_headers()
+        self.wfile.write(data[start : self.limit])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A Server with a model and a merge table, known to `fetch` as ViT-B/16."""
+    class ThisServer(Server):
+        files = {"model.pt": bytes(range(256)) * 9000, download.TABLE: b"table"}
+        asked = []
+
+    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), ThisServer)
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    files = {}
+    for name, file in (("ViT-B/16", "model.pt"), ("table", download.TABLE)):
+        sha256 = hashlib.sha256(ThisServer.files[file]).hexdigest()
+        files[name] = (f"http://127.0.0.1:{web.server_port}/{file}", sha256)
+    monkeypatch.setattr(download, "FILES", files)
+    yield ThisServer
+    web.shutdown()
+    web.server_close()
+
+
+def test_fetch_resumes_and_checks(server, tmp_path):
+    folder = tmp_path / "weights"
+    server.limit = 1_500_000
+    with pytest.raises(ValueError, match="1,500,000 of 2,304,000 bytes"):
+        download.fetch("ViT-B/16", folder)
+    assert [p.name for p in folder.iterdir()] == ["model.pt.part"]
+    server.limit = None
+    paths = download.fetch("ViT-B/16", folder)
+    assert [p.read_bytes() for p in paths] == [server.files["model.pt"], b"table"]
+    assert server.asked == [None, "bytes=1500000-", None]
+    assert download.fetch("ViT-B/16", folder) == paths and len(server.asked) == 3  # nothing is fetched twice
+    assert download.fetch("table", folder) == paths[1:]
+    assert not list(folder.glob("*.part"))
+
+
+def test_fetch_from_a_server_without_ranges(server, tmp_path):
+    (tmp_path / "model.pt.part").write_bytes(server.files["model.pt"][:1000])
+    server.ranges = False
+    assert download.fetch("ViT-B/16", tmp_path)[0].read_bytes() == server.files["model.pt"]
+    assert server.asked == ["bytes=1000-", None]  # the whole file was sent once; the other is the merge table
+
+
+def test_fetch_starts_again_after_a_wrong_part(server, tmp_path):
+    (tmp_path / "model.pt.part").write_bytes(b"something else")
+    assert download.fetch("ViT-B/16", tmp_path)[0].read_bytes() == server.files["model.pt"]
+
+
+def test_fetch_refuses_anything_but_the_published_file(server, tmp_path):
+    server.files["model.pt"] = b"not it"
+    with pytest.raises(ValueError, match="sha256"):
+        download.fetch("ViT-B/16", tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "model.pt").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="model.pt: exists, but"):
+        download.fetch("ViT-B/16", tmp_path)
+    assert (tmp_path / "model.pt").read_bytes() == b"mine"  # nothing of the user's is lost
+
+
+def test_fetch_without_network_and_unknown_names(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="there are ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, table"):
+        download.fetch("RN50", tmp_path)
+    monkeypatch.setattr(download, "FILES", {"table": ("http://127.0.0.1:9/x.gz", "0" * 64)})
+    with pytest.raises(ValueError, match="no connection"):
+        download.fetch("table", tmp_path)
+
+
+def test_published_addresses_carry_their_hash():
+    for name, (address, sha256) in download.FILES.items():
+        assert re.fullmatch("[0-9a-f]{64}", sha256) and address.startswith("https://")
+        assert name == "table" or address.split("/")[-2] == sha256
+
+
+# --- convert, show ---
+
+
+def run(*args):
+    command = [sys.executable, "-m", "hivg.weights", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_convert_and_show(tmp_path):
+    clip = make_published_clip()
+    path = tmp_path / "ViT.pt"
+    torch.save(half(to_openai(clip)), path)
+    save_table(tmp_path / download.TABLE)
+    done = run("convert", path, tmp_path / "out.safetensors")
+    assert done.returncode == 0, done.stderr
+    ours = weights.load_clip(tmp_path / "out.safetensors")
+    assert_same_weights(ours, clip)
+    assert ours.tokenizer.merges == make_tokenizer().merges and ours.info == {"source": "OpenAI's CLIP"}
+    shown = run("show", path)
+    assert "OpenAI's CLIP" in shown.stdout and "patches of 16 px" in shown.stdout and "2 heads" in shown.stdout
+    refused = run("convert", path, tmp_path / "out.pt")
+    assert refused.returncode == 2 and re.fullmatch(r"error: .*out.pt: [^\n]+\n", refused.stderr)
+
+
+def test_show_of_a_released_checkpoint(tmp_path):
+    torch.save(to_released(make_released(text_layers=(6, 12)), adapters=True, dataset="unc+"), tmp_path / "x.pth")
+    text = describe(tmp_path / "x.pth")
+    for part in ("a released HiVG checkpoint", "(6, 12)", "imagenet", "unc+", "hi_lora_stage': 3"):
+        assert part in text, text
+
+
+# --- the programs ---
+
+
+def test_released_checkpoint_grounds_and_survives_convert(tmp_path):
+    image = Image.new("RGB", (90, 60), "red")
+    path = tmp_path / "best_checkpoint.pth"
+    torch.save(to_released(make_released(), adapters=True), path)
+    with pytest.raises(WeightsError, match="merge table"):
+        Grounder.from_pretrained(path)
+    save_table(tmp_path / download.TABLE)
+    results = Grounder.from_pretrained(path, "cpu").ground(image, TEXTS)
+    assert all(result.mask.shape == (60, 90) for result in results)
+    loaded = weights.load(path)
+    weights.save(tmp_path / "ours.safetensors", loaded, loaded.info)
+    again = Grounder.from_pretrained(tmp_path / "ours.safetensors", "cpu").ground(image, TEXTS)
+    assert [result.box for result in again] == [result.box for result in results]
+    assert len({result.box for result in results}) == len(TEXTS)  # else nothing was compared
+
+
+def test_training_starts_from_any_clip(tmp_path):
+    clip = make_published_clip(vision_layers=6, text_layers=4)
+    torch.save(half(to_openai(clip)), tmp_path / "ViT.pt")
+    settings = train.Settings(clip=str(tmp_path / "ViT.pt"))
+    with pytest.raises(WeightsError, match="merge table"):
+        train.begin_stage(settings, 0, tmp_path)
+    save_table(tmp_path / download.TABLE)
+    model, _ = train.begin_stage(settings, 0, tmp_path)
+    assert_same_weights(model.clip, clip)
+    assert model.tokenizer.merges == make_tokenizer().merges
