@@ -2,6 +2,8 @@
 
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two threads only wait for each other in models this small
+
 import pytest
 import torch
 
