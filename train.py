@@ -28,13 +28,14 @@ from hivg.training import distributed
 from hivg.training.checkpoint import open_run, restore, save_state
 from hivg.training.criterion import Criterion, to_device
 from hivg.training.flags import RUNS, check_settings, setting, settings_from_flags
-from hivg.training.log import Log
+from hivg.training.log import EVERY, Log
 from hivg.training.optimizers import check_finite, learning_rate, make_optimizers, set_learning_rate, step_optimizers
-from hivg.training.plan import clip_config, columns_text, grow, print_plan, stage_column
+from hivg.training.plan import Stage, clip_config, columns_text, grow, print_plan, stage_column
 from hivg.training.presets import preset_of
 from hivg.utils.cli import choose_device, choose_dtype, fail
 
 LOSSES = [f.name for f in fields(LossWeights)]
+SHAPES_EPOCH = 8192  # expressions
 
 
 @dataclass
@@ -52,15 +53,15 @@ class Settings:
     data_root: str = setting("data", "the folder that holds the data sets, laid out as published")
     annotations: str = setting("", "a file or folder of annotations that is not at a published place")
     hard_mix: bool = setting(False, "ask for more ordinals and relations, which are learned last (shapes)")
-    epoch_samples: int = setting(8192, "expressions in an epoch; 0: the whole data set", low=0, high=10**9)
+    epoch_samples: int = setting(0, "expressions in an epoch; 0: all, of the endless shapes 8192", low=0, high=10**9)
     workers: int = setting(1, "processes that prepare the data", low=0, high=256, resumable=True)
 
     clip: str = setting("weights/clip-tiny.safetensors", "the CLIP to start from", group="Model", of_model=True)
     finetune: str = setting("", "or the HiVG to train further, as it is in its file, in a single stage")
     bridge: str = setting("adaptive", "what the cross-modal bridge reads", choices=BRIDGE_KINDS, of_model=True)
     bridgeless: bool = setting(False, "begin with a stage without the bridge, as the large models", of_model=True)
-    text_layers: tuple[int, ...] = setting((), "text layers that the bridge fuses, from 1; none given: the last, "
-                                           "for the tiny CLIP 2 and 4", low=1, high=99, of_model=True)
+    text_layers: tuple[int, ...] = setting((), "text layers that the bridge fuses, from 1; none: the last ones",
+                                           low=1, high=99, of_model=True)
     text_norm: bool = setting(True, "a layer norm on each text layer before the fusion", of_model=True)
     level_norm: bool = setting(True, "a layer norm on each level of visual features", of_model=True)
     lora: str = setting("hierarchical", "how adapters are added", choices=LORA_MODES, of_model=True)
@@ -69,8 +70,7 @@ class Settings:
 
     epochs: tuple[int, ...] = setting((1, 1, 1, 18), "epochs of each stage", group="Optimization", low=0, high=10**6)
     lr: tuple[float, ...] = setting((3e-3, 3e-3, 3e-3, 2e-3), "peak learning rate of each stage", low=0, high=1e30)
-    optimizer: str = setting("muon", "muon for matrices and adamw for the rest, or adamw for all, as in the paper",
-                             choices=("muon", "adamw"))
+    optimizer: str = setting("muon", "muon (matrices) and adamw (the rest), or adamw", choices=("muon", "adamw"))
     batch_size: int = setting(32, "expressions in memory at once, over all processes", low=1, high=10**6)
     accumulate: tuple[int, ...] = setting((1,), "batches to a step, for all stages or for each", low=1, high=10**6)
     warmup_steps: int = setting(100, "steps in which the learning rate rises in a stage", low=0, high=10**9)
@@ -92,22 +92,9 @@ class Settings:
         check_settings(self)
         if self.hard_mix and self.dataset != "shapes":
             raise ValueError("--hard_mix is a mix of the data set shapes; leave it out")
-        if self.dataset == "shapes" and not self.epoch_samples:
-            raise ValueError("--epoch_samples must be 1 or more for shapes, which has no end")
+        if not any(self.loss_weights):
+            raise ValueError("--loss_weights are all 0, so nothing would be learned; give one of them a weight")
         stages(self)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One row of the schedule."""
-
-    name: str
-    bridge: str | None  # its kind; None = as in the file
-    lora_stage: int  # j of Hi LoRA's formula; 0 = no adapters
-    epochs: int
-    lr: float
-    batch_size: int
-    accumulate: int
 
 
 def stages(s: Settings):
@@ -172,6 +159,12 @@ def open_split(s: Settings, model, split):
                         s.data_root, s.annotations or None, train=is_train, hard_mix=s.hard_mix)
 
 
+def steps_to_epoch(s: Settings, stage, dataset):
+    global_batch = stage.batch_size * stage.accumulate
+    whole = SHAPES_EPOCH if s.dataset == "shapes" else len(dataset) * dataset.rows
+    return max(1, (s.epoch_samples or whole) // global_batch)
+
+
 @torch.no_grad()
 def validate(s: Settings, model, device):
     """-> {"accuracy": Acc@0.5 of `val`, which decides the state of a stage that is kept, "mean_iou": ..}."""
@@ -183,16 +176,23 @@ def validate(s: Settings, model, device):
     return {"accuracy": accuracy(ious), "mean_iou": mean(ious)}
 
 
+def keep_best(s: Settings, model, device, path, best):
+    """Validate, and write the model to `path` if it is better than the best so far -> (scores, best)."""
+    scores = validate(s, model, device)
+    if scores["accuracy"] > best and distributed.rank() == 0:
+        weights.save(path, model, {"stage": path.stem, **scores})
+    return scores, max(best, scores["accuracy"])
+
+
 def train(s: Settings):
     """The whole training: every stage of the table, every step of a stage -> the file of the last stage's weights."""
     run = RUNS / s.name
     device = distributed.start(choose_device(s.device))
     dtype = choose_dtype(s.dtype, device)
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
-    saved = open_run(run, s.resume)  # None for a new run
+    saved, lock = open_run(run, s.resume)  # saved is None for a new run; the lock is held as long as it is kept
     log = Log(run, saved)
-    log.message(f"training on {device}, {distributed.world()} process(es), products in {dtype}, fusion by "
-                f"{choose_backend(device.type)}")
+    log.message(f"training on {device}, products in {dtype}, fusion by {choose_backend(device.type)}")
 
     for number, stage in enumerate(stages(s)):
         if saved and number < saved["stage"]:
@@ -203,8 +203,7 @@ def train(s: Settings):
         model.clip.visual.checkpoint = s.checkpoint
         optimizers = make_optimizers(model, s.optimizer, s.weight_decay)
         dataset = open_split(s, model, "train")
-        global_batch = stage.batch_size * stage.accumulate
-        steps_per_epoch = max(1, (s.epoch_samples or len(dataset) * dataset.rows) // global_batch)
+        steps_per_epoch = steps_to_epoch(s, stage, dataset)
         steps = stage.epochs * steps_per_epoch
         path = run / f"{stage.name}.safetensors"
         first = 0
@@ -216,6 +215,8 @@ def train(s: Settings):
         log.message(columns_text([stage_column(stage, model)]))
         if first == 0 and best >= 0 and distributed.rank() == 0:
             weights.save(path, model, {"stage": stage.name, "accuracy": best})  # kept if the stage never improves it
+        if first == number == 0:
+            save_state(run, s, number, 0, best, model, optimizers, log)  # so that every run can be resumed
 
         batches = iter(training_batches(dataset, number * 2**32, stage.batch_size, steps * stage.accumulate,
                                         first * stage.accumulate, s.workers, distributed.rank(), distributed.world()))
@@ -225,6 +226,10 @@ def train(s: Settings):
             model.compile()
         saved_at = time.monotonic()
         for step in range(first, steps):
+            end_of_epoch = (step + 1) % steps_per_epoch == 0
+            # a GPU runs ahead of the program, which waits for its numbers at these steps only
+            may_wait = device.type == "cpu" or end_of_epoch or (step + 1) % EVERY == 0
+
             lr = learning_rate(step, steps, stage.lr, s.warmup_steps)
             set_learning_rate(optimizers, lr)
 
@@ -238,28 +243,23 @@ def train(s: Settings):
                 (loss / stage.accumulate).backward()
                 parts.append({"loss": loss.detach(), **terms})
 
-            # clip and check
+            # clip, check and step
             values = distributed.mean_of(parts)
-            norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], s.clip_grad)
-            check_finite(f"step {step + 1} of {stage.name}", values, norm)
-
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip_grad)
+            if may_wait:
+                check_finite(f"step {step + 1} of {stage.name}", values, norm)
             step_optimizers(optimizers)
             log.step(stage.name, step + 1, steps, lr, values | {"gradient_norm": norm})
 
             # validate, and keep the best
-            end_of_epoch = (step + 1) % steps_per_epoch == 0
             if end_of_epoch:
                 with autocast():
-                    scores = validate(s, model, device)
-                if scores["accuracy"] > best:
-                    best = scores["accuracy"]
-                    if distributed.rank() == 0:
-                        weights.save(path, model, {"stage": stage.name, **scores})
+                    scores, best = keep_best(s, model, device, path, best)
                 log.epoch(stage.name, step + 1, (step + 1) // steps_per_epoch, scores, best)
 
             # save the state
             due = end_of_epoch or time.monotonic() - saved_at > 60 * s.save_minutes
-            if distributed.any_rank(due, device):
+            if may_wait and distributed.any_rank(due, device):
                 save_state(run, s, number, step + 1, best, model, optimizers, log)
                 saved_at = time.monotonic()
         distributed.wait()  # the next stage reads the file that the first rank wrote

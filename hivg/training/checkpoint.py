@@ -1,28 +1,59 @@
 """The state of a run, from which it resumes bit for bit: runs/NAME/state.pt."""
 
 import os
+import zipfile
+from contextlib import suppress
 from dataclasses import asdict
 
 import torch
 
 from hivg.training import distributed
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 def save_whole(path, write):
-    """Call write(a path beside it), then rename: the file is there whole or not at all, whenever the run is killed."""
+    """Call write(a path beside it), then rename: the file is there whole or not at all, whenever the run is killed.
+    Raises OSError, one line with the file, if it cannot be written."""
     part = path.with_name(path.name + ".part")
-    write(part)
-    os.replace(part, path)
+    try:
+        write(part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # the latter from torch.save, e.g. on a full disk
+        with suppress(OSError):
+            part.unlink()
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OSError(f"{path}: cannot be written ({reason}); make room, then continue with --resume") from None
 
 
 def open_run(run, resume):
-    """The saved state of the run in this folder if it is to be resumed, else None. Raises ValueError if the folder
-    already holds a run that is not to be resumed."""
+    """Take the folder of a run -> (its saved state if it is to be resumed, else None; the lock, to be kept).
+
+    Raises ValueError if another process is training in it, or if it holds a run that is not to be resumed.
+    """
     if resume:
-        return load_state(run)
+        lock = lock_run(run) if run.is_dir() else None
+        return load_state(run), lock
     if (run / "state.pt").exists():
         raise ValueError(f"{run} holds a run; resume it with --resume, take another --name, or remove the folder")
-    return None
+    run.mkdir(parents=True, exist_ok=True)
+    return None, lock_run(run)
+
+
+def lock_run(run):
+    """Hold the folder of a run for this process, on its first rank, until the file returned is closed, at the latest
+    when the process ends. Where the system has no such locks (Windows) nothing is held."""
+    if fcntl is None or distributed.rank():
+        return None
+    lock = open(run / "lock", "w")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"{run} is in use by another training; take another --name, or wait for it to end") from None
+    return lock
 
 
 def load_state(run):
@@ -31,6 +62,9 @@ def load_state(run):
     if not path.is_file():
         raise ValueError(f"--resume: there is no {path}; start the run without --resume")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # compares every checksum, which torch.load does not
+                raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
         dict(state["settings"])
         return state

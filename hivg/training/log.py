@@ -39,7 +39,10 @@ class Log:
 
     def state(self):
         """All that a resumed run needs to log the same lines."""
-        return {"bytes": self.file.tell(), "sums": self.sums, "n": self.n} if self.is_writer else None
+        if not self.is_writer:
+            return None
+        sums = {name: float(total) for name, total in self.sums.items()}
+        return {"bytes": self.file.tell(), "sums": sums, "n": self.n}
 
     def restore(self, state):
         """Continue the means where `state` left them."""
@@ -61,11 +64,11 @@ class Log:
         if not self.is_writer:
             return
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.item()
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()  # on its device: nothing waits here
         self.n += 1
         self.timed += 1
         if step % EVERY == 0 or step == steps:
-            means = {name: round(total / self.n, 5) for name, total in self.sums.items()}
+            means = {name: round(float(total) / self.n, 5) for name, total in self.sums.items()}
             self.write({"stage": stage, "step": step, "lr": lr, **means})
             seconds = (time.monotonic() - self.start) / self.timed
             minutes_left = (steps - step) * seconds / 60

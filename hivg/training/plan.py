@@ -1,5 +1,6 @@
 """A stage of the training: the parts it adds to the model, and its description for --plan and on its start."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,8 +11,21 @@ from hivg.lora import TEXT_GROUPS, adapted_layers
 from hivg.model import HiVG
 
 
+@dataclass(frozen=True)
+class Stage:
+    """One row of the schedule (`stages` in train.py)."""
+
+    name: str
+    bridge: str | None  # its kind; None = as in the file
+    lora_stage: int  # j of Hi LoRA's formula; 0 = no adapters
+    epochs: int
+    lr: float
+    batch_size: int
+    accumulate: int
+
+
 def grow(model, stage):
-    """The model of the stage before with the bridges and adapters that `stage` (train.Stage) adds. Neither changes an
+    """The model of the stage before with the bridges and adapters that `stage` adds. Neither changes an
     output yet: a new bridge's last layer and a new adapter's B start at zero."""
     if stage.bridge and model.config.bridge != stage.bridge:
         model = model.with_bridge(stage.bridge)

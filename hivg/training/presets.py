@@ -14,7 +14,7 @@ been run here.
 """
 
 # The released program clips no gradient and has no warm-up steps; nor do these.
-PAPER = dict(epoch_samples=0, optimizer="adamw", clip_grad=float("inf"), warmup_steps=0, lora_rank=32, lora_alpha=16.0,
+PAPER = dict(optimizer="adamw", clip_grad=float("inf"), warmup_steps=0, lora_rank=32, lora_alpha=16.0,
              box_loss="smooth_l1", loss_weights=(2.0, 2.0, 1.0, 20.0, 2.0, 20.0, 2.0), workers=8)
 # stages: warm-up, Hi LoRA 1, 2, 3
 BASE = PAPER | dict(clip="weights/ViT-B-16.pt", epochs=(60, 20, 20, 20), lr=(2.5e-4, 1e-4, 5e-5, 2.5e-5),

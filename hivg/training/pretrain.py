@@ -214,7 +214,7 @@ def pretrain(s: Settings):
     device = distributed.start(choose_device(s.device))
     dtype = choose_dtype(s.dtype, device)
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
-    saved = open_run(run, s.resume)
+    saved, lock = open_run(run, s.resume)  # the lock is held as long as it is kept
     log = Log(run, saved)
     log.message(f"pre-training on {device}, {distributed.world()} process(es), products in {dtype}")
 
@@ -227,6 +227,8 @@ def pretrain(s: Settings):
     best = -1.0
     if saved:
         first, best = restore(saved, model, optimizers, log)
+    else:
+        save_state(run, s, 0, 0, best, model, optimizers, log)  # so that every run can be resumed
     dataset = CaptionedShapes("pretrain", model.config.image_size, s.seed)
     batches = iter(training_batches(dataset, 0, s.batch_size, steps, first, s.workers, distributed.rank(),
                                     distributed.world()))

@@ -50,13 +50,39 @@ def test_resumed_after_every_step(whole, world, tiny, monkeypatch):
     assert_same_run(world / "runs/tiny", whole)
 
 
-def test_killed_before_the_first_state(whole, world, tiny, monkeypatch):
-    """There is nothing to resume yet, and the same command starts again."""
+def test_killed_before_the_first_step(whole, world, tiny, monkeypatch):
+    """There is a state from the start, so the advice to resume is always right."""
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill(patch, train, "to_device", 3)
+        kill(patch, train, "to_device", 1)
         train.train(tiny)
-    train.train(tiny)
+    train.train(replace(tiny, resume=True))
     assert_same_run(world / "runs/tiny", whole)
+
+
+def test_a_run_is_trained_by_one_process(begun):
+    code = "import fcntl, sys; f = open('runs/tiny/lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()  # it holds the lock
+    with pytest.raises(ValueError, match="runs/tiny is in use"):
+        train.train(replace(begun, resume=True))
+    other.kill()  # a lock ends with its process, however that ends
+    other.wait()
+    train.train(replace(begun, resume=True))
+
+
+def test_full_disk_gets_one_line(world, tiny, monkeypatch):
+    """Nothing half written is left, and the state before is kept."""
+    train.train(replace(tiny, epochs=(1, 0, 0, 0), name="before"))
+
+    def write(state, path):
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed\n more")
+
+    monkeypatch.setattr(torch, "save", write)
+    with pytest.raises(OSError, match="state.pt: cannot be written .*make room") as caught:
+        train.train(replace(tiny, epochs=(1, 0, 0, 0)))
+    assert "\n" not in str(caught.value)
+    assert not list(Path("runs/tiny").glob("*.part"))
 
 
 def test_resuming_a_finished_run_changes_nothing(whole, world, tiny):
@@ -159,12 +185,20 @@ def test_resume_by_command(begun, whole, monkeypatch, capfd):
     assert_same_run(Path("runs/tiny"), whole)
 
 
+def flip_a_byte(path):
+    """In the middle of the numbers, where only a checksum can tell."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
 @pytest.mark.parametrize("spoil", [lambda path: path.write_bytes(b""),
                                    lambda path: path.write_bytes(path.read_bytes()[:1000]),
+                                   flip_a_byte,
                                    lambda path: path.write_text("<html>"),
                                    lambda path: torch.save({"settings": Path("x")}, path),
                                    lambda path: torch.save({"settings": {"old": 1}}, path)],
-                         ids=["empty", "cut", "html", "objects", "another version"])
+                         ids=["empty", "cut", "flipped", "html", "objects", "another version"])
 def test_damaged_state_gets_one_line(begun, monkeypatch, capfd, spoil):
     spoil(Path("runs/tiny/state.pt"))
     assert_one_line(run_script(monkeypatch, capfd, "--name", "tiny", "--resume"), "runs/tiny/state.pt")

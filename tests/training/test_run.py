@@ -19,7 +19,7 @@ from train import Settings, stages
 
 def test_what_a_run_writes(whole):
     assert sorted(p.name for p in whole.iterdir()) == sorted(
-        ["curves.png", "log.jsonl", "state.pt", *(f"{name}.safetensors" for name in NAMES)])
+        ["curves.png", "lock", "log.jsonl", "state.pt", *(f"{name}.safetensors" for name in NAMES)])
     assert Image.open(whole / "curves.png").size[0] > 300
     epochs = [row for row in log_of(whole) if "epoch" in row]
     assert [(row["stage"], row["epoch"], row["step"]) for row in epochs] == [
@@ -198,6 +198,19 @@ def test_accumulated_losses_are_logged_as_their_mean(world, tiny, monkeypatch):
     assert len(losses) == 3
     for name in losses[0]:
         assert row[name] == pytest.approx(sum(part[name] for part in losses) / 3, abs=1e-5)
+
+
+def test_an_epoch_is_the_whole_data_set_by_default():
+    stage, = stages(Settings(lora="none"))
+    samples = [None] * 3200
+    assert train.steps_to_epoch(Settings(dataset="a.jsonl"), stage, Rows(samples)) == 100
+    assert train.steps_to_epoch(Settings(dataset="a.jsonl", epoch_samples=64), stage, Rows(samples)) == 2
+    assert train.steps_to_epoch(Settings(), stage, None) == train.SHAPES_EPOCH // 32
+    assert train.steps_to_epoch(Settings(dataset="a.jsonl"), stage, Rows([None])) == 1
+
+
+class Rows(list):
+    rows = 1
 
 
 def test_seed_does_not_move_val():
