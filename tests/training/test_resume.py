@@ -19,12 +19,17 @@ import train
 from hivg.training import criterion
 
 
-@pytest.mark.parametrize("save_minutes, name, call", [
-    (0, "to_device", 2), (0, "to_device", 8),  # before a step
-    (1000, "to_device", 6), (1000, "to_device", 8),  # with the state of the last epoch
-    (0, "validate", 1), (1000, "validate", 3), (0, "weights.save", 3), (0, "Log.draw", 2),  # between two steps
+MOMENTS = [  # save_minutes, the function that is called for the n-th time when the run is killed, n
+    (0, "to_device", 8), (1000, "validate", 3), (0, "torch.save", 6)]  # a step, a validation, the writing of a state
+MORE_MOMENTS = [
+    (0, "to_device", 2), (1000, "to_device", 6), (1000, "to_device", 8),  # before a step
+    (0, "validate", 1), (0, "weights.save", 3), (0, "Log.draw", 2),  # between two steps
     (0, "begin_stage", 2), (1000, "stage_column", 3), (1000, "training_batches", 2),  # between two stages
-    (0, "torch.save", 6), (1000, "torch.save", 3), (0, "os.replace", 4), (1000, "os.replace", 5)])  # writing a file
+    (1000, "torch.save", 3), (0, "os.replace", 4), (1000, "os.replace", 5)]  # writing a file
+
+
+@pytest.mark.parametrize("save_minutes, name, call", MOMENTS + [
+    pytest.param(*moment, marks=pytest.mark.slow) for moment in MORE_MOMENTS])
 def test_resumed_is_uninterrupted(whole, world, tiny, monkeypatch, save_minutes, name, call):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill(patch, train, name, call)
@@ -50,6 +55,7 @@ def test_resumed_after_every_step(whole, world, tiny, monkeypatch):
     assert_same_run(world / "runs/tiny", whole)
 
 
+@pytest.mark.slow
 def test_killed_before_the_first_step(whole, world, tiny, monkeypatch):
     """There is a state from the start, so the advice to resume is always right."""
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -85,6 +91,7 @@ def test_full_disk_gets_one_line(world, tiny, monkeypatch):
     assert not list(Path("runs/tiny").glob("*.part"))
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_changes_nothing(whole, world, tiny):
     train.train(tiny)
     before = {p: p.stat().st_mtime_ns for p in Path("runs/tiny").glob("*.safetensors")}

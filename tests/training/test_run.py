@@ -172,6 +172,7 @@ def test_a_loss_of_weight_zero_is_left_out(world, tiny):
     assert log_of("runs/tiny")[0].keys() == {"stage", "step", "lr", "loss", "box", "rtcc_dice", "gradient_norm"}
 
 
+@pytest.mark.slow
 def test_same_seed_same_run(whole, world, tiny):
     """Worker processes change nothing; another seed does."""
     train.train(replace(tiny, workers=2))
@@ -231,6 +232,7 @@ def test_hard_mix_is_of_the_training_alone():
 # --- an existing HiVG trained further ---
 
 
+@pytest.mark.slow
 def test_finetune(whole, world, tiny, monkeypatch):
     """One stage that trains the parameters the last one trained; and it can be resumed."""
     s = replace(tiny, name="more", finetune=str(whole / "lora3.safetensors"), epochs=(2,), lr=(1e-3,))
