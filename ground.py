@@ -28,14 +28,22 @@ def arguments():
     parser.add_argument("--output", type=Path, metavar="PATH", help="the drawn image (grounded.png); for several "
                         "images a folder (grounded/)")
     parser.add_argument("--heatmap", action="store_true", help="draw the token map of the first expression as well")
+    parser.add_argument("--mask", action="store_true", help="draw the mask of the first expression as well")
+    parser.add_argument("--masks", type=Path, metavar="FOLDER", help="write the mask of each expression as a PNG, "
+                        "white where it is: NAME-1.png, NAME-2.png for the expressions of NAME.jpg")
+    parser.add_argument("--min_score", type=float, default=0.0, metavar="S", help="0 to 1: below this score nothing "
+                        "counts as found")
     parser.add_argument("--json", action="store_true", help="a JSON object a line on stdout; draws only with --output")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto (float32), float32 or bfloat16")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of weights and products; auto: bfloat16 where "
+                        "the machine is fast at it")
     args = parser.parse_args()
     if args.expression and not args.images:
         parser.error("an expression, but no image; name an image before -e")
     if args.images and not args.expression:
         parser.error('an image, but no expression; add -e "the object to find"')
+    if not 0 <= args.min_score <= 1:
+        parser.error(f"--min_score must be from 0 to 1, not {args.min_score}")
     if not args.images:
         args.images = [os.path.relpath(EXAMPLE)]
         args.expression = [EXAMPLE_EXPRESSION]
@@ -64,6 +72,11 @@ def drawing_paths(args, images, several):
     if not several and not (args.output and os.path.isdir(args.output)):
         return [args.output or Path("grounded.png")]
     folder = args.output or Path("grounded")
+    return [folder / f"{name}.png" for name in names_of(images)]
+
+
+def names_of(images):
+    """The names of image files without folder and suffix, made unique."""
     names = []
     for image in images:
         stem = Path(image).stem
@@ -73,35 +86,58 @@ def drawing_paths(args, images, several):
             number += 1
             name = f"{stem}-{number}"
         names.append(name)
-    return [folder / f"{name}.png" for name in names]
+    return names
+
+
+def mask_paths(args, images):
+    """For each image a file for the mask of each expression; none for each without --masks."""
+    if not args.masks:
+        return [[]] * len(images)
+    numbers = range(1, len(args.expression) + 1)
+    return [[args.masks / f"{name}-{number}.png" for number in numbers] for name in names_of(images)]
 
 
 def refuse_to_overwrite(images, targets):
-    for image, target in zip(images, targets):
-        if target and os.path.exists(image) and os.path.exists(target) and os.path.samefile(image, target):
-            fail(f"{image}: the drawing would replace the image; give another --output")
+    """Raises ValueError if a file to be written is one of the images."""
+    for target in targets:
+        for image in images:
+            if target and os.path.exists(target) and os.path.exists(image) and os.path.samefile(image, target):
+                raise ValueError(f"{image}: {target} would replace the image; give another --output or --masks")
 
 
 def report(args, image, results):
     """Print the results of one image."""
     width, height = results[0].image.size
     if args.json:
-        row = {"image": image, "width": width, "height": height, "results": [r.to_dict() for r in results]}
-        print(json.dumps(row), flush=True)
+        entries = []
+        for result in results:
+            # "box": null where nothing is found
+            entries.append(result.to_dict() if result.score >= args.min_score else result.to_dict() | {"box": None})
+        print(json.dumps({"image": image, "width": width, "height": height, "results": entries}), flush=True)
         return
     print(f"{image} ({width} x {height})")
     for result in results:
         box = ", ".join(f"{v:.1f}" for v in result.box)
-        print(f"  {result.expression}: box ({box}), score {result.score:.2f}", flush=True)
+        found = f"box ({box})" if result.score >= args.min_score else "nothing found"
+        print(f"  {result.expression}: {found}, score {result.score:.2f}", flush=True)
 
 
 def save_drawing(args, results, target):
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        draw_results(results, heatmap=args.heatmap).save(target)
+        draw_results(results, args.heatmap, args.mask, args.min_score).save(target)
     except (OSError, ValueError) as error:
         fail(f"{target}: the drawing cannot be written ({error}); give --output a .png path that can be")
     print(f"drawn in {target}", file=sys.stderr)
+
+
+def save_masks(results, targets):
+    for result, target in zip(results, targets):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            result.save_mask(target)
+        except OSError as error:
+            fail(f"{target}: the mask cannot be written ({error}); give --masks a folder that can be written to")
 
 
 def main():
@@ -111,14 +147,16 @@ def main():
     try:
         images = list_images(args.images)
         grounder = Grounder.from_pretrained(args.weights, args.device, args.dtype)
+        several = len(images) > 1 or os.path.isdir(args.images[0])
+        targets = drawing_paths(args, images, several)
+        masks = mask_paths(args, images)
+        refuse_to_overwrite(images, targets + sum(masks, []))
     except ValueError as error:  # ImageError and WeightsError are such
         fail(error)
-    several = len(images) > 1 or os.path.isdir(args.images[0])
-    targets = drawing_paths(args, images, several)
-    refuse_to_overwrite(images, targets)
     progress = Progress("grounded", len(images))
     code = 0
-    for number, (image, target) in enumerate(zip(images, targets), 1):
+    warned = False
+    for number, image in enumerate(images, 1):
         try:
             results = grounder.ground(image, args.expression)
         except ImageError as error:
@@ -129,9 +167,15 @@ def main():
             continue
         except ValueError as error:
             fail(error)
+        if not warned:
+            warned = True
+            for expression in args.expression:
+                for line in grounder.warnings(expression):
+                    print(f"warning: {line}", file=sys.stderr)
         report(args, image, results)
-        if target:
-            save_drawing(args, results, target)
+        save_masks(results, masks[number - 1])
+        if targets[number - 1]:
+            save_drawing(args, results, targets[number - 1])
         if several:
             progress(number)
     return code

@@ -47,9 +47,24 @@ def giou(a, b):
     return intersection / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
 
 
-def share_of_cells(low, high, n):
-    """How much of each of n equal cells of 0..1 lies between low and high: (B,) and (B,) -> (B, n) in 0..1."""
-    left = torch.arange(n, device=low.device) / n  # (n), where each cell begins
-    right = left + 1 / n
-    overlap = torch.minimum(high[:, None], right) - torch.maximum(low[:, None], left)  # (B, n)
-    return overlap.clamp(min=0) * n
+def box_on_grid(boxes, grid, image_size):
+    """The box drawn on the patch grid, the target of RTCC: (B, 4) cxcywh in 0..1 of an image_size square -> (B, h * w)
+    of 0. and 1.
+
+    A patch is in the box if its sampled pixel is: that of a nearest-neighbour resize, as in the released code, so a
+    small box can miss all of them; the patch of the box's centre is set in any case (ours).
+    """
+    h, w = grid
+    xmin, ymin, xmax, ymax = (cxcywh_to_xyxy(boxes) * image_size).unbind(-1)  # pixels, (B,) each
+    # nearest neighbour samples the first pixel of each patch
+    y = torch.arange(h, device=boxes.device) * (image_size / h)  # (h)
+    x = torch.arange(w, device=boxes.device) * (image_size / w)  # (w)
+    # the box is painted in whole pixels: all that it touches
+    rows = (y >= ymin.floor()[:, None]) & (y < ymax.ceil()[:, None])  # (B, h)
+    columns = (x >= xmin.floor()[:, None]) & (x < xmax.ceil()[:, None])  # (B, w)
+    target = (rows[:, :, None] & columns[:, None, :]).flatten(1).float()  # (B, P)
+
+    row = (boxes[:, 1] * h).long().clamp(0, h - 1)  # (B,), of the centre
+    column = (boxes[:, 0] * w).long().clamp(0, w - 1)  # (B,)
+    centre = row * w + column  # (B,), its number among the patches
+    return target.scatter(1, centre[:, None], 1.0)

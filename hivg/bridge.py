@@ -57,8 +57,9 @@ class Bridge(nn.Module):
                                self.norm_weight, self.norm_bias)  # f*^ml (B, T, D_v)
 
     def forward(self, x, keys, is_key=None):
-        """x (B, N, D_v), keys (B, T, D_v), is_key (B, T) bool, False on padding, or None for no mask (the released
-        code) -> (B, N, D_v)."""
+        """x (B, N, D_v), or (1, N, D_v) where B texts are about one image; keys (B, T, D_v), is_key (B, T) bool, False
+        on padding, or None for no mask (the released code) -> (B, N, D_v)."""
+        x = x.expand(len(keys), -1, -1)  # (B, N, D_v): up to the first bridge one image is the same for all texts
         if is_key is None or self.kind == "constant":  # a constant has no padding
             mask = None
         else:

@@ -156,10 +156,11 @@ class VisionTransformer(nn.Module):
         (B, N, C) after each block.
 
         In HiVG, bridges {block, from "0": Bridge} run inside their blocks, each with its keys {block: (B, T, C)};
-        is_key (B, T) bool, True = no padding, or None for no mask.
+        is_key (B, T) bool, True = no padding, or None for no mask. One image may serve B texts: the hidden states are
+        (1, N, C) before the first bridge and (B, N, C) after it.
         """
         bridges = {} if bridges is None else bridges
-        x = self.conv1(images)  # (B, C, H / patch, W / patch)
+        x = self.conv1(images.to(self.conv1.weight.dtype))  # (B, C, H / patch, W / patch)
         grid = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)  # (B, P, C), row by row
         cls = self.class_embedding.expand(len(x), 1, -1)  # (B, 1, C)

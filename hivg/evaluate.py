@@ -24,10 +24,11 @@ from hivg.data.batches import ShapesTensors, evaluation_batches, open_dataset
 from hivg.data.expressions import KINDS
 from hivg.data.shapes import EXPRESSIONS_PER_SCENE, SPLITS, boxes_of
 from hivg.metrics import accuracy, auroc, by_length, interval, mcnemar, mean
-from hivg.utils.cli import Parser, Progress, choose_device, fail
+from hivg.utils.cli import Parser, Progress, choose_device, choose_dtype, fail
 from hivg.utils.draw import contact_sheet, draw_boxes
 from hivg.weights import load_hivg, need_tokenizer
 
+DTYPES = ("auto", "float32", "bfloat16")
 FINITE = [split for split, (scenes, _) in SPLITS.items() if scenes < 2**40]  # the others are endless
 SHEET = 8  # worst samples on a contact sheet, and as many at random
 
@@ -41,7 +42,8 @@ def predict(model, batches, device="cpu", expressions=None, progress=None, masks
     was in.
 
     expressions: as many texts to use instead of the batches' own, in their order. progress: called with the number of
-    rows done. masks: also "mask_iou", for the rows that have a mask, in the model's square.
+    rows done. masks: also "mask_iou", for the rows that have a mask, in the model's square. Raises ValueError for a
+    model whose boxes are not numbers.
     """
     rows = []
     was_training = model.training
@@ -64,9 +66,7 @@ def predict_batch(model, batch, texts, device, masks):
     token_ids = model.tokenizer(texts).to(device)  # (B, T)
     with_mask = masks and bool(batch["has_mask"].any())
     output = model(images, padding, token_ids, with_mask=with_mask)
-    grid = [side // model.config.clip.patch_size for side in images.shape[-2:]]
-    scores = model.score(output, grid).tolist()
-    boxes = output.boxes.float().cpu()  # (B, 4)
+    boxes, scores = model.boxes_and_scores(output)
     if with_mask:
         overlaps = mask_iou(output.mask_logits.float().cpu(), batch["masks"])  # (B,)
     rows = []
@@ -150,8 +150,9 @@ def report(rows):
     for name, (count, group_acc, group_iou) in groups.items():
         if count:
             lines.append(f"  {name:<14}{count:>6} expressions, Acc@0.5 {group_acc:.4f}, mean IoU {group_iou:.4f}")
-    discrimination = auroc([row["score"] for row in rows], [overlap >= 0.5 for overlap in ious])
-    lines.append(f"score tells right from wrong boxes: AUROC {discrimination:.3f} (0.5 = not at all)")
+    if 0 < acc < 1:  # else there is nothing to tell apart
+        discrimination = auroc([row["score"] for row in rows], [overlap >= 0.5 for overlap in ious])
+        lines.append(f"score tells right from wrong boxes: AUROC {discrimination:.3f} (0.5 = not at all)")
     return "\n".join(lines)
 
 
@@ -236,30 +237,33 @@ def arguments():
     parser.add_argument("--batch_size", type=int, default=64, help="expressions at once; default: 64")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images; default: 0")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of weights and products; auto: bfloat16 where "
+                        "the machine is fast at it")
     args = parser.parse_args()
     if args.dataset == "shapes" and args.split not in FINITE:
         fail(f"shapes has no split {args.split!r} to evaluate on; it has {', '.join(FINITE)}")
     return args
 
 
-def load(args, device):
+def load(args, device, dtype):
     """-> the model, its adapters merged, and the data set. Raises ValueError."""
     model = load_hivg(args.weights)
     need_tokenizer(model, args.weights)
-    model = model.merged().to(device)
+    model = model.for_prediction(device, dtype)
     dataset = open_dataset(args.dataset, args.split, model.config.clip.image_size, model.config.normalization,
                            data_root=args.data_root, annotations=args.annotations)
     return model, dataset
 
 
-def evaluate(args, model, dataset, device):
-    """Print the report of --weights on --dataset -> its rows."""
+def evaluate(args, model, dataset, device, dtype):
+    """Print the report of --weights on --dataset -> its rows. Raises ValueError."""
     total = len(dataset) * dataset.rows
     start = time.monotonic()
     batches = evaluation_batches(dataset, args.batch_size, args.workers)
     rows = predict(model, batches, device, progress=Progress("evaluated", total), masks=True)
     seconds = time.monotonic() - start
-    print(f"{args.weights} on {args.dataset} {args.split}, {total / seconds:.0f} expressions a second")
+    precision = str(dtype).removeprefix("torch.")
+    print(f"{args.weights} on {args.dataset} {args.split} in {precision}, {total / seconds:.0f} expressions a second")
     print(report(rows))
     if args.dataset == "shapes":
         batches = evaluation_batches(dataset, args.batch_size, args.workers)
@@ -284,12 +288,13 @@ def main():
             print(compare(*args.compare))
             return
         device = choose_device(args.device)
-        model, dataset = load(args, device)
+        dtype = choose_dtype(args.dtype, device)
+        model, dataset = load(args, device, dtype)
+        # opened before the work, so that a path that cannot be written is refused at once
+        per_sample = open_for_writing(args.per_sample) if args.per_sample else None
+        rows = evaluate(args, model, dataset, device, dtype)
     except (ValueError, OSError) as error:
         fail(error)
-    # opened before the work, so that a path that cannot be written is refused at once
-    per_sample = open_for_writing(args.per_sample) if args.per_sample else None
-    rows = evaluate(args, model, dataset, device)
     if per_sample:
         with per_sample:
             for row in rows:

@@ -1,4 +1,5 @@
-"""The losses of HiVG: box (with GIoU), CLC, RTCC, mask. Every function returns a scalar, without its weight.
+"""The losses of HiVG: box (with GIoU), CLC, RTCC, mask. Each is a scalar without its weight; `grounding_losses`
+weights them.
 
 Letters: B batch, P = h w patches of the grid, n numbers of a sample.
 """
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from hivg.boxes import cxcywh_to_xyxy, giou
+from hivg.boxes import box_on_grid, cxcywh_to_xyxy, giou
 
 
 def box_loss(boxes, targets, kind="smooth_l1"):
@@ -72,27 +73,26 @@ def dice_loss(logits, targets):
     return (1 - (2 * shared + 1) / (both + 1)).mean()  # the 1s: no division by 0 where nothing is to be found
 
 
-def box_on_grid(boxes, grid, image_size):
-    """The box drawn on the patch grid, the target of RTCC: (B, 4) cxcywh in 0..1 of an image_size square -> (B, h * w)
-    of 0. and 1.
+def patch_box_loss(patch_boxes, targets, on_grid):
+    """L1 + 1 - GIoU of the box that the box head gives for each patch of the target: patch_boxes (B, P, 4) and targets
+    (B, 4) cxcywh in 0..1, on_grid (B, P) of 0. and 1.; averaged over these patches, then over B.
 
-    A patch is in the box if its sampled pixel is: that of a nearest-neighbour resize, as in the released code, so a
-    small box can miss all of them; the patch of the box's centre is set in any case (ours).
+    A hint of ours. [REG] can learn a box only from the patches it looks at, and where to look only from its box; what
+    the patches themselves make of the box gives the head, and what is known of places, a gradient from the start.
     """
-    h, w = grid
-    xmin, ymin, xmax, ymax = (cxcywh_to_xyxy(boxes) * image_size).unbind(-1)  # pixels, (B,) each
-    # nearest neighbour samples the first pixel of each patch
-    y = torch.arange(h, device=boxes.device) * (image_size / h)  # (h)
-    x = torch.arange(w, device=boxes.device) * (image_size / w)  # (w)
-    # the box is painted in whole pixels: all that it touches
-    rows = (y >= ymin.floor()[:, None]) & (y < ymax.ceil()[:, None])  # (B, h)
-    columns = (x >= xmin.floor()[:, None]) & (x < xmax.ceil()[:, None])  # (B, w)
-    target = (rows[:, :, None] & columns[:, None, :]).flatten(1).float()  # (B, P)
+    targets = targets[:, None].expand_as(patch_boxes)  # (B, P, 4)
+    l1 = (patch_boxes - targets).abs().sum(-1)  # (B, P)
+    loss = l1 + 1 - giou(cxcywh_to_xyxy(patch_boxes), cxcywh_to_xyxy(targets))  # (B, P)
+    return ((loss * on_grid).sum(1) / on_grid.sum(1)).mean()
 
-    row = (boxes[:, 1] * h).long().clamp(0, h - 1)  # (B,), of the centre
-    column = (boxes[:, 0] * w).long().clamp(0, w - 1)  # (B,)
-    centre = row * w + column  # (B,), its number among the patches
-    return target.scatter(1, centre[:, None], 1.0)
+
+def reg_attention_loss(log_shares, on_grid):
+    """-log of the share of [REG]'s attention that lies on the target: log_shares (L, B, heads, P) of L layers, on_grid
+    (B, P) of 0. and 1.; averaged over layers, samples and heads. The other hint of ours: where [REG] should look."""
+    outside = on_grid[:, None] == 0  # (B, 1, P)
+    log_shares = log_shares.clamp(min=-30)  # padding has a share of 0, whose logarithm has no gradient
+    share = log_shares.masked_fill(outside, float("-inf")).logsumexp(-1)  # (L, B, heads)
+    return -share.mean()
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,21 @@ class LossWeights:
     rtcc_dice: float = 2.0
     mask_focal: float = 20.0
     mask_dice: float = 2.0
+    patch_box: float = 0.0  # the two hints, which are not in the paper
+    reg_attention: float = 0.0
+
+    @property
+    def need_hints(self):
+        """Whether the model has to compute what the hints are about (`with_hints`)."""
+        return bool(self.patch_box or self.reg_attention)
+
+    @property
+    def leave_a_head_out(self):
+        """Whether a head of the model is without a loss, and so without gradients."""
+        has_box = self.box or self.giou or self.patch_box
+        has_rtcc = self.rtcc_focal or self.rtcc_dice
+        has_mask = self.mask_focal or self.mask_dice
+        return not (has_box and has_rtcc and has_mask)
 
 
 def grounding_losses(output, batch, logits_per_text, image_ids, weights: LossWeights, box_kind="smooth_l1"):
@@ -124,13 +139,19 @@ def grounding_losses(output, batch, logits_per_text, image_ids, weights: LossWei
         terms["clc"] = weights.clc * contrastive_loss(logits_per_text, image_ids)
 
     # RTCC: each patch should be similar to the text if, and only if, it lies in the box
-    if weights.rtcc_focal or weights.rtcc_dice:
+    if weights.rtcc_focal or weights.rtcc_dice or weights.need_hints:
         side = round(output.token_similarity.shape[1] ** 0.5)  # the grid is square, as the letterbox is
         on_grid = box_on_grid(targets, (side, side), batch["images"].shape[-1])  # (B, P)
     if weights.rtcc_focal:
         terms["rtcc_focal"] = weights.rtcc_focal * focal_loss(output.token_similarity, on_grid)
     if weights.rtcc_dice:
         terms["rtcc_dice"] = weights.rtcc_dice * dice_loss(output.token_similarity, on_grid)
+
+    # Hints (ours)
+    if weights.patch_box:
+        terms["patch_box"] = weights.patch_box * patch_box_loss(output.patch_boxes.float(), targets, on_grid)
+    if weights.reg_attention:
+        terms["reg_attention"] = weights.reg_attention * reg_attention_loss(output.reg_attention, on_grid)
 
     # Mask: the box or, where the data has one, the segmentation
     if weights.mask_focal or weights.mask_dice:

@@ -53,8 +53,10 @@ def mcnemar(only_a, only_b):
 
 def auroc(scores, right):
     """How well a score tells right from wrong: the chance that a right prediction scores higher than a wrong one, ties
-    counting half. 0.5 = not at all; nan where all are right or all wrong."""
+    counting half. 0.5 = not at all; nan where all are right or all wrong. Raises ValueError for a score that is nan."""
     order = sorted(zip(scores, right))
+    if any(math.isnan(score) for score, _ in order):
+        raise ValueError("a score is not a number (NaN); the weights that gave it are damaged")
     wrong = 0  # wrong predictions so far
     below = 0.0  # pairs so far in which the wrong one scores lower
     start = 0

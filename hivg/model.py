@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from hivg import lora
-from hivg.boxes import cxcywh_to_xyxy, share_of_cells
+from hivg.boxes import box_on_grid
 from hivg.bridge import KINDS, Bridge
 from hivg.clip import CLIP, MLP, Attention, CLIPConfig, at_end_token, end_positions, similarity
 
@@ -43,6 +43,25 @@ class EncoderLayer(nn.Module):
         self.rate = dropout
         self.dropout = nn.Dropout(dropout)
 
+    def start(self):
+        """The random start: Xavier-uniform, W ~ U(-b, b) with b = sqrt(6 / (in + out)), and no biases."""
+        for linear in (self.attn.q_proj, self.attn.k_proj, self.attn.v_proj):
+            # as in DETR, TransVG and the released code q, k and v are one matrix, (3 D, D): b = sqrt(6 / (D + 3 D))
+            nn.init.xavier_uniform_(linear.weight, gain=0.5**0.5)
+            nn.init.zeros_(linear.bias)
+        for linear in (self.attn.out_proj, self.linear1, self.linear2):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)  # ours for the last two: there they keep the small random ones of nn.Linear
+
+    def reg_attention(self, x, position, mask):
+        """Attention of the first token, [REG], in this layer, as `forward` has it: x (B, M, D) -> the logarithm of the
+        share that each token gets of it, (B, heads, M)."""
+        y = self.norm1(x) + position
+        q = self.attn.split_heads(self.attn.q_proj(y[:, :1]))  # (B, heads, 1, D / heads)
+        k = self.attn.split_heads(self.attn.k_proj(y))  # (B, heads, M, D / heads)
+        logits = q.float() @ k.float().mT / q.shape[-1] ** 0.5  # (B, heads, 1, M)
+        return logits.masked_fill(~mask, float("-inf")).log_softmax(-1)[:, :, 0]
+
     def forward(self, x, position, mask):
         """x (B, M, D), position (M, D), mask (B, 1, 1, M), True = may be attended to -> (B, M, D)."""
         y = self.norm1(x)
@@ -63,11 +82,13 @@ class HiVGOutput:
     logits_per_text: torch.Tensor  # (B, B) scaled cosine of every expression with every image (CLC)
     text_features: torch.Tensor  # (B, E) pooled, not normalised
     image_features: torch.Tensor  # (B, E)
+    patch_boxes: torch.Tensor | None = None  # (B, P, 4) the box head on every patch, with hints
+    reg_attention: torch.Tensor | None = None  # (2, B, heads, P) log share of [REG]'s attention, with hints
 
 
 @dataclass(frozen=True)
 class HiVGConfig:
-    """All settings of a HiVG; they are stored in its weights file. Raises ValueError for a name that does not exist."""
+    """All settings of a HiVG; they are stored in its weights file. Raises ValueError for unknown names and layers."""
 
     clip: CLIPConfig = field(default_factory=CLIPConfig)
     bridge: str = "adaptive"  # or projected, constant, none
@@ -76,7 +97,7 @@ class HiVGConfig:
     text_norm: bool = True  # layer norm on each of them; the released code has none
     visual_levels: tuple = LAYERS[12][1]
     level_norm: bool = True  # layer norm, without parameters, on each of them; the released code has none
-    width: int = 512  # of the grounding encoder
+    width: int = 512  # D, of the grounding encoder
     encoder_layers: int = 6
     encoder_heads: int = 8
     encoder_ffn: int = 2048
@@ -96,8 +117,16 @@ class HiVGConfig:
             raise ValueError(f"bridge must be one of {', '.join(KINDS)}, not {self.bridge!r}")
         if self.lora not in lora.MODES:
             raise ValueError(f"lora must be one of {', '.join(lora.MODES)}, not {self.lora!r}")
+        self.check_layers("text_layers", 1, self.clip.text_layers)
+        self.check_layers("visual_levels", 1, self.clip.vision_layers)
+        self.check_layers("bridge_blocks", 0, self.clip.vision_layers - 1)
         if self.text_padding not in ("masked", "released"):
             raise ValueError(f"text_padding must be masked or released, not {self.text_padding!r}")
+
+    def check_layers(self, name, first, last):
+        for layer in getattr(self, name):
+            if not first <= layer <= last:
+                raise ValueError(f"{name} must be from {first} to {last} for this CLIP, not {layer}")
 
     @classmethod
     def for_clip(cls, clip: CLIPConfig, **changes):
@@ -108,9 +137,9 @@ class HiVGConfig:
                              f"known: {', '.join(map(str, LAYERS))}")
         blocks, levels = LAYERS[clip.vision_layers]
         settings = dict(bridge_blocks=blocks, visual_levels=levels, text_layers=(clip.text_layers,))
+        settings |= dict(width=clip.embed_dim)  # as the released models: 512 on ViT-B, 768 on ViT-L
         if clip.vision_layers == 6:  # tiny
-            settings |= dict(text_layers=(2, 4), width=128, encoder_layers=4, encoder_heads=4, encoder_ffn=512,
-                             rtcc_hidden=256)
+            settings |= dict(text_layers=(2, 4), encoder_layers=4, encoder_heads=4, encoder_ffn=512, rtcc_hidden=256)
             settings |= dict(dropout=0.0, lora_dropout=0.0)  # the drawn data has no end: nothing to regularise
         return cls(clip=clip, **(settings | changes))
 
@@ -131,6 +160,7 @@ class HiVG(nn.Module):
         clip = config.clip
         D = config.width
         self.clip = CLIP(clip).requires_grad_(False)
+        self.side = clip.image_size // clip.patch_size  # of the square of patches
 
         self.bridges = nn.ModuleDict()  # {block of the ViT, from "0": Bridge}
         bridge_blocks = () if config.bridge == "none" else config.bridge_blocks
@@ -147,7 +177,7 @@ class HiVG(nn.Module):
         self.text_proj = nn.Linear(clip.embed_dim, D)
 
         # grounding encoder
-        n_visual = 1 + (clip.image_size // clip.patch_size) ** 2  # N
+        n_visual = 1 + self.side**2  # N
         self.reg_token = nn.Parameter(torch.randn(D))
         self.position = nn.Parameter(torch.randn(1 + n_visual + clip.context_length, D))  # [REG], visual, text
         self.encoder = nn.ModuleList()
@@ -162,10 +192,7 @@ class HiVG(nn.Module):
         self.mask_convs = nn.ModuleList([nn.ConvTranspose2d(D, D, 2, stride=2, bias=False) for _ in range(3)])
 
         for layer in self.encoder:
-            for linear in (layer.attn.q_proj, layer.attn.k_proj, layer.attn.v_proj, layer.attn.out_proj,
-                           layer.linear1, layer.linear2):
-                nn.init.xavier_uniform_(linear.weight)  # as DETR and TransVG start theirs
-                nn.init.zeros_(linear.bias)
+            layer.start()
         for stage in range(1, config.stage + 1):
             self.add_stage(stage)
 
@@ -181,15 +208,17 @@ class HiVG(nn.Module):
             model.levels_proj.bias.zero_()
         return model
 
-    def forward(self, images, padding_mask, token_ids, with_rtcc=True, with_mask=True):
+    def forward(self, images, padding_mask, token_ids, with_rtcc=True, with_mask=True, with_hints=False):
         """images (B, 3, S, S) normalised letterboxes, padding_mask (B, S, S) bool, True = padding, token_ids (B, T)
-        long -> HiVGOutput. with_rtcc and with_mask: whether to compute these heads. Raises ValueError for another S."""
+        long -> HiVGOutput. One image, (1, 3, S, S) with (1, S, S), may go with B texts: what does not depend on the
+        text is then computed once. with_rtcc and with_mask: whether to compute these heads. Raises ValueError for
+        another S."""
+        B = len(token_ids)
         size = self.config.clip.image_size
         if images.shape[-2:] != (size, size):
             raise ValueError(f"images of {tuple(images.shape[-2:])} pixels; this model takes squares of {size}, see "
                              "Letterbox")
-        side = size // self.config.clip.patch_size
-        grid = (side, side)  # of the patches
+        grid = (self.side, self.side)  # of the patches
 
         # Text tower: f^1 .. f^L, and the last one in CLIP's shared space
         token_ids, is_text, is_key = self.find_text(token_ids)
@@ -200,14 +229,16 @@ class HiVG(nn.Module):
         keys = self.bridge_keys(text_states, text)  # {block: (B, T, D_v)}
 
         # ViT: the bridges run inside their blocks
-        visual_states = self.clip.visual(images, self.bridges, keys, is_key)  # (B, N, D_v) after each block
+        visual_states = self.clip.visual(images, self.bridges, keys, is_key)
+        visual_states = [x.expand(B, -1, -1) for x in visual_states]  # (B, N, D_v) after each block
 
         # Multi-level visual features
         visual = self.visual_proj(self.join_levels(visual_states))  # (B, N, D)
 
         # Grounding encoder: [REG], visual and text tokens attend to each other
-        is_visual = self.find_visual(padding_mask, grid)  # (B, N)
-        reg, patches, words = self.encode(visual, self.text_proj(text), is_visual, is_text)
+        is_visual = self.find_visual(padding_mask, grid).expand(B, -1)  # (B, N)
+        attention = [] if with_hints else None
+        reg, patches, words = self.encode(visual, self.text_proj(text), is_visual, is_text, attention)
 
         # Heads: the box comes from [REG]; RTCC and the mask compare the patches with the end token, which has seen the
         # whole expression
@@ -220,20 +251,23 @@ class HiVG(nn.Module):
         text_features = at_end_token(text, token_ids)  # (B, E)
         image_features = self.clip.visual.pool(visual_states[-1])  # (B, E)
         logits_per_text = similarity(text_features, image_features, self.clip.logit_scale)  # (B, B)
-        return HiVGOutput(boxes, token_similarity, mask_logits, logits_per_text, text_features, image_features)
+        output = HiVGOutput(boxes, token_similarity, mask_logits, logits_per_text, text_features, image_features)
+        if with_hints:  # for two losses of ours that a long training can do without (losses.py)
+            output.patch_boxes = self.box(patches)  # (B, P, 4)
+            output.reg_attention = torch.stack(attention[-2:])  # (2, B, heads, P)
+        return output
 
     def find_text(self, token_ids):
-        """token_ids (B, T) -> token_ids (B, T'), is_text (B, T') bool for the encoder, and is_key (B, T') bool for the
-        bridge, both True up to the end token; is_key is None if the bridge masks nothing."""
+        """token_ids (B, T) -> token_ids (B, T), is_text (B, T) bool for the encoder, and is_key (B, T) bool for the
+        bridge, both True up to the end token; is_key is None if the bridge masks nothing. Padding costs time alone: the
+        tokenizer adds no more than the longest text needs."""
         if self.config.text_padding == "released":
             # always 77 positions, all of them keys of the bridge; the encoder masks id 0 wherever it stands, also where
             # it is a real token ("!")
             token_ids = F.pad(token_ids, (0, self.config.clip.context_length - token_ids.shape[1]))  # (B, 77)
             return token_ids, token_ids != 0, None
-        ends = end_positions(token_ids)  # (B,)
-        longest = int(ends.max()) + 1
-        token_ids = token_ids[:, :longest]  # the rest is padding in every row: cutting it changes only the time
-        is_text = torch.arange(longest, device=token_ids.device) <= ends[:, None]  # (B, T)
+        position = torch.arange(token_ids.shape[1], device=token_ids.device)  # (T,)
+        is_text = position <= end_positions(token_ids)[:, None]  # (B, T)
         return token_ids, is_text, is_text
 
     def find_visual(self, padding_mask, grid):
@@ -262,9 +296,12 @@ class HiVG(nn.Module):
             levels.append(x)
         return self.levels_proj(torch.cat(levels, dim=-1))  # (B, N, levels * D_v) -> (B, N, E)
 
-    def encode(self, visual, text, is_visual, is_text):
+    def encode(self, visual, text, is_visual, is_text, attention=None):
         """Grounding encoder over [REG], visual (B, N, D) and text (B, T, D) tokens; is_visual (B, N) and is_text (B, T)
-        are False on padding -> [REG] (B, D), patches (B, P, D), words (B, T, D)."""
+        are False on padding -> [REG] (B, D), patches (B, P, D), words (B, T, D).
+
+        attention: None, or a list to append [REG]'s attention to the patches to, (B, heads, P) for each layer.
+        """
         B, N, D = visual.shape
         reg = self.reg_token.expand(B, 1, -1)  # (B, 1, D)
         x = torch.cat([reg, visual, text], dim=1)  # (B, M, D)
@@ -272,15 +309,17 @@ class HiVG(nn.Module):
         mask = F.pad(mask, (1, 0), value=True)[:, None, None]  # (B, 1, 1, M): [REG] is never padding
         position = self.position[: x.shape[1]]  # (M, D): text comes last, so short texts leave the end unused
         for layer in self.encoder:
+            if attention is not None:
+                attention.append(layer.reg_attention(x, position, mask)[..., 2 : 1 + N])
             x = layer(x, position, mask)
         x = self.encoder_norm(x)  # (B, M, D)
         return x[:, 0], x[:, 2 : 1 + N], x[:, 1 + N :]  # without [CLS], which is at 1
 
     def box(self, reg):
-        """Box = sigmoid(MLP3([REG])): (B, D) -> (B, 4) cxcywh in 0..1."""
+        """Box = sigmoid(MLP3([REG])): (..., D) -> (..., 4) cxcywh in 0..1."""
         # in float32 throughout: in bfloat16 a coordinate would be a multiple of 1/256
         with torch.autocast(reg.device.type, enabled=False):
-            return self.box_head(reg.to(self.position.dtype)).sigmoid()
+            return self.box_head(reg.to(self.box_head[0].weight.dtype)).sigmoid()
 
     def rtcc(self, patches, end):
         """RTCC: patches (B, P, D), end token of unit length (B, D) -> logits (B, P), MLP(LN(patch)) . end."""
@@ -305,20 +344,25 @@ class HiVG(nn.Module):
         logits = logits.permute(0, 1, 3, 2, 4)  # (B, h, 8, w, 8)
         return logits.flatten(3, 4).flatten(1, 2)[:, None]  # (B, 1, 8 h, 8 w)
 
-    @staticmethod
-    def score(output, grid):
-        """How far the box and the RTCC map of an output agree: (B,) in 0..1, not calibrated.
+    def score(self, output):
+        """How much of the RTCC map lies in the box: output of this model -> (B,) in 0..1, not calibrated.
 
-        The box covers a share c of each patch of the (h, w) grid, RTCC gives the patch a probability p, and the score
-        is their overlap, as an IoU of soft sets: sum min(p, c) / sum max(p, c).
+        The map's logits z become shares of the image, softmax(z / 2), and the score sums them over the patches that
+        count as the box's, by the rule of RTCC's own targets (`box_on_grid`).
         """
-        h, w = grid
-        xmin, ymin, xmax, ymax = cxcywh_to_xyxy(output.boxes.float()).unbind(-1)  # (B,) each
-        rows = share_of_cells(ymin, ymax, h)  # (B, h)
-        columns = share_of_cells(xmin, xmax, w)  # (B, w)
-        c = (rows[:, :, None] * columns[:, None, :]).flatten(1)  # (B, P)
-        p = output.token_similarity.float().sigmoid()  # (B, P)
-        return torch.minimum(p, c).sum(1) / torch.maximum(p, c).sum(1)
+        in_box = box_on_grid(output.boxes.float(), (self.side, self.side), self.config.clip.image_size)  # (B, P)
+        shares = (output.token_similarity.float() / 2).softmax(1)  # (B, P); z / 1 to z / 4 tell as well on `val`
+        return (shares * in_box).sum(1).clamp(max=1)
+
+    def boxes_and_scores(self, output):
+        """An output of this model -> boxes (B, 4) float32 cxcywh in 0..1 on the CPU, and a list of B scores. Raises
+        ValueError where they are not numbers."""
+        boxes = output.boxes.float().cpu()
+        scores = self.score(output).cpu()
+        if not (boxes.isfinite().all() and scores.isfinite().all()):
+            raise ValueError("the model's boxes are not numbers (NaN): its weights are damaged, or their training "
+                             "diverged; use another file, or a lower learning rate")
+        return boxes, scores.tolist()
 
     def add_stage(self, stage):
         """Begin Hi LoRA stage `stage` (1, 2, ..): new adapters in place, the earlier ones frozen. Which layers get
@@ -337,10 +381,17 @@ class HiVG(nn.Module):
             if name.startswith(("bridges.", "bridge_text_proj.")):
                 fresh[name] = tensor
         model.load_state_dict(fresh | self.state_dict())
-        # as in __init__: CLIP is frozen, and the warm-up it comes from has no adapters
+        # as in __init__: CLIP is frozen; the stage before, `bridgeless`, has no adapters
         for name, p in model.named_parameters():
             p.requires_grad_(not name.startswith("clip."))
         return model.train(self.training)
+
+    def for_prediction(self, device, dtype):
+        """A new model with the same predictions, ready to be used: adapters merged, in evaluation mode, on the device,
+        its weights stored in `dtype` but for the box head, which stays in float32."""
+        model = self.merged().to(device, dtype).eval()
+        model.box_head.float()
+        return model
 
     def merged(self):
         """A new model with the adapters folded into CLIP's weights and the same output; this one is unchanged."""

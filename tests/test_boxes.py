@@ -1,10 +1,13 @@
-"""Boxes: formats, IoU, GIoU and shares of cells against numbers worked out on paper."""
+"""Boxes: formats, IoU, GIoU and the box on the patch grid against numbers worked out on paper."""
+
+import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from makers import assert_close, random_boxes, to_cxcywh
 
-from hivg.boxes import area, cxcywh_to_xyxy, giou, iou, share_of_cells
+from hivg.boxes import area, box_on_grid, cxcywh_to_xyxy, giou, iou
 
 
 def tensor(*rows):
@@ -58,14 +61,43 @@ def test_giou_is_in_range_and_never_above_iou():
     assert_close("one row at a time", torch.stack([giou(x, y) for x, y in zip(a[:9], b[:9])]), g[:9], 0)
 
 
-@pytest.mark.parametrize("low, high, n, shares", [
-    (0.0, 1.0, 3, [1, 1, 1]),
-    (0.25, 0.75, 4, [0, 1, 1, 0]),
-    (0.125, 0.625, 4, [0.5, 1, 0.5, 0]),
-    (0.3, 0.4, 2, [0.2, 0]),  # inside one cell
-    (-0.5, 0.5, 2, [1, 0]),  # what lies outside counts nowhere
-    (0.9, 0.1, 2, [0, 0]),  # swapped
+# --- the box on the grid ---
+
+
+def drawn(boxes, grid, image_size):
+    """Painted as whole pixels, from floor to ceil, then resized by nearest neighbour; its centre's patch set."""
+    rows = []
+    for box in boxes:
+        (xmin, ymin), (xmax, ymax) = (cxcywh_to_xyxy(box) * image_size).view(2, 2).clamp(min=0).tolist()
+        image = torch.zeros(1, 1, image_size, image_size)
+        image[..., math.floor(ymin) : math.ceil(ymax), math.floor(xmin) : math.ceil(xmax)] = 1
+        small = F.interpolate(image, grid, mode="nearest")[0, 0]
+        small[min(int(box[1] * grid[0]), grid[0] - 1), min(int(box[0] * grid[1]), grid[1] - 1)] = 1
+        rows.append(small.flatten())
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("grid, image_size", [((4, 4), 64), ((8, 8), 128), ((14, 14), 224), ((2, 5), 60), ((3, 7), 50)])
+def test_box_on_grid(grid, image_size):
+    boxes = to_cxcywh(random_boxes(300))
+    boxes[::3, 2:] /= 20  # some much smaller than a patch
+    target = box_on_grid(boxes, grid, image_size)
+    assert target.shape == (300, grid[0] * grid[1])
+    assert set(target.unique().tolist()) == {0.0, 1.0}
+    assert_close("target", target, drawn(boxes, grid, image_size), 0)
+
+
+@pytest.mark.parametrize("box, rows, columns", [
+    ([0.5, 0.5, 1, 1], [0, 1, 2, 3], [0, 1, 2, 3]),  # everything
+    ([0.5, 0.25, 1, 0.5], [0, 1], [0, 1, 2, 3]),  # the upper half, x and y not swapped
+    ([0.125, 0.5, 0.25, 1], [0, 1, 2, 3], [0]),  # the left column
+    ([0.55, 0.9, 0.001, 0.001], [3], [2]),  # tiny: the patch of its centre
+    ([0.9999, 0.0001, 1e-9, 1e-9], [0], [3]),
+    ([1.0, 1.0, 1e-6, 1e-6], [3], [3]),  # its centre on the far edge
 ])
-def test_share_of_cells(low, high, n, shares):
-    ours = share_of_cells(tensor(low, 0.0), tensor(high, 1.0), n)
-    assert_close("shares", ours, torch.stack([tensor(*shares), tensor(*[1] * n)]), 1e-6)
+def test_box_on_grid_on_paper(box, rows, columns):
+    target = box_on_grid(torch.tensor([box]), (4, 4), 64).view(4, 4)
+    expected = torch.zeros(4, 4)
+    for row in rows:
+        expected[row, columns] = 1
+    assert_close("target", target, expected, 0)

@@ -10,7 +10,7 @@ from hivg.model import EncoderLayer
 
 def test_what_counts_as_padding(hivg, batch):
     """A patch is padding when more than half of it is; [CLS] never is; the text ends with its end token."""
-    _, _, is_visual, is_text = watch(hivg, "encode", hivg, batch)
+    _, _, is_visual, is_text, *_ = watch(hivg, "encode", hivg, batch)
     landscape = [[0] * 4, [1] * 4, [1] * 4, [0] * 4]  # padded up to pixel row 20 and from 44 on
     portrait = [[1, 1, 1, 0]] * 4  # padded up to column 5 and from 40 on, the middle of patch 2
     grids = torch.tensor([landscape, portrait, [[1] * 4] * 4, landscape]).bool()
@@ -38,24 +38,23 @@ def test_released_text_padding(batch):
     ids, is_text, is_key = model.find_text(token_ids)
     assert ids.shape == (4, 77) and torch.equal(ids[:, : token_ids.shape[1]], token_ids) and is_key is None
     assert torch.equal(is_text, ids != 0)
-    _, text, _, mask = watch(model, "encode", model, batch)
+    _, text, _, mask, *_ = watch(model, "encode", model, batch)
     assert text.shape == (4, 77, 32) and torch.equal(mask, is_text)
     with_zero = token_ids.clone()
     with_zero[3, 2] = 0
     assert not model.find_text(with_zero)[1][3, 2] and make_hivg().find_text(with_zero)[1][3, 2]
 
 
-def test_text_is_cut_to_the_longest(hivg):
+def test_padding_of_any_length_is_found(hivg):
     ids = hivg.tokenizer(TEXTS, pad_to="context")
-    cut, is_text, is_key = hivg.find_text(ids)
-    longest = max(len(hivg.tokenizer.encode(text)) for text in TEXTS) + 2
-    assert cut.shape == is_text.shape == (4, longest) and is_key is is_text
-    assert torch.equal(cut, ids[:, :longest])
+    same, is_text, is_key = hivg.find_text(ids)
+    assert torch.equal(same, ids) and is_text.shape == (4, 77) and is_key is is_text
+    assert is_text.sum(1).tolist() == [len(hivg.tokenizer.encode(text)) + 2 for text in TEXTS]
 
 
 def test_padding_is_masked_in_the_encoder(hivg, batch):
     """The numbers of padded tokens reach no other token; those of the others do."""
-    visual, text, is_visual, is_text = watch(hivg, "encode", hivg, batch)
+    visual, text, is_visual, is_text, *_ = watch(hivg, "encode", hivg, batch)
     before = hivg.encode(visual, text, is_visual, is_text)
     noise = torch.randn(visual.shape[2], dtype=torch.float64)
     padded_visual, padded_text = ~is_visual[..., None], ~is_text[..., None]
@@ -93,11 +92,19 @@ def test_encoder_layer_is_pytorchs():
 
 
 def test_encoder_starts_as_detrs():
-    """Xavier-uniform, as wide as sqrt(6 / (in + out)), and no biases; the tables of tokens are N(0, 1)."""
+    """Xavier-uniform, as wide as sqrt(6 / (in + out)), and no biases; q, k and v as PyTorch's attention starts its one
+    matrix of all three. The tables of tokens are N(0, 1)."""
     model = make_hivg(fresh=True, width=64, encoder_ffn=256)
+    joint = nn.MultiheadAttention(64, 4).in_proj_weight
+    assert joint.shape == (3 * 64, 64)
     for layer in model.encoder:
-        for linear in [module for module in layer.modules() if isinstance(module, nn.Linear)]:
+        for name, linear in layer.named_modules():
+            if not isinstance(linear, nn.Linear):
+                continue
             bound = (6 / (linear.in_features + linear.out_features)) ** 0.5
+            if name in ("attn.q_proj", "attn.k_proj", "attn.v_proj"):
+                bound = joint.abs().max().item() * 1.001  # over so many numbers as good as sqrt(6 / (64 + 3 * 64))
+                assert abs(bound - (6 / 256) ** 0.5) < 1e-3
             assert 0.98 * bound < linear.weight.abs().max() <= bound
             assert not linear.bias.any()
     assert 0.9 < model.position.std() < 1.1 and 0.7 < model.reg_token.std() < 1.3
@@ -105,7 +112,7 @@ def test_encoder_starts_as_detrs():
 
 def test_encoder_order(hivg, batch):
     """[REG], visual, text, with the position table in that order, and the parts handed back from where they were."""
-    visual, text, is_visual, is_text = watch(hivg, "encode", hivg, batch)
+    visual, text, is_visual, is_text, *_ = watch(hivg, "encode", hivg, batch)
     x = torch.cat([hivg.reg_token.expand(4, 1, -1), visual, text], 1)
     mask = torch.cat([torch.ones(4, 1).bool(), is_visual, is_text], 1)[:, None, None]
     for layer in hivg.encoder:

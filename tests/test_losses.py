@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from makers import GOLDEN, assert_close, make_batch, make_hivg, needs_golden, random, random_boxes, to_cxcywh
 from safetensors.torch import load_file
 
-from hivg.boxes import cxcywh_to_xyxy, iou
+from hivg.boxes import box_on_grid, cxcywh_to_xyxy, iou
 from hivg.losses import (
     LossWeights,
     box_loss,
-    box_on_grid,
     contrastive_loss,
     dice_loss,
     focal_loss,
@@ -119,48 +118,6 @@ def test_dice_loss_on_paper():
     assert dice_loss(torch.zeros(2, 4), targets).item() == pytest.approx((2 / 5 + 2 / 3) / 2)
     assert dice_loss((2 * targets - 1) * 50, targets).item() == pytest.approx(0, abs=1e-6)
     assert dice_loss((1 - 2 * targets) * 50, targets).item() == pytest.approx((1 - 1 / 5 + 1 - 1 / 5) / 2)
-
-
-# --- the box on the grid ---
-
-
-def drawn(boxes, grid, image_size):
-    """Painted as whole pixels, from floor to ceil, then resized by nearest neighbour; its centre's patch set."""
-    rows = []
-    for box in boxes:
-        (xmin, ymin), (xmax, ymax) = (cxcywh_to_xyxy(box) * image_size).view(2, 2).clamp(min=0).tolist()
-        image = torch.zeros(1, 1, image_size, image_size)
-        image[..., math.floor(ymin) : math.ceil(ymax), math.floor(xmin) : math.ceil(xmax)] = 1
-        small = F.interpolate(image, grid, mode="nearest")[0, 0]
-        small[min(int(box[1] * grid[0]), grid[0] - 1), min(int(box[0] * grid[1]), grid[1] - 1)] = 1
-        rows.append(small.flatten())
-    return torch.stack(rows)
-
-
-@pytest.mark.parametrize("grid, image_size", [((4, 4), 64), ((8, 8), 128), ((14, 14), 224), ((2, 5), 60), ((3, 7), 50)])
-def test_box_on_grid(grid, image_size):
-    boxes = to_cxcywh(random_boxes(300))
-    boxes[::3, 2:] /= 20  # some much smaller than a patch
-    target = box_on_grid(boxes, grid, image_size)
-    assert target.shape == (300, grid[0] * grid[1])
-    assert set(target.unique().tolist()) == {0.0, 1.0}
-    assert_close("target", target, drawn(boxes, grid, image_size), 0)
-
-
-@pytest.mark.parametrize("box, rows, columns", [
-    ([0.5, 0.5, 1, 1], [0, 1, 2, 3], [0, 1, 2, 3]),  # everything
-    ([0.5, 0.25, 1, 0.5], [0, 1], [0, 1, 2, 3]),  # the upper half, x and y not swapped
-    ([0.125, 0.5, 0.25, 1], [0, 1, 2, 3], [0]),  # the left column
-    ([0.55, 0.9, 0.001, 0.001], [3], [2]),  # tiny: the patch of its centre
-    ([0.9999, 0.0001, 1e-9, 1e-9], [0], [3]),
-    ([1.0, 1.0, 1e-6, 1e-6], [3], [3]),  # its centre on the far edge
-])
-def test_box_on_grid_on_paper(box, rows, columns):
-    target = box_on_grid(torch.tensor([box]), (4, 4), 64).view(4, 4)
-    expected = torch.zeros(4, 4)
-    for row in rows:
-        expected[row, columns] = 1
-    assert_close("target", target, expected, 0)
 
 
 # --- all together ---

@@ -1,6 +1,7 @@
 """HiVG as a whole: a prediction depends on its own sample only, and each output is what its description says."""
 
 import json
+import math
 from dataclasses import asdict, replace
 
 import pytest
@@ -109,7 +110,7 @@ def test_levels_are_the_blocks_of_the_config(batch, level_norm):
     """Hidden states after these vision blocks, counted from 1, in this order, each normalised or not, projected
     twice."""
     model = make_hivg(bridge="none", visual_levels=(3, 1), level_norm=level_norm)
-    visual, text, _, _ = watch(model, "encode", model, batch)
+    visual, text, *_ = watch(model, "encode", model, batch)
     states = model.clip.visual(batch[0])
     levels = [states[2], states[0]]
     if level_norm:
@@ -142,7 +143,8 @@ def test_shapes(hivg, n):
     output = hivg(*(x[:n] for x in make_batch()))
     shapes = {"boxes": (n, 4), "token_similarity": (n, 16), "mask_logits": (n, 1, 32, 32), "logits_per_text": (n, n),
               "text_features": (n, 40), "image_features": (n, 40)}
-    assert {name: tuple(tensor.shape) for name, tensor in vars(output).items()} == shapes
+    found = {name: tuple(tensor.shape) for name, tensor in vars(output).items() if tensor is not None}
+    assert found == shapes
     assert ((output.boxes > 0) & (output.boxes < 1)).all()
 
 
@@ -157,39 +159,101 @@ def test_heads_can_be_left_out(hivg, batch, off):
     output, whole = hivg(*batch, **{off: False}), hivg(*batch)
     left_out = {"with_rtcc": "token_similarity", "with_mask": "mask_logits"}[off]
     assert getattr(output, left_out) is None
-    assert_same(output, whole, 0, [name for name in vars(whole) if name != left_out])
+    assert_same(output, whole, 0, [name for name in (*PER_SAMPLE, "logits_per_text") if name != left_out])
 
 
 # --- the score ---
 
 
-def score(boxes, token_similarity, grid):
-    output = HiVGOutput(boxes, token_similarity, None, None, None, None)
-    return HiVG.score(output, grid)
+def output_of(boxes, token_similarity):
+    return HiVGOutput(torch.tensor(boxes), token_similarity, None, None, None, None)
 
 
-def test_score_of_perfect_agreement():
-    """A box of whole patches and a map that is sure of exactly these; on a grid that is not square."""
-    boxes = torch.tensor([[2 / 5, 0.5, 2 / 5, 1.0], [0.5, 0.5, 1.0, 1.0], [0.9, 0.25, 0.2, 0.5]])
-    maps = torch.tensor([[[0, 1, 1, 0, 0], [0, 1, 1, 0, 0]], [[1] * 5, [1] * 5], [[0, 0, 0, 0, 1], [0] * 5]])
-    logits = (maps.flatten(1) * 2 - 1) * 40.0
-    assert_close("score", score(boxes, logits, (2, 5)), torch.ones(3), 1e-5)
-    assert_close("score of the opposite", score(boxes, -logits, (2, 5)), torch.zeros(3), 1e-5)
+def test_score_on_paper(hivg):
+    """Squares of 64 with 4 x 4 patches. Logits 2 ln 3 on two patches and 0 elsewhere: shares 3/20 and 1/20."""
+    logits = torch.zeros(3, 16)
+    logits[:, [5, 6]] = 2 * math.log(3)
+    boxes = [[0.5, 0.375, 0.5, 0.25],  # pixels 16 to 48 and 16 to 32: exactly these two patches
+             [0.375, 0.375, 0.25, 0.25],  # the first of them
+             [0.5, 0.25, 1.0, 0.5]]  # the upper half: both, and six others
+    assert_close("score", hivg.score(output_of(boxes, logits)), torch.tensor([6, 3, 12]) / 20, 1e-6)
 
 
-def test_score_on_paper():
-    """Grid 2 x 2, box over the left column and half of the right: shares 1, 0.5; everywhere p = 0.75.
-    sum min = 2 (0.75 + 0.5), sum max = 2 (1 + 0.75)."""
-    logits, boxes = torch.full((1, 4), 0.75).logit(), torch.tensor([[0.375, 0.5, 0.75, 1.0]])
-    assert_close("score", score(boxes, logits, (2, 2)), torch.tensor([2.5 / 3.5]), 1e-6)
+def test_score_takes_a_patch_by_its_first_pixel(hivg):
+    """As the targets of RTCC do: from pixel 16.5 a box touches the pixel that patch 5 is sampled at, from 17 not."""
+    logits = torch.full((2, 16), -60.0)
+    logits[:, 5] = 60
+    boxes = [[(16.5 + 60) / 128, 0.375, (60 - 16.5) / 64, 0.25], [(17.5 + 60) / 128, 0.375, (60 - 17.5) / 64, 0.25]]
+    assert_close("score", hivg.score(output_of(boxes, logits)), torch.tensor([1.0, 0.0]), 1e-6)
 
 
 def test_score_is_in_0_to_1(hivg, batch):
     generator = torch.Generator().manual_seed(0)
-    boxes, logits = torch.rand(200, 4, generator=generator), 9 * torch.randn(200, 12, generator=generator)
-    scores = score(boxes, logits, (3, 4))
+    boxes = torch.rand(200, 4, generator=generator)
+    scores = hivg.score(output_of(boxes.tolist(), 9 * torch.randn(200, 16, generator=generator)))
     assert scores.shape == (200,) and (scores >= 0).all() and (scores <= 1).all() and scores.std() > 0.01
-    assert hivg.score(hivg(*batch), (4, 4)).shape == (4,)
+    output = hivg(*batch)
+    boxes, scores = hivg.boxes_and_scores(output)
+    assert boxes.dtype == torch.float32 and scores == hivg.score(output).tolist()
+    assert_close("boxes", boxes, output.boxes, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["boxes", "token_similarity"])
+def test_no_number_is_an_error(hivg, batch, name):
+    output = hivg(*batch)
+    broken = getattr(output, name).clone()
+    broken[2, 1] = math.nan
+    with pytest.raises(ValueError, match="weights are damaged"):
+        hivg.boxes_and_scores(replace(output, **{name: broken}))
+
+
+# --- ready for prediction ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_image_serves_several_texts(kind, batch):
+    """The same as the image repeated, and up to the first bridge the image is computed once."""
+    model = make_hivg(bridge=kind, stage=1, bridge_blocks=(1, 2))
+    images, padding_mask, token_ids = batch
+    seen = []
+    hooks = [block.register_forward_hook(lambda _, args, x: seen.append(len(x))) for block in model.clip.visual.blocks]
+    alone = model(images[:1], padding_mask[:1], token_ids)
+    for hook in hooks:
+        hook.remove()
+    assert seen == ([1, 1, 1] if kind == "none" else [1, 4, 4])
+    assert_same(alone, model(images[:1].expand(4, -1, -1, -1), padding_mask[:1].expand(4, -1, -1), token_ids))
+
+
+def test_for_prediction():
+    """Weights stored in bfloat16 but for the box head, boxes in float32 and near, the model itself as it was."""
+    model = make_hivg(dtype=torch.float32, stage=1).train()
+    fast = model.for_prediction(torch.device("cpu"), torch.bfloat16)
+    assert model.training and not fast.training
+    for name, p in fast.named_parameters():
+        assert p.dtype == (torch.float32 if name.startswith("box_head.") else torch.bfloat16), name
+        assert ".A." not in name
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    batch = make_batch(dtype=torch.float32)
+    with torch.inference_mode():
+        rough = fast(*batch)
+        exact = model.eval()(*batch)
+    assert rough.boxes.dtype == torch.float32 and rough.token_similarity.dtype == torch.bfloat16
+    assert_close("boxes", rough.boxes, exact.boxes, 0.01)
+    assert (rough.boxes * 256 % 1).any()  # in bfloat16 they would be multiples of 1/256
+    assert_same(model.for_prediction(torch.device("cpu"), torch.float32)(*batch), exact, 1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text_padding", ["masked", "released"])
+def test_compiles_in_one_piece(kind, text_padding, batch):
+    """No graph break; fullgraph=True raises at the first one."""
+    torch._dynamo.reset()
+    model = make_hivg(bridge=kind, stage=1, text_padding=text_padding)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for mode in (True, False):
+        model.train(mode)
+        assert compiled(*batch).boxes.shape == (4, 4)
+    assert_same(compiled(*batch), model(*batch))
 
 
 # --- the configuration and the whole ---
@@ -246,12 +310,14 @@ def test_levels_start_as_clips_projection():
     assert all(torch.equal(p, model.clip.state_dict()[name]) for name, p in clip.state_dict().items())
 
 
-@pytest.mark.parametrize("size, blocks, levels, text", [
-    ("ViT-B/16", (0, 3, 7, 11), (1, 4, 8, 12), (12,)), ("ViT-L/14", (4, 10, 16, 22), (6, 12, 18, 24), (12,)),
-    ("tiny", (1, 3, 5), (1, 2, 4, 6), (2, 4))])
-def test_layers_for_a_clip(size, blocks, levels, text):
+@pytest.mark.parametrize("size, blocks, levels, text, width", [
+    ("ViT-B/16", (0, 3, 7, 11), (1, 4, 8, 12), (12,), 512),
+    ("ViT-L/14", (4, 10, 16, 22), (6, 12, 18, 24), (12,), 768),
+    ("tiny", (1, 3, 5), (1, 2, 4, 6), (2, 4), 128)])
+def test_layers_for_a_clip(size, blocks, levels, text, width):
     config = HiVGConfig.for_clip(CLIP_SIZES[size])
     assert (config.bridge_blocks, config.visual_levels, config.text_layers) == (blocks, levels, text)
+    assert config.width == width and width % config.encoder_heads == 0
     assert config.clip == CLIP_SIZES[size]
     changes = dict(text_layers=(1, 2), width=8)
     assert HiVGConfig.for_clip(CLIP_SIZES[size], **changes) == replace(config, **changes)

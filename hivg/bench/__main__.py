@@ -1,7 +1,7 @@
 """Timings: medians, with the 20 % and 80 % quantiles. Run them on an otherwise idle machine.
 
     python -m hivg.bench             all of: forward, data, start, load, read
-    python -m hivg.bench forward     the model alone, for 1, 8 and 32 expressions
+    python -m hivg.bench forward     the model alone, for 1, 8 and 32 expressions, and for 32 about one image
     python -m hivg.bench data        the items of a training batch: drawn images, photographs
     python -m hivg.bench start       ground.py from a cold start
     python -m hivg.bench load        weights files of CLIP's size, and the memory it takes
@@ -10,6 +10,8 @@
 and, only when named:
 
     python -m hivg.bench step --preset refcoco-base --batch_sizes 8 16 32     time and memory of a training step
+    python -m hivg.bench efficiency --size ViT-B/16 --output FOLDER     parameters, operations by part, time and memory
+                                     by batch, as tables and a chart in FOLDER (the paper's Figure 4)
     python -m hivg.bench fusion --output FOLDER     the Triton kernel beside plain PyTorch and torch.compile, on a GPU:
                                      a table and a chart in FOLDER, within five minutes
     python -m hivg.bench compile     the kernels compiled without a GPU: registers, shared memory, spills, hazards, and
@@ -18,9 +20,11 @@ and, only when named:
 
 import torch
 
+from hivg.bench.efficiency import bench_efficiency
 from hivg.bench.grounding import bench_forward, bench_start
 from hivg.bench.reading import bench_load, bench_read
 from hivg.bench.training import bench_data, bench_step
+from hivg.clip import CLIP_SIZES
 from hivg.grounder import DEFAULT_WEIGHTS
 from hivg.training.presets import PRESETS
 from hivg.utils.cli import Parser, choose_device, fail
@@ -46,6 +50,7 @@ DEFAULT = {
 }
 ON_REQUEST = {
     "step": bench_step,
+    "efficiency": bench_efficiency,
     "fusion": bench_fusion,
     "compile": bench_compile,
 }
@@ -58,8 +63,9 @@ def arguments():
     parser.add_argument("--weights", default=DEFAULT_WEIGHTS, metavar="FILE", help="a HiVG, for forward and start")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--preset", default="refcoco-base", choices=PRESETS, metavar="NAME", help="for step")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[4, 8], metavar="N", help="for step")
-    parser.add_argument("--output", default="runs/bench", metavar="FOLDER", help="for fusion")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[4, 8], metavar="N", help="for step, efficiency")
+    parser.add_argument("--size", default="ViT-B/16", metavar="NAME", help=f"for efficiency: {', '.join(CLIP_SIZES)}")
+    parser.add_argument("--output", default="runs/bench", metavar="FOLDER", help="for fusion, efficiency")
     args = parser.parse_args()
     for name in args.names:
         if name not in BENCHES:

@@ -36,6 +36,19 @@ def memory(name):
     return 1024 * int(re.search(name + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
+def reset_peak_memory(device):
+    """Let peak_memory count from here. Linux alone, on the CPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device):
+    """The most bytes since reset_peak_memory: those of tensors on a GPU, of the whole process on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory("VmHWM")
+
+
 ALONE = """
 import sys, time
 from hivg.bench.timing import memory

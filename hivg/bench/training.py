@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hivg.bench.timing import measure, memory, show
+from hivg.bench.timing import measure, peak_memory, reset_peak_memory, show
 from hivg.clip import CLIP, CLIP_SIZES
 from hivg.data.annotations import Sample
 from hivg.data.augment import Augment
@@ -55,10 +55,9 @@ def bench_step(args):
     criterion = Criterion(model, LossWeights(), "smooth_l1")
     for n in args.batch_sizes:
         batch = random_batch(n, model.config.clip, device)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        reset_peak_memory(device)
         times = measure(lambda: step(criterion, batch, device, dtype), 3, device)
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory("VmHWM")
+        peak = peak_memory(device)
         precision = str(dtype).removeprefix("torch.")
         show(f"{args.preset}, {name}, {n} together, {precision}, {peak / 2**30:.1f} GiB", times)
 
@@ -93,9 +92,10 @@ def random_batch(n, clip, device):
     return {key: value.to(device) for key, value in batch.items()}
 
 
-def step(criterion, batch, device, dtype):
-    """Forward and backward, without the optimizer's step."""
+def step(criterion, batch, device, dtype, clear=True):
+    """Forward and backward, without the optimizer's step. clear: drop the gradients."""
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         terms = criterion(batch)
     sum(terms.values()).backward()
-    criterion.zero_grad()
+    if clear:
+        criterion.zero_grad()

@@ -12,6 +12,7 @@ class Parser(argparse.ArgumentParser):
     with hyphens as well; they cannot be abbreviated."""
 
     def __init__(self, **options):
+        options.setdefault("prog", program_name())
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def parse_known_args(self, args=None, namespace=None):
@@ -26,6 +27,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         fail(f"{message}; --help lists the flags")
+
+
+def program_name():
+    """The program as it was called: "python -m hivg.weights", or None for the name of its file."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # there is one for `python -m` alone
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec and spec.name.startswith("hivg") else None
 
 
 def fail(message, code=2):
@@ -50,7 +57,7 @@ def choose_device(name):
 
 
 def choose_dtype(name, device):
-    """"float32", "bfloat16", or "auto" -> the type of autocast: bfloat16 on a GPU, and on a CPU that multiplies it in
+    """"float32", "bfloat16", or "auto" -> the type of products, and of weights that are not trained: bfloat16 on a GPU, and on a CPU that multiplies it in
     hardware, where it halves a step. Raises ValueError."""
     if name != "auto":
         if name not in ("float32", "bfloat16"):
@@ -65,8 +72,11 @@ class Progress:
     """A counter on stderr: a line that rewrites itself on a terminal, a line every 30 s elsewhere."""
 
     def __init__(self, what, total):
-        self.what, self.total, self.start = what, total, time.monotonic()
-        self.tty, self.next = sys.stderr.isatty(), 0.5 if sys.stderr.isatty() else 30
+        self.what = what
+        self.total = total
+        self.start = time.monotonic()
+        self.tty = sys.stderr.isatty()
+        self.next = 0.5 if self.tty else 30  # seconds after the start
 
     def __call__(self, done):
         seconds = time.monotonic() - self.start

@@ -1,13 +1,15 @@
 """The benchmarks measure real work: the files they make are read as those of other programs, and a step trains."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from makers import BUNDLED
 
 from hivg import weights
 from hivg.bench import __main__ as bench
-from hivg.bench import reading, training
+from hivg.bench import grounding, reading, training
 from hivg.bench.timing import measure, measure_alone
 from hivg.clip import CLIP, CLIP_SIZES, CLIPConfig
 from hivg.data.annotations import read_samples
@@ -52,6 +54,16 @@ def test_a_step_gives_every_trained_parameter_a_gradient(monkeypatch):
 def test_memory_is_that_of_the_work_alone():
     (low, median, high), most = measure_alone("import numpy as np", "a = np.ones(int(sys.argv[1]))", "20000000")
     assert 0 < low <= median <= high and 1.5e8 < most < 2.5e8
+
+
+def test_forward_is_measured_in_each_type(monkeypatch):
+    calls = []
+    monkeypatch.setattr(grounding, "measure", lambda function, repeats, device: function() and [1.0, 2.0, 3.0])
+    monkeypatch.setattr(grounding, "choose_dtype", lambda name, device: torch.bfloat16)
+    monkeypatch.setattr(grounding, "show", lambda name, times: calls.append(name))
+    grounding.bench_forward(SimpleNamespace(weights=BUNDLED, device="cpu"))
+    assert len(calls) == 8 and calls[0] == "forward, float32, 1 expression"
+    assert calls[-1] == "forward, bfloat16, 32 expressions about one image"
 
 
 def test_names_and_flags(monkeypatch, capfd):

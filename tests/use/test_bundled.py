@@ -20,13 +20,13 @@ from hivg.data.shapes import SPLITS, boxes_of, draw
 
 @pytest.fixture(scope="module")
 def bundled():
-    return Grounder.from_pretrained(device="cpu")
+    return Grounder.from_pretrained(device="cpu", dtype="float32")
 
 
 @pytest.mark.slow
 def test_without_arguments(bundled, tmp_path):
     """python ground.py prints the box of the bundled example, and draws it."""
-    command = [sys.executable, str(ROOT / "ground.py")]
+    command = [sys.executable, str(ROOT / "ground.py"), "--dtype", "float32"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = bundled.ground(ground.EXAMPLE, ground.EXAMPLE_EXPRESSION)

@@ -1,5 +1,6 @@
 """The evaluation: every row is there and true, the comparisons are what they say, and the command line."""
 
+import copy
 import json
 import re
 import subprocess
@@ -184,6 +185,7 @@ def test_report():
         "  ordinal            1 expressions, Acc@0.5 0.0000, mean IoU 0.0000",
         "  relation           1 expressions, Acc@0.5 0.0000, mean IoU 0.3000",
         "score tells right from wrong boxes: AUROC 0.750 (0.5 = not at all)"]
+    assert "AUROC" not in evaluate.report(rows[:2])  # both are right, so there is nothing to tell apart
     rows[0]["mask_iou"] = 0.25
     rows[2]["mask_iou"] = 0.75
     assert evaluate.report(rows).splitlines()[1].endswith(", mask IoU 0.5000 of 2")
@@ -205,10 +207,11 @@ def run(monkeypatch, capfd, *args):
 
 def test_command(model, weights_file, monkeypatch, capfd, tmp_path):
     code, out, err = run(monkeypatch, capfd, "--weights", weights_file, "--split", "val", "--device", "cpu",
-                         "--per_sample", tmp_path / "rows.jsonl", "--sheet", tmp_path / "sheet.png")
+                         "--dtype", "float32", "--per_sample", tmp_path / "rows.jsonl",
+                         "--sheet", tmp_path / "sheet.png")
     assert code == 0 and "error" not in err
     first, *report, last = out.splitlines()
-    assert re.fullmatch(rf"{weights_file} on shapes val, \d+ expressions a second", first)
+    assert re.fullmatch(rf"{weights_file} on shapes val in float32, \d+ expressions a second", first)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert report == evaluate.report(rows).splitlines()
     for row, own in zip(rows, evaluate.predict(model, batches()), strict=True):  # adapters merged, as good as equal
@@ -219,6 +222,17 @@ def test_command(model, weights_file, monkeypatch, capfd, tmp_path):
     compared |= evaluate.guessers(Shapes("val"))
     assert last == "for comparison, Acc@0.5: " + ", ".join(f"{k} {v:.4f}" for k, v in compared.items())
     assert (tmp_path / "sheet.png").stat().st_size > 10_000
+
+
+def test_weights_that_are_damaged(model, monkeypatch, capfd, tmp_path):
+    """They load, and give boxes that are not numbers: one line, no rows."""
+    broken = copy.deepcopy(model)
+    broken.reg_token.data[3] = float("nan")
+    weights.save(tmp_path / "nan.safetensors", broken)
+    code, out, err = run(monkeypatch, capfd, "--weights", tmp_path / "nan.safetensors", "--split", "val",
+                         "--per_sample", tmp_path / "rows.jsonl")
+    assert (code, out) == (2, "") and re.fullmatch(r"error: [^\n]+weights are damaged[^\n]+\n", err)
+    assert (tmp_path / "rows.jsonl").read_text() == ""
 
 
 def test_sheet_shows_the_worst_first(model, monkeypatch):

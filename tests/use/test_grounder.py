@@ -1,5 +1,6 @@
 """Prediction in Python: any image and any words in, the box or one plain line out."""
 
+import io
 from dataclasses import replace
 
 import numpy as np
@@ -7,10 +8,12 @@ import pytest
 import torch
 from makers import make_hivg
 from makers_use import BAD_IMAGES, TEXTS, assert_inside, assert_line, assert_same, far, make_image
+from PIL import Image
 
 from hivg import Grounder, weights
 from hivg.data.images import ImageError
 from hivg.grounder import BATCH
+from hivg.tokenizer import Tokenizer, learn_merges
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +23,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def grounder(model):
-    return Grounder(model, "cpu")
+    return Grounder(model, "cpu", "float32")
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +57,27 @@ def test_drawings_differ(grounder, image):
 
 
 def test_maps_lie_where_their_patches_are(grounder, image):
-    """Patch (2, 3) of the 4 x 4 on a square of 64; the image is its rows 13 to 51."""
+    """Patch (2, 2) of the 4 x 4 on a square of 64, rows and columns 32 to 48; the image is its rows 13 to 51. The mask
+    lies on the patch, the heat map about the patch's first pixel, for which alone its value stands."""
     token_map = np.zeros((4, 4), np.float32)
-    token_map[2, 3] = 1
+    token_map[2, 2] = 1
     mask_map = np.zeros((32, 32), np.float32)
-    mask_map[16:24, 24:32] = 1
+    mask_map[16:24, 16:24] = 1
     result = replace(grounder.ground(image, TEXTS[0]), token_map=token_map, mask_map=mask_map)
     assert_inside(result, 200, 120)  # bicubic resizing would leave 0..1
-    for values in (result.heatmap, result.mask):
-        y, x = np.unravel_index(values.argmax(), values.shape)
-        assert 150 <= x < 200 and (32 - 13) / 0.32 <= y < (48 - 13) / 0.32
-        assert values[:, :100].max() < 0.1 and values[:40].max() < 0.1
+    for values, middle in ((result.heatmap, 32.5), (result.mask, 40)):
+        weights = values / values.sum()
+        x = (weights.sum(0) * (np.arange(200) + 0.5)).sum()
+        y = (weights.sum(1) * (np.arange(120) + 0.5)).sum()
+        assert x == pytest.approx(middle / 0.32, abs=1.5) and y == pytest.approx((middle - 13) / 0.32, abs=1.5)
+        assert values[:, :40].max() < 0.1 and values[:, 190:].max() < 0.1
+
+
+def test_heat_map_is_the_token_map_at_first_pixels(grounder):
+    """On an image as large as the square nothing else is resized."""
+    result = grounder.ground(np.zeros((64, 64, 3), np.uint8), TEXTS[0])
+    np.testing.assert_allclose(result.heatmap[::16, ::16], result.token_map, atol=1e-6)
+    np.testing.assert_array_equal(result.heatmap[48:], np.broadcast_to(result.heatmap[48], (16, 64)))
 
 
 def test_path_image_and_array_are_the_same(grounder, image, tmp_path):
@@ -98,7 +111,7 @@ def test_list_is_singles(grounder, image):
 
 
 def test_merging_moves_no_box(model, grounder, image):
-    merged = Grounder(model.merged(), "cpu")
+    merged = Grounder(model.merged(), "cpu", "float32")
     assert_same(merged.ground(image, TEXTS[2]), grounder.ground(image, TEXTS[2]))
     assert any(name.endswith(".A.0") for name in model.state_dict())  # the model given still has its adapters
 
@@ -114,11 +127,84 @@ def test_bfloat16_is_near(model, grounder, image):
         Grounder(model, "cpu", "float16")
 
 
+@pytest.mark.parametrize("able, dtype", [({"avx512_bf16": True}, torch.bfloat16), ({}, torch.float32)])
+def test_the_machine_decides_the_type(model, monkeypatch, able, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    grounder = Grounder(model, "cpu")
+    assert grounder.dtype == dtype and grounder.model.reg_token.dtype == dtype
+
+
 def test_from_pretrained(model, grounder, image, tmp_path):
     path = tmp_path / "random.safetensors"
     weights.save(path, model)
-    again = Grounder.from_pretrained(path, device="cpu")
+    again = Grounder.from_pretrained(path, device="cpu", dtype="float32")
     assert_same(again.ground(image, TEXTS[0]), grounder.ground(image, TEXTS[0]))
+
+
+# --- other forms, many images, odds and ends ---
+
+
+def test_arrays_of_other_kinds(grounder, image):
+    """Grey, with transparency, and floats are grounded as the PIL images they stand for."""
+    rgb = np.asarray(image)
+    grey = np.asarray(image.convert("L"))
+    rgba = np.dstack([rgb, np.where(rgb[..., 0] > 128, 255, 0).astype(np.uint8)])
+    for array, like in ((grey, Image.fromarray(grey)), (rgba, Image.fromarray(rgba)), (rgb / 255, image),
+                        ((rgb / 255).astype(np.float32), image), (grey / 255, Image.fromarray(grey))):
+        result = grounder.ground(array, TEXTS[0])
+        expected = grounder.ground(like, TEXTS[0])
+        assert result == expected and result.image.tobytes() == expected.image.tobytes()
+
+
+def test_open_files(grounder, image, tmp_path):
+    image.save(tmp_path / "a.png")
+    with open(tmp_path / "a.png", "rb") as file:
+        assert grounder.ground(file, TEXTS[0]) == grounder.ground(image, TEXTS[0])
+    assert grounder.ground(io.BytesIO((tmp_path / "a.png").read_bytes()), TEXTS[0]).image.size == (200, 120)
+    for file in (io.BytesIO(b"no image"), io.BytesIO(), io.StringIO("text")):
+        with pytest.raises(ImageError) as caught:
+            grounder.ground(file, TEXTS[0])
+        assert_line(str(caught.value), "file object")
+
+
+def test_many_images_in_one_call(grounder, image):
+    """Each with its own expression, over more than one batch, of different sizes: as one by one."""
+    images = [image, image.rotate(90, expand=True), np.asarray(image.crop((0, 0, 90, 80)))] * (BATCH // 3 + 1)
+    texts = [f"{TEXTS[i % 2]} {i}" for i in range(len(images))]
+    results = grounder.ground_pairs(images, texts)
+    assert len(results) == len(images) > BATCH and [r.expression for r in results] == texts
+    for i in (0, 1, 2, BATCH, len(images) - 1):
+        assert_same(grounder.ground(images[i], texts[i]), results[i])
+        assert_inside(results[i], *grounder.ground(images[i], texts[i]).image.size)
+    assert grounder.ground_pairs([image], TEXTS[:1]) == [grounder.ground(image, TEXTS[0])]
+    for wrong in (TEXTS[:2], TEXTS[0]):
+        with pytest.raises(ValueError, match="as many expressions"):
+            grounder.ground_pairs([image], wrong)
+
+
+def test_results_compare_and_print(grounder, image):
+    first = grounder.ground(image, TEXTS[0])
+    assert first == grounder.ground(image, TEXTS[0]) and first != grounder.ground(image, TEXTS[1])
+    assert repr(first) == f"Result(expression={TEXTS[0]!r}, box={first.box}, score={first.score})"
+
+
+def test_mask_as_a_file(grounder, image, tmp_path):
+    result = grounder.ground(image, TEXTS[0])
+    result = replace(result, mask_map=np.linspace(0, 1, 32, dtype=np.float32) * np.ones((32, 1), np.float32))
+    result.save_mask(tmp_path / "mask.png")
+    saved = Image.open(tmp_path / "mask.png")
+    assert saved.mode == "L" and saved.size == image.size
+    np.testing.assert_array_equal(np.asarray(saved), np.where(result.mask > 0.5, 255, 0))
+
+
+def test_warnings(grounder, monkeypatch):
+    """Of words that are spelled and of what is cut; none of the words that the tokenizer was made of."""
+    monkeypatch.setattr(grounder.model, "tokenizer", Tokenizer(learn_merges(["the red cup of"] * 3, 50)))
+    assert grounder.warnings("the red cup") == []
+    (spelled,) = grounder.warnings("the Zyxwv zyxwv cup of 12345")
+    assert_line(spelled, "'zyxwv'", "spells it")
+    (cut,) = grounder.warnings("cup " * 100)
+    assert_line(cut, "cut to its first 75")
 
 
 # --- odd sizes and expressions (test_odd_images.py has the odd files) ---
@@ -164,7 +250,7 @@ def test_bad_image_files(grounder, tmp_path, name):
     write(tmp_path / name)
     with pytest.raises(ImageError) as caught:
         grounder.ground(tmp_path / name, TEXTS[0])
-    assert_line(str(caught.value), name, word)
+    assert_line(str(caught.value), name[:20], word)
 
 
 def test_folder_is_no_image(grounder, tmp_path):
@@ -173,9 +259,12 @@ def test_folder_is_no_image(grounder, tmp_path):
 
 
 @pytest.mark.parametrize("thing", [
-    np.zeros((4, 4)),
-    np.zeros((4, 4, 3)),
-    np.zeros((4, 4, 4), np.uint8),
+    np.zeros((4, 4), np.int64),
+    np.full((4, 4, 3), 255.0),
+    np.full((4, 4, 3), np.nan),
+    np.full((4, 5), -0.1),
+    np.zeros((4, 4, 2), np.uint8),
+    np.zeros((4,), np.uint8),
     np.zeros((0, 4, 3), np.uint8),
     np.zeros((1, 3, 4, 4), np.uint8),
     None,
@@ -185,7 +274,7 @@ def test_folder_is_no_image(grounder, tmp_path):
 def test_things_that_are_no_image(grounder, thing):
     with pytest.raises(ImageError) as caught:
         grounder.ground(thing, TEXTS[0])
-    assert_line(str(caught.value), "array")
+    assert_line(str(caught.value), "array", "give")
 
 
 @pytest.mark.parametrize("expression", ["", "  \n", [], ["star", ""], ["star", None]], ids=repr)

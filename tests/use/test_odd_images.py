@@ -12,7 +12,7 @@ from hivg import Grounder
 
 @pytest.fixture(scope="module")
 def grounder():
-    return Grounder(make_hivg(dtype=torch.float32, stage=1), "cpu")
+    return Grounder(make_hivg(dtype=torch.float32, stage=1), "cpu", "float32")
 
 
 # Each function gets the RGB image and returns the odd one, the image it must be grounded like, and options of save.
