@@ -10,7 +10,7 @@ to bottom: the settings, the stages as rows of a table, the start of a stage, an
 """
 
 import time
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 from functools import partial
 
 import torch
@@ -28,13 +28,13 @@ from hivg.training import distributed
 from hivg.training.checkpoint import open_run, restore, save_state
 from hivg.training.criterion import Criterion, to_device
 from hivg.training.flags import RUNS, check_settings, setting, settings_from_flags
-from hivg.training.log import EVERY, Log
+from hivg.training.log import LOG_STEPS, Log
 from hivg.training.optimizers import check_finite, learning_rate, make_optimizers, set_learning_rate, step_optimizers
-from hivg.training.plan import Stage, clip_config, columns_text, grow, print_plan, stage_column
+from hivg.training.plan import Stage, clip_config, columns_text, grow, hivg_config, print_plan, stage_column
 from hivg.training.presets import preset_of
 from hivg.utils.cli import choose_device, choose_dtype, fail
 
-LOSSES = [f.name for f in fields(LossWeights)]
+HINTED = astuple(LossWeights(clc=0.1, patch_box=2.0, reg_attention=0.5))  # the paper's but for CLC, and two hints
 SHAPES_EPOCH = 8192  # expressions
 
 
@@ -44,41 +44,41 @@ class Settings:
 
     name: str = setting("shapes", "the run's folder under runs/", group="The run")
     preset: str = setting("", "a recipe of the paper, for a data set and a size of CLIP: hivg/training/presets.py")
-    plan: bool = setting(False, "print the table of the stages and exit; needs no data and no weights")
+    plan: bool = setting(False, "print the stages and exit; needs no data, and no file of a published CLIP")
     resume: bool = setting(False, "continue an interrupted run from its last state", resumable=True)
     save_minutes: float = setting(2.0, "minutes of work that an interruption may cost", low=0, high=1e4, resumable=True)
     seed: int = setting(0, "seed of all random numbers", low=0, high=2**31)
 
     dataset: str = setting("shapes", "shapes, a data set of the paper, or your own .jsonl file", group="Data")
     data_root: str = setting("data", "the folder that holds the data sets, laid out as published")
-    annotations: str = setting("", "a file or folder of annotations that is not at a published place")
+    annotations: str = setting("", "annotation file or folder, if it is not in the published layout")
     hard_mix: bool = setting(False, "ask for more ordinals and relations, which are learned last (shapes)")
     epoch_samples: int = setting(0, "expressions in an epoch; 0: all, of the endless shapes 8192", low=0, high=10**9)
     workers: int = setting(1, "processes that prepare the data", low=0, high=256, resumable=True)
 
     clip: str = setting("weights/clip-tiny.safetensors", "the CLIP to start from", group="Model", of_model=True)
-    finetune: str = setting("", "or the HiVG to train further, as it is in its file, in a single stage")
-    bridge: str = setting("adaptive", "what the cross-modal bridge reads", choices=BRIDGE_KINDS, of_model=True)
+    finetune: str = setting("", "a HiVG to train further, in one stage, instead of --clip")
+    bridge: str = setting("adaptive", "where the keys of the bridge come from", choices=BRIDGE_KINDS, of_model=True)
     bridgeless: bool = setting(False, "begin with a stage without the bridge, as the large models", of_model=True)
-    text_layers: tuple[int, ...] = setting((), "text layers that the bridge fuses, from 1; none: the last ones",
+    text_layers: tuple[int, ...] = setting((), "text layers that are fused, from 1; default: the last, of tiny 2 4",
                                            low=1, high=99, of_model=True)
     text_norm: bool = setting(True, "a layer norm on each text layer before the fusion", of_model=True)
     level_norm: bool = setting(True, "a layer norm on each level of visual features", of_model=True)
-    lora: str = setting("hierarchical", "how adapters are added", choices=LORA_MODES, of_model=True)
+    lora: str = setting("hierarchical", "how adapters are added (hivg/lora.py)", choices=LORA_MODES, of_model=True)
     lora_rank: int = setting(16, "rank r of an adapter", low=1, high=4096, of_model=True)
     lora_alpha: float = setting(16.0, "an adapter is scaled by alpha / r", low=0, high=1e6, of_model=True)
 
-    epochs: tuple[int, ...] = setting((1, 1, 1, 18), "epochs of each stage", group="Optimization", low=0, high=10**6)
+    epochs: tuple[int, ...] = setting((1, 1, 1, 12), "epochs of each stage", group="Optimization", low=0, high=10**6)
     lr: tuple[float, ...] = setting((3e-3, 3e-3, 3e-3, 2e-3), "peak learning rate of each stage", low=0, high=1e30)
-    optimizer: str = setting("muon", "muon (matrices) and adamw (the rest), or adamw", choices=("muon", "adamw"))
+    optimizer: str = setting("muon", "muon and adamw together, or adamw alone", choices=("muon", "adamw"))
     batch_size: int = setting(32, "expressions in memory at once, over all processes", low=1, high=10**6)
-    accumulate: tuple[int, ...] = setting((1,), "batches to a step, for all stages or for each", low=1, high=10**6)
+    accumulate: tuple[int, ...] = setting((1,), "batches added up for a step, one number or more", low=1, high=10**6)
     warmup_steps: int = setting(100, "steps in which the learning rate rises in a stage", low=0, high=10**9)
-    weight_decay: float = setting(1e-4, "of both optimizers", low=0, high=1)
+    weight_decay: float = setting(1e-4, "weight decay of all trained parameters", low=0, high=1)
     clip_grad: float = setting(1.0, "largest norm of the gradient", low=1e-12, high=float("inf"))
     box_loss: str = setting("l1", "l1 (released program) or smooth_l1 (paper)", choices=("l1", "smooth_l1"))
-    loss_weights: tuple[float, ...] = setting(astuple(LossWeights(clc=0.1)), f"weights of {' '.join(LOSSES)}; 0 leaves "
-                                              "a loss out", low=0, high=1e6, length=len(LOSSES))
+    loss_weights: tuple[float, ...] = setting(HINTED, "weights of the losses (hivg/losses.py); 0 leaves one out",
+                                              low=0, high=1e6, length=len(HINTED))
 
     device: str = setting("auto", "auto, cpu or cuda", group="Machine", resumable=True)
     dtype: str = setting("auto", "type of the matrix products; auto: bfloat16 where the machine is fast at it",
@@ -114,19 +114,19 @@ def stages(s: Settings):
     if s.finetune:
         rows = [("finetune", None, 0)]  # the model as it is in its file
     epochs = s.epochs
-    if s.lora in ("vanilla", "none"):  # a fair comparison: the last stage gets the epochs of those there are no more
+    if s.lora in ("vanilla", "none"):  # fair: the last stage gets the others' epochs
         epochs = (*epochs[: len(rows) - 1], sum(epochs[len(rows) - 1 :]))
     accumulate = s.accumulate * len(rows) if len(s.accumulate) == 1 else s.accumulate
     if min(len(s.epochs), len(s.lr), len(accumulate)) < len(rows) or s.epochs[0] < 1:
         raise ValueError(f"--epochs and --lr need a number for each of {', '.join(row[0] for row in rows)}, --epochs 1 "
-                         f"or more for the first, --accumulate one or as many; not {s.epochs}, {s.lr}, {s.accumulate}")
+                         f"or more for the first, --accumulate 1 or as many; not {s.epochs}, {s.lr}, {s.accumulate}")
     return [Stage(*row, epochs[i], s.lr[i], s.batch_size, accumulate[i]) for i, row in enumerate(rows)]
 
 
-def first_config(s: Settings, clip_config):
+def first_config(s: Settings, clip):
     """The configuration of the model in the first stage, on a CLIP of these sizes."""
     layers = {"text_layers": s.text_layers} if s.text_layers else {}
-    return HiVGConfig.for_clip(clip_config, bridge=stages(s)[0].bridge, text_norm=s.text_norm, level_norm=s.level_norm,
+    return HiVGConfig.for_clip(clip, bridge=stages(s)[0].bridge, text_norm=s.text_norm, level_norm=s.level_norm,
                                lora=s.lora, lora_rank=s.lora_rank, lora_alpha=s.lora_alpha, **layers)
 
 
@@ -152,14 +152,14 @@ def begin_stage(s: Settings, number, run):
 
 
 def open_split(s: Settings, model, split):
-    """The data of a split. --seed moves the training alone: `val` is the same for every run."""
+    """The data of a split. --seed changes the training data only: `val` is the same for every run."""
     config = model.config
     is_train = split == "train"
     return open_dataset(s.dataset, split, config.clip.image_size, config.normalization, s.seed if is_train else 0,
                         s.data_root, s.annotations or None, train=is_train, hard_mix=s.hard_mix)
 
 
-def steps_to_epoch(s: Settings, stage, dataset):
+def count_steps_per_epoch(s: Settings, stage, dataset):
     global_batch = stage.batch_size * stage.accumulate
     whole = SHAPES_EPOCH if s.dataset == "shapes" else len(dataset) * dataset.rows
     return max(1, (s.epoch_samples or whole) // global_batch)
@@ -203,7 +203,7 @@ def train(s: Settings):
         model.clip.visual.checkpoint = s.checkpoint
         optimizers = make_optimizers(model, s.optimizer, s.weight_decay)
         dataset = open_split(s, model, "train")
-        steps_per_epoch = steps_to_epoch(s, stage, dataset)
+        steps_per_epoch = count_steps_per_epoch(s, stage, dataset)
         steps = stage.epochs * steps_per_epoch
         path = run / f"{stage.name}.safetensors"
         first = 0
@@ -215,20 +215,20 @@ def train(s: Settings):
         log.message(columns_text([stage_column(stage, model)]))
         if first == 0 and best >= 0 and distributed.rank() == 0:
             weights.save(path, model, {"stage": stage.name, "accuracy": best})  # kept if the stage never improves it
-        if first == number == 0:
+        if number == 0 and first == 0:
             save_state(run, s, number, 0, best, model, optimizers, log)  # so that every run can be resumed
 
         batches = iter(training_batches(dataset, number * 2**32, stage.batch_size, steps * stage.accumulate,
                                         first * stage.accumulate, s.workers, distributed.rank(), distributed.world()))
-        criterion = distributed.wrap(Criterion(model, LossWeights(*s.loss_weights), s.box_loss),
-                                     find_unused=0 in s.loss_weights)  # a loss left out leaves its head unused
+        loss_weights = LossWeights(*s.loss_weights)
+        criterion = distributed.wrap(Criterion(model, loss_weights, s.box_loss), loss_weights.leave_a_head_out)
         if s.compile:
             model.compile()
         saved_at = time.monotonic()
         for step in range(first, steps):
             end_of_epoch = (step + 1) % steps_per_epoch == 0
             # a GPU runs ahead of the program, which waits for its numbers at these steps only
-            may_wait = device.type == "cpu" or end_of_epoch or (step + 1) % EVERY == 0
+            may_wait = device.type == "cpu" or end_of_epoch or (step + 1) % LOG_STEPS == 0
 
             lr = learning_rate(step, steps, stage.lr, s.warmup_steps)
             set_learning_rate(optimizers, lr)
@@ -270,8 +270,8 @@ if __name__ == "__main__":
     try:
         settings = settings_from_flags(Settings, __doc__, preset_of)
         if settings.plan:
-            config = weights.read(settings.finetune).config if settings.finetune else None
-            print_plan(stages(settings), config or first_config(settings, clip_config(settings.clip)))
+            print_plan(stages(settings), hivg_config(settings.finetune) if settings.finetune else
+                       first_config(settings, clip_config(settings.clip)))
         else:
             print(train(settings))
     except KeyboardInterrupt:

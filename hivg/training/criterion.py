@@ -19,7 +19,8 @@ class Criterion(torch.nn.Module):
 
     def forward(self, batch):
         """batch: a dict of this rank's tensors -> {name: weighted scalar}, whose sum is the loss."""
-        output = self.model(batch["images"], batch["padding_mask"], batch["token_ids"])
+        output = self.model(batch["images"], batch["padding_mask"], batch["token_ids"],
+                            with_hints=self.weights.need_hints)
         text = distributed.gather(output.text_features.float())  # (n, E), n = B times the ranks
         image = distributed.gather(output.image_features.float())  # (n, E)
         image_ids = distributed.gather(batch["image_ids"])  # (n,)

@@ -61,20 +61,23 @@ def in_range(number, low, high):
 
 
 def range_text(f):
-    """The range of a setting in words: "from 1 to 8", "1 or more", "at most 8", or ""."""
-    low, high = f.metadata["low"], f.metadata["high"]
-    if low is not None and high is not None:
-        return f"from {low:g} to {high:g}"
-    if low is not None:
+    """The range of a setting in words: "from 1 to 8", "1 or more", or ""."""
+    low = f.metadata["low"]
+    high = f.metadata["high"]
+    if low is None and high is None:
+        return ""
+    if high is None or high >= 10**6:  # such a bound only keeps nonsense out
         return f"{low:g} or more"
-    return "" if high is None else f"at most {high:g}"
+    return f"from {low:g} to {high:g}"
 
 
 def help_text(f):
     """A setting's help: its sentence, its range, its default."""
+    if f.type is bool:
+        return f.metadata["text"]
     default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else str(f.default)
     notes = [range_text(f), f"default: {default or 'none'}"]
-    return f"{f.metadata['text']} ({'; '.join(note for note in notes if note)})".replace("%", "%%")
+    return f"{f.metadata['text']} ({'; '.join(note for note in notes if note)})"
 
 
 def add_flags(parser, settings):
@@ -84,16 +87,19 @@ def add_flags(parser, settings):
         assert f.default is not MISSING, f"{f.name} has no default"
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
-        options = {"default": argparse.SUPPRESS, "help": help_text(f)}
-        if f.type is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            is_tuple = isinstance(f.default, tuple)
-            options["type"] = get_args(f.type)[0] if is_tuple else f.type
-            options["metavar"] = "|".join(f.metadata["choices"]) if f.metadata["choices"] else options["type"].__name__
-            if is_tuple:
-                options["nargs"] = "+"
-        group.add_argument(f"--{f.name}", **options)
+        options = {"dest": f.name, "default": argparse.SUPPRESS}
+        if f.type is bool:  # --x and --no_x; the help shows the one that is not the default
+            yes_help = argparse.SUPPRESS if f.default else help_text(f)
+            no_help = f"without {help_text(f)}" if f.default else argparse.SUPPRESS
+            group.add_argument(f"--{f.name}", action="store_true", help=yes_help, **options)
+            group.add_argument(f"--no_{f.name}", action="store_false", help=no_help, **options)
+            continue
+        is_tuple = isinstance(f.default, tuple)
+        options["type"] = get_args(f.type)[0] if is_tuple else f.type
+        options["metavar"] = "|".join(f.metadata["choices"]) if f.metadata["choices"] else options["type"].__name__
+        if is_tuple:
+            options["nargs"] = "+"
+        group.add_argument(f"--{f.name}", help=help_text(f), **options)
 
 
 def settings_from_flags(settings, description, preset_of=None):
@@ -110,10 +116,11 @@ def settings_from_flags(settings, description, preset_of=None):
     new = sorted(given.keys() & names_with(settings, "of_model"))
     if given.get("finetune") and new:
         parser.error(f"--finetune keeps the model as it is in its file; leave out --{', --'.join(new)}")
+    preset = preset_of(given["preset"]) if "preset" in given else {}
     if not given.get("resume"):
-        return settings(**(preset_of(given["preset"]) if "preset" in given else {}) | given)
+        return settings(**(preset | given))
 
-    run = RUNS / given.get("name", settings.name)
+    run = RUNS / (preset | given).get("name", settings.name)
     saved = load_state(run)["settings"]
     if saved.keys() != {f.name for f in fields(settings)}:
         raise ValueError(f"{run}/state.pt: a state of another version of the program; train again under another --name")

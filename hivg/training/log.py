@@ -7,7 +7,7 @@ import time
 from hivg.training import distributed
 from hivg.utils.charts import plot_panels
 
-EVERY = 50  # steps to a line
+LOG_STEPS = 50  # steps to a line
 TITLES = {"loss": "Training loss", "accuracy": "Accuracy on val", "lr": "Learning rate"}  # the panels of curves.png
 
 
@@ -67,7 +67,7 @@ class Log:
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()  # on its device: nothing waits here
         self.n += 1
         self.timed += 1
-        if step % EVERY == 0 or step == steps:
+        if step % LOG_STEPS == 0 or step == steps:
             means = {name: round(float(total) / self.n, 5) for name, total in self.sums.items()}
             self.write({"stage": stage, "step": step, "lr": lr, **means})
             seconds = (time.monotonic() - self.start) / self.timed

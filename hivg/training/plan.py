@@ -1,4 +1,4 @@
-"""A stage of the training: the parts it adds to the model, and its description for --plan and on its start."""
+"""A stage of the training: the parts it adds to the model, and its description for --plan and at its start."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from hivg import weights
-from hivg.clip import CLIP_SIZES
+from hivg.clip import CLIP_SIZES, CLIPConfig
 from hivg.lora import TEXT_GROUPS, adapted_layers
-from hivg.model import HiVG
+from hivg.model import HiVG, HiVGConfig
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,19 @@ def clip_config(path):
     for name, config in CLIP_SIZES.items():
         if Path(path).stem == name.replace("/", "-").replace("@", "-"):
             return config
-    return weights.read(path).config
+    return config_of(path, CLIPConfig, "a CLIP")
+
+
+def hivg_config(path):
+    """The configuration of the HiVG in a file. Raises WeightsError."""
+    return config_of(path, HiVGConfig, "a HiVG")
+
+
+def config_of(path, kind, wanted):
+    config = weights.read(path).config
+    if not isinstance(config, kind):
+        raise weights.WeightsError(f"{path}: does not hold {wanted}; --clip takes a CLIP, --finetune a HiVG")
+    return config
 
 
 def print_plan(table, config):

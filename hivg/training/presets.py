@@ -9,13 +9,17 @@ contrastive loss sees `batch_size` expressions at a time (139 negatives for base
 image), however many processes there are, where the released program's sees one GPU's 80, 60, 40 or 32.
 
 Expect (Acc@0.5, paper, from a CLIP fine-tuned on COCO detection; from OpenAI's a few points less): RefCOCO
-87.3 / 89.9 / 83.3, RefCOCO+ 78.1 / 84.8 / 68.1, RefCOCOg 78.3 / 78.8, ReferIt 75.2, Flickr30k 82.1. None of these has
-been run here.
+87.3 / 89.9 / 83.3, RefCOCO+ 78.1 / 84.8 / 68.1, RefCOCOg 78.3 / 78.8, ReferIt 75.2, Flickr30k 82.1. None of them
+has been run.
 """
+
+from dataclasses import astuple
+
+from hivg.losses import LossWeights
 
 # The released program clips no gradient and has no warm-up steps; nor do these.
 PAPER = dict(optimizer="adamw", clip_grad=float("inf"), warmup_steps=0, lora_rank=32, lora_alpha=16.0,
-             box_loss="smooth_l1", loss_weights=(2.0, 2.0, 1.0, 20.0, 2.0, 20.0, 2.0), workers=8)
+             box_loss="smooth_l1", loss_weights=astuple(LossWeights()), workers=8)
 # stages: warm-up, Hi LoRA 1, 2, 3
 BASE = PAPER | dict(clip="weights/ViT-B-16.pt", epochs=(60, 20, 20, 20), lr=(2.5e-4, 1e-4, 5e-5, 2.5e-5),
                     batch_size=140, accumulate=(4, 3, 3, 2))
@@ -45,7 +49,9 @@ PRESETS = {
 
 
 def preset_of(name):
-    """The settings of a row, {setting: value}; none for "". Raises ValueError."""
-    if name and name not in PRESETS:
+    """The settings of a row, {setting: value}, its name that of the run; none for "". Raises ValueError."""
+    if not name:
+        return {}
+    if name not in PRESETS:
         raise ValueError(f"no preset is called {name!r:.40}; there are {', '.join(PRESETS)}")
-    return PRESETS.get(name, {})
+    return PRESETS[name] | {"name": name}

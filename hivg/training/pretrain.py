@@ -4,13 +4,17 @@
     python -m hivg.training.pretrain --name NAME --resume    resume after an interruption, bit for bit
     python train.py --clip runs/clip/clip.safetensors        train HiVG on it
 
-This is not in the paper, which starts from OpenAI's CLIP. Two contrasts are learned, without any box:
+This is not in the paper, which starts from OpenAI's CLIP. Three contrasts are learned, without any box:
 
-    clc       CLIP's own, of an image ([CLS]) with a caption of the whole image
-    phrases   of the patches of an image with a phrase about each of its objects, as in FILIP (Yao et al. 2022)
+    clc           CLIP's own, of an image ([CLS]) with a caption
+    phrases       of the patches of an image with a phrase about each of its objects, "a red star", as in FILIP (Yao et
+                  al. 2022): [CLS] alone would need many more images to tell shapes apart (LOG.md)
+    expressions   of the objects of an image with what else is said of them, "the second star from the left". What an
+                  object looks like is what the patches look like that its phrase fits best, so that the text "the
+                  second star from the left" has to be where the text "a red star" is
 
-The second is there because [CLS] alone would need many more images to tell shapes apart (LOG.md). Images come in pairs,
-twins, in which the same phrases with another shape are true.
+The third teaches the text tower all words of the expressions, and the patches what they are about: their place, their
+rank, what they are next to.
 """
 
 import time
@@ -19,13 +23,12 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import Dataset
 
 from hivg import weights
 from hivg.clip import CLIP, CLIP_SIZES, at_end_token, bounded_logit_scale, similarity
-from hivg.data.batches import evaluation_batches, training_batches
-from hivg.data.shapes import MAX_OBJECTS, Shapes
-from hivg.data.transforms import Letterbox
+from hivg.data.batches import training_batches
+from hivg.data.pairs import NO_PHRASE, NO_TARGET, Pairs
+from hivg.data.shapes import Shapes
 from hivg.losses import contrastive_loss
 from hivg.tokenizer import Tokenizer, learn_merges
 from hivg.training import distributed
@@ -36,8 +39,8 @@ from hivg.training.optimizers import check_finite, learning_rate, make_optimizer
 from hivg.utils.cli import choose_device, choose_dtype, fail
 
 N_MERGES = 512  # of the tokenizer: enough for a token to every word of `shapes`
-NO_PHRASE = -2  # fills `named` where an image has fewer objects than MAX_OBJECTS
-NO_OBJECT = -3  # fills `attributes` there
+VALIDATION_BATCHES = 31  # of 64 images
+SHARPNESS = 20.0  # of the soft maximum over the patches
 
 
 @dataclass
@@ -50,12 +53,13 @@ class Settings:
     seed: int = setting(0, "seed of all random numbers", low=0, high=2**31)
     workers: int = setting(1, "processes that draw the images", low=0, high=256, resumable=True)
 
-    epochs: int = setting(12, "epochs", low=1, high=10**6, group="Optimization")
+    epochs: int = setting(6, "epochs", low=1, high=10**6, group="Optimization")
     epoch_samples: int = setting(8192, "images in an epoch", low=1, high=10**9)
     batch_size: int = setting(32, "images in a batch, over all processes; even, for twins", low=2, high=10**6)
     optimizer: str = setting("muon", "muon for matrices and adamw for the rest, or adamw for all",
                              choices=("muon", "adamw"))
-    lr: float = setting(1e-3, "peak learning rate", low=0, high=1e30)
+    lr: float = setting(3e-3, "peak learning rate", low=0, high=1e30)
+    adamw_share: float = setting(1 / 3, "the learning rate of what AdamW trains, as a share of it", low=0, high=10)
     warmup_steps: int = setting(100, "steps in which the learning rate rises", low=0, high=10**9)
     weight_decay: float = setting(1e-4, "of both optimizers", low=0, high=1)
     clip_grad: float = setting(1.0, "largest norm of the gradient", low=1e-12, high=float("inf"))
@@ -71,32 +75,6 @@ class Settings:
 
 # ---- data
 
-class CaptionedShapes(Dataset):
-    """Images of `shapes` with a caption of the whole image and a phrase for each of its objects."""
-
-    rows = 1
-
-    def __init__(self, split, image_size, seed):
-        """split: "pretrain" (endless, twins side by side) or a finite split."""
-        self.shapes = Shapes(split, seed)
-        self.image_size = image_size
-
-    def __len__(self):
-        return len(self.shapes)
-
-    def __getitem__(self, index):
-        item = self.shapes[index]
-        letterbox = Letterbox(*item["image"].size, self.image_size)
-        absent = MAX_OBJECTS - len(item["phrases"])
-        return {
-            "images": letterbox.image(item["image"])[None],  # (1, 3, S, S)
-            "captions": [item["caption"]],
-            "phrases": item["phrases"] + [""] * absent,  # 8 strings
-            "named": torch.tensor([item["named"] + [[NO_PHRASE] * 4] * absent]),  # (1, 8, 4)
-            "attributes": torch.tensor([item["attributes"] + [[NO_OBJECT] * 4] * absent]),  # (1, 8, 4)
-        }
-
-
 def phrase_truth(named, attributes):
     """Which phrases are true of which images.
 
@@ -109,27 +87,33 @@ def phrase_truth(named, attributes):
 
 
 def to_device(batch, tokenizer, device):
-    """A batch with its tensors on the device, its texts as caption_ids (B, T) and phrase_ids (8 B, T')."""
+    """A batch with its tensors on the device.
+
+    Its texts become caption_ids (B, T), phrase_ids (8 B, T') and, of the expressions, token_ids (M, T''), long.
+    """
     return {
         "images": batch["images"].to(device, non_blocking=True),
         "named": batch["named"].to(device, non_blocking=True),
         "attributes": batch["attributes"].to(device, non_blocking=True),
         "caption_ids": tokenizer(batch["captions"]).to(device),
         "phrase_ids": tokenizer(batch["phrases"]).to(device),
+        "token_ids": tokenizer(batch["expressions"]).to(device),
+        "targets": batch["targets"].to(device, non_blocking=True),
     }
 
 
 # ---- losses
 
-def patch_similarity(words, patches, sharpness=20.0):
+def patch_similarity(words, patches, sharpness=SHARPNESS):
     """How well each text fits each image by its best patches, as in FILIP with a soft maximum.
 
-    words (M, W, E) and patches (B, P, E), not normalised -> (M, B): the cosine of a word with the patches, averaged
+    words (M, W, E) and patches (B, P, E), of unit length -> (M, B): the cosine of a word with the patches, averaged
     with the weights softmax(sharpness * cosine), then averaged over the words.
     """
-    cosine = torch.einsum("mwe,bpe->mwbp", F.normalize(words, dim=-1), F.normalize(patches, dim=-1))
-    best = (cosine * (sharpness * cosine).softmax(-1)).sum(-1)  # (M, W, B)
-    return best.mean(1)  # (M, B)
+    cosine = torch.einsum("mwe,bpe->mwbp", words, patches)
+    attention = (sharpness * cosine).softmax(-1)  # (M, W, B, P)
+    fit = (cosine * attention).sum(-1)  # (M, W, B)
+    return fit.mean(1)
 
 
 def phrase_loss(logits, is_true, own):
@@ -146,34 +130,66 @@ def phrase_loss(logits, is_true, own):
     return (finds_image + finds_phrase).mean()
 
 
+def encode_phrases(clip, phrase_ids, is_phrase):
+    """The embeddings of the last word and of the end token of each phrase, (8 B, 2, E); zero where there is none.
+
+    phrase_ids (8 B, T) long, is_phrase (8 B) bool.
+    """
+    ids = phrase_ids[is_phrase]  # (M, T)
+    states = clip.text.project(clip.text(ids)[-1])  # (M, T, E)
+    row = torch.arange(len(ids), device=ids.device)
+    last_word = states[row, ids.argmax(-1) - 1]  # (M, E), the token before the end token
+    words = torch.stack([last_word, at_end_token(states, ids)], dim=1)  # (M, 2, E)
+    return words.new_zeros(len(phrase_ids), *words.shape[1:]).index_put((is_phrase,), words)
+
+
 class ContrastiveCriterion(torch.nn.Module):
-    """A CLIP with both contrasts, over the images and texts of all ranks."""
+    """A CLIP with the three contrasts; clc and phrases are over the images and texts of all ranks."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
     def forward(self, batch):
-        """batch: as `to_device` returns it -> {name: weighted scalar}, whose sum is the loss."""
+        """batch: as `to_device` returns it -> {name: weighted scalar}, whose sum is the loss, and "meant": bool (M,),
+        whether each expression fits the object it means better than the image's other objects."""
         clip = self.model
         visual = clip.visual.project(clip.visual(batch["images"])[-1])  # (B, N, E), [CLS] first
         caption = clip.encode_text(batch["caption_ids"])  # (B, E)
         logits = similarity(distributed.gather(caption), distributed.gather(visual[:, 0]), clip.logit_scale)  # (n, n)
+        is_phrase = batch["named"][..., 0] != NO_PHRASE  # (B, 8): images of fewer objects have fewer phrases
+        words = encode_phrases(clip, batch["phrase_ids"], is_phrase.flatten())  # (8 B, 2, E)
+        expressions = clip.encode_text(batch["token_ids"])  # (M, E)
+        with torch.autocast(visual.device.type, enabled=False):  # in bfloat16 a cosine near 1 is a multiple of 1/256
+            words = F.normalize(words.float(), dim=-1)
+            patches = F.normalize(visual[:, 1:].float(), dim=-1)  # (B, P, E)
+            expressions = F.normalize(expressions.float(), dim=-1)
+            phrases = self.phrases(words, patches, batch)
+            scores = self.scores(words, patches, expressions, batch)  # (M, 8)
+        target = batch["targets"][batch["targets"] != NO_TARGET]  # (M,)
+        return {"clc": 0.5 * contrastive_loss(logits), "phrases": phrases,
+                "expressions": 2.0 * F.cross_entropy(scores, target), "meant": scores.argmax(1) == target}
 
-        phrase_ids = batch["phrase_ids"]
-        phrases = clip.text.project(clip.text(phrase_ids)[-1])  # (8 B, T', E)
-        end = at_end_token(phrases, phrase_ids)  # (8 B, E)
-        row = torch.arange(len(phrases), device=phrases.device)
-        last_word = phrases[row, phrase_ids.argmax(-1) - 1]  # (8 B, E), the token before the end token
-        words = distributed.gather(torch.stack([last_word, end], dim=1))  # (8 n, 2, E)
-        patches = distributed.gather(visual[:, 1:])  # (n, P, E)
-        attributes = distributed.gather(batch["attributes"])  # (n, 8, 4)
+    def phrases(self, words, patches, batch):
+        """The contrast of phrases with images: words (8 B, 2, E), patches (B, P, E) -> scalar."""
         named = distributed.gather(batch["named"])  # (n, 8, 4)
-        is_phrase = named[..., 0] != NO_PHRASE  # (n, 8): images of fewer objects have fewer phrases
-        fit = bounded_logit_scale(clip.logit_scale) * patch_similarity(words[is_phrase.flatten()], patches)  # (M, n)
-        own = is_phrase.nonzero()[:, 0]  # (M,) the image of each phrase
-        return {"clc": 0.5 * contrastive_loss(logits),
-                "phrases": phrase_loss(fit, phrase_truth(named[is_phrase], attributes), own)}
+        is_phrase = named[..., 0] != NO_PHRASE  # (n, 8)
+        fit = patch_similarity(distributed.gather(words)[is_phrase.flatten()], distributed.gather(patches))  # (M, n)
+        own = is_phrase.nonzero()[:, 0]  # the image of each phrase
+        is_true = phrase_truth(named[is_phrase], distributed.gather(batch["attributes"]))
+        return phrase_loss(bounded_logit_scale(self.model.logit_scale) * fit, is_true, own)
+
+    def scores(self, words, patches, expressions, batch):
+        """How well each expression fits each object of its image: logits (M, 8), -inf where there is no object."""
+        is_phrase = batch["named"][..., 0] != NO_PHRASE  # (B, 8)
+        words = words.unflatten(0, is_phrase.shape)  # (B, 8, 2, E)
+        cosine = torch.einsum("bowe,bpe->bowp", words, patches)
+        attention = (SHARPNESS * cosine).softmax(-1).mean(2)  # (B, 8, P): where each object is
+        objects = torch.einsum("bop,bpe->boe", attention, patches)  # (B, 8, E): what is there
+        about = (batch["targets"] != NO_TARGET).nonzero()[:, 0]  # (M,) the image of each expression
+        logits = torch.einsum("me,moe->mo", expressions, objects[about])  # (M, 8)
+        logits = bounded_logit_scale(self.model.logit_scale) * logits
+        return logits.masked_fill(~is_phrase[about], float("-inf"))
 
 
 # ---- training
@@ -192,19 +208,16 @@ def new_clip(seed):
 
 
 @torch.no_grad()
-def validate(clip, device):
-    """-> {"accuracy": how often a caption of `val` finds its image among all of the split}."""
-    text = []
-    image = []
+def validate(criterion, seed, device):
+    """-> {"accuracy": how often an expression fits its object best, on images that training does not see}."""
+    clip = criterion.model
+    pairs = Pairs(clip.config.image_size, seed + 1)
     clip.eval()
-    for batch in evaluation_batches(CaptionedShapes("val", clip.config.image_size, seed=0)):
-        text.append(clip.encode_text(clip.tokenizer(batch["captions"]).to(device)))
-        image.append(clip.encode_image(batch["images"].to(device)))
+    meant = []
+    for batch in training_batches(pairs, 0, 64, VALIDATION_BATCHES):
+        meant.append(criterion(to_device(batch, clip.tokenizer, device))["meant"])
     clip.train()
-    text = F.normalize(torch.cat(text), dim=-1)  # (n, E)
-    image = F.normalize(torch.cat(image), dim=-1)  # (n, E)
-    found = (text @ image.T).argmax(1).cpu() == torch.arange(len(text))
-    return {"accuracy": found.float().mean().item()}
+    return {"accuracy": torch.cat(meant).float().mean().item()}
 
 
 def pretrain(s: Settings):
@@ -229,23 +242,26 @@ def pretrain(s: Settings):
         first, best = restore(saved, model, optimizers, log)
     else:
         save_state(run, s, 0, 0, best, model, optimizers, log)  # so that every run can be resumed
-    dataset = CaptionedShapes("pretrain", model.config.image_size, s.seed)
+    dataset = Pairs(model.config.image_size, s.seed)
     batches = iter(training_batches(dataset, 0, s.batch_size, steps, first, s.workers, distributed.rank(),
                                     distributed.world()))
-    criterion = distributed.wrap(ContrastiveCriterion(model))
+    bare = ContrastiveCriterion(model)
+    criterion = distributed.wrap(bare)
     if s.compile:
         model.visual.compile()
         model.text.compile()
     saved_at = time.monotonic()
     for step in range(first, steps):
         lr = learning_rate(step, steps, s.lr, s.warmup_steps)
-        set_learning_rate(optimizers, lr)
+        set_learning_rate(optimizers[:-1], lr)
+        set_learning_rate(optimizers[-1:], lr * s.adamw_share)
         batch = to_device(next(batches), model.tokenizer, device)
         with autocast():
             terms = criterion(batch)
+        meant = terms.pop("meant").float().mean()
         loss = sum(terms.values())
         loss.backward()
-        values = distributed.mean_of([{"loss": loss, **terms}])
+        values = distributed.mean_of([{"loss": loss, **terms, "meant": meant}])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip_grad)
         check_finite(f"step {step + 1} of the pre-training", values, norm)
         step_optimizers(optimizers)
@@ -254,7 +270,7 @@ def pretrain(s: Settings):
         end_of_epoch = (step + 1) % steps_per_epoch == 0
         if end_of_epoch:
             with autocast():
-                scores = validate(model, device)
+                scores = validate(bare, s.seed, device)
             if scores["accuracy"] > best:
                 best = scores["accuracy"]
                 if distributed.rank() == 0:

@@ -57,8 +57,10 @@ def choose_device(name):
 
 
 def choose_dtype(name, device):
-    """"float32", "bfloat16", or "auto" -> the type of products, and of weights that are not trained: bfloat16 on a GPU, and on a CPU that multiplies it in
-    hardware, where it halves a step. Raises ValueError."""
+    """"float32", "bfloat16", or "auto" -> the type of products, and of weights that are not trained.
+
+    auto: bfloat16 on a GPU, and on a CPU that multiplies it in hardware, where it halves a step. Raises ValueError.
+    """
     if name != "auto":
         if name not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be auto, float32 or bfloat16, not {name!r}")

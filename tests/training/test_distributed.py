@@ -39,7 +39,7 @@ def test_two_processes_train_as_one(tmp_path, clip_file):
     loss among them, which sees the features of both processes."""
     command = [ROOT / "train.py", *COMMON, "--clip", clip_file, "--epoch_samples", 48, "--batch_size", 16,
                "--epochs", 1, 1, "--lr", 1e-3, 1e-3, "--lora", "vanilla", "--accumulate", 1, 3,
-               "--loss_weights", 2, 2, 1, 20, 2, 20, 2]  # the paper's CLC
+               "--loss_weights", 2, 2, 1, 20, 2, 20, 2, 2, 0.5]  # the paper's CLC
     one = run(tmp_path / "one", 1, *command)
     two = run(tmp_path / "two", 2, *command)
     assert len(one) == 4 and {"clc", "box", "mask_dice"} <= one[0].keys()
@@ -52,7 +52,7 @@ def test_two_processes_pretrain_as_one(tmp_path):
     command = ["-m", "hivg.training.pretrain", *COMMON, "--epoch_samples", 16, "--batch_size", 8, "--epochs", 1]
     one = run(tmp_path / "one", 1, *command)
     two = run(tmp_path / "two", 2, *command)
-    assert len(one) == 2 and {"clc", "phrases"} <= one[0].keys()
+    assert len(one) == 2 and {"clc", "phrases", "expressions"} <= one[0].keys()
     assert_same_log(one, two, rel=1e-4, abs=1e-4)
 
 

@@ -55,6 +55,7 @@ def test_only_the_name_of_a_flag_is_respelled():
 def test_presets_are_defaults(monkeypatch):
     s = parsed(monkeypatch, "--preset", "referit-base", "--batch_size", "8")
     assert s == Settings(**(preset_of("referit-base") | {"preset": "referit-base", "batch_size": 8}))
+    assert s.name == "referit-base"  # so that it has a folder of its own
 
 
 @pytest.mark.parametrize("args, word", [
@@ -72,14 +73,14 @@ def test_presets_are_defaults(monkeypatch):
     (["--epochs", "0", "1", "1", "1"], "epochs"),
     *(([f"--{name}", "0"], name) for name in ("batch_size", "accumulate", "lora_rank")),
     (["--epoch_samples", "-1"], "epoch_samples"),
-    (["--loss_weights", *"0000000"], "all 0"),
+    (["--loss_weights", *"000000000"], "all 0"),
     (["--seed", "-1"], "seed"),
     (["--workers", "-1"], "--workers must be from 0"),
     (["--clip_grad", "0"], "clip_grad"),
     (["--bridge", "golden"], "golden"),
     (["--lora", "deep"], "deep"),
     (["--box_loss", "l3"], "l3"),
-    (["--loss_weights", "1", "2"], "--loss_weights needs 7 numbers"),
+    (["--loss_weights", "1", "2"], "--loss_weights needs 9 numbers"),
     (["--dataset", "coco"], "refcoco+"),
     (["--dataset", "refcoco"], "no annotations of refcoco"),
     (["--preset", "refcoco"], "refcoco-base"),
@@ -111,7 +112,7 @@ def test_help_explains_every_setting_by_group(monkeypatch, capfd):
     assert headings == ["options", "The run", "Data", "Model", "Optimization", "Machine"]
     text = " ".join(out.split()).replace("- ", "-")  # the help wraps its lines, also after a hyphen
     for f in fields(Settings):
-        assert f"--{f.name}" in text
+        assert f"--{f.name}" in text or f"--no_{f.name}" in text
         assert len(f.metadata["text"].split()) >= 3, f"--{f.name} is not explained"
         assert " ".join(help_text(f).split()).replace("- ", "-") in text
 

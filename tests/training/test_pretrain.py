@@ -3,13 +3,15 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from makers_training import ON_CPU, Killed, assert_same_run, kill, log_of
 
 from hivg import weights
 from hivg.clip import CLIP, CLIPConfig
-from hivg.data.shapes import SPLITS, Shapes
+from hivg.data.pairs import MAX_EXPRESSIONS, NO_PHRASE, NO_TARGET, Pairs, draw_pair, make_twins
+from hivg.data.shapes import HELD_OUT, Shapes
 from hivg.tokenizer import split_words
 from hivg.training import pretrain
 from hivg.training.pretrain import Settings, phrase_truth
@@ -22,8 +24,8 @@ def run(tmp_path_factory):
     """runs/clip after a short pre-training."""
     folder = tmp_path_factory.mktemp("pretrained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SPLITS, "val", (4, SPLITS["val"][1]))
         patch.chdir(folder)
+        patch.setattr(pretrain, "VALIDATION_BATCHES", 1)
         patch.setitem(pretrain.CLIP_SIZES, "tiny", SMALL)
         pretrain.pretrain(Settings(epochs=2, epoch_samples=16, batch_size=8, warmup_steps=1, **ON_CPU))
     return folder / "runs/clip"
@@ -32,7 +34,8 @@ def run(tmp_path_factory):
 def test_pretraining(run):
     assert [row["step"] for row in log_of(run) if "epoch" in row] == [2, 4]
     row, = (row for row in log_of(run) if "loss" in row)
-    assert row["clc"] + row["phrases"] == pytest.approx(row["loss"], abs=1e-4)
+    assert row["clc"] + row["phrases"] + row["expressions"] == pytest.approx(row["loss"], abs=1e-4)
+    assert 0 <= row["meant"] <= 1
     clip = weights.load_clip(run / "clip.safetensors")
     assert 0 <= clip.info["accuracy"] <= 1 and clip.info["stage"] == "pretrain"
 
@@ -52,7 +55,7 @@ def test_every_word_of_shapes_is_a_token(run):
 
 def test_resumed_is_uninterrupted(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(SPLITS, "val", (4, SPLITS["val"][1]))
+    monkeypatch.setattr(pretrain, "VALIDATION_BATCHES", 1)
     tokenizer = weights.load_clip(run / "clip.safetensors").tokenizer
 
     def new_clip(seed):  # the same, but for the seconds that learning the words takes
@@ -74,3 +77,62 @@ def test_phrase_truth():
     named = torch.tensor([[-1, -1, 2, 5], [-1, -1, -1, 7], [-2, -2, -2, -2]])
     attributes = torch.tensor([[[0, 1, 2, 5], [1, 1, 3, 7]], [[0, 0, 2, 7], [-3, -3, -3, -3]]])
     assert phrase_truth(named, attributes).tolist() == [[True, False], [True, True], [False, False]]
+
+
+# --- the data ---
+
+
+def test_twins_differ_in_one_look_alone():
+    """Every object's own look is unlike all others', and its twin has another shape, or another colour."""
+    for index in range(40):
+        (scene, twin), (said, twin_said) = draw_pair(np.random.default_rng(index))
+        changed = set()
+        for a, b in zip(scene.objects, twin.objects):
+            assert (a.x, a.y, a.size, a.filled) == (b.x, b.y, b.size, b.filled)
+            changed.add((a.colour != b.colour, a.shape != b.shape))
+            assert (a.colour, a.shape) not in HELD_OUT and (b.colour, b.shape) not in HELD_OUT
+        assert changed in ({(True, False)}, {(False, True)})
+        own = "colour" if changed == {(False, True)} else "shape"
+        looks = [getattr(obj, own) for obj in scene.objects]
+        assert len(set(looks)) == len(looks)
+        assert [e.target for e in said] == [e.target for e in twin_said] and said
+        for expression in said:  # an expression does without the look that gives its object away
+            assert getattr(scene.objects[expression.target], own) not in expression.text.split()
+
+
+def test_scenes_without_twins_end():
+    """Eight objects of one shape need all colours, and one of them is held out for that shape."""
+    rng = np.random.default_rng(0)
+    obj = draw_pair(rng)[0][0].objects[0]
+    scene = replace(draw_pair(rng)[0][0], objects=tuple(replace(obj, shape="star") for _ in range(8)))
+    assert make_twins(rng, scene, "colour", "shape") is None
+
+
+def test_items_depend_on_their_index_alone():
+    pairs = Pairs(32, seed=3)
+    first, again = pairs[7], Pairs(32, seed=3)[7]
+    assert first["expressions"] == again["expressions"] and torch.equal(first["images"], again["images"])
+    assert pairs[8]["captions"] != first["captions"]
+    assert (first["targets"] != NO_TARGET).sum() == len(first["expressions"]) > 0
+
+
+# --- the contrast of expressions ---
+
+
+def test_an_expression_is_contrasted_with_the_objects_of_its_image(run):
+    """The right object is the one whose phrase finds the patches that look like the expression."""
+    criterion = pretrain.ContrastiveCriterion(CLIP(SMALL))
+    E = 4
+    eye = torch.eye(E)
+    patches = torch.stack([eye, eye])  # (2 images, 4 patches, E), each patch of its own kind
+    words = torch.zeros(16, 2, E)
+    named = torch.full((2, 8, 4), NO_PHRASE)
+    for o in range(3):  # object o of both images is where patch o is
+        words[o] = words[8 + o] = eye[o]
+        named[:, o] = -1
+    targets = torch.full((2, MAX_EXPRESSIONS), NO_TARGET)
+    targets[0, 0], targets[1, 0] = 2, 1
+    expressions = eye[[2, 1]]  # (2, E)
+    scores = criterion.scores(words, patches, expressions, {"named": named, "targets": targets})
+    assert scores.shape == (2, 8) and scores.argmax(1).tolist() == [2, 1]
+    assert (scores[:, 3:] == float("-inf")).all()

@@ -18,7 +18,6 @@ from makers_training import Killed, assert_one_line, assert_same_run, flags, ids
 import train
 from hivg.training import criterion
 
-
 MOMENTS = [  # save_minutes, the function that is called for the n-th time when the run is killed, n
     (0, "to_device", 8), (1000, "validate", 3), (0, "torch.save", 6)]  # a step, a validation, the writing of a state
 MORE_MOMENTS = [
@@ -66,7 +65,7 @@ def test_killed_before_the_first_step(whole, world, tiny, monkeypatch):
 
 
 def test_a_run_is_trained_by_one_process(begun):
-    code = "import fcntl, sys; f = open('runs/tiny/lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    code = "import fcntl; f = open('runs/tiny/lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     other.stdout.readline()  # it holds the lock
     with pytest.raises(ValueError, match="runs/tiny is in use"):

@@ -1,15 +1,16 @@
 """The table of the stages, --plan, the presets, and what each stage really trains."""
 
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 
 import pytest
 import torch
-from makers_training import NAMES, run_script
+from makers_training import NAMES, assert_one_line, run_script
 
 import train
 from hivg import weights
 from hivg.lora import MODES, adapted_layers
+from hivg.losses import LossWeights
 from hivg.training.presets import PRESETS
 from train import Settings, stages
 
@@ -72,6 +73,7 @@ def test_presets_hold_the_published_schedules(name):
     names = ["bridgeless", *NAMES] if name.endswith("large") else NAMES
     assert [row.name for row in rows] == names
     assert (s.optimizer, s.weight_decay, s.warmup_steps, s.clip_grad) == ("adamw", 1e-4, 0, float("inf"))
+    assert s.loss_weights == astuple(LossWeights()) and not LossWeights().need_hints
 
 
 # --- the plan ---
@@ -167,3 +169,14 @@ def test_what_has_a_gradient_is_what_changes(world, tiny, monkeypatch, mode):
     assert changed <= trained and len(changed) > 0.9 * len(trained), trained - changed
     stage = len(stages(s)) - 1
     assert any(name.endswith(".A.0" if mode == "shared" else f".A.{stage - 1}") for name in changed)
+
+
+@pytest.mark.parametrize("flag, wanted", [("--clip", "a CLIP"), ("--finetune", "a HiVG")])
+def test_plan_of_the_wrong_kind_of_file_gets_one_line(whole, clip_file, monkeypatch, capfd, flag, wanted):
+    path = whole / "warmup.safetensors" if flag == "--clip" else clip_file
+    assert_one_line(run_script(monkeypatch, capfd, "--plan", flag, path), path, f"does not hold {wanted}")
+
+
+def test_text_layers_that_are_not_there_get_one_line(clip_file, monkeypatch, capfd):
+    args = ["--plan", "--clip", clip_file, "--text_layers", "9"]
+    assert_one_line(run_script(monkeypatch, capfd, *args), "text_layers must be from 1 to 4")

@@ -1,0 +1,176 @@
+"""The images and texts of the tiny CLIP's pre-training: pairs of scenes with phrases and expressions, no box.
+
+In most of the images no two objects have the same colour, in the others no two have the same shape. Every object has a
+phrase, "a red star". Some have expressions, which do without the look that is theirs alone: "the second star from the
+left" of the language that HiVG is trained on, or by place alone "the star at the top left".
+
+Images come in pairs, twins: in the twin every object has another shape (or another colour) and all else is the same.
+The same expressions hold there, with the other words.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from hivg.data.drawing import COLOURS, SHAPES, draw
+from hivg.data.expressions import Expression, express, the
+from hivg.data.phrases import ANY_WORDS, COLOUR_WORDS, FILL_WORDS, SIZE_WORDS, caption, object_phrases, pick, place
+from hivg.data.shapes import HELD_OUT, MAX_OBJECTS, _scene, attribute_ids
+from hivg.data.transforms import Letterbox
+
+MIX = {"attribute": 0.1, "superlative": 0.2, "ordinal": 0.3, "relation": 0.28, "conjunction": 0.12}
+SPOKEN = 5  # expressions of an image, of the kinds of MIX, at most
+PLACES_NAMED = 2  # and so many by place alone, at most
+MAX_EXPRESSIONS = SPOKEN + PLACES_NAMED
+CAPTION_OBJECTS = 3  # a caption names at most so many
+UNIQUE_SHAPES = 0.3  # share of the pairs in which an object's own look is its shape, not its colour
+STREAM = 6  # of random numbers: none of the splits with expressions
+NO_PHRASE = -2  # fills `named` where an image has fewer objects than MAX_OBJECTS
+NO_OBJECT = -3  # fills `attributes` there
+NO_TARGET = -1  # fills `targets` where an image has fewer expressions than MAX_EXPRESSIONS
+
+ADJECTIVES = set(COLOURS)
+for _words in (*SIZE_WORDS.values(), *FILL_WORDS.values(), *COLOUR_WORDS.values()):
+    ADJECTIVES.update(_words)
+
+
+class Pairs(Dataset):
+    """Endless pairs of images with their texts, as tensors and lists. Item i depends on (seed, i) only."""
+
+    rows = 2  # images of an item
+
+    def __init__(self, image_size, seed=0):
+        self.image_size = image_size
+        self.seed = seed
+
+    def __len__(self):
+        return 2**40
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng([self.seed, STREAM, index])
+        scenes, expressions = draw_pair(rng)
+        few = rng.permutation(len(scenes[0].objects))[:CAPTION_OBJECTS]
+        images, captions, phrases, named, attributes, texts, kinds, targets = ([] for _ in range(8))
+        for scene, said in zip(scenes, expressions):
+            image, _ = draw(scene)
+            images.append(Letterbox(*image.size, self.image_size).image(image))
+            captions.append(caption(replace(scene, objects=tuple(scene.objects[i] for i in few)), rng))
+            absent = MAX_OBJECTS - len(scene.objects)
+            object_texts, object_named = object_phrases(scene, rng)
+            phrases += object_texts + [""] * absent
+            ids = [attribute_ids(obj, names) for obj, names in zip(scene.objects, object_named)]
+            named.append(ids + [[NO_PHRASE] * 4] * absent)
+            attributes.append([attribute_ids(obj) for obj in scene.objects] + [[NO_OBJECT] * 4] * absent)
+            texts += [expression.text for expression in said]
+            kinds += [expression.kind for expression in said]
+            missing = MAX_EXPRESSIONS - len(said)
+            targets.append([expression.target for expression in said] + [NO_TARGET] * missing)
+        return {
+            "images": torch.stack(images),  # (2, 3, S, S)
+            "captions": captions,  # 2 strings
+            "phrases": phrases,  # 2 x 8 strings, "" where there is no object
+            "named": torch.tensor(named),  # (2, 8, 4), -1 where a phrase names no such attribute
+            "attributes": torch.tensor(attributes),  # (2, 8, 4)
+            "expressions": texts,  # as many strings as there are targets
+            "kinds": kinds,
+            "targets": torch.tensor(targets),  # (2, MAX_EXPRESSIONS), the number of the object that is meant
+        }
+
+
+def draw_pair(rng):
+    """-> (a scene, its twin), (the scene's expressions, the twin's)."""
+    own = "colour"  # the look that is an object's own
+    shared = "shape"  # the look in which the twins differ
+    if rng.random() < UNIQUE_SHAPES:
+        own, shared = shared, own
+    while True:  # until a scene carries expressions: about one in eight does
+        twins = make_twins(rng, _scene(rng, None), own, shared)
+        if twins is None:
+            continue
+        scene, twin, after = twins
+        said = speak(rng, scene, own, shared)
+        if not said:
+            continue
+        twin_said = []
+        for expression in said:
+            words = [after.get(word, word) for word in expression.text.split()]
+            twin_said.append(replace(expression, text=" ".join(words)))
+        return (scene, twin), (said, twin_said)
+
+
+def make_twins(rng, scene, own, shared):
+    """-> the scene with every object's own look unlike all others', its twin, and {word: that of the twin}; None if
+    there is no such pair without a held out colour and shape, as where eight objects have one shape."""
+    looks = {"colour": tuple(COLOURS), "shape": SHAPES}
+    for _ in range(1000):  # until no pair of colour and shape is held out
+        order = rng.permutation(MAX_OBJECTS)  # there are as many colours, and shapes, as there can be objects
+        unique = [replace(obj, **{own: looks[own][i]}) for obj, i in zip(scene.objects, order)]
+        order = rng.permutation(MAX_OBJECTS)
+        after = {looks[shared][i]: looks[shared][j] for i, j in zip(order, np.roll(order, 1))}  # nothing stays
+        changed = [replace(obj, **{shared: after[getattr(obj, shared)]}) for obj in unique]
+        if any((obj.colour, obj.shape) in HELD_OUT for obj in unique + changed):
+            continue
+        if shared == "colour":
+            after["violet"] = after["purple"]
+        return replace(scene, objects=tuple(unique)), replace(scene, objects=tuple(changed)), after
+    return None
+
+
+def speak(rng, scene, own, shared):
+    """Expressions that do without an object's own look; an empty list if the scene does not lend itself to it."""
+    groups = {}
+    for i, obj in enumerate(scene.objects):
+        groups.setdefault(getattr(obj, shared), []).append(i)
+    groups = [members for members in groups.values() if len(members) > 1]
+    if not groups:
+        return []
+    objects = list(scene.objects)
+    targets = []
+    for number, members in enumerate(groups):
+        targets += members
+        for i in members:  # to the speaker all of a group have the same, nameless look
+            objects[i] = replace(objects[i], **{own: f"@{number}"})
+    said = []
+    nameless = replace(scene, objects=tuple(objects))
+    for expression in express(nameless, rng, MIX, SPOKEN, targets, attempts=12) or ():
+        text = without_nameless(rng, expression.text, own)
+        if text:
+            said.append(replace(expression, text=text))
+    if not said:
+        return []
+    for _ in range(PLACES_NAMED):
+        members = pick(rng, groups)
+        noun = pick(rng, ANY_WORDS[:3])
+        of_all = rng.random() < 0.4  # "the shape at the top", of all objects
+        if of_all:
+            members = list(range(len(objects)))
+        places = [place(scene, objects[i]) for i in members]
+        alone = [i for i, where in zip(members, places) if places.count(where) == 1]
+        if alone:
+            obj = scene.objects[target := pick(rng, alone)]
+            if not of_all:
+                noun = obj.shape if shared == "shape" else f"{obj.colour} {noun}"
+            said.append(Expression(the(rng, f"{noun} {place(scene, obj)}"), target, "place"))
+    return said
+
+
+def without_nameless(rng, text, own):
+    """The text without the nameless looks ("@0"); empty if it means something else without them."""
+    words = text.split()
+    for at, word in enumerate(words):
+        if not word.startswith("@"):
+            continue
+        if own == "colour":  # "second @0 large star": the noun must name the group's shape
+            noun = next((w for w in words[at + 1:] if w not in ADJECTIVES), "")
+            if noun not in SHAPES:
+                return ""
+        else:  # "second large red @0": the adjectives must name the group's colour
+            first = at
+            while first and words[first - 1] in ADJECTIVES:
+                first -= 1
+            if not any(w in COLOURS or w == "violet" for w in words[first:at]):
+                return ""
+            words[at] = pick(rng, ANY_WORDS[:3])  # "second large red thing"
+    return " ".join(word for word in words if not word.startswith("@"))
