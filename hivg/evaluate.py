@@ -251,7 +251,7 @@ def load(args, device, dtype):
     need_tokenizer(model, args.weights)
     model = model.for_prediction(device, dtype)
     dataset = open_dataset(args.dataset, args.split, model.config.clip.image_size, model.config.normalization,
-                           data_root=args.data_root, annotations=args.annotations)
+                           data_root=args.data_root, annotations=args.annotations, masks="segmentation")
     return model, dataset
 
 

@@ -20,10 +20,13 @@ import ftfy
 import regex
 import torch
 
+from hivg.utils.quote import quoted, shown
+
 SOT = "<|startoftext|>"
 EOT = "<|endoftext|>"
 END = "</w>"  # marks the last symbol of a word
 HEADER = "#version: 0.2"  # as in Hugging Face's merges.txt, so that our tables are such files
+MAX_BYTES = 16 * 2**20  # of a merge table; the largest of CLIP's, its tokenizer.json, has some 4 MB
 N_CLIP_MERGES = 49152 - 256 - 2  # OpenAI's file holds more lines, but CLIP was trained with these alone
 ACCEPTED_FILES = "CLIP's bpe_simple_vocab_16e6.txt.gz, or the merges.txt or tokenizer.json of a Hugging Face CLIP"
 
@@ -118,7 +121,7 @@ def parse_merges(lines):
         pair = line.split() if isinstance(line, str) else line
         is_pair = isinstance(pair, list) and len(pair) == 2
         if not is_pair or not all(isinstance(symbol, str) and symbol for symbol in pair):
-            raise ValueError(f"merge {number} ({line!r:.60}) is not two symbols")
+            raise ValueError(f"merge {number} ({quoted(line, 30)}) is not two symbols")
         merges.append(tuple(pair))
     return merges
 
@@ -133,15 +136,19 @@ def merges_from_json(text):
         raise ValueError("no list of merges under model.merges")
     # GPT-2's words end in nothing; its merges would load, and give other tokens
     if model.get("end_of_word_suffix") not in (None, END):
-        raise ValueError(f"words end in {model['end_of_word_suffix']!r:.60}, not {END!r}, so it is not CLIP's")
+        raise ValueError(f"words end in {quoted(model['end_of_word_suffix'])}, not {END!r}, so it is not CLIP's")
     return parse_merges(merges)
 
 
 def read_text(path):
-    """The text of a plain or gzipped file; the content says which it is, as downloads lose their suffixes."""
-    data = path.read_bytes()
-    if data.startswith(b"\x1f\x8b"):  # gzip's first two bytes
-        data = gzip.decompress(data)
+    """The text of a plain or gzipped file; the content says which it is, as downloads lose their suffixes. Raises
+    ValueError for more than MAX_BYTES, which are not read."""
+    with open(path, "rb") as file:
+        is_gzip = file.read(2) == b"\x1f\x8b"
+    with (gzip.open if is_gzip else open)(path, "rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"it holds more than {MAX_BYTES:,} bytes")
     return data.decode("utf-8")
 
 
@@ -181,7 +188,7 @@ class Tokenizer:
         blank = BYTE_TO_CHAR[ord(" ")]
         known = set(self.symbols[:512]) - {blank, blank + END}
         for number, (left, right) in enumerate(self.merges, start=1):
-            merge = f"merge {number} ({left + ' ' + right!r:.60})"
+            merge = f"merge {number} ({quoted(left + ' ' + right, 30)})"
             # nothing follows the symbol that ends a word
             if left not in known or right not in known or left.endswith(END):
                 raise ValueError(f"{merge} joins symbols that no earlier merge makes")
@@ -209,15 +216,15 @@ class Tokenizer:
         except UnicodeDecodeError:
             problem = "not a text file"
         except (json.JSONDecodeError, RecursionError) as error:  # the latter: brackets nested by the thousand
-            problem = f"not valid JSON ({error})"
+            problem = f"not valid JSON ({shown(error, 80)})"
         except ValueError as error:
             problem = str(error)
-        raise ValueError(f"{path}: not a merge table: {problem}; give {ACCEPTED_FILES}")
+        raise ValueError(f"{shown(path, 100)}: not a merge table: {problem}; give {ACCEPTED_FILES}")
 
     @classmethod
     def from_text(cls, text, context_length=77):
         """The tokenizer of a merge table, one "left right" per line under an optional "#version" header line."""
-        lines = text.removesuffix("\n").split("\n")
+        lines = text.removesuffix("\n").split("\n", N_CLIP_MERGES + 1)  # what follows is not CLIP's
         if "#version" in lines[0]:  # OpenAI's has the file's name before it
             lines = lines[1:]
         return cls(parse_merges(lines[:N_CLIP_MERGES]), context_length)

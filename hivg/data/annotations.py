@@ -5,9 +5,11 @@
 Every row of a file is checked. Those with a problem are left out and counted, never silently.
 """
 
+import gc
 import os
 import sys
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,9 +17,12 @@ import numpy as np
 from PIL import Image
 
 from hivg.data.formats import read_rows
-from hivg.data.masks import mask_of
+from hivg.data.images import ImageError, upright_size
+from hivg.data.masks import check_polygons, check_size, mask_of, run_lengths
 from hivg.data.published import canonical, find_file
+from hivg.utils.quote import quoted, shown
 
+MAX_EXPRESSION = 10_000  # characters
 SLACK = 1.0  # pixels by which a box may reach out of its image; annotators' boxes do
 
 
@@ -30,6 +35,7 @@ class Sample:
     box: tuple  # (xmin, ymin, xmax, ymax), floats in the image's pixels
     segmentation: list | dict | None  # COCO polygons, or an RLE with size and counts
     image_id: str  # the image's file name
+    own: bool = False  # of people's own data, whose images are read upright: pixels are those of the upright image
 
     def mask(self, height, width):
         """(height, width) bool array of the segmentation, or None. Raises ValueError (masks.mask_of)."""
@@ -46,10 +52,10 @@ class Report:
 
     def add(self, kind, index, detail):
         self.problems[kind] += 1
-        self.first.setdefault(kind, f"index {index}: {detail}")
+        self.first.setdefault(kind, f"index {index}: {shown(detail, 120)}")
 
     def lines(self):
-        return [f"{self.source}: {count:,} left out, {kind} (first: {self.first[kind]})"
+        return [f"{shown(self.source, 90)}: {count:,} left out, {kind} (first: {self.first[kind]})"
                 for kind, count in self.problems.items()]
 
 
@@ -65,16 +71,22 @@ def read_samples(data_root, dataset, split, annotations=None, report=None):
 
     Raises ValueError for a file that cannot be read, and for a split that is not there, naming those that are.
     """
+    with uncollected():
+        return _read_samples(data_root, dataset, split, annotations, report)
+
+
+def _read_samples(data_root, dataset, split, annotations, report):
     path, rows = read_dataset(data_root, dataset, split, annotations)
     rows_of_split = [row for row in rows if row.split in (None, split)]
     if not rows_of_split:
         splits = sorted({row.split for row in rows if row.split})
-        raise ValueError(f"{path}: no split {split!r:.40}; there are {', '.join(splits or ['none'])}")
+        names = shown(", ".join(splits or ["none"]))
+        raise ValueError(f"{shown(path, 80)}: no split {quoted(split, 40)}; there are {names}")
 
     given = report is not None
     report = report if given else Report()
     report.source = f"{path}, {split}"
-    check = RowCheck(Path(data_root), path)
+    check = RowCheck(Path(data_root), path, is_own(dataset))
     samples = []
     for index, row in enumerate(rows_of_split):
         try:
@@ -87,6 +99,19 @@ def read_samples(data_root, dataset, split, annotations=None, report=None):
     return samples
 
 
+@contextmanager
+def uncollected():
+    """Python does not look for garbage meanwhile: millions of objects are made and none is thrown away, and to look at
+    all of them again and again takes a third of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def is_own(dataset):
     """Whether a data set is a file of people's own, not a published one."""
     return str(dataset).endswith(".jsonl")
@@ -96,8 +121,8 @@ def read_dataset(data_root, dataset, split, annotations=None):
     """(path, rows) of the annotation file of a split, which may hold other splits as well."""
     if is_own(dataset):
         path = Path(dataset)
-        if not path.is_file():
-            raise ValueError(f"{path}: there is no such file; give a .jsonl file or the name of a data set")
+        if not os.path.isfile(path):  # unlike path.is_file(), False for a name that no file can have
+            raise ValueError(f"{shown(path)}: there is no such file; give a .jsonl file or the name of a data set")
     else:
         dataset = canonical(dataset)
         path = find_file(data_root, dataset, split, annotations)
@@ -119,61 +144,86 @@ class RowCheck:
     """Rows of one file to samples. It asks once for every folder what is in it: a question for each of a hundred
     thousand images takes seconds."""
 
-    def __init__(self, data_root, source):
+    def __init__(self, data_root, source, own):
         self.data_root = data_root
         self.source = source
+        self.own = own
         self.names = {}  # folder: the files in it
         self.sizes = {}  # image: (width, height)
+        self.outlines = {}  # (id, size of the image): (segmentation, as checked); sentences about an object share it
 
     def sample(self, row):
         """A Row -> Sample. Raises Problem."""
         if row.problem:
             raise Problem("incomplete row", row.problem)
         if not isinstance(row.file, str) or not row.file:
-            raise Problem("no image named", repr(row.file)[:80])
+            raise Problem("no image named", quoted(row.file))
         if not isinstance(row.expression, str) or not row.expression.strip():
-            raise Problem("empty expression", row.file)
+            raise Problem("empty expression", shown(row.file, 60))
+        if len(row.expression) > MAX_EXPRESSION:
+            raise Problem("endless expression", f"{shown(row.file, 60)}: {quoted(row.expression, 40)}")
         file = row.file.replace("\\", "/")  # as Windows writes paths
         image = self.image_path(file, row.image_folder)
         folder, name = os.path.split(image)
         if name not in self.names_in(folder):
             raise Problem("missing image", image)
-        width, height = row.size or self.size_of(image)
-        box = checked_box(row.bbox, row.form, width, height, file)
-        segmentation = checked_segmentation(row.segmentation, width, height, file)
-        return Sample(image, row.expression, box, segmentation, name)
+        size = row.size or self.size_of(image)
+        named = shown(file, 60)
+        box = checked_box(row.bbox, row.form, *size, named)
+        segmentation = self.segmentation(row.segmentation, size, named)
+        return Sample(image, row.expression, box, segmentation, name, self.own)
+
+    def segmentation(self, value, size, file):
+        key = id(value), size
+        if key not in self.outlines:
+            # with the value itself, so that its id is not given to another
+            self.outlines[key] = value, checked_segmentation(value, *size, file)
+        return self.outlines[key][1]
 
     def image_path(self, file, folder):
         if folder is not None:
             return self.data_root / folder / file
         below_root = self.data_root / file
         beside = self.source.parent / file
-        if not below_root.is_file() and beside.is_file():
+        if not os.path.isfile(below_root) and os.path.isfile(beside):
             return beside
         return below_root
 
     def names_in(self, folder):
         if folder not in self.names:
-            entries = os.scandir(folder) if os.path.isdir(folder) else ()
-            self.names[folder] = {entry.name for entry in entries if entry.is_file()}
+            try:
+                with os.scandir(folder) as entries:
+                    self.names[folder] = {entry.name for entry in entries if entry.is_file()}
+            except (OSError, ValueError):  # not there, or a name that no folder can have
+                self.names[folder] = set()
         return self.names[folder]
 
     def size_of(self, image):
         if image not in self.sizes:
             try:
-                with Image.open(image) as opened:  # reads the header alone
-                    self.sizes[image] = opened.size
-            except Exception:  # Pillow's decoders raise nearly anything
+                self.sizes[image] = upright_size(image) if self.own else stored_size(image)
+            except ImageError:
                 raise Problem("damaged image", image) from None
         return self.sizes[image]
+
+
+def stored_size(image):
+    """(width, height) of an image as its file says them. Raises ImageError."""
+    try:
+        with Image.open(image) as opened:  # reads the header alone
+            return opened.size
+    except Exception as error:  # Pillow's decoders raise nearly anything
+        raise ImageError(str(error)) from None
 
 
 def checked_box(bbox, form, width, height, file):
     """Four numbers, xyxy or xywh -> (xmin, ymin, xmax, ymax), floats. Raises Problem."""
     try:
+        if not isinstance(bbox, list | tuple):
+            raise TypeError
         xmin, ymin, xmax, ymax = (float(value) for value in bbox)
-    except (TypeError, ValueError):
-        raise Problem("box that is not four numbers", f"{file}: {bbox!r:.60}") from None
+    except (TypeError, ValueError, OverflowError):  # the last: a whole number beyond all floats
+        raise Problem("box that is not four numbers", f"{file}: {quoted(bbox)}") from None
     if form == "xywh":
         xmax += xmin
         ymax += ymin
@@ -191,18 +241,22 @@ def checked_segmentation(value, width, height, file):
     try:
         if isinstance(value, dict) and {"counts", "size"} <= value.keys():
             rle = plain_rle(value)
-            mask_of(rle, height, width)
+            check_size(rle, height, width)
+            run_lengths(rle)
             return rle
-    except (TypeError, ValueError) as error:
+        if isinstance(value, list | tuple) and value:
+            polygons = [part.tolist() if isinstance(part, np.ndarray) else part for part in value]
+            if all(is_polygon(part) for part in polygons):
+                check_polygons(polygons)
+                return polygons
+    except (TypeError, ValueError, OverflowError) as error:
         raise Problem("damaged segmentation", f"{file}: {error}") from None
-    if not isinstance(value, list | tuple) or not value:
-        return None
-    polygons = [part.tolist() if isinstance(part, np.ndarray) else part for part in value]
-    return polygons if all(is_polygon(part) for part in polygons) else None
+    return None
 
 
 def plain_rle(rle):
-    """An RLE with a size of ints and counts as text or a list of ints. Raises TypeError or ValueError."""
+    """An RLE with a size of ints and counts as text or a list of ints. Raises TypeError, ValueError or
+    OverflowError."""
     size = [int(n) for n in rle["size"]]
     counts = rle["counts"]
     if isinstance(counts, bytes):

@@ -4,13 +4,16 @@ from functools import cache
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from hivg.data.annotations import read_samples
 from hivg.data.augment import Augment
+from hivg.data.images import open_image, open_published
 from hivg.data.shapes import EXPRESSIONS_PER_SCENE, HARD_MIX, Shapes
 from hivg.data.transforms import Letterbox
+from hivg.utils.quote import shown
+
+MASKS = ("auto", "box", "segmentation")
 
 
 class ShapesTensors(Dataset):
@@ -59,8 +62,14 @@ class SampleTensors(Dataset):
 
     rows = 1  # of an item
 
-    def __init__(self, samples, size, normalization="clip", seed=0, augment=None):
+    def __init__(self, samples, size, normalization="clip", seed=0, augment=None, masks="auto"):
+        """masks: the target of the mask head. "box": the box, filled, as the released program trains it.
+        "segmentation": the outline of the data set, and the box where a sample has none. "auto": the outline in
+        people's own data, else the box."""
+        if masks not in MASKS:
+            raise ValueError(f"masks must be one of {', '.join(MASKS)}, not {masks!r:.60}")
         self.samples = samples
+        self.masks = masks
         self.size = size
         self.normalization = normalization
         self.seed = seed
@@ -85,13 +94,27 @@ class SampleTensors(Dataset):
             self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self))
         return int(self.order[position])
 
+    def image(self, number):
+        """The image of sample `number`, PIL RGB. Raises ImageError, which names it."""
+        sample = self.samples[number]
+        return open_image(sample.image) if sample.own else open_published(sample.image)
+
+    def outline(self, sample, image):
+        """(H, W) bool, or None where the mask is to be the box. Raises ValueError, which names the image."""
+        if self.masks == "box" or (self.masks == "auto" and not sample.own):
+            return None
+        try:
+            return sample.mask(image.height, image.width)
+        except ValueError as error:
+            raise ValueError(f"{shown(sample.image, 150)}: {shown(error, 110)}; correct its annotations") from None
+
     def __getitem__(self, index):
+        """Raises ValueError (ImageError), which names the image."""
         number = self.number(index)
         sample = self.samples[number]
-        with Image.open(sample.image) as opened:
-            image = opened.convert("RGB")
+        image = self.image(number)
         box = torch.tensor(sample.box)
-        mask = sample.mask(image.height, image.width)
+        mask = self.outline(sample, image)
         letterbox = Letterbox(*image.size, self.size)
         if self.augment is None:
             row = {
@@ -132,18 +155,19 @@ cached_samples = cache(read_samples)  # every stage and every validation reads t
 
 
 def open_dataset(dataset, split, size, normalization="clip", seed=0, data_root="data", annotations=None, train=False,
-                 hard_mix=False):
+                 hard_mix=False, masks="auto"):
     """A split of `shapes`, of a data set of published.py or of a .jsonl file.
 
-    train: endless and augmented. hard_mix: train on more of the expressions that are learned last (shapes only). Raises
-    ValueError.
+    train: endless and augmented. hard_mix: train on more of the expressions that are learned last (shapes only). masks:
+    "auto", "box" or "segmentation" (SampleTensors); the masks of `shapes` are always exact. Raises ValueError.
     """
     if dataset == "shapes":
         return ShapesTensors(split, size, normalization, seed, weights=HARD_MIX if hard_mix and train else None)
     samples = cached_samples(data_root, dataset, split, annotations)
     if not samples:
-        raise ValueError(f"{dataset} {split}: no sample is left; `python -m hivg.data check {dataset}` says why")
-    return SampleTensors(samples, size, normalization, seed, Augment() if train else None)
+        raise ValueError(f"{shown(dataset)} {shown(split, 30)}: no sample is left; `python -m hivg.data check "
+                         f"{shown(dataset, 90)}` says why")
+    return SampleTensors(samples, size, normalization, seed, Augment() if train else None, masks)
 
 
 def collate(items):
@@ -165,10 +189,12 @@ def training_batches(dataset, first_item, batch_size, batches, start=0, workers=
     Batch k always holds the same items, those from first_item + k * items per batch on, so a resumed run continues
     exactly where it was. Raises ValueError unless batch_size is a multiple of the rows of an item times the ranks.
     """
-    items, rest = divmod(batch_size, dataset.rows * world)  # items in a rank's share of a batch
-    if rest or not items:
-        raise ValueError(f"the batch size must be a multiple of {dataset.rows * world} "
-                         f"({dataset.rows} expressions an image, {world} processes), not {batch_size}")
+    unit = dataset.rows * world
+    items, rest = divmod(batch_size, unit)  # items in a rank's share of a batch
+    if rest or items < 1:
+        nearest = [size for size in (items * unit, (items + 1) * unit) if size > 0] or [unit]
+        raise ValueError(f"the batch size must be a multiple of {unit} ({dataset.rows} expressions an image, {world} "
+                         f"processes), not {batch_size}; use {' or '.join(map(str, nearest))}")
     order = []
     for k in range(start, batches):
         first = first_item + (k * world + rank) * items
@@ -186,7 +212,35 @@ def evaluation_batches(dataset, batch_size=64, workers=0, rank=0, world=1):
 
 
 def make_loader(dataset, order, workers):
-    """A DataLoader of given batches. order: for each batch the indices of its items. workers: number of processes."""
+    """Batches one after the other. order: for each batch the indices of its items. workers: number of processes.
+
+    Raises the ValueError of an item, an image that is damaged for instance, as it is: a DataLoader would put the
+    traceback of its worker into the message."""
     # A generator of its own: the loader's seeding must not touch the random numbers of the training.
-    return DataLoader(dataset, batch_sampler=order, num_workers=workers, collate_fn=collate,
-                      generator=torch.Generator())
+    loader = DataLoader(Batches(dataset, order), batch_size=None, num_workers=workers, collate_fn=unchanged,
+                        generator=torch.Generator())
+    for batch in loader:
+        if isinstance(batch, ValueError):
+            raise batch
+        yield batch
+
+
+class Batches(Dataset):
+    """Whole batches as items; one that cannot be made is the error that says why."""
+
+    def __init__(self, dataset, order):
+        self.dataset = dataset
+        self.order = order
+
+    def __len__(self):
+        return len(self.order)
+
+    def __getitem__(self, number):
+        try:
+            return collate([self.dataset[index] for index in self.order[number]])
+        except ValueError as error:
+            return error
+
+
+def unchanged(batch):
+    return batch

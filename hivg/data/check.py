@@ -1,19 +1,26 @@
 """A report on the files of a data set, for `python -m hivg.data check`."""
 
 from hivg.data.annotations import Report, is_own, read_dataset, read_samples
-from hivg.data.published import DATASETS, canonical
+from hivg.data.images import ImageError, open_image, open_published
+from hivg.data.published import DATASETS, canonical, files_of
+from hivg.data.shapes import SPLITS
+from hivg.utils.cli import Progress
+from hivg.utils.quote import shown
 
 
-def check(data_root, dataset, annotations=None):
-    """The text of the report.
+def check(data_root, dataset, annotations=None, decode=False):
+    """The text of the report. Raises ValueError if there is nothing to report on.
 
     For each split the number of expressions beside the published one, and the rows that are left out, with the reason;
     then the training images that are in another split too, for the mixture also in the splits of its parts.
+
+    decode: read the pixels of every image, too, and count the damaged ones; takes minutes for a hundred thousand.
     """
     names = [dataset] if is_own(dataset) else [canonical(dataset)]
     if names == ["mixup"]:
         names = ["mixup", *(name for name in DATASETS if name != "mixup")]
     lines = []
+    problems = []  # those of the lines that say why rows or splits are left out
     images = {}  # (name, split): the names of its images
     for name in names:
         for split, count in counts_by_split(data_root, name).items():
@@ -23,12 +30,18 @@ def check(data_root, dataset, annotations=None):
             except ValueError as error:
                 if name == names[0]:
                     lines.append(str(error))
+                    problems.append(str(error))
                 continue
             images[name, split] = {sample.image_id for sample in samples}
             published = f" ({count:,} published)" if count else ""
-            lines.append(f"{name} {split}: {len(samples):,} expressions{published}, "
+            lines.append(f"{shown(name)} {shown(split, 40)}: {len(samples):,} expressions{published}, "
                          f"{len(images[name, split]):,} images")
             lines += report.lines()
+            problems += report.lines()
+            if decode:
+                lines += decoded(f"{shown(name)} {shown(split, 40)}", samples)
+    if not any(images.values()):
+        raise ValueError(problems[0] if problems else f"{shown(dataset)}: no expression in it")
     return "\n".join(lines + leakage(names[0], images))
 
 
@@ -36,8 +49,47 @@ def counts_by_split(data_root, name):
     """{split: published number of expressions or None}; the splits of people's own data are those in the file."""
     if not is_own(name):
         return DATASETS[name].counts
-    _, rows = read_dataset(data_root, name, None)
-    return {row.split: None for row in rows}
+    return dict.fromkeys(splits_of(name, data_root) or ["train"])
+
+
+def splits_of(dataset, data_root="data", annotations=None):
+    """The splits that the files of a data set have, a list in the order in which they are published, others after them.
+
+    dataset: "shapes" (whose endless splits are left out), a name of a data set or a .jsonl file. Raises ValueError for
+    a file that cannot be read, and if there is none.
+    """
+    if dataset == "shapes":
+        return [split for split, (scenes, _) in SPLITS.items() if scenes < 2**40]
+    if is_own(dataset):
+        _, rows = read_dataset(data_root, dataset, None)
+        return sorted({row.split for row in rows if row.split})
+    dataset = canonical(dataset)
+    published = list(DATASETS[dataset].counts)
+    splits, whole = files_of(data_root, dataset, annotations)
+    if whole:
+        _, rows = read_dataset(data_root, dataset, published[0], whole)
+        if any(row.split is None for row in rows):
+            return published  # one split, and it does not say which
+        splits |= {row.split for row in rows if isinstance(row.split, str)}
+    if not splits:
+        read_dataset(data_root, dataset, published[0], annotations)  # raises the error that says what is missing
+    return [split for split in published if split in splits] + sorted(splits - set(published))
+
+
+def decoded(name, samples):
+    """Read every image of the samples -> lines about those that cannot be."""
+    own = {sample.image: sample.own for sample in samples}
+    progress = Progress(f"{name}, images read", len(own))
+    problems = []
+    for number, (image, is_own_image) in enumerate(own.items(), 1):
+        try:
+            open_image(image) if is_own_image else open_published(image)
+        except ImageError as error:
+            problems.append(str(error))
+        progress(number)
+    if not problems:
+        return [f"{name}: all {len(own):,} images can be read"]
+    return [f"{name}: {len(problems):,} of {len(own):,} images cannot be read (first: {problems[0]})"]
 
 
 def leakage(name, images):
@@ -48,6 +100,6 @@ def leakage(name, images):
         if split == "train":
             continue
         both = train & names
-        example = f", for instance {min(both)}" if both else ""
-        lines.append(f"images of {name} train in {other} {split}: {len(both):,}{example}")
+        example = f", for instance {shown(min(both), 80)}" if both else ""
+        lines.append(f"images of {shown(name)} train in {shown(other)} {shown(split, 40)}: {len(both):,}{example}")
     return lines

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 
 from hivg.data.published import COCO, DATASETS, IMAGE_FOLDERS
 from hivg.utils import pickles
+from hivg.utils.quote import quoted, shown
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+MAX_SIDE = 10**6  # pixels of an image
 
 
 @dataclass(slots=True)
@@ -30,23 +34,42 @@ class Row:
 def read_rows(path, dataset):
     """All rows of an annotation file, a list.
 
-    dataset: a key of published.DATASETS; anything else stands for people's own data. Raises ValueError.
+    dataset: a key of published.DATASETS; anything else stands for people's own data, whose file is JSON lines. Raises
+    ValueError.
     """
     try:
-        with open(path, "rb") as file:
-            first_line = file.readline(1 << 20)
-        if first_line.lstrip()[:1] not in (b"{", b"["):
-            return pickled_rows(path, dataset)
-        if "image" in (json_object(first_line) or {}):
+        line = first_line(path)
+        if dataset not in DATASETS or "image" in (json_object(line) or {}):
             return lines_rows(path, dataset)
-        data = json.loads(path.read_text("utf-8"))
+        if line[:1] not in (b"{", b"["):
+            return pickled_rows(path, dataset)
+        data = json.loads(read_text(path))
         if isinstance(data, dict) and {"images", "annotations"} <= data.keys():
             return mdetr_rows(data)
         raise ValueError("JSON, but neither MDETR's (images and annotations) nor a line for each expression with its "
                          "image, expression and bbox")
     except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"no {error} in it" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path}: cannot be read as annotations: {reason}") from None
+        reason = f"no {error} in it" if isinstance(error, KeyError) else shown(error, 170)
+        raise ValueError(f"{shown(path, 80)}: cannot be read as annotations: {reason}") from None
+
+
+def first_line(path):
+    """The first line that is not blank, as bytes without blanks around it; at most 1 MB of it."""
+    with open(path, "rb") as file:
+        if file.read(3) != BYTE_ORDER_MARK:
+            file.seek(0)
+        while line := file.readline(1 << 20):
+            if line.strip():
+                return line.strip()
+    return b""
+
+
+def read_text(path):
+    """The whole file as text, without a byte-order mark. Raises ValueError."""
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("not text in UTF-8; save it with that encoding") from None
 
 
 def pickled_rows(path, dataset):
@@ -63,20 +86,22 @@ def refer_rows(path, refs, dataset):
     beside = path.with_name("instances.json")
     if not beside.is_file():
         raise ValueError(f"a REFER file needs {beside}, which holds its boxes")
-    instances = json.loads(beside.read_text("utf-8"))
-    # ids are numbers in one file and text in another
-    annotations = {str(annotation["id"]): annotation for annotation in instances["annotations"]}
-    images = {str(image["id"]): image for image in instances.get("images", [])}
+    instances = json.loads(read_text(beside))
+    annotations = {id_of(annotation, "id"): annotation for annotation in instances["annotations"]}
+    images = {id_of(image, "id"): image for image in instances.get("images", [])}
     rows = []
+    most = path.stat().st_size  # a pickle may name one list of sentences many times
     for ref in refs:
-        annotation = annotations.get(str(ref["ann_id"]), {})
-        image = images.get(str(ref["image_id"]), {})
+        annotation = annotations.get(id_of(ref, "ann_id"), {})
+        image = images.get(id_of(ref, "image_id"), {})
         # REFER's own file names end in _<number of the object>
         file = image.get("file_name") or re.sub(r"_\d+(\.\w+)$", r"\1", ref["file_name"])
         problem = None
         if not annotation:
-            problem = f"ann_id {ref['ann_id']} of ref_id {ref.get('ref_id')} is not in {beside.name}"
+            problem = f"ann_id {quoted(ref['ann_id'])} of ref_id {quoted(ref.get('ref_id'))} is not in {beside.name}"
         bbox = annotation["bbox"] if annotation else None
+        if len(rows) + len(ref["sentences"]) > most:
+            raise ValueError("more sentences than a file of its size holds")
         for sentence in ref["sentences"]:
             rows.append(Row(
                 file=file,
@@ -91,6 +116,14 @@ def refer_rows(path, refs, dataset):
     return rows
 
 
+def id_of(record, name):
+    """An id as text: it is a number in one file and text in another. Raises ValueError."""
+    value = record[name]
+    if not isinstance(value, int | str):
+        raise ValueError(f"{name} is {quoted(value)}, not a number")
+    return str(value)
+
+
 def list_rows(data, dataset):
     """The `.pth` lists: (file, bbox, phrase), or (file, second, bbox, phrase, fifth).
 
@@ -100,7 +133,7 @@ def list_rows(data, dataset):
     rows = []
     for fields in data:
         if not isinstance(fields, list | tuple) or len(fields) not in (3, 5):
-            rows.append(Row(problem=f"{fields!r:.60} is not of 3 or 5 fields"))
+            rows.append(Row(problem=f"{quoted(fields)} is not of 3 or 5 fields"))
             continue
         if len(fields) == 5:
             file, second, bbox, phrase, fifth = fields
@@ -136,7 +169,7 @@ def mdetr_rows(data):
             bbox=annotation["bbox"] if annotation else None,
             segmentation=annotation.get("segmentation"),
             size=stated_size(image),
-            problem=None if annotation else f"image {image['id']} has no annotation",
+            problem=None if annotation else f"image {quoted(image['id'])} has no annotation",
         ))
     return rows
 
@@ -145,12 +178,16 @@ def lines_rows(path, dataset):
     """JSON lines: {"image", "expression", "bbox": [xmin, ymin, xmax, ymax]}, if wanted "segmentation" and "split"."""
     published = DATASETS.get(dataset)
     rows = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines() also splits at U+2028, within a text
         if not line.strip():
             continue
         record = json_object(line)
         if record is None:
-            rows.append(Row(problem=f"line {number} is not a JSON object: {line:.60}"))
+            rows.append(Row(problem=f"line {number} is not a JSON object: {quoted(line)}"))
+            continue
+        split = record.get("split")
+        if split is not None and (not isinstance(split, str) or not split.strip()):
+            rows.append(Row(problem=f"line {number} has the split {quoted(split)}, which is not a name"))
             continue
         rows.append(Row(
             file=record.get("image"),
@@ -159,11 +196,16 @@ def lines_rows(path, dataset):
             form="xyxy",
             image_folder=published.image_folder if published else None,
             segmentation=record.get("segmentation"),
-            split=record.get("split"),
+            split=split,
         ))
-    if not published and not any(row.split for row in rows):
-        for row in rows:
+    if published:
+        return rows
+    has_splits = any(row.split for row in rows)
+    for row in rows:
+        if not has_splits:
             row.split = split_of_image(row.file)
+        elif row.split is None and not row.problem:
+            row.problem = f"no split, where other rows have one: {quoted(row.expression)}"
     return rows
 
 
@@ -186,4 +228,4 @@ def stated_size(record):
     if not isinstance(record, dict):
         return None
     size = record.get("width"), record.get("height")
-    return size if all(isinstance(n, int | float) and n > 0 for n in size) else None
+    return size if all(isinstance(n, int | float) and 0 < n < MAX_SIDE for n in size) else None

@@ -1,10 +1,17 @@
-"""Any image that people have, as an upright RGB image of 8 bits."""
+"""Images as RGB of 8 bits: any that people have, upright (`open_image`), and those of the published data sets as the
+released program reads them (`open_published`)."""
 
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
+
+from hivg.utils.quote import shown
+
+PATH = 150  # characters of a path that messages show
+ROWS = 256  # of an image of more than 8 bits that are scaled at once
 
 
 class ImageError(ValueError):
@@ -18,21 +25,58 @@ def open_image(image):
     Raises ImageError.
     """
     if isinstance(image, (str, os.PathLike)):
-        name = str(image)
-        image = _open_file(Path(image), name)
-    elif isinstance(image, np.ndarray):
+        name = shown(image, PATH)
+        with _open_file(Path(image), name) as opened:
+            return _upright(opened, name)
+    if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
             raise ImageError(f"array of shape {image.shape} and type {image.dtype}: give (H, W, 3) uint8, RGB")
-        name = "array"
-        image = Image.fromarray(image)
-    elif isinstance(image, Image.Image):
-        name = "image"
-    else:
-        raise ImageError(f"{type(image).__name__}: give a path, a PIL image or an (H, W, 3) uint8 array")
-    try:
-        return _to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # damaged data make Pillow's decoders raise nearly anything
-        raise ImageError(f"{name}: the image is damaged or cut short ({error}); copy or download it again") from None
+        return _upright(Image.fromarray(image), "array")
+    if isinstance(image, Image.Image):
+        return _upright(image, "image")
+    raise ImageError(f"{type(image).__name__}: give a path, a PIL image or an (H, W, 3) uint8 array")
+
+
+def open_published(path):
+    """The file of an image of a published data set -> PIL RGB image as the released program reads it: not rotated,
+    transparency and what is more than 8 bits as Pillow converts them. Raises ImageError."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with _open_file(Path(path), shown(path, PATH)) as image:
+                return image.convert("RGB")
+        except ImageError:
+            raise
+        except Exception as error:
+            raise _damaged(shown(path, PATH), error) from None
+
+
+def upright_size(path):
+    """(width, height) of what `open_image` makes of a file, mostly from its header alone. Raises ImageError."""
+    with _open_file(Path(path), shown(path, PATH)) as image:
+        if image.format == "PNG" and not {"exif", "Raw profile type exif", "xmp"} & image.info.keys():
+            return image.size  # to ask for its EXIF would read its pixels
+        if image.format in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP"):
+            try:
+                is_turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by 90 degrees
+            except Exception as error:
+                raise _damaged(shown(path, PATH), error) from None
+            return image.size[::-1] if is_turned else image.size
+    return open_image(path).size
+
+
+def _upright(image, name):
+    """A PIL image of any mode -> upright PIL RGB image. name: for messages. Raises ImageError."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow's, about what is odd in a file and yet read
+        try:
+            return _to_rgb(ImageOps.exif_transpose(image))
+        except Exception as error:  # damaged data make Pillow's decoders raise nearly anything
+            raise _damaged(name, error) from None
+
+
+def _damaged(name, error):
+    return ImageError(f"{name}: the image is damaged or cut short ({shown(error, 60)}); copy or download it again")
 
 
 def _open_file(path, name):
@@ -44,11 +88,19 @@ def _open_file(path, name):
     if path.stat().st_size == 0:
         raise ImageError(f"{name}: the file is empty; copy or download it again")
     try:
-        return Image.open(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(path)
     except Image.UnidentifiedImageError:
         raise ImageError(f"{name}: not an image that can be read; convert it to PNG or JPEG") from None
     except (OSError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{name}: cannot be opened ({error}); check the file") from None
+        problem = getattr(error, "strerror", None) or error  # without the path again
+        raise ImageError(f"{name}: cannot be opened ({shown(problem, 80)}); check the file") from None
+    except Exception as error:
+        raise _damaged(name, error) from None
+    if image.format == "EPS":  # a program, which Pillow would have another program run
+        raise ImageError(f"{name}: not an image of pixels (EPS); convert it to PNG or JPEG")
+    return image
 
 
 def _to_rgb(image):
@@ -63,16 +115,23 @@ def _to_rgb(image):
 
 def _to_8_bits(image):
     """A grey image of integers or floats -> mode L. The smallest usual white that no pixel exceeds becomes 255."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64)).clip(0)  # (H, W)
+    values = np.asarray(image)  # (H, W)
+    if values.dtype.kind == "f":
+        values = np.nan_to_num(values)
+    largest = max(0, values.max())
     if image.mode == "F":
         whites = (1, 255, 65535)
     elif image.mode == "I":
         whites = (255, 65535)
     else:
         whites = (65535,)
-    white = values.max()  # brighter than all that is usual
+    white = largest  # brighter than all that is usual
     for usual in whites:
-        if values.max() <= usual:
+        if largest <= usual:
             white = usual
             break
-    return Image.fromarray((values / white * 255).round().astype(np.uint8))
+    scaled = np.empty(values.shape, dtype=np.uint8)
+    for start in range(0, len(values), ROWS):  # not all at once, in eight times the bytes
+        rows = slice(start, start + ROWS)
+        scaled[rows] = (values[rows].astype(np.float64).clip(0) / white * 255).round()
+    return Image.fromarray(scaled)

@@ -6,6 +6,13 @@ pixels along an outline differ from it; run lengths are exact.
 
 import numpy as np
 
+from hivg.utils.quote import quoted
+
+MAX_POLYGONS = 1000  # of one object
+MAX_NUMBERS = 100_000  # in all its polygons
+MAX_PIXELS = 1e15  # of a coordinate, to either side
+CROSSINGS = 1000  # of a polygon's edges with each row of pixels, on average
+
 
 def polygon_mask(polygons, height, width):
     """-> (height, width) bool, True where a pixel's centre (x + 0.5, y + 0.5) is inside any of the polygons.
@@ -14,20 +21,30 @@ def polygon_mask(polygons, height, width):
     even-odd rule, so where a polygon covers itself twice is a hole. It may reach out of the image. Left and upper
     outlines are inside, right and lower ones not. Raises ValueError for a list that is no polygon.
     """
+    check_polygons(polygons)
     mask = np.zeros((height, width), dtype=bool)
     for polygon in polygons:
         mask |= _fill(_corners(polygon), height, width)
     return mask
 
 
+def check_polygons(polygons):
+    """Raises ValueError for a list of polygons that would take forever to fill, or that is none."""
+    total = sum(len(polygon) if isinstance(polygon, (list, tuple)) else 0 for polygon in polygons[: MAX_POLYGONS + 1])
+    if len(polygons) > MAX_POLYGONS or total > MAX_NUMBERS:
+        raise ValueError(f"an outline of more than {MAX_POLYGONS:,} polygons or {MAX_NUMBERS:,} numbers")
+    for polygon in polygons:
+        _corners(polygon)
+
+
 def _corners(polygon):
     """Flat list -> (n, 2) float64."""
     try:
         flat = np.asarray(polygon, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         flat = np.array(np.nan)
-    if flat.ndim != 1 or len(flat) % 2 or not np.isfinite(flat).all():
-        raise ValueError(f"a polygon is a flat list of numbers x0, y0, x1, y1, .., not {_short(polygon)}")
+    if flat.ndim != 1 or len(flat) % 2 or not (np.abs(flat) < MAX_PIXELS).all():  # nan is not less
+        raise ValueError(f"a polygon is a flat list of numbers x0, y0, x1, y1, .., not {quoted(polygon)}")
     return flat.reshape(-1, 2)
 
 
@@ -40,6 +57,8 @@ def _fill(corners, height, width):
     first = _first_centre(np.minimum(y, to_y), height)  # (n,) rows
     end = _first_centre(np.maximum(y, to_y), height)
     crossings = end - first  # (n,) of each edge
+    if crossings.sum() > CROSSINGS * (height + 1):
+        raise ValueError("an outline that crosses itself beyond all measure")
     edge = np.repeat(np.arange(len(corners)), crossings)  # (m,) the edge of each crossing
     number = np.arange(len(edge)) - np.repeat(np.cumsum(crossings) - crossings, crossings)  # (m,) 0, 1, .. in its edge
     row = first[edge] + number
@@ -56,7 +75,13 @@ def _first_centre(position, limit):
 
 
 def rle_mask(rle):
-    """COCO's run lengths -> (H, W) bool.
+    """COCO's run lengths -> (H, W) bool. Raises ValueError (run_lengths)."""
+    height, width, counts = run_lengths(rle)
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
+
+
+def run_lengths(rle):
+    """COCO's run lengths -> H, W and the list of counts.
 
     rle is {"size": [H, W], "counts": ..}: counts of pixels down one column after the other, in turn 0 and 1, starting
     with 0; a list of ints, or COCO's compressed string (str or bytes). Raises ValueError for anything else, or counts
@@ -67,13 +92,13 @@ def rle_mask(rle):
     if isinstance(counts, (str, bytes)):
         counts = _decompress(counts)
     if not isinstance(counts, (list, tuple)) or not all(isinstance(c, (int, np.integer)) for c in counts):
-        raise ValueError(f"the counts of a run-length mask are a list of ints or a string, not {_short(counts)}")
+        raise ValueError(f"the counts of a run-length mask are a list of ints or a string, not {quoted(counts)}")
     if any(c < 0 for c in counts):
-        raise ValueError(f"a run-length mask has a negative count, {_short(min(counts))}")
+        raise ValueError(f"a run-length mask has a negative count, {quoted(min(counts))}")
     if sum(counts) != height * width:
-        raise ValueError(f"the counts of a run-length mask add up to {_short(sum(counts))}, "
-                         f"its size is {height} x {width} = {height * width}")
-    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
+        raise ValueError(f"the counts of a run-length mask add up to {quoted(sum(counts))}, "
+                         f"its size is {quoted(height)} x {quoted(width)} = {quoted(height * width)}")
+    return height, width, counts
 
 
 def _size(rle):
@@ -81,7 +106,7 @@ def _size(rle):
     size = rle.get("size") if isinstance(rle, dict) else None
     if not (isinstance(size, (list, tuple)) and len(size) == 2
             and all(isinstance(side, (int, np.integer)) and side >= 0 for side in size)):
-        raise ValueError(f'a run-length mask is {{"size": [height, width], "counts": ..}}, not {_short(rle)}')
+        raise ValueError(f'a run-length mask is {{"size": [height, width], "counts": ..}}, not {quoted(rle)}')
     return tuple(size)
 
 
@@ -97,7 +122,7 @@ def _decompress(text):
     for code in text.encode() if isinstance(text, str) else text:
         bits = code - 48
         if not 0 <= bits < 64 or shift > 60:  # no count has more than 64 bits
-            raise ValueError(f"the string of a run-length mask is damaged: {_short(text)}")
+            raise ValueError(f"the string of a run-length mask is damaged: {quoted(text)}")
         value |= (bits & 31) << shift
         shift += 5
         if bits & 32:
@@ -108,7 +133,7 @@ def _decompress(text):
         value = 0
         shift = 0
     if shift:
-        raise ValueError(f"the string of a run-length mask ends within a count: {_short(text)}")
+        raise ValueError(f"the string of a run-length mask ends within a count: {quoted(text)}")
     return counts
 
 
@@ -122,18 +147,17 @@ def mask_of(segmentation, height, width):
     if segmentation is None or (isinstance(segmentation, (list, tuple, dict)) and not segmentation):
         return None
     if isinstance(segmentation, dict):
-        size = _size(segmentation)
-        if size != (height, width):
-            raise ValueError(f"a run-length mask of {size[0]} x {size[1]} for an image of {height} x {width}"
-                             " (height x width)")
+        check_size(segmentation, height, width)
         return rle_mask(segmentation)
     if isinstance(segmentation, (list, tuple)):
         return polygon_mask(segmentation, height, width)
     raise ValueError("a segmentation is a list of polygons or a dictionary of run lengths, "
-                     f"not {_short(segmentation)}")
+                     f"not {quoted(segmentation)}")
 
 
-def _short(value):
-    """Its repr, cut to 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def check_size(rle, height, width):
+    """Raises ValueError for run lengths that are not of a height x width image."""
+    size = _size(rle)
+    if size != (height, width):
+        raise ValueError(f"a run-length mask of {quoted(size[0])} x {quoted(size[1])} for an image of "
+                         f"{quoted(height)} x {quoted(width)} (height x width)")

@@ -1,7 +1,10 @@
 """The paper's five data sets and their mixture as they are published: names, sizes, image folders, annotation files."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+
+from hivg.utils.quote import quoted, shown
 
 # Image folders, relative to the data root.
 COCO = "other/images/mscoco/images/train2014"
@@ -71,42 +74,46 @@ def canonical(dataset):
         if dataset in published.names:
             return name
         others += published.names[1:]
-    raise ValueError(f"no data set {dataset!r:.60}; there are shapes, {', '.join(DATASETS)} (also as "
+    raise ValueError(f"no data set {quoted(dataset, 40)}; there are shapes, {', '.join(DATASETS)} (also as "
                      f"{', '.join(sorted(others))}), or a .jsonl file of your own")
 
 
 def find_file(data_root, dataset, split, annotations=None):
     """The annotation file of a split.
 
-    dataset: a key of DATASETS. annotations: the file itself, or a folder to look in; without it all published places
-    under data_root are tried. Raises ValueError, naming the splits that are there.
+    dataset: a key of DATASETS. annotations: the file itself, or a folder to look in, with the files in it or in a
+    folder for each data set, as the lists are published; without it all published places under data_root are tried.
+    Raises ValueError, naming the splits that are there.
     """
-    if annotations is not None and Path(annotations).is_file():
+    if annotations and os.path.isfile(annotations):  # unlike Path.is_file, False for a name that no file can have
         return Path(annotations)
     root = Path(data_root)
-    folders = [Path(annotations)] if annotations else published_folders(root, dataset)
+    folders = places(root, dataset, annotations)
     patterns = file_patterns(dataset)
     refer_files = DATASETS[dataset].refer_files
     for folder in folders:
         for name in [*(pattern.format(split) for pattern in patterns), *refer_files]:
-            if (folder / name).is_file():
+            if os.path.isfile(folder / name):
                 return folder / name
 
-    where = annotations or root
+    where = shown(annotations or root, 60)
     splits = splits_in(folders, patterns, root)
     if splits:
-        raise ValueError(f"{where}: no split {split!r:.40} of {dataset}; there are {', '.join(sorted(splits))}")
-    files = [patterns[0].format(split), patterns[1].format(split), *refer_files[:1]]
-    raise ValueError(f"{where}: no annotations of {dataset}, split {split!r:.40}: no {', '.join(files)} or the like in "
-                     f"{', '.join(map(str, folders[:2]))} or the like; give --data_root or --annotations")
+        raise ValueError(f"{where}: no split {quoted(split, 20)} of {dataset}; there are "
+                         f"{shown(', '.join(sorted(splits)), 100)}")
+    files = [patterns[0].format(shown(split, 20)), *refer_files[:1]]
+    raise ValueError(f"{where}: no annotations of {dataset}, split {quoted(split, 20)}: no {' or '.join(files)} or the "
+                     f"like there or in its {DATASETS[dataset].names[0]}/; give --data_root or --annotations")
 
 
-def published_folders(root, dataset):
-    """The folders under the data root that may hold the annotations, likeliest first."""
+def places(root, dataset, annotations=None):
+    """The folders that may hold the annotations, likeliest first: those below the data root as they are published, or
+    `annotations` and the same below it."""
+    top = Path(annotations or root)
     folders = []
     for name in DATASETS[dataset].names:
-        folders += [root / name, root / "refer" / name, root / "annotations" / name]
-    return [*folders, root]
+        folders += [top / name, top / "refer" / name, top / "annotations" / name]
+    return [top, *folders] if annotations else [*folders, top]
 
 
 def file_patterns(dataset):
@@ -115,6 +122,29 @@ def file_patterns(dataset):
     for name in DATASETS[dataset].names:
         patterns += [f"{name}_{{}}.pth", f"finetune_{name}_{{}}.json", f"{name}_{{}}.jsonl"]
     return [*patterns, "{}.jsonl"]
+
+
+def files_of(data_root, dataset, annotations=None):
+    """What files there are of a data set -> the splits that have a file of their own, a set, and the path of a file
+    that may hold several splits, or None.
+
+    Arguments as of `find_file`."""
+    root = Path(data_root)
+    patterns = file_patterns(dataset)
+    if annotations and os.path.isfile(annotations):
+        file = Path(annotations)
+        splits = set()
+        for pattern in patterns[:-1]:  # the last fits anything
+            head, tail = pattern.split("{}")
+            if file.name.startswith(head) and file.name.endswith(tail):
+                splits.add(file.name[len(head) : -len(tail)])
+        return splits, None if splits else file
+    folders = places(root, dataset, annotations)
+    for folder in folders:
+        for name in DATASETS[dataset].refer_files:
+            if os.path.isfile(folder / name):
+                return splits_in(folders, patterns, root), folder / name
+    return splits_in(folders, patterns, root), None
 
 
 def splits_in(folders, patterns, root):

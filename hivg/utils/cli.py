@@ -6,6 +6,8 @@ import time
 
 import torch
 
+from hivg.utils.quote import shown
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line and exit code 2. Flags are declared with underscores and accepted
@@ -37,7 +39,7 @@ def program_name():
 
 def fail(message, code=2):
     """Print one plain line on stderr, whatever is in the message, and exit."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    print("error: " + shown(" ".join(str(message).split()), 300), file=sys.stderr)
     raise SystemExit(code)
 
 

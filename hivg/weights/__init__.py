@@ -8,7 +8,6 @@ float32. `clip_names.py` and `released.py` translate the other programs' names; 
 
 import json
 import os
-from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -21,9 +20,11 @@ from hivg.clip import CLIP, CLIPConfig
 from hivg.model import HiVG, HiVGConfig
 from hivg.tokenizer import Tokenizer
 from hivg.utils import pickles
+from hivg.utils.quote import quoted, shown
 from hivg.weights.clip_names import NotThisKind, huggingface_clip, kind_of, openai_clip
 from hivg.weights.download import TABLE
 from hivg.weights.released import looks_released, released_hivg
+from hivg.weights.settings import check_config, check_types
 
 KINDS = {
     "clip": "a CLIP",  # ours
@@ -33,6 +34,8 @@ KINDS = {
     "released": "a released HiVG checkpoint",
 }
 FOLDER = Path(__file__).parents[2] / "weights"
+MAX_NAMES = 100_000  # parts of a TorchScript archive that are looked at; OpenAI's have some 500
+MAX_NAME = 300  # characters of a tensor's name
 TABLES = (TABLE, "merges.txt", "tokenizer.json")  # merge tables that are looked for beside the weights
 
 
@@ -81,23 +84,34 @@ def read(path):
     """Any weights file -> File. Raises WeightsError."""
     path = Path(path)
     if not os.path.isfile(path):  # unlike path.is_file(), False for a name that no file can have
-        raise WeightsError(f"{path}: there is no such weights file; weights/README.md says where to get some")
+        raise WeightsError(f"{shown(path)}: there is no such weights file; weights/README.md says where to get some")
     try:
-        with open(path, "rb") as file:
-            start = file.read(1024)
-        if problem := not_weights(start):
-            raise WeightsError(f"{path}: {problem}")
-        if start[8:9] == b"{":  # a safetensors file: 8 bytes of length, then a header in JSON
-            return _read_safetensors(path)
-        return _read_foreign(path, pickles.read(path))
+        file = _read_any(path)
+        try:
+            check_config(file.config, len(file.tensors))
+        except ValueError as error:
+            raise _misconfigured(path, file.kind, error) from None
+        return file
     except WeightsError:
         raise
     except (NotThisKind, pickles.RefusedError) as error:
-        raise WeightsError(f"{path}: {error}") from None
+        raise WeightsError(f"{shown(path)}: {error}") from None
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: not a whole .safetensors file ({error}); copy or download it again") from None
-    except (ValueError, IndexError, RuntimeError) as error:  # the last two: tensors of shapes that nobody has
-        raise WeightsError(f"{path}: cannot be read: {error}; copy or download it again") from None
+        raise WeightsError(f"{shown(path)}: not a whole .safetensors file ({shown(error)}); copy or download it again"
+                           ) from None
+    except (ValueError, IndexError, RuntimeError, OverflowError) as error:  # all but the first: shapes that nobody has
+        raise WeightsError(f"{shown(path)}: cannot be read: {shown(error, 150)}; copy or download it again") from None
+
+
+def _read_any(path):
+    """A file that is there, of any kind -> File. Raises one of the errors that `read` knows."""
+    with open(path, "rb") as file:
+        start = file.read(1024)
+    if problem := not_weights(start):
+        raise WeightsError(f"{shown(path)}: {problem}")
+    if start[8:9] == b"{":  # a safetensors file: 8 bytes of length, then a header in JSON
+        return _read_safetensors(path)
+    return _read_foreign(path, pickles.read(path))
 
 
 def not_weights(start):
@@ -120,19 +134,29 @@ def _read_safetensors(path):
     if kind is None:
         return _read_foreign(path, tensors)
     if kind not in ("clip", "hivg"):
-        raise WeightsError(f"{path}: a safetensors file of the kind {kind!r:.60}, which is not one of this project's; "
-                           "use one that train.py wrote")
+        raise WeightsError(f"{shown(path)}: a safetensors file of the kind {quoted(kind)}, which is not one of this "
+                           "project's; use one that train.py wrote")
     try:
-        config = json.loads(metadata["config"])
-        info = json.loads(metadata["info"])
+        config = json_dict(metadata["config"])
+        info = json_dict(metadata["info"])
         tokenizer = _tokenizer_of(metadata["tokenizer"], config["clip"] if kind == "hivg" else config)
-    except (KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path}: its metadata is damaged ({error}); copy or download it again") from None
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{shown(path)}: its metadata is damaged ({shown(error)}); copy or download it again"
+                           ) from None
     try:
+        check_types(HiVGConfig if kind == "hivg" else CLIPConfig, config)
         config = HiVGConfig.from_dict(config) if kind == "hivg" else CLIPConfig(**config)
     except (TypeError, ValueError) as error:
         raise _misconfigured(path, kind, error) from None
     return File(kind, config, tokenizer, tensors, info)
+
+
+def json_dict(text):
+    """Raises ValueError if the text is not a JSON object."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"{quoted(text, 40)} is not a JSON object")
+    return value
 
 
 def _tokenizer_of(table, clip):
@@ -146,64 +170,72 @@ def _tokenizer_of(table, clip):
 
 
 def _misconfigured(path, kind, error):
-    return WeightsError(f"{path}: its configuration is not that of {KINDS[kind]} ({error}); use a file that this "
-                        "version of train.py wrote")
+    source = "that this version of train.py wrote" if kind in ("clip", "hivg") else "as it was published"
+    return WeightsError(f"{shown(path)}: its configuration is not that of {KINDS[kind]} ({shown(error)}); use a file "
+                        f"{source}")
 
 
 def _read_foreign(path, data):
     """Another program's file, already read: a state dict, a TorchScript module, or a released checkpoint."""
     args = data.get("args") if isinstance(data, dict) else None
-    if isinstance(args, Namespace) and isinstance(data.get("model"), dict):
-        config, tensors = released_hivg(tensors_of(data["model"]), args)
+    most = 4 * os.path.getsize(path)  # bytes of all tensors; a file may name one many times
+    if isinstance(args, pickles.Namespace) and isinstance(data.get("model"), dict):
+        config, tensors = released_hivg(tensors_of(data["model"], most), args)
         info = {"source": KINDS["released"], "args": plain(vars(args))}
         return File("released", config, find_tokenizer(path.parent, config.clip), tensors, info)
 
-    tensors = tensors_of(data)
+    tensors = tensors_of(data, most)
     if looks_released(tensors):
-        raise WeightsError(f"{path}: the weights of a released HiVG without its settings; use the whole checkpoint, a "
-                           "dict with `model` and `args`")
+        raise WeightsError(f"{shown(path)}: the weights of a released HiVG without its settings; use the whole "
+                           "checkpoint, a dict with `model` and `args`")
     kind = kind_of(tensors)
     if kind == "openai":
         config, tensors = openai_clip(tensors)
     elif kind == "huggingface":
         config, tensors = huggingface_clip(tensors)
     else:
-        raise WeightsError(f"{path}: neither a CLIP nor a HiVG: it holds {_some_names(tensors)}; the README lists the "
-                           "files that can be loaded")
+        raise WeightsError(f"{shown(path)}: neither a CLIP nor a HiVG: it holds {_some_names(tensors)}; the README "
+                           "lists the files that can be loaded")
     return File(kind, config, find_tokenizer(path.parent, config), tensors, {"source": KINDS[kind]})
 
 
 def _some_names(tensors):
     if not tensors:
         return "no weights at all"
-    more = " .." if len(tensors) > 4 else ""
-    return "tensors called " + ", ".join(list(tensors)[:4]) + more
+    more = " .." if len(tensors) > 2 else ""
+    return "tensors called " + ", ".join(shown(name, 40) for name in list(tensors)[:2]) + more
 
 
-def tensors_of(data):
+def tensors_of(data, most):
     """The tensors of a state dict or of the modules of a TorchScript archive, read from the disk -> {dotted name:
-    tensor}."""
+    tensor}. most: bytes of all. Raises ValueError."""
     if isinstance(data, pickles.Module):
         data = vars(data)
     elif isinstance(data, dict) and isinstance(data.get("state_dict"), dict):
         data = data["state_dict"]
-    tensors = {}
+    found = {}
     if isinstance(data, dict):
+        looked_at = []
         for name, value in data.items():
-            _add_tensors(tensors, str(name), value)
-    return tensors
+            _find_tensors(found, shown(name, MAX_NAME), value, looked_at)
+    if sum(tensor.nbytes for tensor in found.values()) > most:
+        raise ValueError("its tensors are larger than the file")
+    return {name: t.read() if isinstance(t, pickles.TensorOnDisk) else t for name, t in found.items()}
 
 
-def _add_tensors(tensors, name, value):
-    """Put a tensor, or all those of a module under `name`, into `tensors`; ignore anything else."""
+def _find_tensors(found, name, value, looked_at):
+    """Put a tensor, or all those of a module under `name`, into `found`; ignore anything else.
+
+    looked_at: grows with every call. A module may hold one module under many names, at each of many levels."""
+    looked_at.append(name)
+    if len(looked_at) > MAX_NAMES or len(name) > MAX_NAME:
+        raise ValueError("modules nested beyond all measure")
     if isinstance(value, pickles.Module):
         for part, inner in vars(value).items():
             if part != "attn_mask":  # the causal mask of OpenAI's archive is no weight
-                _add_tensors(tensors, f"{name}.{part}", inner)
-    elif isinstance(value, pickles.TensorOnDisk):
-        tensors[name] = value.read()
-    elif isinstance(value, torch.Tensor):
-        tensors[name] = value
+                _find_tensors(found, f"{name}.{part}", inner, looked_at)
+    elif isinstance(value, pickles.TensorOnDisk | torch.Tensor):
+        found[name] = value
 
 
 def plain(values):
@@ -215,12 +247,15 @@ def plain(values):
 
 def find_tokenizer(folder, config):
     """The first merge table beside the weights or in weights/ whose vocabulary fits -> Tokenizer, or None if there is
-    no such table. Raises ValueError for a table that is damaged."""
+    no such table. Raises WeightsError for a table that is damaged."""
     for place in (folder, FOLDER):
         for name in TABLES:
             if not (place / name).is_file():
                 continue
-            tokenizer = Tokenizer.from_file(place / name, config.context_length)
+            try:
+                tokenizer = Tokenizer.from_file(place / name, config.context_length)
+            except ValueError as error:
+                raise WeightsError(str(error)) from None
             if tokenizer.vocab_size == config.vocab_size:
                 return tokenizer
     return None
@@ -229,7 +264,7 @@ def find_tokenizer(folder, config):
 def need_tokenizer(model, path):
     """Raises WeightsError if there is no tokenizer to a model that was loaded from `path`."""
     if model.tokenizer is None:
-        raise WeightsError(f"{path}: no merge table was found for it; put CLIP's {TABLE}, or the merges.txt or "
+        raise WeightsError(f"{shown(path)}: no merge table was found for it; put CLIP's {TABLE}, or the merges.txt or "
                            "tokenizer.json of a Hugging Face CLIP, beside it or into weights/ (`python -m hivg.weights "
                            "fetch table` gets CLIP's)")
 
@@ -261,7 +296,7 @@ def load_released(path):
 def _load_kind(path, kinds, wanted):
     file = read(path)
     if file.kind not in kinds:
-        raise WeightsError(f"{path}: holds {KINDS[file.kind]}; {wanted} is needed here")
+        raise WeightsError(f"{shown(path)}: holds {KINDS[file.kind]}; {wanted} is needed here")
     return build(path, file)
 
 
@@ -297,16 +332,17 @@ def check_keys(path, called, tensors, expected):
         wanted = tuple(expected[name].shape)
         if found != wanted:
             shapes.append(f"{name} {found} instead of {wanted}")
-    differences = {
-        "missing": expected.keys() - tensors.keys(),
-        "left over": tensors.keys() - expected.keys(),
-        "of another shape": shapes,
-    }
+    differences = [
+        ("missing", expected.keys() - tensors.keys()),
+        ("left over", tensors.keys() - expected.keys()),
+        ("of another shape", shapes),
+    ]
+    differences = [(title, sorted(names)) for title, names in differences if names][:2]
     lists = []
-    for title, names in differences.items():
-        if names:
-            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            lists.append(f"{title}: {', '.join(sorted(names)[:8])}{more}")
+    for title, names in differences:
+        few = names[: 3 - len(differences)]
+        more = f" and {len(names) - len(few)} more" if len(names) > len(few) else ""
+        lists.append(f"{title}: {', '.join(shown(name, 70) for name in few)}{more}")
     if lists:
-        raise WeightsError(f"{path}: recognised as {called}, but its tensors do not fit its configuration; "
-                           f"{'; '.join(lists)}; use the file as it was published or saved")
+        raise WeightsError(f"{shown(path, 80)}: not {called} as its settings say; {'; '.join(lists)}; use the file as "
+                           "it was published")

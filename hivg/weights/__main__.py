@@ -10,6 +10,7 @@ from dataclasses import asdict
 
 from hivg.model import HiVG
 from hivg.utils.cli import Parser, fail
+from hivg.utils.quote import shown
 from hivg.weights import FOLDER, KINDS, build, download, load, read, save
 
 
@@ -36,15 +37,15 @@ def describe(path):
         for name, value in asdict(config).items():
             if name not in ("clip", "lora", "stage"):
                 rows[name] = value
+    rows |= {shown(name): shown(value, 2000) for name, value in file.info.items()}
     lines = [f"{name:<18}{value}" for name, value in rows.items()]
-    lines += [f"{name:<18}{value}" for name, value in file.info.items()]
     return "\n".join(lines)
 
 
 def convert(source, target):
     """Write any file that can be loaded as our own. Raises ValueError or OSError."""
     if not target.endswith(".safetensors"):
-        raise ValueError(f"{target}: our files are .safetensors; give OUT that suffix")
+        raise ValueError(f"{shown(target)}: our files are .safetensors; give OUT that suffix")
     model = load(source)
     save(target, model, model.info)
     print(target)

@@ -69,7 +69,7 @@ def huggingface_clip(tensors):
     """The state dict of a Hugging Face CLIPModel -> (CLIPConfig, tensors with our names). Raises NotThisKind."""
     tensors = rename(without(tensors, HUGGING_FACE_UNUSED), HUGGING_FACE)
     for name in ("visual.proj", "text.text_projection"):
-        if name in tensors:
+        if name in tensors and tensors[name].dim() == 2:
             tensors[name] = tensors[name].T  # theirs is the weight (E, C) of a linear layer, ours (C, E)
     return clip_config(tensors), tensors
 
@@ -93,7 +93,7 @@ def split_in_proj(tensors):
     split = {}
     for name, tensor in tensors.items():
         match = re.fullmatch(r"(.*\.)in_proj_(weight|bias)", name)
-        if match and tensor.shape[0] % 3 == 0:
+        if match and tensor.dim() > 0 and tensor.shape[0] % 3 == 0:
             prefix, last = match.groups()
             q, k, v = tensor.chunk(3)  # each (C, C) or (C,)
             split[f"{prefix}q_proj.{last}"] = q
@@ -144,7 +144,7 @@ def depth_of(tensors, tower, called):
     """How many blocks a tower has: the highest number in a name, and one."""
     depth = 0
     for name in tensors:
-        match = re.match(rf"{tower}\.blocks\.(\d+)\.", name)
+        match = re.match(rf"{tower}\.blocks\.(\d{{1,4}})\.", name)  # a larger number is no block and left over
         if match:
             depth = max(depth, int(match[1]) + 1)
     if depth == 0:

@@ -12,6 +12,7 @@ import torch
 
 from hivg.clip import resize_positions
 from hivg.model import LAYERS, HiVGConfig
+from hivg.utils.quote import quoted, shown
 from hivg.weights.clip_names import NotThisKind, huggingface_clip, rename, split_in_proj, without
 
 # backbone -> layers of its ViT, which decide where bridges and visual levels are
@@ -93,6 +94,7 @@ def released_hivg(tensors, args):
     settings = read_settings(args)
     clip, bridges, heads = split_parts(tensors)
     clip_config, clip = huggingface_clip(clip)
+    check_image_size(settings.image_size, clip_config, heads)
     clip_config = resize_to(settings.image_size, clip_config, clip)
     config = hivg_config(settings, clip_config, heads)
     ours = {f"clip.{name}": tensor for name, tensor in clip.items()}
@@ -121,7 +123,7 @@ def read_settings(args):
         dropout=setting(args, "vl_dropout", float, 0.1),
     )
     if settings.backbone not in BACKBONES:
-        raise NotThisKind(f"its args say model={settings.backbone!r:.60}; known are {', '.join(BACKBONES)}")
+        raise NotThisKind(f"its args say model={quoted(settings.backbone)}; known are {', '.join(BACKBONES)}")
     return settings
 
 
@@ -130,7 +132,7 @@ def setting(args, name, kind, default=None):
     value = getattr(args, name, default)
     is_bool_for_int = isinstance(value, bool) and kind is not bool  # Python takes True for an int
     if not isinstance(value, kind) or is_bool_for_int:
-        raise NotThisKind(f"its args say {name}={value!r:.60}; a released HiVG has a {kind.__name__} there")
+        raise NotThisKind(f"its args say {name}={quoted(value)}; a released HiVG has a {kind.__name__} there")
     return value
 
 
@@ -194,19 +196,29 @@ def fold_adapters(tensors, alpha=LORA_ALPHA):
         W = tensors[name_W].double()  # (out, in)
         A = tensors.pop(name).double()  # (r, in)
         B = tensors.pop(name_B).double()  # (out, r)
-        if B.shape[1] != A.shape[0] or (B.shape[0], A.shape[1]) != W.shape:
-            raise NotThisKind(f"the adapter of {layer} has shapes {tuple(A.shape)} and {tuple(B.shape)}, its layer "
-                              f"{tuple(W.shape)}")
-        rank = A.shape[0]
+        rank = len(A) if A.dim() else 0
+        if rank == 0 or B.shape[1:] != (rank,) or B.shape[:1] + A.shape[1:] != W.shape:
+            raise NotThisKind(f"the adapter of {shown(layer, 60)} has shapes {tuple(A.shape)} and {tuple(B.shape)}, "
+                              f"its layer {tuple(W.shape)}")
         tensors[name_W] = (W + alpha / rank * B @ A).float()
+
+
+def check_image_size(image_size, config, heads):
+    """Raises NotThisKind unless the image size of `args` is that of the encoder's position table."""
+    if image_size < 1 or image_size % config.patch_size:
+        raise NotThisKind(f"its args say imsize={quoted(image_size)}, which is no multiple of the patch size "
+                          f"{config.patch_size}")
+    positions = 2 + (image_size // config.patch_size) ** 2 + config.context_length  # [REG], [CLS], patches, text
+    table = heads.get("vl_pos_embed.weight")
+    if table is None or table.shape[:1] != (positions,):
+        found = "is not in it" if table is None else f"has the shape {tuple(table.shape)}"
+        raise NotThisKind(f"its args say imsize={quoted(image_size)}, which makes {quoted(positions)} positions; its "
+                          f"vl_pos_embed.weight {found}")
 
 
 def resize_to(image_size, config, clip):
     """Resize the position table in `clip` to the image size of `args`, once where the program does it in every forward
-    -> the CLIPConfig of that size. Raises NotThisKind."""
-    if image_size < 1 or image_size % config.patch_size:
-        raise NotThisKind(f"its args say imsize={image_size}, which is no multiple of the patch size "
-                          f"{config.patch_size}")
+    -> the CLIPConfig of that size."""
     side = image_size // config.patch_size
     table = clip["visual.positional_embedding"].float()  # (1 + old side ^ 2, D_v)
     clip["visual.positional_embedding"] = resize_positions(table, (side, side))  # (1 + side ^ 2, D_v)

@@ -99,6 +99,21 @@ def test_places_of_refer(tmp_path, place, dataset):
     assert found(read_samples(tmp_path, dataset, "val", annotations=str(file.parent))) == want
 
 
+@pytest.mark.parametrize("name", ["refcoco", "unc"])
+def test_the_folder_of_lists_as_it_is_unpacked(tmp_path, name):
+    """--annotations DIR with DIR/unc/unc_val.pth, as CLIP-VG and HiVG publish them."""
+    lists = tmp_path / "full_sup_data"
+    for i, dataset in enumerate(("unc", "unc+", "flickr")):
+        folder = FLICKR if dataset == "flickr" else COCO
+        scenes = make_scenes(tmp_path, 3, seed=i, folder=folder, head="")
+        write_list(lists, {"val": scenes}, dataset)
+        wanted = expected(tmp_path, scenes, folder, segmentation=dataset != "flickr")
+        assert found(read_samples(tmp_path, dataset, "val", lists)) == wanted
+    assert found(read_samples(tmp_path, name, "val", lists)) == found(read_samples(tmp_path, "unc", "val", lists))
+    with pytest.raises(ValueError, match="no split 'testC' of refcoco; there are val"):
+        read_samples(tmp_path, name, "testC", lists)
+
+
 def test_the_likelier_place_comes_first(tmp_path):
     """A split's own file in the data set's folder before one in the data root."""
     near = make_scenes(tmp_path, 2, seed=1)

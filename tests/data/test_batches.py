@@ -3,7 +3,7 @@
 import pytest
 import torch
 from makers import assert_close
-from makers_data import write_own, write_shapes
+from makers_data import make_scenes, write_list, write_own, write_shapes
 from PIL import Image
 
 from hivg.data.annotations import Sample
@@ -17,6 +17,7 @@ from hivg.data.batches import (
     open_dataset,
     training_batches,
 )
+from hivg.data.masks import mask_of
 from hivg.data.shapes import HARD_MIX, Shapes
 
 ROWS = {  # the keys of a row: shape and type of the tensors, None for lists
@@ -135,9 +136,10 @@ def test_batches_of_scenes_follow_their_first_item():
     assert batches == [[100] * 4 + [101] * 4, [102] * 4 + [103] * 4, [104] * 4 + [105] * 4]
 
 
-@pytest.mark.parametrize("batch_size, world", [(6, 1), (0, 1), (4, 2), (12, 2)])
-def test_a_batch_is_of_whole_scenes_for_every_rank(batch_size, world):
-    with pytest.raises(ValueError, match=f"multiple of {4 * world}.*, not {batch_size}"):
+@pytest.mark.parametrize("batch_size, world, nearest", [
+    (6, 1, "4 or 8"), (0, 1, "4"), (4, 2, "8"), (12, 2, "8 or 16"), (60, 7, "56 or 84"), (-4, 1, "4")])
+def test_a_batch_is_of_whole_scenes_for_every_rank(batch_size, world, nearest):
+    with pytest.raises(ValueError, match=f"multiple of {4 * world}.*, not {batch_size}; use {nearest}$"):
         training_batches(ShapesTensors("train", 32), 0, batch_size, 1, world=world)
 
 
@@ -177,6 +179,32 @@ def test_a_box_stands_in_for_a_mask(tmp_path):
     assert (columns[0], columns[-1] + 1) == (10, 30)  # the image is 40 wide and lies 5 lower in the square
     assert (rows[0], rows[-1] + 1) == (15, 25)
     assert torch.equal(row["masks"][0], box_mask(row["boxes"][0], 40))
+
+
+def test_mask_targets(tmp_path):
+    """Boxes for the published data sets unless their outlines are asked for, for people's own data what it says."""
+    scenes = [scene for scene in make_scenes(tmp_path, 20) if scene.segmentation]
+    for name, new in (("unc", True), ("unc+", False)):  # lists with outlines, and without
+        write_list(tmp_path, {"val": scenes}, name, new)
+        for masks in ("auto", "box", "segmentation"):
+            data = open_dataset(name, "val", 64, data_root=tmp_path, masks=masks)
+            outlined = masks == "segmentation" and new
+            for i, scene in enumerate(scenes):
+                row = data[i]
+                is_box = torch.equal(row["masks"][0], box_mask(row["boxes"][0], 64))
+                assert row["has_mask"].item() == outlined and (is_box or outlined), masks
+                if outlined:
+                    mask = mask_of(scene.segmentation, *reversed(scene.size))
+                    assert torch.equal(row["masks"][0], row["letterboxes"][0].mask(mask))
+    own = write_shapes(tmp_path, 1)
+    drawn = open_dataset("shapes", "train", 64)[0]["masks"]
+    for masks, expected in (("auto", drawn), ("segmentation", drawn), ("box", None)):
+        row = collate([open_dataset(own, "train", 64, masks=masks)[i] for i in range(4)])
+        expected = torch.stack([box_mask(box, 64) for box in row["boxes"]]) if expected is None else expected
+        assert torch.equal(row["masks"], expected), masks
+        assert torch.equal(open_dataset("shapes", "train", 64, masks=masks)[0]["masks"], drawn)
+    with pytest.raises(ValueError, match="auto, box, segmentation"):
+        open_dataset(own, "train", 64, masks="outline")
 
 
 def test_images_are_named_and_numbered_by_their_file(tmp_path):

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 from makers import ROOT
-from makers_data import make_scenes, write_list, write_mixture, write_own
+from makers_data import make_scenes, write_list, write_mixture, write_own, write_refer
 
 from hivg.data.__main__ import main
-from hivg.data.check import check
+from hivg.data.check import check, splits_of
 
 
 def test_counts_and_leakage(tmp_path):
@@ -41,6 +41,37 @@ def test_own_data_is_reported_by_its_splits(tmp_path):
     lines = check("nowhere", path).splitlines()
     assert lines[0] == f"{path} dev: 4 expressions, 2 images"
     assert "2 left out, missing image" in lines[1]
+
+
+@pytest.mark.parametrize("content", [None, "", "\n", "hello", "{}", '{"image": "b.png", "expression": "x"}'])
+def test_to_check_nothing_is_an_error(tmp_path, monkeypatch, capsys, content):
+    path = "refcoco"
+    if content is not None:
+        path = tmp_path / "mine.jsonl"
+        path.write_text(content)
+    monkeypatch.setattr(sys, "argv", ["hivg.data", "check", str(path), "--data_root", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert len(err.splitlines()) == 1 and len(err) <= 300 and err.startswith("error: "), err
+
+
+def test_the_splits_that_a_file_has(tmp_path):
+    assert splits_of("shapes")[:2] == ["val", "test"] and "train" not in splits_of("shapes")
+    scenes = make_scenes(tmp_path, 3)
+    with pytest.raises(ValueError, match="no annotations of refcoco"):
+        splits_of("refcoco", tmp_path)
+    write_refer(tmp_path, {"testB": scenes, "val": scenes})
+    assert splits_of("unc", tmp_path) == ["val", "testB"]
+    write_list(tmp_path, {"train": scenes, "mine": scenes}, "unc")
+    assert splits_of("refcoco", tmp_path) == ["train", "val", "testB", "mine"]
+    assert splits_of("refcoco", "nowhere", tmp_path / "unc/unc_train.pth") == ["train"]
+    assert splits_of("refcoco", "nowhere", tmp_path / "unc") == ["train", "mine"]
+    (tmp_path / "unc/unc_train.pth").rename(tmp_path / "rows")
+    assert splits_of("refcoco", "nowhere", tmp_path / "rows") == ["train", "val", "testA", "testB"]  # any name will do
+    own = write_own(tmp_path, 3, split="dev")
+    assert splits_of(own) == ["dev"]
 
 
 def test_unknown_names_get_one_line(monkeypatch, capsys):

@@ -1,0 +1,106 @@
+"""People's own JSON lines as they come: from Windows, from a spreadsheet, with rows that make no sense."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from hivg.data.annotations import Report, read_samples
+
+GOOD = {"image": "a.png", "expression": "cup", "bbox": [1, 1, 9, 9], "split": "train"}
+
+
+def read(folder, content, split="train"):
+    """-> the samples of a .jsonl file of this content, and the report."""
+    Image.new("RGB", (30, 20)).save(folder / "a.png")
+    path = folder / "mine.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    report = Report()
+    return read_samples(folder, path, split, report=report), report
+
+
+ROW = json.dumps(GOOD)
+
+
+@pytest.mark.parametrize("content", [
+    "\ufeff" + ROW, "\n\n" + ROW, "\ufeff\r\n \r\n" + ROW + "\r\n", ROW + "\n" * 3, " " + ROW,
+    ROW.replace("cup", "cup\u2028dog\u2029\x85"), ROW + "\n" + ROW.replace("cup", "\x85")],
+    ids=["mark", "blank", "windows", "end", "space", "separators in a text", "separator alone"])
+def test_files_as_they_come(tmp_path, content):
+    samples, report = read(tmp_path, content)
+    assert samples[0].expression in ("cup", "cup\u2028dog\u2029\x85") and "incomplete row" not in report.problems
+
+
+def test_a_damaged_first_line_is_left_out(tmp_path):
+    samples, report = read(tmp_path, "image,expression\n" + ROW)
+    assert len(samples) == 1
+    assert report.first == {"incomplete row": "index 0: line 1 is not a JSON object: 'image,expression'"}
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "no split 'train'; there are none"),
+    (ROW.encode("utf-16"), "cannot be read as annotations: not text in UTF-8; save it with that encoding"),
+    (ROW.replace("cup", "café").encode("latin1").replace(b"\\u00e9", b"\xe9"), "not text in UTF-8"),
+    (ROW.replace("train", "\x1b[31m" * 100), "not a JSON object"),
+    (ROW.replace("train", "x" * 5000), "no split 'train'; there are xxx"),
+], ids=["empty", "UTF-16", "Latin-1", "controls", "a long split"])
+def test_other_files_get_one_line(tmp_path, content, message):
+    try:
+        _, report = read(tmp_path, content)
+        line = report.lines()[0]
+    except ValueError as error:
+        line = str(error)
+    assert message in line and line.isprintable() and len(line) <= 300, line
+
+
+HUGE = 10**400
+BAD_ROWS = {  # name: (changes of a good row, the problem it is counted as)
+    "a split of numbers": ({"split": 1}, "incomplete row"),
+    "a split of lists": ({"split": ["train"]}, "incomplete row"),
+    "a split of an object": ({"split": {"train": 1}}, "incomplete row"),
+    "a blank split": ({"split": " "}, "incomplete row"),
+    "no split where others have one": ({"split": None}, "incomplete row"),
+    "a huge box": ({"bbox": [1, 1, HUGE, 9]}, "box that is not four numbers"),
+    "a box of huge texts": ({"bbox": ["9" * 5000] * 4}, "box without area"),
+    "a box of objects": ({"bbox": [{}, [], None, "x"]}, "box that is not four numbers"),
+    "a box of five": ({"bbox": [1, 1, 9, 9, 9]}, "box that is not four numbers"),
+    "a box with names": ({"bbox": {"1": 1, "2": 1, "3": 9, "4": 9}}, "box that is not four numbers"),
+    "a long list for a box": ({"bbox": [1] * 10**5}, "box that is not four numbers"),
+    "an outline of nan": ({"segmentation": [[1, 1, 5, 1, float("nan"), 5]]}, "damaged segmentation"),
+    "an outline of infinity": ({"segmentation": [[1, 1, 5, 1, float("inf"), 5]]}, "damaged segmentation"),
+    "an outline of huge numbers": ({"segmentation": [[1, 1, 5, 1, HUGE, 5]]}, "damaged segmentation"),
+    "an outline without end": ({"segmentation": [[1, 1, 5, 1, 5, 5] * 20_000]}, "damaged segmentation"),
+    "outlines without end": ({"segmentation": [[1, 1, 5, 1, 5, 5]] * 2000}, "damaged segmentation"),
+    "run lengths of 10^12 pixels": ({"segmentation": {"size": [10**6, 10**6], "counts": [10**12]}},
+                                    "damaged segmentation"),
+    "run lengths of a huge size": ({"segmentation": {"size": [HUGE, 1], "counts": [HUGE]}}, "damaged segmentation"),
+    "run lengths of infinity": ({"segmentation": {"size": [float("inf"), 1], "counts": [1]}}, "damaged segmentation"),
+    "a long name": ({"image": "x" * 5000}, "missing image"),
+    "a name with a zero": ({"image": "a\0.png"}, "missing image"),
+    "a name of a surrogate": ({"image": "\ud800.png"}, "missing image"),
+    "a name of controls": ({"image": "\x1b[2J.png"}, "missing image"),
+    "a name of a folder": ({"image": "."}, "missing image"),
+    "a name of lists": ({"image": [["a.png"]]}, "no image named"),
+    "an endless text": ({"expression": "cup " * 10_000}, "endless expression"),
+    "a text of blanks": ({"expression": "\u2028 \n"}, "empty expression"),
+    "nested brackets": ('{"image": ' + "[" * 100_000, "incomplete row"),
+    "a number of 5,000 digits": ('{"image": "a.png", "bbox": [' + "9" * 5000 + "]}", "incomplete row"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_each_bad_row_is_left_out_with_its_reason(tmp_path, name):
+    changes, problem = BAD_ROWS[name]
+    row = changes if isinstance(changes, str) else json.dumps(GOOD | changes)
+    samples, report = read(tmp_path, f"{ROW}\n{row}\n{ROW}")
+    assert len(samples) == 2 and report.problems == {problem: 1}, report.lines()
+    line, = report.lines()
+    assert len(line) <= 300 and line.isprintable(), line
+
+
+def test_the_sentences_about_an_object_share_its_outline(tmp_path):
+    """Outlines are checked once, so a pickle in which a thousand rows share one costs no more than one."""
+    outline = [[1.0, 1.0, 5.0, 1.0, 5.0, 5.0]]
+    rows = "\n".join(json.dumps(GOOD | {"segmentation": outline}) for _ in range(3))
+    samples, _ = read(tmp_path, rows)
+    assert [sample.segmentation for sample in samples] == [outline] * 3

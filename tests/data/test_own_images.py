@@ -1,0 +1,147 @@
+"""How images are read: people's own upright, the published ones as the released program reads them; and damaged ones,
+which are named."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from makers import ROOT
+from makers_data import make_scenes, write_list
+from PIL import Image
+
+from hivg.data.annotations import Report, read_samples
+from hivg.data.batches import open_dataset, training_batches
+from hivg.data.check import check
+from hivg.data.images import ImageError, open_image, open_published, upright_size
+from hivg.data.published import COCO
+
+TURNED = 6  # the value of EXIF's orientation for an image that lies on its side
+
+
+def write_turned(path, width=40, height=20):
+    """An image whose left half is red, stored on its side: upright it is `height` wide, its upper half red."""
+    image = Image.new("RGB", (width, height), "blue")
+    image.paste("red", (0, 0, width // 2, height))
+    exif = Image.Exif()
+    exif[0x0112] = TURNED
+    image.save(path, exif=exif, quality=95)
+
+
+def write_lines(folder, name, *boxes):
+    path = folder / "mine.jsonl"
+    rows = [{"image": name, "expression": "x", "bbox": box, "split": "train"} for box in boxes]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_own_images_are_upright(tmp_path, suffix):
+    name = f"a.{suffix}"
+    write_turned(tmp_path / name)
+    assert upright_size(tmp_path / name) == open_image(tmp_path / name).size == (20, 40)
+    # as wide as the stored image, and so beyond the upright one; as high as the upright image
+    path = write_lines(tmp_path, name, [0, 0, 38, 18], [2, 21, 18, 39])
+    report = Report()
+    samples = read_samples(tmp_path, path, "train", report=report)
+    assert [sample.box for sample in samples] == [(2, 21, 18, 39)]
+    assert "20 x 40" in report.first["box outside the image"]
+    data = open_dataset(path, "train", 64)
+    image = np.asarray(data.image(0))
+    assert image.shape == (40, 20, 3)
+    assert image[:18, :, 0].min() > 200 and image[22:, :, 2].min() > 200  # red above blue
+    assert data[0]["letterboxes"][0].width == 20
+
+
+def test_published_images_are_not_turned(tmp_path):
+    scenes = make_scenes(tmp_path, 2)
+    write_list(tmp_path, {"val": scenes})
+    for scene in scenes:
+        write_turned(tmp_path / COCO / scene.file, *scene.size)
+    data = open_dataset("refcoco", "val", 64, data_root=tmp_path)
+    for number, scene in enumerate(scenes):
+        assert data.image(number).size == scene.size
+
+
+def test_transparency_and_16_bits(tmp_path):
+    Image.new("RGBA", (9, 9), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.fromarray(np.full((9, 9), 65535 // 2, dtype=np.uint16)).save(tmp_path / "deep.png")
+    for name, own, published in (("clear.png", 255, 0), ("deep.png", 127, 255)):
+        (tmp_path / name.split(".")[0]).mkdir()
+        path = write_lines(tmp_path / name.split(".")[0], f"../{name}", [1, 1, 8, 8])
+        data = open_dataset(path, "train", 32)
+        assert np.asarray(data.image(0))[0, 0, 1] == own, name
+        assert np.asarray(open_published(tmp_path / name))[0, 0, 1] == published, name
+
+
+def test_a_program_is_no_image(tmp_path):
+    """Pillow would have Ghostscript run it."""
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    for read in (open_image, open_published, upright_size):
+        with pytest.raises(ImageError, match="EPS"):
+            read(tmp_path / "a.png")
+
+
+# --- damaged ones ---
+
+
+def write_damaged(folder):
+    """mine.jsonl of 8 images, of which the sixth lost its end: its header is whole."""
+    rows = []
+    for i in range(8):
+        noise = np.random.default_rng(i).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{i}.png")
+        rows.append({"image": f"{i}.png", "expression": f"cup {i}", "bbox": [1, 1, 30, 30], "split": "train"})
+    data = (folder / "5.png").read_bytes()
+    (folder / "5.png").write_bytes(data[: len(data) // 2])
+    path = folder / "mine.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_image_is_named_in_one_line(tmp_path, workers):
+    data = open_dataset(write_damaged(tmp_path), "train", 32)
+    seen = 0
+    with pytest.raises(ImageError) as caught:
+        for batch in training_batches(data, 0, 2, 4, workers=workers):
+            seen += len(batch["expressions"])
+    message = str(caught.value)
+    assert seen == 4
+    assert message.startswith(str(tmp_path / "5.png")) and "\n" not in message and len(message) <= 300
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_outline_of_another_size_is_named(tmp_path, workers):
+    """A published list that states another size than the image has."""
+    scenes = make_scenes(tmp_path, 1)[:1]
+    path = tmp_path / COCO / scenes[0].file
+    width, height = scenes[0].size
+    rle = {"size": [height, width], "counts": [width * height - 3, 3]}
+    row = (scenes[0].file, scenes[0].coco_size(), [1, 1, 5, 5], "cup", rle)
+    (tmp_path / "unc").mkdir()
+    torch.save([row], tmp_path / "unc/unc_val.pth")
+    Image.new("RGB", (7, 7)).save(path)
+    data = open_dataset("unc", "val", 32, data_root=tmp_path, masks="segmentation")
+    with pytest.raises(ValueError) as caught:
+        list(training_batches(data, 0, 1, 1, workers=workers))
+    message = str(caught.value)
+    assert message.startswith(str(path)) and "run-length mask" in message and "\n" not in message
+
+
+def test_check_reads_every_image_if_asked(tmp_path):
+    path = write_damaged(tmp_path)
+    assert "cannot be read" not in check(tmp_path, path)
+    text = check(tmp_path, path, decode=True)
+    assert f"{path} train: 1 of 8 images cannot be read (first: {tmp_path / '5.png'}: the image is damaged" in text
+    (tmp_path / "5.png").write_bytes((tmp_path / "4.png").read_bytes())
+    assert "all 8 images can be read" in check(tmp_path, path, decode=True)
+
+
+def test_check_on_the_command_line(tmp_path):
+    path = write_damaged(tmp_path)
+    done = subprocess.run([sys.executable, "-m", "hivg.data", "check", path, "--decode"], cwd=ROOT, text=True,
+                          capture_output=True)
+    assert done.returncode == 0 and "1 of 8 images cannot be read" in done.stdout

@@ -1,0 +1,86 @@
+"""The valid files that fuzz.py damages: small, and one of each kind that is read."""
+
+import gzip
+import json
+import pickle
+
+import numpy as np
+import torch
+from makers import make_clip, make_hivg, make_tokenizer
+from makers_data import make_scenes, python2, write_list, write_mdetr, write_refer
+from makers_weights import (
+    half,
+    make_published_clip,
+    make_released,
+    save_legacy,
+    scripted,
+    to_huggingface,
+    to_openai,
+    to_released,
+)
+from PIL import Image
+from safetensors.torch import save_file
+
+from hivg import weights
+
+
+def write_weights(folder):
+    clip = make_clip(dtype=torch.float32, vision_layers=2)
+    clip.tokenizer = make_tokenizer()
+    weights.save(folder / "clip.safetensors", clip, {"accuracy": 0.5})
+    weights.save(folder / "hivg.safetensors", make_hivg(dtype=torch.float32, stage=2), {"stage": "lora2"})
+    published = make_published_clip(vision_layers=1, text_layers=1)
+    torch.save(half(to_openai(published)), folder / "openai.pt")
+    save_legacy(half(to_openai(published)), folder / "legacy.pt")
+    torch.jit.save(scripted(half(to_openai(published))), folder / "archive.pt")
+    save_file(to_huggingface(published), folder / "model.safetensors")
+    torch.save(to_huggingface(published), folder / "pytorch_model.bin")
+    torch.save(to_released(make_released(), adapters=True), folder / "released.pth")
+
+
+def write_tables(folder):
+    table = make_tokenizer().to_text()
+    (folder / "merges.txt").write_text(table)
+    (folder / "table.txt.gz").write_bytes(gzip.compress(table.encode()))
+    merges = [pair.split() for pair in table.split("\n")[1:-1]]
+    model = {"type": "BPE", "end_of_word_suffix": "</w>", "vocab": {"a": 1}, "merges": merges}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+
+
+def write_annotations(folder):
+    """The files themselves lie in the folder, their images below it."""
+    scenes = make_scenes(folder, 6)
+    splits = {"val": scenes}
+    for name, dump in (("python2", python2), ("python3", pickle.dumps), ("text", lambda data: pickle.dumps(data, 0))):
+        write_refer(folder, splits, f"refs {name}.p", dump)
+    variants = {"list": {}, "arrays": {"array": True}, "legacy": {"legacy": True}, "old": {"new": False}}
+    for name, options in variants.items():
+        write_list(folder / "lists", splits, **options)
+        (folder / "lists/refcoco/refcoco_val.pth").rename(folder / f"{name}.pth")
+    write_mdetr(folder, splits)
+    (folder / "finetune_refcoco_val.json").rename(folder / "mdetr.json")
+    rows = []
+    for scene in scenes:
+        image = f"other/images/mscoco/images/train2014/{scene.file}"
+        rows.append({"image": image, "expression": scene.expression, "bbox": scene.box,
+                     "segmentation": scene.segmentation, "split": "train", "id": scene.number})
+    (folder / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+
+def write_images(folder):
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 36, 4), dtype=np.uint8)
+    image = Image.fromarray(pixels[..., :3])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for suffix in ("png", "jpg", "webp", "bmp", "gif", "tif", "ppm", "ico", "tga", "jp2", "pcx"):
+        image.save(folder / f"plain.{suffix}")
+    for suffix in ("png", "jpg", "webp", "tif"):
+        image.save(folder / f"turned.{suffix}", exif=exif)
+    image.save(folder / "packed.tif", compression="tiff_lzw")
+    image.save(folder / "progressive.jpg", progressive=True)
+    Image.fromarray(pixels).save(folder / "clear.png")
+    Image.fromarray(pixels).save(folder / "clear.webp")
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(folder / "deep.png")
+    Image.fromarray(pixels[..., 0].astype(np.float32)).save(folder / "float.tif")
+    image.quantize(16).save(folder / "palette.png", transparency=3)
+    image.quantize(16).save(folder / "moving.gif", save_all=True, append_images=[image] * 2)

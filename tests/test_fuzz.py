@@ -1,0 +1,23 @@
+"""Some hundred damaged files, in a process of its own. HIVG_FUZZ=5000 reads as many, of another seed every day."""
+
+import datetime
+import os
+import subprocess
+import sys
+
+import pytest
+from makers import ROOT
+
+
+@pytest.mark.slow
+def test_damaged_files(tmp_path):
+    inputs = os.environ.get("HIVG_FUZZ")
+    command = [sys.executable, "-m", "fuzz"]
+    if inputs:
+        command += ["--inputs", inputs, "--seed", str(datetime.date.today().toordinal())]
+    else:
+        command += ["--inputs", "400", "--seconds", "20"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
+    assert done.returncode == 0 and ", 0 wrong" in done.stdout, f"{done.returncode} {done.stdout} {done.stderr[-3000:]}"
+    assert done.stdout.count(" read: ") == 4, done.stdout  # some of each kind are still good

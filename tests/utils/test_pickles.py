@@ -1,0 +1,227 @@
+"""Pickles that would crash the process, make it hang or fill its memory: each gets a line, in a process of its own."""
+
+import argparse
+import collections
+import pickle
+import pickletools
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from makers_limits import outcomes
+from makers_weights import save_legacy
+
+from hivg.utils import pickles
+from hivg.utils.quote import quoted, shown
+
+
+def text(value):
+    data = value.encode()
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def number(value):
+    return b"J" + struct.pack("<i", value)
+
+
+def data_of(value):
+    return b"B" + struct.pack("<I", len(value)) + value
+
+
+def name(module, attribute):
+    return f"c{module}\n{attribute}\n".encode()
+
+
+DTYPE = name("numpy", "dtype")
+EMPTY_ARRAY = name("numpy.core.multiarray", "_reconstruct") + name("numpy", "ndarray") + number(0) + b"\x85" + (
+    text("b") + b"\x87R")
+
+
+def array(dtype, values, count):
+    """The steps that build an array of `count` elements of a dtype, "O8" for instance, over these bytes."""
+    dtype = DTYPE + text(dtype) + b"\x89\x88\x87R"
+    dtype += b"(" + number(3) + text("|") + b"NNN" + number(-1) * 2 + number(0) + b"tb"
+    return EMPTY_ARRAY + b"(" + number(1) + number(count) + b"\x85" + dtype + b"\x89" + data_of(values) + b"tb"
+
+
+def shared(levels, steps=b"2\x86"):
+    """A pair of twice the same pair of twice the same pair .., `levels` deep."""
+    return b")" + steps * levels
+
+
+def shared_lists(levels):
+    steps = b"]q\x64"
+    for level in range(100, 100 + levels):
+        before = b"h" + bytes([level])
+        steps += b"0](" + before + before + b"eq" + bytes([level + 1])
+    return steps
+
+
+def shared_modules(levels):
+    """A TorchScript module with twice the same module under two names, `levels` deep."""
+    module = name("__torch__", "M") + b")\x81"
+    steps = module + b"q\x64"
+    for level in range(100, 100 + levels):
+        before = b"h" + bytes([level])
+        steps += b"0" + module + b"}(" + text("a") + before + text("b") + before + b"ubq" + bytes([level + 1])
+    return steps
+
+
+def state_of_a_class(module, attribute):
+    return name(module, attribute) + b"}" + text("x") + number(1) + b"sb"
+
+
+def memo(index):
+    return b"]r" + struct.pack("<I", index)
+
+
+TENSOR = name("torch._utils", "_rebuild_tensor_v2") + b"((" + text("storage") + name("torch", "FloatStorage") + (
+    text("0") + text("cpu") + number(4) + b"tQ" + number(0))
+
+
+def tensor(shape, stride):
+    return b"}" + text("w") + TENSOR + shape + stride + b"\x89" + name("collections", "OrderedDict") + b")RtRs"
+
+
+def power_of_ten(n):
+    return b"L1" + b"0" * n + b"L\n"
+
+
+STEPS = {  # name: the steps of a pickle
+    "an array of objects": array("O8", b"\x10" * 8, 1),
+    "an array of objects, read": b"]" + array("O8", b"\x10" * 8, 1) + b"a",
+    "an array larger than its bytes": array("f8", b"\0" * 8, 2**20),
+    "an array of no elements and no type": EMPTY_ARRAY + b"(" + number(1) + b")NNNtb",
+    "text of four gigabytes": array("U999999999", b"\0" * 8, 1),
+    "a type of fields": DTYPE + text("f8,O8") + b"\x89\x88\x87R",
+    "the state of a type": DTYPE + text("f8") + b"\x89\x88\x87R(" + number(3) + text("|") + (
+        b"N(" + text("a") + b"t}" + text("a") + b")s" + number(8) * 3 + b"tb"),
+    "the state of a class": state_of_a_class("argparse", "Namespace"),
+    "the state of an array's class": state_of_a_class("numpy", "ndarray"),
+    "the state of a function": state_of_a_class("_codecs", "encode"),
+    "the state of a module's class": state_of_a_class("__torch__.a", "b"),
+    "the state of a list": b"]}" + text("x") + number(1) + b"sb",
+    "elements of a class": name("argparse", "Namespace") + number(1) + b"a",
+    "a memo of 2^28 entries": memo(2**28),
+    "a memo of 2^31 entries": memo(2**31),
+    "tuples that share tuples": shared(60),
+    "lists that share lists": shared_lists(60),
+    "modules that share modules": shared_modules(60),
+    "a key that shares tuples": b"}" + shared(60) + number(1) + b"s",
+    "an element that shares tuples": b"\x8f(" + shared(60) + b"\x90",
+    "a set of tuples that share tuples": name("builtins", "set") + b"](" + shared(60) + b"e\x85R",
+    "a dict of pairs that share tuples": name("collections", "OrderedDict") + b"](" + shared(60) + b"Ne" + b"\x85R",
+    "bytes that are not there": b"\x96" + struct.pack("<Q", 2**40),
+    "text that is not there": b"\x8d" + struct.pack("<Q", 2**40),
+    "a frame that is not there": b"\x95" + struct.pack("<Q", 2**40) + b"N",
+    "a text copied again and again": b"](" + text("a" * 10**5) + b"q\x010" + (
+        name("_codecs", "encode") + b"h\x01" + text("latin1") + b"\x86R") * 2000 + b"e",
+    "a dict copied again and again": b"](](" + (number(1) + number(1) + b"\x86") * 10**4 + b"eq\x010" + (
+        name("collections", "OrderedDict") + b"h\x01\x85R") * 1000 + b"e",
+    "an old-style instance": b"(" + name("collections", "OrderedDict") + b"]o",
+    "keys made to collide": b"}(" + b"".join(power_of_ten(30) + b"N" for i in range(3)) + b"u",
+    "a tensor of 10^30": tensor(power_of_ten(30) + b"\x85", number(1) + b"\x85"),
+    "a tensor of one number for all": tensor(number(2**30) + b"\x85", number(0) + b"\x85"),
+    "an empty tensor of 2^47": tensor(b"L" + str(2**47).encode() + b"L\n" + number(0) + b"\x86",
+                                      number(1) + number(1) + b"\x86"),
+    "a tensor of a million dimensions": tensor(b"(" + number(1) * 10**6 + b"t", b"(" + number(1) * 10**6 + b"t"),
+    "a number for a storage": name("torch._utils", "_rebuild_tensor_v2") + number(1) * 3 + b"\x87R",
+}
+
+
+def write_bare(path, steps):
+    path.write_bytes(b"\x80\x04" + steps + b".")
+
+
+def write_zip(path, steps):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + steps + b".")
+        archive.writestr("archive/data/0", b"\0" * 16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("write", [write_bare, write_zip])
+def test_nothing_crashes_hangs_or_fills_the_memory(tmp_path, write):
+    """Read as weights and as annotations, with what each does afterwards."""
+    paths = []
+    for i, (case, steps) in enumerate(STEPS.items()):
+        for kind, wrapped in (("alone", steps), ("rows", b"](" + steps + b"e"), (
+                "args", b"}(" + text("model") + b"}" + text("args") + name("argparse", "Namespace") + b")\x81}" + (
+                    text("model") + steps + b"sbu")),
+                ("box", b"](" + b"(" + text("a.jpg") + b"}" + steps + text("cup") + b"Nte"),
+                ("outline", b"](" + b"(" + text("a.jpg") + b"}" + b"](NNNNe" + text("cup") + b"](" + steps + b"ete")):
+            path = tmp_path / f"{i} {kind} {case}"
+            write(path, wrapped)
+            paths.append(path)
+    lines = outcomes("from hivg.weights import load", "load(path)", paths)
+    assert "fine" not in lines
+    outcomes("from hivg.data.annotations import read_samples", "read_samples('.', 'refcoco', 'val', path)", paths)
+
+
+# --- a pickle that means well is read ---
+
+
+def test_plain_data_comes_back(tmp_path):
+    value = [{"a": (1, 2.5, "é", b"\xff", None, True), 3: {4, "x"}}, collections.OrderedDict(a=[1]),
+             collections.Counter("aab"), 10**50, [[]] * 3, frozenset([1])]
+    for protocol in range(6):
+        (tmp_path / "x").write_bytes(pickle.dumps(value, protocol))
+        assert pickles.read(tmp_path / "x") == value
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_arrays_become_lists(tmp_path, protocol):
+    arrays = [np.arange(6.0).reshape(2, 3), np.asfortranarray(np.arange(6).reshape(2, 3)), np.zeros((0, 4)),
+              np.array([1, 2], ">i2"), np.array([True, False]), np.array(["é", "ab"]), np.float32(1.5), np.int64(-3),
+              np.array([b"ab"]), np.str_("word")]
+    (tmp_path / "x").write_bytes(pickle.dumps(arrays, protocol))
+    assert pickles.read(tmp_path / "x") == [array.tolist() for array in arrays]
+
+
+@pytest.mark.parametrize("save", [torch.save, save_legacy])
+def test_tensors_of_both_containers(tmp_path, save):
+    whole = torch.arange(12).reshape(3, 4)
+    tensors = {"whole": whole, "part": whole[1:, 2], "turned": whole.T, "half": torch.rand(3).half(),
+               "bfloat": torch.rand(3).bfloat16(), "bool": torch.tensor([True, False]), "number": torch.tensor(2.5),
+               "empty": torch.zeros(0, 3), "parameter": torch.nn.Parameter(torch.ones(2))}
+    save({"model": tensors, "args": argparse.Namespace(a=1), "size": whole.shape}, tmp_path / "x")
+    found = pickles.read(tmp_path / "x")
+    assert vars(found["args"]) == {"a": 1} and found["size"] == (3, 4)
+    for key, tensor in tensors.items():
+        read = found["model"][key].read()
+        assert read.dtype == tensor.dtype and torch.equal(read, tensor), key
+
+
+def test_legacy_storages_cut_short(tmp_path):
+    save_legacy({"w": torch.rand(1000)}, tmp_path / "x")
+    data = (tmp_path / "x").read_bytes()
+    (tmp_path / "x").write_bytes(data[:-4])
+    with pytest.raises(ValueError, match="cut short"):
+        pickles.read(tmp_path / "x")
+
+
+def test_the_makers_build_what_they_say():
+    """Python's own reader, in C, takes the harmless ones for arrays and pairs."""
+    assert pickle.loads(array("f8", struct.pack("<d", 1.5), 1) + b".").tolist() == [1.5]
+    assert pickle.loads(shared(2) + b".") == ((((), ()), ((), ())))
+    pickletools.dis(tensor(number(2) + b"\x85", number(1) + b"\x85") + b".", out=open("/dev/null", "w"))
+
+
+# --- what messages quote ---
+
+
+@pytest.mark.parametrize("value, expected", [
+    ("a.jpg", "a.jpg"), ("\x1b[31mred\n", "\\x1b[31mred\\n"), ("a" * 500, "a" * 59 + ".." + "a" * 59),
+    ("\ud800", "\\ud800"), ("é 左", "é 左")])
+def test_shown(value, expected):
+    assert shown(value) == expected
+
+
+@pytest.mark.parametrize("value, expected", [
+    ([1, "a", 2.5], "[1, 'a', 2.5]"), ((1, [2]), "(1, a list of 1)"), (10**400, "a huge number"),
+    ("\x1b", "'\\x1b'"),
+    ({"a": 1}, "a dict of 1"), (None, "None"), (object(), "a object"), ("ab" * 99, "'" + "ab" * 14 + ".." + "ab" * 14)])
+def test_quoted(value, expected):
+    assert quoted(value).startswith(expected) and len(quoted(value)) <= 60
