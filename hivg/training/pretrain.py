@@ -143,6 +143,12 @@ def encode_phrases(clip, phrase_ids, is_phrase):
     return words.new_zeros(len(phrase_ids), *words.shape[1:]).index_put((is_phrase,), words)
 
 
+def mean_count(rows):
+    """How many rows the ranks have on average: sums divided by it average over all rows, wherever they are."""
+    count = torch.tensor([float(len(rows))], device=rows.device)
+    return distributed.gather(count).mean()
+
+
 class ContrastiveCriterion(torch.nn.Module):
     """A CLIP with the three contrasts; clc and phrases are over the images and texts of all ranks."""
 
@@ -167,8 +173,9 @@ class ContrastiveCriterion(torch.nn.Module):
             phrases = self.phrases(words, patches, batch)
             scores = self.scores(words, patches, expressions, batch)  # (M, 8)
         target = batch["targets"][batch["targets"] != NO_TARGET]  # (M,)
-        return {"clc": 0.5 * contrastive_loss(logits), "phrases": phrases,
-                "expressions": 2.0 * F.cross_entropy(scores, target), "meant": scores.argmax(1) == target}
+        expressions = F.cross_entropy(scores, target, reduction="sum") / mean_count(target)
+        return {"clc": 0.5 * contrastive_loss(logits), "phrases": phrases, "expressions": 2.0 * expressions,
+                "meant": scores.argmax(1) == target}
 
     def phrases(self, words, patches, batch):
         """The contrast of phrases with images: words (8 B, 2, E), patches (B, P, E) -> scalar."""
@@ -258,7 +265,8 @@ def pretrain(s: Settings):
         batch = to_device(next(batches), model.tokenizer, device)
         with autocast():
             terms = criterion(batch)
-        meant = terms.pop("meant").float().mean()
+        meant = terms.pop("meant")
+        meant = meant.sum() / mean_count(meant)
         loss = sum(terms.values())
         loss.backward()
         values = distributed.mean_of([{"loss": loss, **terms, "meant": meant}])
