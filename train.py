@@ -2,7 +2,7 @@
 
     python train.py                        all stages on the bundled data set, from the bundled tiny CLIP
     python train.py --plan                 print the table of the stages and exit; works with all other flags
-    python train.py --name NAME --resume   resume after an interruption, bit for bit
+    python train.py --name NAME --resume   resume after an interruption, on a CPU bit for bit
     python train.py --finetune FILE        train an existing HiVG further, in a single stage
 
 Writes runs/NAME/: the best weights of each stage, state.pt (to resume), log.jsonl, curves.png. Read this file from top

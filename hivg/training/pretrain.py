@@ -1,7 +1,7 @@
 """Make the tiny CLIP that the bundled HiVG starts from: contrastive pre-training on images and texts of `shapes`.
 
     python -m hivg.training.pretrain                         runs/clip/clip.safetensors
-    python -m hivg.training.pretrain --name NAME --resume    resume after an interruption, bit for bit
+    python -m hivg.training.pretrain --name NAME --resume    resume after an interruption, on a CPU bit for bit
     python train.py --clip runs/clip/clip.safetensors        train HiVG on it
 
 This is not in the paper, which starts from OpenAI's CLIP. Three contrasts are learned, without any box:
