@@ -1,0 +1,152 @@
+"""The arms of the ablation: a model each, what is different in it, and the claim that it tests.
+
+Most arms are settings of train.py or fields of HiVGConfig. A few are tricks, patched in for the time of one run
+because nobody should train with them: neither the model nor train.py knows of them.
+"""
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from unittest.mock import patch
+
+import train  # the training loop, in the folder that this is run from
+from hivg import lora
+from hivg.bridge import Bridge
+from hivg.losses import LossWeights
+
+CLAIMS = {  # name -> the claim as the paper, its program or a reader makes it
+    "bridge": "the cross-modal bridge helps, and because of the text in it",
+    "text layers": "fusing several text layers helps, with adaptive weights, and needs a layer norm on each",
+    "visual levels": "several visual levels help, and need a layer norm on each",
+    "Hi LoRA": "adapters in stages, from shallow to deep, are better than plain ones",
+    "losses": "every loss helps",
+    "batch mixing": "without the released program's mixing of a batch's texts, training needs the norm on text layers",
+    "fine-tuning": "adapters are better than training all of CLIP",
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A model to train. It is like the arm `against` but for one thing."""
+
+    name: str
+    claim: str  # of CLAIMS
+    differs: str  # in words
+    settings: dict = field(default_factory=dict)  # of train.py
+    config: dict = field(default_factory=dict)  # fields of HiVGConfig that train.py has no flag for
+    trick: str = ""  # of TRICKS
+    against: str = "base"
+
+    def definition(self):
+        """All that makes the arm what it is, for the results file."""
+        return {"settings": self.settings, "config": self.config, "trick": self.trick}
+
+
+def loss_weights(**changes):
+    return {"loss_weights": tuple(vars(replace(LossWeights(*train.HINTED), **changes)).values())}
+
+
+LAST = {"text_layers": (4,)}
+LAST_TWO = {"text_layers": (3, 4)}
+ALL = {"text_layers": (1, 2, 3, 4)}
+NO_NORM = {"text_norm": False}
+# Hi LoRA ends with 24 pairs in the tiny CLIP, plain LoRA with 10, so 24 / 10 times the rank is as many parameters
+VANILLA_WIDE = {"lora": "vanilla", "lora_rank": 38, "lora_alpha": 38.0}
+
+ARMS = [
+    Arm("base", "", "all as train.py has it: adaptive bridge on text layers 2 and 4 with norm, Hi LoRA"),
+    Arm("bridge none", "bridge", "no bridge", {"bridge": "none"}),
+    Arm("bridge constant", "bridge", "learned constants instead of the text", {"bridge": "constant"}),
+    Arm("bridge none, deeper", "bridge", "no bridge; four more encoder layers, about as many parameters",
+        {"bridge": "none"}, {"encoder_layers": 8}),
+    Arm("text last", "text layers", "the last text layer alone", LAST),
+    Arm("text last two", "text layers", "the last two text layers", LAST_TWO),
+    Arm("text all", "text layers", "all four text layers", ALL),
+    Arm("text last, no norm", "text layers", "no norm", LAST | NO_NORM, against="text last"),
+    Arm("text last two, no norm", "text layers", "no norm", LAST_TWO | NO_NORM, against="text last two"),
+    Arm("text all, no norm", "text layers", "no norm", ALL | NO_NORM, against="text all"),
+    Arm("weights zero", "text layers", "adaptive weights stay at zero", trick="zero weights"),
+    Arm("level last", "visual levels", "the last visual level alone", config={"visual_levels": (6,)}),
+    Arm("levels, no norm", "visual levels", "no norm on the levels", {"level_norm": False}),
+    Arm("level last, no norm", "visual levels", "no norm", {"level_norm": False}, {"visual_levels": (6,)},
+        against="level last"),
+    Arm("lora shared", "Hi LoRA", "one pair a layer, added in stages, as released", {"lora": "shared"}),
+    Arm("lora vanilla", "Hi LoRA", "all adapters at once, as many epochs", {"lora": "vanilla"}),
+    Arm("lora vanilla, wide", "Hi LoRA", "all at once, rank 38: as many parameters", VANILLA_WIDE),
+    Arm("lora none", "Hi LoRA", "no adapters, as many epochs", {"lora": "none"}),
+    Arm("lora deep first", "Hi LoRA", "stages from deep to shallow", trick="deep first"),
+    Arm("no CLC", "losses", "without the contrastive loss", loss_weights(clc=0.0)),
+    Arm("no RTCC", "losses", "without the region-text loss", loss_weights(rtcc_focal=0.0, rtcc_dice=0.0)),
+    Arm("no mask", "losses", "without the mask losses", loss_weights(mask_focal=0.0, mask_dice=0.0)),
+    Arm("no hints", "losses", "without our two hints", loss_weights(patch_box=0.0, reg_attention=0.0)),
+    Arm("mixed", "batch mixing", "texts of the batch mixed in the bridge, as released", trick="mix the batch"),
+    Arm("mixed, all", "batch mixing", "mixed, all four text layers", ALL, trick="mix the batch", against="text all"),
+    Arm("mixed, all, no norm", "batch mixing", "mixed, all four, no norm", ALL | NO_NORM, trick="mix the batch",
+        against="text all, no norm"),
+    Arm("CLIP trained", "fine-tuning", "no adapters; all of CLIP is trained", {"lora": "none"}, trick="train CLIP"),
+]
+BY_NAME = {arm.name: arm for arm in ARMS}
+
+
+# ---- tricks
+
+bridge_forward = Bridge.forward
+begin_stage = train.begin_stage
+first_config = train.first_config
+training_batches = train.training_batches
+
+
+def mixed_forward(bridge, x, keys, is_key=None):
+    """Bridge.forward as released: keys that were made as (T, B, D_v) are read as (B, T, D_v), so a sample looks at
+    positions of other samples' texts; there is no mask."""
+    B, T, D_v = keys.shape
+    return bridge_forward(bridge, x, keys.transpose(0, 1).reshape(B, T, D_v))
+
+
+def deep_first(stage, n_layers, groups, mode="hierarchical"):
+    """`lora.adapted_layers` from the other end: the layers with l > L - j L/G."""
+    first = n_layers - min(stage * n_layers // groups, n_layers)
+    return list(range(first + 1, n_layers + 1))
+
+
+def begin_with_zero_weights(*args):
+    model, best = begin_stage(*args)
+    for bridge in model.bridges.values():
+        bridge.adaptive_weights.requires_grad_(False)  # they start at zero
+    return model, best
+
+
+def begin_with_clip_trained(*args):
+    model, best = begin_stage(*args)
+    model.clip.requires_grad_(True)
+    return model, best
+
+
+TRICKS = {  # name -> what is replaced: (object, attribute, by what)
+    "": (),
+    "mix the batch": ((Bridge, "forward", mixed_forward),),
+    "deep first": ((lora, "adapted_layers", deep_first),),
+    "zero weights": ((train, "begin_stage", begin_with_zero_weights),),
+    "train CLIP": ((train, "begin_stage", begin_with_clip_trained),),
+}
+
+
+@contextmanager
+def patched(arm, settings):
+    """The time in which train.py and the model are as this arm has them, and every arm sees the same expressions in
+    the same order: without this, each stage would start at a place of its own in the endless data."""
+
+    def config_of_arm(settings, clip):
+        return replace(first_config(settings, clip), **arm.config)
+
+    def same_order(dataset, first_item, *others):
+        stage = first_item // 2**32  # train.py counts so
+        epochs_before = sum(stage.epochs for stage in train.stages(settings)[:stage])
+        first_item = epochs_before * settings.epoch_samples // dataset.rows
+        return training_batches(dataset, first_item, *others)
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(train, "first_config", config_of_arm))
+        stack.enter_context(patch.object(train, "training_batches", same_order))
+        for owner, name, replacement in TRICKS[arm.trick]:
+            stack.enter_context(patch.object(owner, name, replacement))
+        yield

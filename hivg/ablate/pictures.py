@@ -1,0 +1,90 @@
+"""Charts of the ablation: differences with their intervals, and where [REG] looks."""
+
+import base64
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from hivg.ablate.arms import CLAIMS
+from hivg.ablate.runs import PICTURED
+from hivg.data.shapes import EXPRESSIONS_PER_SCENE, Shapes
+from hivg.data.transforms import Letterbox
+from hivg.utils.draw import FAINT, GREY, INK, contact_sheet, draw_boxes, text_block, write_block
+
+LINE = 44  # pixels a row, before the chart is reduced to half its size
+NAMES = 760  # pixels for the names on the left
+WIDTH = 1800
+COLOURS = {"better": (20, 120, 60), "worse": (180, 40, 40), "undecided": (110, 110, 110)}
+
+
+def plot_differences(results):
+    """The comparisons [(Arm, Difference)] as points with their intervals, by claim -> a PIL image."""
+    lines = []  # (text, Difference or None for a heading)
+    for claim in CLAIMS:
+        of_claim = [(arm, d) for arm, d in results if arm.claim == claim]
+        if of_claim:
+            lines.append((claim, None))
+        for arm, d in of_claim:
+            lines.append((f"{arm.name} – {arm.against}", d))
+    least = min(d.low for _, d in results)
+    most = max(d.high for _, d in results)
+    step = 5 if most - least < 60 else 10  # points between two vertical lines
+    least = step * math.floor(min(least, -1) / step)
+    most = step * math.ceil(max(most, 1) / step)
+    height = LINE * (len(lines) + 2)
+    image = Image.new("RGB", (WIDTH, height), "white")
+    draw = ImageDraw.Draw(image)
+
+    def column(points):
+        return NAMES + (points - least) / (most - least) * (WIDTH - NAMES - 60)
+
+    for points in range(least, most + 1, step):
+        x = column(points)
+        draw.line((x, 10, x, height - LINE), INK if points == 0 else FAINT, 3 if points == 0 else 2)
+        label = text_block(f"{points:+d}" if points else "0", 24, math.inf)
+        write_block(draw, (x - label.width / 2, height - LINE + 4), label, GREY)
+    for number, (text, d) in enumerate(lines):
+        y = LINE * number + LINE
+        block = text_block(text, 28, math.inf)
+        write_block(draw, (20 if d is None else 60, y - 18), block, INK if d is None else GREY)
+        if d is not None:
+            colour = COLOURS[d.verdict]
+            draw.line((column(d.low), y, column(d.high), y), colour, 6)
+            draw.ellipse((column(d.points) - 9, y - 9, column(d.points) + 9, y + 9), colour)
+    return image.reduce(2)
+
+
+def plot_attention(columns, expressions, size):
+    """Attention of [REG] over the patches in the last encoder layer -> a PIL image, a row for each expression.
+
+    columns: {caption: the `maps` of a results row}. expressions: their numbers in `test`. size: of the model's square.
+    """
+    test = Shapes("test")
+    tiles = []
+    captions = []
+    for number in expressions:
+        item = test[number // EXPRESSIONS_PER_SCENE]
+        which = number % EXPRESSIONS_PER_SCENE
+        letterbox = Letterbox(*item["image"].size, size)
+        box = item["boxes"][which]
+        tiles.append(draw_boxes(item["image"], [box], colours=["#ffffff"]))
+        captions.append(item["expressions"][which])
+        for caption, maps in columns.items():
+            heatmap = letterbox.map_to_image(enlarge(map_of(maps, number), size))
+            tiles.append(draw_boxes(item["image"], [box], colours=["#ffffff"], heatmap=heatmap))
+            captions.append(caption)
+    return contact_sheet(tiles, captions, columns=1 + len(columns), tile=220)
+
+
+def map_of(maps, number):
+    """The map of one expression from base64: (side, side) uint8."""
+    values = np.frombuffer(base64.b64decode(maps), np.uint8)
+    side = math.isqrt(len(values) // PICTURED)
+    return values.reshape(PICTURED, side, side)[number]
+
+
+def enlarge(patches, size):
+    """(side, side) -> (size, size) float32, bilinear."""
+    image = Image.fromarray(patches.astype(np.float32))
+    return np.asarray(image.resize((size, size), Image.BILINEAR))

@@ -1,0 +1,161 @@
+"""Tables and charts of the ablation, from its results file alone."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hivg.ablate.arms import ARMS, BY_NAME, CLAIMS
+from hivg.ablate.runs import BUDGETS, best_lr, read_results, unpack
+from hivg.ablate.statistics import difference
+from hivg.data.expressions import KINDS
+from hivg.data.shapes import EXPRESSIONS_PER_SCENE, Shapes
+from hivg.metrics import LENGTHS
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The runs of an arm at its best learning rate."""
+
+    lr: float
+    rows: dict  # seed -> row of the results file
+
+    def right(self, seeds, split="test"):
+        """(S, n) bool: whether each expression of a split is right, for each of these seeds."""
+        n = EXPRESSIONS_PER_SCENE * len(Shapes(split))
+        return np.stack([unpack(self.rows[seed][split]["right"], n) for seed in seeds])
+
+    def accuracy(self, split="test"):
+        """Mean of the seeds."""
+        return float(np.mean([row[split]["accuracy"] for row in self.rows.values()]))
+
+
+def runs_of(rows, budget):
+    """{name of an arm: Runs}, for the arms that have any. The learning rate was chosen on the lowest seed."""
+    first = min((seed for b, _, _, seed in rows if b == budget), default=0)
+    found = {}
+    for arm in ARMS:
+        lr = best_lr(rows, budget, arm.name, first)
+        of_arm = {}
+        for (b, name, rate, seed), row in rows.items():
+            if b == budget and name == arm.name and rate == lr:
+                of_arm[seed] = row
+        if of_arm:
+            found[arm.name] = Runs(lr, of_arm)
+    return found
+
+
+def comparisons(found):
+    """[(Arm, Difference to the arm it is compared with)] in the order of ARMS, for the seeds that both have."""
+    pairs = []
+    for arm in ARMS:
+        if arm.claim and arm.name in found and arm.against in found:
+            seeds = sorted(found[arm.name].rows.keys() & found[arm.against].rows.keys())
+            if seeds:
+                pairs.append((arm, seeds))
+    results = []
+    for arm, seeds in pairs:
+        right = found[arm.name].right(seeds)
+        other = found[arm.against].right(seeds)
+        results.append((arm, difference(right, other, EXPRESSIONS_PER_SCENE, len(pairs))))
+    return results
+
+
+def groups_of_test():
+    """{kind or length: (n,) bool, which expressions of `test` are of it}."""
+    test = Shapes("test")
+    kinds = []
+    words = []
+    for index in range(len(test)):
+        for expression in test.scene(index)[1]:
+            kinds.append(expression.kind)
+            words.append(len(expression.text.split()))
+    groups = {kind: np.array(kinds) == kind for kind in KINDS}
+    for name, (low, high) in LENGTHS.items():
+        groups[name] = (low <= np.array(words)) & (np.array(words) <= high)
+    return groups
+
+
+# ---- tables, in Markdown
+
+def table(header, rows):
+    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
+    lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def accuracy_table(found):
+    """Every arm: accuracy after each stage on `val`, on `test` and `compose` at the end."""
+    rows = []
+    for name, runs in found.items():
+        row = next(iter(runs.rows.values()))
+        parameters = list(row["parameters"].values())[-1]
+        stages = []
+        for stage in row["val"]:
+            stages.append(f"{np.mean([r['val'][stage] for r in runs.rows.values()]):.3f}")
+        spread = np.std([r["test"]["accuracy"] for r in runs.rows.values()], ddof=1) if len(runs.rows) > 1 else np.nan
+        on_target = np.mean([list(r["attention"].values())[-1]["on_target"] for r in runs.rows.values()])
+        rows.append((name, f"{parameters / 1e6:.2f} M", f"{runs.lr:g}", len(runs.rows), ", ".join(stages),
+                     f"{runs.accuracy():.3f}", f"{spread:.3f}", f"{runs.accuracy('compose'):.3f}", f"{on_target:.2f}"))
+    return table(("arm", "parameters", "rate", "seeds", "`val` after each stage", "`test`", "sd of seeds", "`compose`",
+                  "[REG] on target"), rows)
+
+
+def claims_table(results):
+    """Every comparison with its interval, by claim."""
+    rows = []
+    for claim, text in CLAIMS.items():
+        for arm, d in results:
+            if arm.claim == claim:
+                rows.append((text, f"{arm.name}: {arm.differs}", arm.against, d.seeds, f"{d.points:+.1f}",
+                             f"{d.low:+.1f} to {d.high:+.1f}", d.verdict))
+                text = ""
+    return table(("claim", "tried", "against", "seeds", "points", "interval", "the arm is"), rows)
+
+
+def groups_table(found, names):
+    """Points of arms against the arms that they are compared with, by kind and length of the expression."""
+    groups = groups_of_test()
+    rows = []
+    for name in names:
+        against = BY_NAME[name].against
+        seeds = sorted(found[name].rows.keys() & found[against].rows.keys())
+        gain = 100 * (found[name].right(seeds).astype(float) - found[against].right(seeds)).mean(0)  # (n,)
+        rows.append((name, *(f"{gain[of_group].mean():+.1f}" for of_group in groups.values())))
+    return table(("arm", *groups), rows)
+
+
+def mixing_table(found):
+    """How far predictions depend on the batch."""
+    rows = []
+    for name, runs in found.items():
+        row = next(iter(runs.rows.values()))["batch_dependence"]
+        if row["moved_pixels"] > 0.05:  # less is rounding in bfloat16
+            rows.append((name, row["moved_pixels"], f"{100 * row['answers_changed']:.1f} %"))
+    return table(("arm", "pixels that a box moves by in another batch", "answers that change"), rows)
+
+
+def report(path):
+    """The whole report in Markdown. path: of the results file. Raises ValueError if it holds no run."""
+    rows = read_results(path)
+    if not rows:
+        raise ValueError(f"{path}: no results; `python -m hivg.ablate run` makes them")
+    minutes = sum(row["minutes"] or 0 for row in rows.values())
+    versions = sorted({row["version"] for row in rows.values()})
+    parts = [f"{len(rows)} runs, {minutes / 60:.1f} hours of one process, code {', '.join(versions)}"]
+    for budget, b in BUDGETS.items():
+        found = runs_of(rows, budget)
+        if not found:
+            continue
+        results = comparisons(found)
+        count = sum(b.epochs) * b.epoch_samples
+        absent = [name for name in b.arms or BY_NAME if name not in found]
+        parts.append(f"## {budget.capitalize()} budget, {count:,} expressions")
+        if absent:
+            parts.append("Not run yet: " + ", ".join(absent) + ".")
+        parts += [accuracy_table(found), claims_table(results)]
+        by_group = [arm.name for arm, _ in results if arm.claim in ("bridge", "Hi LoRA")]
+        if by_group:
+            parts.append(groups_table(found, by_group))
+        if any(BY_NAME[name].trick == "mix the batch" for name in found):
+            parts.append(mixing_table(found))
+    return "\n\n".join(parts)
