@@ -192,7 +192,7 @@ class RowCheck:
     def names_in(self, folder):
         if folder not in self.names:
             try:
-                with os.scandir(folder) as entries:
+                with os.scandir(folder or ".") as entries:
                     self.names[folder] = {entry.name for entry in entries if entry.is_file()}
             except (OSError, ValueError):  # not there, or a name that no folder can have
                 self.names[folder] = set()

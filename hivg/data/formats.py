@@ -85,7 +85,7 @@ def refer_rows(path, refs, dataset):
     """REFER: a list of objects, each with its sentences, whose boxes are in instances.json beside it."""
     beside = path.with_name("instances.json")
     if not beside.is_file():
-        raise ValueError(f"a REFER file needs {beside}, which holds its boxes")
+        raise ValueError(f"a REFER file needs {beside.name} beside it, which holds its boxes")
     instances = json.loads(read_text(beside))
     annotations = {id_of(annotation, "id"): annotation for annotation in instances["annotations"]}
     images = {id_of(image, "id"): image for image in instances.get("images", [])}

@@ -1,6 +1,7 @@
 """The paper's five data sets and their mixture as they are published: names, sizes, image folders, annotation files."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,5 +156,6 @@ def splits_in(folders, patterns, root):
             if folder == root and pattern == "{}.jsonl":
                 continue  # a .jsonl file in the data root itself may be anything
             head = pattern.partition("{")[0]
-            splits.update(path.stem.removeprefix(head) for path in folder.glob(pattern.format("*")))
+            with suppress(OSError, ValueError):  # a name that no folder can have
+                splits.update(path.stem.removeprefix(head) for path in folder.glob(pattern.format("*")))
     return splits

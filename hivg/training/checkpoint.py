@@ -1,32 +1,17 @@
 """The state of a run, from which it resumes bit for bit: runs/NAME/state.pt."""
 
-import os
 import zipfile
-from contextlib import suppress
 from dataclasses import asdict
 
 import torch
 
 from hivg.training import distributed
+from hivg.utils.files import write_whole
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-
-
-def save_whole(path, write):
-    """Call write(a path beside it), then rename: the file is there whole or not at all, whenever the run is killed.
-    Raises OSError, one line with the file, if it cannot be written."""
-    part = path.with_name(path.name + ".part")
-    try:
-        write(part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # the latter from torch.save, e.g. on a full disk
-        with suppress(OSError):
-            part.unlink()
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise OSError(f"{path}: cannot be written ({reason}); make room, then continue with --resume") from None
 
 
 def open_run(run, resume):
@@ -90,7 +75,8 @@ def save_state(run, settings, stage, step, best, model, optimizers, log):
         "log": log.state(),
     }
     if distributed.rank() == 0:
-        save_whole(run / "state.pt", lambda path: torch.save(state, path))
+        write_whole(run / "state.pt", lambda path: torch.save(state, path),
+                    advice="make room, then continue with --resume")
 
 
 def restore(state, model, optimizers, log):

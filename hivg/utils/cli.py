@@ -1,6 +1,7 @@
 """The pieces that all command lines share: one-line errors, the choice of the device, progress."""
 
 import argparse
+import os
 import sys
 import time
 
@@ -39,8 +40,22 @@ def program_name():
 
 def fail(message, code=2):
     """Print one plain line on stderr, whatever is in the message, and exit."""
-    print("error: " + shown(" ".join(str(message).split()), 300), file=sys.stderr)
+    print("error: " + shown(" ".join(str(message).split()), 290), file=sys.stderr)
     raise SystemExit(code)
+
+
+def run(main):
+    """Call main() and exit with what it returns: 130 after Ctrl-C, 1 where the reader of the output has left, as `head`
+    does, both without a traceback."""
+    try:
+        code = main()
+        sys.stdout.flush()  # else the reader's leaving would be noticed too late to be caught
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        code = 1
+    sys.exit(code)
 
 
 def choose_device(name):

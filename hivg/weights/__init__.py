@@ -7,6 +7,7 @@ float32. `clip_names.py` and `released.py` translate the other programs' names; 
 """
 
 import json
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,7 @@ from hivg.clip import CLIP, CLIPConfig
 from hivg.model import HiVG, HiVGConfig
 from hivg.tokenizer import Tokenizer
 from hivg.utils import pickles
+from hivg.utils.files import write_whole
 from hivg.utils.quote import quoted, shown
 from hivg.weights.clip_names import NotThisKind, huggingface_clip, kind_of, openai_clip
 from hivg.weights.download import TABLE
@@ -33,7 +35,10 @@ KINDS = {
     "huggingface": "a CLIP of Hugging Face's",
     "released": "a released HiVG checkpoint",
 }
-FOLDER = Path(__file__).parents[2] / "weights"
+INSTALLED = Path(__file__).parents[1] / "bundled"  # where an installed package has the bundled files (pyproject.toml)
+REPOSITORY = Path(__file__).parents[2] / "weights"
+# where downloads go and merge tables are looked for: weights/ of the repository, installed of the current folder
+FOLDER = Path("weights") if INSTALLED.is_dir() else REPOSITORY
 MAX_NAMES = 100_000  # parts of a TorchScript archive that are looked at; OpenAI's have some 500
 MAX_NAME = 300  # characters of a tensor's name
 TABLES = (TABLE, "merges.txt", "tokenizer.json")  # merge tables that are looked for beside the weights
@@ -53,13 +58,18 @@ class File(NamedTuple):
     info: dict  # plain data kept beside the weights
 
 
+def bundled(name):
+    """The path of a file that comes with the program: hivg-tiny.safetensors, clip-tiny.safetensors, example.png."""
+    return (INSTALLED if INSTALLED.is_dir() else REPOSITORY) / name
+
+
 # ---- writing
 
 def save(path, model, info=None, dtype=None):
     """Write a CLIP or a HiVG, with its tokenizer (`model.tokenizer`), to `path`. The file appears whole or not at all.
 
     info: plain data kept beside the weights, e.g. the accuracy. dtype: the type to store the tensors in (they load as
-    float32); by default the model's own.
+    float32); by default the model's own. Raises OSError, one line with the file, if it cannot be written.
     """
     tensors = {}
     for name, tensor in model.state_dict().items():
@@ -71,11 +81,8 @@ def save(path, model, info=None, dtype=None):
         "info": json.dumps(info or {}),
         "tokenizer": model.tokenizer.to_text() if model.tokenizer else "",
     }
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(save_bytes(tensors, metadata))
-    os.replace(part, path)  # at once: an interruption leaves the old file
+    data = save_bytes(tensors, metadata)
+    write_whole(Path(path), lambda part: part.write_bytes(data))
 
 
 # ---- reading
@@ -84,7 +91,8 @@ def read(path):
     """Any weights file -> File. Raises WeightsError."""
     path = Path(path)
     if not os.path.isfile(path):  # unlike path.is_file(), False for a name that no file can have
-        raise WeightsError(f"{shown(path)}: there is no such weights file; weights/README.md says where to get some")
+        raise WeightsError(f"{shown(path)}: there is no such weights file; {shown(bundled('README.md'), 80)} says "
+                           "where to get some")
     try:
         file = _read_any(path)
         try:
@@ -141,8 +149,8 @@ def _read_safetensors(path):
         info = json_dict(metadata["info"])
         tokenizer = _tokenizer_of(metadata["tokenizer"], config["clip"] if kind == "hivg" else config)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{shown(path)}: its metadata is damaged ({shown(error)}); copy or download it again"
-                           ) from None
+        reason = f"no {error} in it" if isinstance(error, KeyError) else shown(error)
+        raise WeightsError(f"{shown(path)}: its metadata is damaged ({reason}); copy or download it again") from None
     try:
         check_types(HiVGConfig if kind == "hivg" else CLIPConfig, config)
         config = HiVGConfig.from_dict(config) if kind == "hivg" else CLIPConfig(**config)
@@ -310,7 +318,14 @@ def build(path, file):
     check_keys(path, KINDS[file.kind], file.tensors, model.state_dict())
     tensors = {}
     for name in list(file.tensors):
-        tensors[name] = own(file.tensors.pop(name))  # one by one, which takes half the memory
+        tensor = file.tensors.pop(name)  # one by one, which takes half the memory
+        if tensor.is_complex():
+            raise WeightsError(f"{shown(path)}: its tensor {shown(name, 70)} holds complex numbers; use the file as it "
+                               "was published")
+        tensors[name] = own(tensor)
+        if not is_finite(tensors[name]):
+            raise WeightsError(f"{shown(path)}: its tensor {shown(name, 70)} holds NaN or infinite numbers, so the "
+                               "weights are damaged; use an earlier file, or copy or download it again")
     model.load_state_dict(tensors, assign=True)
     model.tokenizer = file.tokenizer
     model.info = file.info
@@ -322,6 +337,12 @@ def own(tensor):
     tensor = tensor.float().contiguous()
     is_part = tensor.untyped_storage().nbytes() > tensor.nbytes
     return tensor.clone() if is_part else tensor
+
+
+def is_finite(tensor):
+    """Whether no number of a tensor is NaN or infinite, told by its smallest and largest, which takes a tenth of the
+    time of `isfinite` on each: NaN among the numbers makes both NaN."""
+    return tensor.numel() == 0 or all(math.isfinite(number) for number in torch.stack(tensor.aminmax()).tolist())
 
 
 def check_keys(path, called, tensors, expected):

@@ -5,6 +5,7 @@
     python -m hivg.weights show FILE        what a file is: kind, sizes, parameters, settings
 """
 
+import os
 import sys
 from dataclasses import asdict
 
@@ -46,6 +47,8 @@ def convert(source, target):
     """Write any file that can be loaded as our own. Raises ValueError or OSError."""
     if not target.endswith(".safetensors"):
         raise ValueError(f"{shown(target)}: our files are .safetensors; give OUT that suffix")
+    if os.path.isfile(source) and os.path.exists(target) and os.path.samefile(source, target):
+        raise ValueError(f"{shown(source)}: OUT would replace the file; give OUT another name")
     model = load(source)
     save(target, model, model.info)
     print(target)

@@ -9,9 +9,11 @@ import http.client
 import os
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 from hivg.utils.cli import Progress
+from hivg.utils.quote import quoted, shown
 
 TABLE = "bpe_simple_vocab_16e6.txt.gz"
 MODELS = "https://openaipublic.azureedge.net/clip/models"
@@ -35,7 +37,7 @@ def fetch(name, folder):
     """Download a model of FILES and the merge table into `folder` -> their paths. A file that is there and whole is not
     downloaded again; one that is there in part (`.part`) is resumed. Raises ValueError."""
     if name not in FILES:
-        raise ValueError(f"no weights are called {name!r:.60}; there are {', '.join(FILES)}")
+        raise ValueError(f"no weights are called {quoted(name)}; there are {', '.join(FILES)}")
     paths = [download(*FILES[name], Path(folder))]
     if name != "table":
         paths.append(download(*FILES["table"], Path(folder)))
@@ -48,11 +50,12 @@ def download(address, sha256, folder):
     part = path.with_name(path.name + ".part")
     if path.is_file():
         if hash_of(path) != sha256:
-            raise ValueError(f"{path}: exists, but is not the published file (its sha256 differs); remove it and fetch "
-                             "again")
+            raise ValueError(f"{shown(path)}: exists, but is not the published file (its sha256 differs); remove it "
+                             "and fetch again")
         return path
 
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     resumed = part.is_file() and part.stat().st_size > 0
     get(address, part)
     if hash_of(part) != sha256 and resumed:  # the part was wrong from its start: once more without it
@@ -78,26 +81,43 @@ def get(address, part):
             receive(answer, part, done)
     except urllib.error.HTTPError as error:
         if error.code != 416:  # 416: nothing is left to send
-            raise ValueError(f"{address}: the server answers {error.code} {error.reason}; try again later") from None
+            reason = f"{error.code} {shown(error.reason, 60)}"
+            raise ValueError(f"{address}: the server answers {reason}; try again later") from None
     except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-        raise ValueError(f"{address}: no connection ({getattr(error, 'reason', error)}); check the network and run the "
-                         "same command again, which resumes the download, or bring the file some other way and save it "
-                         f"as {part.with_suffix('')}") from None
+        reason = shown(getattr(error, "reason", error), 40)
+        path = shown(part.with_suffix(""), 45)
+        raise ValueError(f"{address}: no connection ({reason}); try again to resume, or get it some other way, as "
+                         f"{path}") from None
 
 
 def receive(answer, part, done):
-    """Write an open answer to `part` from byte `done` on. Raises ValueError if it ends too early."""
+    """Write an open answer to `part` from byte `done` on. Raises ValueError if it ends too early or cannot be
+    written."""
     total = done + int(answer.headers.get("Content-Length", 0))
     progress = Progress(f"{part.name.removesuffix('.part')}, MB", round(total / 1e6))
-    with open(part, "r+b" if done else "wb") as file:
+    with writing(part):
+        file = open(part, "r+b" if done else "wb")
+    with file:
         file.seek(done)
         while data := answer.read(CHUNK):
-            file.write(data)
+            with writing(part):
+                file.write(data)
+                file.flush()  # so that a full disk is noticed here, not when the file is closed
             done += len(data)
             progress(round(done / 1e6))
     if done < total:
-        raise ValueError(f"{part}: the connection ended after {done:,} of {total:,} bytes; run the same command again, "
-                         "which resumes the download")
+        raise ValueError(f"{shown(part)}: the connection ended after {done:,} of {total:,} bytes; run the same command "
+                         "again, which resumes the download")
+
+
+@contextmanager
+def writing(path):
+    """Raises ValueError for an OSError within, which would be taken for one of the connection."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{shown(path)}: cannot be written ({error.strerror}); make room, or run the command where "
+                         "you may write") from None
 
 
 def hash_of(path):

@@ -61,6 +61,7 @@ UNUSED = {
 }
 UNUSED_UNLESS_MIXED = {"condition_text_proj.weight", "condition_text_proj.bias"}
 BRIDGE_NAME = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.(cross_.*)")  # block, rest of the name
+CALLED = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def setting(args, name, kind, default=None):
     value = getattr(args, name, default)
     is_bool_for_int = isinstance(value, bool) and kind is not bool  # Python takes True for an int
     if not isinstance(value, kind) or is_bool_for_int:
-        raise NotThisKind(f"its args say {name}={quoted(value)}; a released HiVG has a {kind.__name__} there")
+        raise NotThisKind(f"its args say {name}={quoted(value)}; a released HiVG has {CALLED[kind]} there")
     return value
 
 

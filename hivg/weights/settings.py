@@ -49,7 +49,8 @@ def check_types(kind, settings):
             if not isinstance(value, tuple | list) or not all(type(n) is int for n in value):
                 raise ValueError(f"{name} must be whole numbers, not {quoted(value)}")
         elif field.type is float:
-            check_range(name, value, "a number", type(value) in (int, float) and math.isfinite(value))
+            is_number = type(value) is int or (type(value) is float and math.isfinite(value))
+            check_range(name, value, "a number", is_number)
         elif field.type is int:
             check_range(name, value, "a whole number", type(value) is int)
         elif not isinstance(value, field.type):

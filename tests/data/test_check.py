@@ -74,6 +74,14 @@ def test_the_splits_that_a_file_has(tmp_path):
     assert splits_of(own) == ["dev"]
 
 
+@pytest.mark.parametrize("place", ["data_root", "annotations"])
+def test_folders_that_cannot_be(place):
+    places = {"data_root": "data"} | {place: "x/" * 3000}
+    with pytest.raises(ValueError, match="no annotations of refcoco") as caught:
+        check(dataset="refcoco", **places)
+    assert len(str(caught.value)) < 300
+
+
 def test_unknown_names_get_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["hivg.data", "check", "coco"])
     with pytest.raises(SystemExit) as stop:

@@ -31,6 +31,14 @@ def test_files_as_they_come(tmp_path, content):
     assert samples[0].expression in ("cup", "cup\u2028dog\u2029\x85") and "incomplete row" not in report.problems
 
 
+@pytest.mark.parametrize("root", [".", "data"])
+def test_a_file_of_the_current_folder(tmp_path, monkeypatch, root):
+    """Its image beside it, and no folder named anywhere."""
+    read(tmp_path, ROW)
+    monkeypatch.chdir(tmp_path)
+    assert len(read_samples(root, "mine.jsonl", "train")) == 1
+
+
 def test_a_damaged_first_line_is_left_out(tmp_path):
     samples, report = read(tmp_path, "image,expression\n" + ROW)
     assert len(samples) == 1

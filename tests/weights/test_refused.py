@@ -163,7 +163,7 @@ def test_each_wrong_file_has_its_line(tmp_path, name):
 @pytest.mark.parametrize("args, expected", [
     (dict(model="RN50"), "model='RN50'"),
     (dict(imsize=65), "imsize=65"),
-    (dict(imsize="64"), "imsize='64'"),
+    (dict(imsize="64"), "imsize='64'; a released HiVG has a whole number there"),
     (dict(imsize=True), "imsize=True"),
     (dict(dataset="unc+"), "text layers"),  # which reads two, and the file has one
     (dict(enable_adaptive_weights=False), "adaptive weights off"),  # towers of different width

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hivg import weights
+from hivg.model import HiVGConfig
 from hivg.weights.settings import check_config
 
 WRONG = [  # (setting, value, part of the message); of the CLIP where its name begins with "clip."
@@ -31,6 +32,7 @@ WRONG = [  # (setting, value, part of the message); of the CLIP where its name b
     ("normalization", "resnet", "normalization must be one of clip, imagenet, not 'resnet'"),
     ("normalization", ["clip"], "normalization must be text, not ['clip']"),
     ("dropout", float("nan"), "dropout must be a number in 0..1, not nan"),
+    ("dropout", 10**400, "dropout must be a number in 0..1, not a huge number"),
     ("dropout", 1.5, "dropout must be a number in 0..1"),
     ("lora_dropout", "0.1", "lora_dropout must be a number"),
     ("lora_alpha", float("inf"), "lora_alpha must be a number in"),
@@ -74,6 +76,13 @@ def test_info_is_a_dict(tmp_path, parts, info):
     tensors, metadata = parts
     save_file(tensors, tmp_path / "x.safetensors", metadata | {"info": info})
     assert "metadata is damaged" in message_of(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("setting", ["bridge", "lora", "text_padding"])
+def test_messages_about_settings_are_short(setting):
+    with pytest.raises(ValueError, match=f"{setting} must be") as caught:
+        HiVGConfig(**{setting: "x" * 5000})
+    assert len(str(caught.value)) < 150
 
 
 def test_what_we_write_is_right():

@@ -146,7 +146,7 @@ def read_parts(path):
 @pytest.mark.parametrize("kind", LOADERS)
 @pytest.mark.parametrize("changes, expected", [
     ({"kind": "lora"}, "not one of this project's"),
-    ({"config": None}, "config"),
+    ({"config": None}, "no 'config' in it"),
     ({"config": '{"clip": '}, "metadata"),
     ({"config": "[1]"}, "metadata"),
     ({"tokenizer": None}, "tokenizer"),
@@ -194,6 +194,35 @@ def test_keys_and_shapes_must_be_exact(tmp_path, kind):
     save_file({f"x.{name}": t for name, t in tensors.items()}, path, metadata)
     message = message_of(path, LOADERS[kind])
     assert "missing: " in message and "left over: x." in message and " more" in message
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_numbers_must_be_finite(tmp_path, kind, value, dtype):
+    path = tmp_path / "weights.safetensors"
+    model = make(kind)
+    model.state_dict()[BIAS[kind]][3] = value
+    weights.save(path, model, dtype=dtype)
+    assert f"its tensor {BIAS[kind]} holds NaN or infinite numbers" in message_of(path, LOADERS[kind])
+
+
+def test_complex_numbers_are_not_cut_down(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    weights.save(path, make("clip"))
+    tensors, metadata = read_parts(path)
+    tensors["logit_scale"] = tensors["logit_scale"].to(torch.complex64)
+    save_file(tensors, path, metadata)
+    assert "its tensor logit_scale holds complex numbers" in message_of(path)
+
+
+def test_numbers_too_large_for_float32(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    weights.save(path, make("clip"))
+    tensors, metadata = read_parts(path)
+    tensors["logit_scale"] = torch.tensor(1e300, dtype=torch.float64)
+    save_file(tensors, path, metadata)
+    assert "its tensor logit_scale holds" in message_of(path)
 
 
 @pytest.mark.parametrize("kind, other", [("clip", "hivg"), ("hivg", "clip")])

@@ -24,7 +24,7 @@ from PIL import Image
 import train
 from hivg import Grounder, weights
 from hivg.weights import WeightsError, download
-from hivg.weights.__main__ import describe
+from hivg.weights.__main__ import convert, describe
 
 # --- fetch ---
 
@@ -116,6 +116,31 @@ def test_fetch_without_network_and_unknown_names(tmp_path, monkeypatch):
         download.fetch("table", tmp_path)
 
 
+def test_fetch_where_nothing_can_be_written(server, tmp_path, monkeypatch):
+    """Not taken for a failure of the connection."""
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file: cannot be written \(File exists\)"):
+        download.fetch("ViT-B/16", tmp_path / "file")
+    (tmp_path / "folder/model.pt.part").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"model.pt.part: cannot be written \(Is a directory\)"):
+        download.fetch("ViT-B/16", tmp_path / "folder")
+    monkeypatch.setattr(download, "open", lambda *_: open("/dev/full", "wb"), raising=False)  # a disk without room
+    with pytest.raises(ValueError, match=r"model.pt.part: cannot be written \(No space left on device\); make room"):
+        download.fetch("ViT-B/16", tmp_path)
+
+
+def test_messages_of_fetch_are_short(monkeypatch, tmp_path):
+    for address, sha256 in download.FILES.values():
+        monkeypatch.setattr(download.urllib.request, "urlopen", fail_to_connect)
+        with pytest.raises(ValueError, match="no connection") as caught:
+            download.download(address, sha256, tmp_path / ("long" * 50))
+        assert len(str(caught.value)) < 290
+
+
+def fail_to_connect(*_, **__):
+    raise OSError("Temporary failure in name resolution, which is told at great length, and then told once more")
+
+
 def test_published_addresses_carry_their_hash():
     for name, (address, sha256) in download.FILES.items():
         assert re.fullmatch("[0-9a-f]{64}", sha256) and address.startswith("https://")
@@ -145,6 +170,16 @@ def test_convert_and_show(tmp_path):
     assert "OpenAI's CLIP" in shown.stdout and "patches of 16 px" in shown.stdout and "2 heads" in shown.stdout
     refused = run("convert", path, tmp_path / "out.pt")
     assert refused.returncode == 2 and re.fullmatch(r"error: .*out.pt: [^\n]+\n", refused.stderr)
+
+
+def test_convert_leaves_its_source(tmp_path):
+    """A file of another program's would be gone."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"theirs")
+    (tmp_path / "link.safetensors").symlink_to(path)
+    for target in ("model", "link"):
+        with pytest.raises(ValueError, match="model.safetensors: OUT would replace the file"):
+            convert(str(path), str(tmp_path / f"{target}.safetensors"))
 
 
 def test_show_of_a_released_checkpoint(tmp_path):
