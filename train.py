@@ -17,7 +17,7 @@ import torch
 
 from hivg import weights
 from hivg.bridge import KINDS as BRIDGE_KINDS
-from hivg.data.batches import evaluation_batches, open_dataset, training_batches
+from hivg.data.batches import MASKS, evaluation_batches, open_dataset, to_device, training_batches
 from hivg.evaluate import predict
 from hivg.fusion import choose_backend
 from hivg.lora import MODES as LORA_MODES
@@ -26,7 +26,7 @@ from hivg.metrics import accuracy, mean
 from hivg.model import HiVG, HiVGConfig
 from hivg.training import distributed
 from hivg.training.checkpoint import open_run, restore, save_state
-from hivg.training.criterion import Criterion, to_device
+from hivg.training.criterion import Criterion
 from hivg.training.flags import RUNS, check_settings, setting, settings_from_flags
 from hivg.training.log import LOG_STEPS, Log
 from hivg.training.optimizers import check_finite, learning_rate, make_optimizers, set_learning_rate, step_optimizers
@@ -54,7 +54,8 @@ class Settings:
     annotations: str = setting("", "annotation file or folder, if it is not in the published layout")
     hard_mix: bool = setting(False, "ask for more ordinals and relations, which are learned last (shapes)")
     epoch_samples: int = setting(0, "expressions in an epoch; 0: all, of the endless shapes 8192", low=0, high=10**9)
-    workers: int = setting(1, "processes that prepare the data", low=0, high=256, resumable=True)
+    masks: str = setting("auto", "what the mask head learns; auto: box, in your own data segmentation", choices=MASKS)
+    workers: int = setting(-1, "processes that prepare the data; -1: by the machine", low=-1, high=256, resumable=True)
 
     clip: str = setting("weights/clip-tiny.safetensors", "the CLIP to start from", group="Model", of_model=True)
     finetune: str = setting("", "a HiVG to train further, in one stage, instead of --clip")
@@ -83,8 +84,7 @@ class Settings:
     device: str = setting("auto", "auto, cpu or cuda", group="Machine", resumable=True)
     dtype: str = setting("auto", "type of the matrix products; auto: bfloat16 where the machine is fast at it",
                          choices=("auto", "float32", "bfloat16"))
-    checkpoint: bool = setting(False, "recompute the vision blocks in the backward: less memory, more time",
-                               resumable=True)
+    checkpoint: bool = setting(False, "recompute the vision blocks in the backward to save memory", resumable=True)
     compile: bool = setting(False, "speed the model up with torch.compile")
 
     def __post_init__(self):
@@ -92,6 +92,8 @@ class Settings:
         check_settings(self)
         if self.hard_mix and self.dataset != "shapes":
             raise ValueError("--hard_mix is a mix of the data set shapes; leave it out")
+        if self.masks != "auto" and self.dataset == "shapes":
+            raise ValueError("--masks is for data sets from files, the masks of shapes are exact; leave it out")
         if not any(self.loss_weights):
             raise ValueError("--loss_weights are all 0, so nothing would be learned; give one of them a weight")
         stages(self)
@@ -156,7 +158,7 @@ def open_split(s: Settings, model, split):
     config = model.config
     is_train = split == "train"
     return open_dataset(s.dataset, split, config.clip.image_size, config.normalization, s.seed if is_train else 0,
-                        s.data_root, s.annotations or None, train=is_train, hard_mix=s.hard_mix)
+                        s.data_root, s.annotations or None, is_train, s.hard_mix, s.masks)
 
 
 def count_steps_per_epoch(s: Settings, stage, dataset):
@@ -168,9 +170,8 @@ def count_steps_per_epoch(s: Settings, stage, dataset):
 @torch.no_grad()
 def validate(s: Settings, model, device):
     """-> {"accuracy": Acc@0.5 of `val`, which decides the state of a stage that is kept, "mean_iou": ..}."""
-    workers = 0 if s.dataset == "shapes" else s.workers
-    batches = evaluation_batches(open_split(s, model, "val"), workers=workers, rank=distributed.rank(),
-                                 world=distributed.world())
+    workers = distributed.choose_workers(s.workers, device)
+    batches = evaluation_batches(open_split(s, model, "val"), 64, workers, *distributed.place())
     rows = distributed.gather_rows(predict(model, batches, device))  # every sample once, however many ranks
     ious = [row["iou"] for row in rows]
     return {"accuracy": accuracy(ious), "mean_iou": mean(ious)}
@@ -218,8 +219,9 @@ def train(s: Settings):
         if number == 0 and first == 0:
             save_state(run, s, number, 0, best, model, optimizers, log)  # so that every run can be resumed
 
-        batches = iter(training_batches(dataset, number * 2**32, stage.batch_size, steps * stage.accumulate,
-                                        first * stage.accumulate, s.workers, distributed.rank(), distributed.world()))
+        batches = training_batches(dataset, number * 2**32, stage.batch_size, steps * stage.accumulate,
+                                   first * stage.accumulate, distributed.choose_workers(s.workers, device),
+                                   *distributed.place(), model.tokenizer, device.type == "cuda")
         loss_weights = LossWeights(*s.loss_weights)
         criterion = distributed.wrap(Criterion(model, loss_weights, s.box_loss), loss_weights.leave_a_head_out)
         if s.compile:
@@ -229,15 +231,14 @@ def train(s: Settings):
             end_of_epoch = (step + 1) % steps_per_epoch == 0
             # a GPU runs ahead of the program, which waits for its numbers at these steps only
             may_wait = device.type == "cpu" or end_of_epoch or (step + 1) % LOG_STEPS == 0
-
             lr = learning_rate(step, steps, stage.lr, s.warmup_steps)
             set_learning_rate(optimizers, lr)
 
             # accumulate the gradient of the global batch
             parts = []
-            for _ in range(stage.accumulate):
+            for part in range(stage.accumulate):
                 batch = to_device(next(batches), model.tokenizer, device)
-                with autocast():
+                with autocast(), distributed.averaged(criterion, is_last=part + 1 == stage.accumulate):
                     terms = criterion(batch)
                 loss = sum(terms.values())
                 (loss / stage.accumulate).backward()
@@ -268,12 +269,11 @@ def train(s: Settings):
 
 if __name__ == "__main__":
     try:
-        settings = settings_from_flags(Settings, __doc__, preset_of)
-        if settings.plan:
-            print_plan(stages(settings), hivg_config(settings.finetune) if settings.finetune else
-                       first_config(settings, clip_config(settings.clip)))
+        s = settings_from_flags(Settings, __doc__, preset_of)
+        if s.plan:
+            print_plan(stages(s), hivg_config(s.finetune) if s.finetune else first_config(s, clip_config(s.clip)))
         else:
-            print(train(settings))
+            print(train(s))
     except KeyboardInterrupt:
         fail("interrupted; the same command with --resume continues", code=130)
     except (ValueError, OSError) as error:

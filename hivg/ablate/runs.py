@@ -19,10 +19,9 @@ import train
 from hivg import weights
 from hivg.ablate.arms import ARMS, BY_NAME, patched
 from hivg.boxes import box_on_grid
-from hivg.data.batches import ShapesTensors, evaluation_batches
+from hivg.data.batches import ShapesTensors, evaluation_batches, to_device
 from hivg.evaluate import predict
 from hivg.metrics import accuracy, mean
-from hivg.training.criterion import to_device
 from hivg.training.flags import RUNS
 from hivg.utils.cli import choose_device, choose_dtype
 

@@ -1,12 +1,17 @@
-"""How long the data of training takes, and a training step: `python -m hivg.bench data step`."""
+"""How long the data of training takes, and a training step, and how much memory: `python -m hivg.bench data step`."""
 
 import tempfile
+import weakref
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from hivg.bench.timing import measure, peak_memory, reset_peak_memory, show
 from hivg.clip import CLIP, CLIP_SIZES
@@ -47,10 +52,14 @@ def photo_sample(path):
 
 
 def bench_step(args):
-    """A training step of a preset at several batch sizes: random weights and images, expressions of 20 tokens."""
+    """A training step of a preset at several batch sizes: random weights and images, expressions of 20 tokens. Before,
+    the memory that it will take on one GPU at the preset's own batch."""
     device = choose_device(args.device)
     dtype = choose_dtype("auto", device)
     name = "ViT-L/14" if args.preset.endswith("large") else "ViT-B/16"
+    own = preset_of(args.preset)["batch_size"]
+    print(f"{args.preset}, {name}, {own} together, bfloat16: {count_memory(args.preset, name, own) / 2**30:.1f} GiB of "
+          "tensors, counted", flush=True)
     model = preset_model(args.preset, name).to(device).train()
     criterion = Criterion(model, LossWeights(), "smooth_l1")
     for n in args.batch_sizes:
@@ -60,6 +69,57 @@ def bench_step(args):
         peak = peak_memory(device)
         precision = str(dtype).removeprefix("torch.")
         show(f"{args.preset}, {name}, {n} together, {precision}, {peak / 2**30:.1f} GiB", times)
+
+
+class TensorMemory(TorchDispatchMode):
+    """Counts, while it is on, the bytes of the tensors that come and go: `most` is the most there were at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = 0
+        self.most = 0
+        self.seen = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor.untyped_storage())
+        return out
+
+    def add(self, storage):
+        if storage in self.seen:  # several tensors share one
+            return
+        self.seen[storage] = True
+        self.now += storage.nbytes()
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self.free, storage.nbytes())
+
+    def free(self, n_bytes):
+        self.now -= n_bytes
+
+
+def count_memory(preset, clip_name, n, dtype=torch.bfloat16):
+    """Bytes of all tensors that training the last stage of a preset takes at most, n expressions together: weights,
+    AdamW's state, gradients, and what a step keeps for its backward.
+
+    Counted on fake tensors, sizes without numbers, so any machine can tell. A GPU takes more: the space that its
+    allocator keeps, the kernels themselves.
+    """
+    cpu = torch.device("cpu")
+    with FakeTensorMode():
+        model = preset_model(preset, clip_name).train()
+        criterion = Criterion(model, LossWeights(), "smooth_l1")
+        batch = random_batch(n, model.config.clip, cpu)
+        with TensorMemory() as memory:
+            for _ in range(2):  # in the second the gradients of the first are there, as after an accumulated part
+                step(criterion, batch, cpu, dtype, clear=False)
+    constant = 0  # what was there before, and stays
+    for p in model.parameters():
+        constant += p.nbytes
+        if p.requires_grad:
+            constant += 2 * p.nbytes  # AdamW's two averages
+    return constant + memory.most
 
 
 def preset_model(preset, clip_name):

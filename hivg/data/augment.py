@@ -77,7 +77,7 @@ class Augment:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"scale must be two shares of the square, 0 < low <= high <= 1, not {self.scale}")
 
-    def __call__(self, rng, image, box, mask, expression, size, normalization="clip"):
+    def __call__(self, rng, image, box, mask, expression, size):
         """An image with one object, augmented; the result depends on the arguments and the state of `rng` alone.
 
         rng         NumPy generator
@@ -87,7 +87,7 @@ class Augment:
         size        side of the square in pixels
 
         Returns a dictionary:
-        image         (3, size, size) float32, normalised, zero where padded
+        pixels        (3, size, size) uint8, zero where padded
         padding_mask  (size, size) bool, True where padded
         box           (4,) float32 cxcywh in 0..1 of the square, clipped to the crop
         mask          (size, size) bool, or None
@@ -110,7 +110,7 @@ class Augment:
         image = image.resize(letterbox.inner, Image.BILINEAR, box=crop)
         image = self.recolour(rng, image)
         return {
-            "image": letterbox.image(image, normalization),
+            "pixels": letterbox.pixels(image),
             "padding_mask": letterbox.padding_mask(),
             "box": letterbox.boxes_to_square(box - torch.tensor([x0, y0, x0, y0])),
             "mask": None if mask is None else letterbox.mask(mask[y0:y1, x0:x1]),

@@ -1,4 +1,7 @@
-"""Batches: images with expressions to tensors, in an order that depends on the step alone."""
+"""Batches: images with expressions to tensors, in an order that depends on the step alone.
+
+Worker processes read, augment and tokenise; images travel as bytes and become numbers on the device (`to_device`).
+"""
 
 from functools import cache
 
@@ -10,7 +13,7 @@ from hivg.data.annotations import read_samples
 from hivg.data.augment import Augment
 from hivg.data.images import open_image, open_published
 from hivg.data.shapes import EXPRESSIONS_PER_SCENE, HARD_MIX, Shapes
-from hivg.data.transforms import Letterbox
+from hivg.data.transforms import Letterbox, normalise
 from hivg.utils.quote import shown
 
 MASKS = ("auto", "box", "segmentation")
@@ -20,6 +23,7 @@ class ShapesTensors(Dataset):
     """A split of `shapes` as tensors: item i is scene i, with a row for each of its expressions."""
 
     rows = EXPRESSIONS_PER_SCENE  # of an item
+    texts = {"token_ids": "expressions"}  # what is tokenised, under its name as ids
 
     def __init__(self, split, size, normalization="clip", seed=0, weights=None):
         """size: side of the square in pixels. weights: how often each kind of expression is asked for (see Shapes)."""
@@ -34,12 +38,12 @@ class ShapesTensors(Dataset):
         item = self.shapes[index]
         n = self.rows
         letterbox = Letterbox(*item["image"].size, self.size)
-        image = letterbox.image(item["image"], self.normalization)  # (3, S, S)
+        pixels = letterbox.pixels(item["image"])  # (3, S, S)
         boxes = torch.from_numpy(item["boxes"])  # (n, 4)
         labels = letterbox.labels(item["labels"])  # (S, S), i + 1 where object i shows
         targets = torch.tensor(item["targets"])  # (n,)
         return {
-            "images": image.expand(n, -1, -1, -1),  # (n, 3, S, S)
+            "pixels": pixels.expand(n, -1, -1, -1),  # (n, 3, S, S) uint8
             "padding_mask": letterbox.padding_mask().expand(n, -1, -1),  # (n, S, S) bool
             "boxes": letterbox.boxes_to_square(boxes),  # (n, 4) cxcywh in 0..1
             "masks": labels == targets[:, None, None] + 1,  # (n, S, S) bool
@@ -61,6 +65,7 @@ class SampleTensors(Dataset):
     """
 
     rows = 1  # of an item
+    texts = ShapesTensors.texts
 
     def __init__(self, samples, size, normalization="clip", seed=0, augment=None, masks="auto"):
         """masks: the target of the mask head. "box": the box, filled, as the released program trains it.
@@ -118,18 +123,18 @@ class SampleTensors(Dataset):
         letterbox = Letterbox(*image.size, self.size)
         if self.augment is None:
             row = {
-                "image": letterbox.image(image, self.normalization),
+                "pixels": letterbox.pixels(image),
                 "padding_mask": letterbox.padding_mask(),
                 "box": letterbox.boxes_to_square(box),
                 "mask": None if mask is None else letterbox.mask(mask),
             }
         else:
             rng = np.random.default_rng([self.seed, number, index])
-            row = self.augment(rng, image, box, mask, sample.expression, self.size, self.normalization)
+            row = self.augment(rng, image, box, mask, sample.expression, self.size)
         if mask is None:
             row["mask"] = box_mask(row["box"], self.size)
         return {
-            "images": row["image"][None],  # (1, 3, S, S)
+            "pixels": row["pixels"][None],  # (1, 3, S, S) uint8
             "padding_mask": row["padding_mask"][None],  # (1, S, S) bool
             "boxes": row["box"][None],  # (1, 4) cxcywh in 0..1
             "masks": row["mask"][None],  # (1, S, S) bool
@@ -183,11 +188,14 @@ def collate(items):
     return batch
 
 
-def training_batches(dataset, first_item, batch_size, batches, start=0, workers=0, rank=0, world=1):
+def training_batches(dataset, first_item, batch_size, batches, start=0, workers=0, rank=0, world=1, tokenizer=None,
+                     pin=False):
     """Batches `start`..`batches` - 1 of an endless split, of which this rank gets its share of each.
 
     Batch k always holds the same items, those from first_item + k * items per batch on, so a resumed run continues
-    exactly where it was. Raises ValueError unless batch_size is a multiple of the rows of an item times the ranks.
+    exactly where it was. tokenizer: with one, the workers tokenise the texts, each kind to the longest of its batch.
+    pin: put the tensors into memory that a GPU copies from while the program runs on. Raises ValueError unless
+    batch_size is a multiple of the rows of an item times the ranks.
     """
     unit = dataset.rows * world
     items, rest = divmod(batch_size, unit)  # items in a rank's share of a batch
@@ -199,7 +207,7 @@ def training_batches(dataset, first_item, batch_size, batches, start=0, workers=
     for k in range(start, batches):
         first = first_item + (k * world + rank) * items
         order.append(range(first, first + items))
-    return make_loader(dataset, order, workers)
+    return make_loader(dataset, order, workers, tokenizer, pin)
 
 
 def evaluation_batches(dataset, batch_size=64, workers=0, rank=0, world=1):
@@ -211,14 +219,14 @@ def evaluation_batches(dataset, batch_size=64, workers=0, rank=0, world=1):
     return make_loader(dataset, order, workers)
 
 
-def make_loader(dataset, order, workers):
+def make_loader(dataset, order, workers, tokenizer=None, pin=False):
     """Batches one after the other. order: for each batch the indices of its items. workers: number of processes.
 
     Raises the ValueError of an item, an image that is damaged for instance, as it is: a DataLoader would put the
     traceback of its worker into the message."""
     # A generator of its own: the loader's seeding must not touch the random numbers of the training.
-    loader = DataLoader(Batches(dataset, order), batch_size=None, num_workers=workers, collate_fn=unchanged,
-                        generator=torch.Generator())
+    loader = DataLoader(Batches(dataset, order, tokenizer), batch_size=None, num_workers=workers, collate_fn=unchanged,
+                        pin_memory=pin, generator=torch.Generator())
     for batch in loader:
         if isinstance(batch, ValueError):
             raise batch
@@ -228,19 +236,37 @@ def make_loader(dataset, order, workers):
 class Batches(Dataset):
     """Whole batches as items; one that cannot be made is the error that says why."""
 
-    def __init__(self, dataset, order):
+    def __init__(self, dataset, order, tokenizer):
         self.dataset = dataset
         self.order = order
+        self.tokenizer = tokenizer
 
     def __len__(self):
         return len(self.order)
 
     def __getitem__(self, number):
         try:
-            return collate([self.dataset[index] for index in self.order[number]])
+            batch = collate([self.dataset[index] for index in self.order[number]])
         except ValueError as error:
             return error
+        batch["normalization"] = self.dataset.normalization
+        if self.tokenizer:
+            for name, texts in self.dataset.texts.items():
+                batch[name] = self.tokenizer(batch[texts])  # (B, T)
+        return batch
 
 
 def unchanged(batch):
     return batch
+
+
+def to_device(batch, tokenizer, device):
+    """A batch with its tensors on the device, and images (B, 3, S, S) float32, normalised there, instead of pixels. Its
+    expressions become token_ids (B, T) unless a worker has done so."""
+    if "token_ids" not in batch:
+        batch = batch | {"token_ids": tokenizer(batch["expressions"])}
+    moved = {}
+    for key, value in batch.items():
+        moved[key] = value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+    moved["images"] = normalise(moved.pop("pixels"), moved["padding_mask"], moved["normalization"])
+    return moved

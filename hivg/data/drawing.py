@@ -148,24 +148,21 @@ def draw(scene, long_side=256, supersample=1):
 
     long_side in pixels. supersample=2 or more draws larger and shrinks, for smooth edges.
     """
-    # Only the labels are drawn; the image is the labels, each with its object's colour, over the background.
     pixels = long_side * supersample
     width = max(round(scene.width * long_side), 1) * supersample
     height = max(round(scene.height * long_side), 1) * supersample
-    labels = Image.new("P", (width, height))
-    pencil = ImageDraw.Draw(labels)
-    palette = [0, 0, 0]
-    for i, obj in enumerate(scene.objects):
-        pencil.polygon(_polygon(obj, pixels), fill=i + 1)
-        palette += COLOURS[obj.colour]
-    labels.putpalette(palette)
-    index = np.asarray(labels)  # (H, W)
+    labels = Image.new("L", (width, height))
     image = _texture(scene.background, width, height)
-    image.paste(labels.convert("RGB"), mask=Image.fromarray((index > 0).view(np.uint8) * 255))
+    pencils = ImageDraw.Draw(labels), ImageDraw.Draw(image)
+    for i, obj in enumerate(scene.objects):
+        corners = _polygon(obj, pixels)
+        pencils[0].polygon(corners, fill=i + 1)
+        pencils[1].polygon(corners, fill=COLOURS[obj.colour])  # the very pixels of the labels
+    index = np.array(labels)  # (H, W)
     if supersample > 1:
         image = image.reduce(supersample)
         index = index[supersample // 2::supersample, supersample // 2::supersample]
-    return image, index.copy()  # `index` is a read-only view of the drawing
+    return image, index
 
 
 def boxes_of(labels, targets):

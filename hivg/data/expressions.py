@@ -9,6 +9,7 @@ x and y are in units of the image's long side, y points down.
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 
 from hivg.data.phrases import (
@@ -89,6 +90,19 @@ def is_minimal(attributes, sets):
     return not any(other != attributes and includes(attributes, other) for other in sets)
 
 
+@cache
+def sets_within(attributes):
+    """The sets that a set of attributes includes, as bits of an integer: bit n stands for the set n."""
+    return sum(1 << n for n in range(1, ALL + 1) if includes(attributes, n))
+
+
+@cache
+def all_but(sets):
+    """The sets of attributes that are not among these, which are given as bits: a list, and one of its minimal ones."""
+    others = [n for n in range(1, ALL + 1) if not sets >> n & 1]
+    return others, [attributes for attributes in others if is_minimal(attributes, others)]
+
+
 class Speaker:
     """Makes expressions for one scene.
 
@@ -103,6 +117,8 @@ class Speaker:
         self.must = must
         self.indices = range(len(self.objects))
         self.targets = self.indices if targets is None else targets
+        self.at = [obj.x for obj in self.objects], [obj.y for obj in self.objects]  # by axis
+        self.classes = {}  # of `members`
         # shared[i][j]: the set of attributes on which objects i and j agree
         self.shared = []
         for a in self.objects:
@@ -111,13 +127,20 @@ class Speaker:
         self.unique = []
         self.minimal = []
         for i in self.indices:
-            unique = [attributes for attributes in range(1, ALL + 1) if self.members(i, attributes) == [i]]
+            ambiguous = 0  # the sets on which another object agrees, as bits
+            for j in self.indices:
+                if j != i:
+                    ambiguous |= sets_within(self.shared[i][j])
+            unique, minimal = all_but(ambiguous)
             self.unique.append(unique)
-            self.minimal.append([attributes for attributes in unique if is_minimal(attributes, unique)])
+            self.minimal.append(minimal)
 
     def members(self, example, attributes):
-        """The objects that agree with the example in these attributes."""
-        return [i for i, shared in enumerate(self.shared[example]) if shared & attributes == attributes]
+        """The objects that agree with the example in these attributes; do not change the list."""
+        if (example, attributes) not in self.classes:
+            rows = enumerate(self.shared[example])
+            self.classes[example, attributes] = [i for i, shared in rows if shared & attributes == attributes]
+        return self.classes[example, attributes]
 
     def rivals(self, target, attributes, anchors=()):
         """The other members of the target's class, anchors excepted."""
@@ -137,8 +160,9 @@ class Speaker:
     def offset(self, i, j, direction):
         """How far object i is in this direction from j, and how far off to the side."""
         axis, sign = DIRECTIONS[direction]
-        across = self.objects[i].x - self.objects[j].x, self.objects[i].y - self.objects[j].y
-        return sign * across[axis], abs(across[1 - axis])
+        along = self.at[axis]
+        across = self.at[1 - axis]
+        return sign * (along[i] - along[j]), abs(across[i] - across[j])
 
     def is_ahead(self, i, j, direction):
         """Whether i is clearly further in this direction than j, by its centre and also by its edge."""
@@ -191,7 +215,7 @@ class Speaker:
         members = self.members(example, attributes)
         if len(members) < 3:
             return None
-        members.sort(key=lambda i: self.offset(i, example, side)[0], reverse=True)
+        members = sorted(members, key=lambda i: self.offset(i, example, side)[0], reverse=True)
         if not all(self.is_ahead(i, j, side) for i, j in zip(members, members[1:])):
             return None
         rank = 2 + int(rng.random() * (min(len(members), 5) - 1))  # from the second on: the first is a superlative

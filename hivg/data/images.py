@@ -1,6 +1,7 @@
 """Images as RGB of 8 bits: any that people have, upright (`open_image`), and those of the published data sets as the
 released program reads them (`open_published`)."""
 
+import io
 import os
 import warnings
 from pathlib import Path
@@ -19,22 +20,25 @@ class ImageError(ValueError):
 
 
 def open_image(image):
-    """A path, a PIL image of any mode, or an (H, W, 3) uint8 RGB array -> upright PIL RGB image.
+    """An image in any form -> upright PIL RGB image. Forms: a path, a PIL image of any mode, a file open for reading
+    bytes, or an array, (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA, of uint8 or of floats in 0..1.
 
     EXIF rotation is applied, the first frame of an animation taken, transparency laid on white, 16 bits scaled to 8.
     Raises ImageError.
     """
     if isinstance(image, (str, os.PathLike)):
-        name = shown(image, PATH)
+        name = shown(image, PATH) or "''"
         with _open_file(Path(image), name) as opened:
             return _upright(opened, name)
-    if isinstance(image, np.ndarray):
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
-            raise ImageError(f"array of shape {image.shape} and type {image.dtype}: give (H, W, 3) uint8, RGB")
-        return _upright(Image.fromarray(image), "array")
     if isinstance(image, Image.Image):
         return _upright(image, "image")
-    raise ImageError(f"{type(image).__name__}: give a path, a PIL image or an (H, W, 3) uint8 array")
+    if isinstance(image, np.ndarray):
+        return _upright(_of_array(image), "array")
+    if isinstance(image, io.TextIOBase):
+        raise ImageError('file object: is open for text; open it for reading bytes, mode "rb"')
+    if hasattr(image, "read"):
+        return _upright(_identified(image, "file object"), "file object")
+    raise ImageError(f"{type(image).__name__}: give a path, a PIL image, an open file or an array")
 
 
 def open_published(path):
@@ -87,10 +91,15 @@ def _open_file(path, name):
         raise ImageError(f"{name}: is a folder; name an image in it")
     if path.stat().st_size == 0:
         raise ImageError(f"{name}: the file is empty; copy or download it again")
+    return _identified(path, name)
+
+
+def _identified(file, name):
+    """A path or a file object -> PIL image, its pixels not read yet. Raises ImageError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(path)
+            image = Image.open(file)
     except Image.UnidentifiedImageError:
         raise ImageError(f"{name}: not an image that can be read; convert it to PNG or JPEG") from None
     except (OSError, Image.DecompressionBombError) as error:
@@ -101,6 +110,17 @@ def _open_file(path, name):
     if image.format == "EPS":  # a program, which Pillow would have another program run
         raise ImageError(f"{name}: not an image of pixels (EPS); convert it to PNG or JPEG")
     return image
+
+
+def _of_array(array):
+    """An array, (H, W), (H, W, 3) or (H, W, 4), of uint8 or of floats in 0..1 -> PIL image. Raises ImageError."""
+    if array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,), (4,)) or 0 in array.shape:
+        raise ImageError(f"array of shape {shown(array.shape, 60)}: give (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA")
+    if array.dtype.kind == "f" and 0 <= array.min() <= array.max() <= 1:  # not with NaN
+        array = (array * 255).round().astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ImageError(f"array of type {shown(array.dtype, 60)}: give uint8, or floats in 0..1")
+    return Image.fromarray(array)
 
 
 def _to_rgb(image):

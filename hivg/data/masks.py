@@ -1,4 +1,4 @@
-"""Segmentation masks as COCO stores them, polygons and run lengths, to arrays of pixels.
+"""Segmentation masks as COCO stores them, polygons and run lengths, to arrays of pixels, and back to run lengths.
 
 Polygons are filled here by pixel centres. COCO's own program traces the outline on a grid five times as fine, so single
 pixels along an outline differ from it; run lengths are exact.
@@ -135,6 +135,27 @@ def _decompress(text):
     if shift:
         raise ValueError(f"the string of a run-length mask ends within a count: {quoted(text)}")
     return counts
+
+
+def run_lengths_of(mask):
+    """(H, W) bool -> COCO's run lengths, {"size": [H, W], "counts": its compressed string}, the inverse of rle_mask."""
+    height, width = mask.shape
+    down = np.concatenate([[False], mask.T.ravel()])  # down the columns; the first run is one of 0s, maybe of none
+    ends = np.flatnonzero(down[1:] != down[:-1])  # of all runs but the last
+    counts = np.diff(ends, prepend=0, append=mask.size).tolist()
+    return {"size": [height, width], "counts": _compress(counts)}
+
+
+def _compress(counts):
+    """Counts -> COCO's string of them, see _decompress."""
+    text = ""
+    for number, count in enumerate(counts):
+        value = count - (counts[number - 2] if number > 2 else 0)
+        while not -16 <= value < 16:
+            text += chr((value & 31 | 32) + 48)
+            value >>= 5
+        text += chr((value & 31) + 48)
+    return text
 
 
 def mask_of(segmentation, height, width):

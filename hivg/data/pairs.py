@@ -40,6 +40,8 @@ class Pairs(Dataset):
     """Endless pairs of images with their texts, as tensors and lists. Item i depends on (seed, i) only."""
 
     rows = 2  # images of an item
+    texts = {"caption_ids": "captions", "phrase_ids": "phrases", "token_ids": "expressions"}  # what is tokenised
+    normalization = "clip"
 
     def __init__(self, image_size, seed=0):
         self.image_size = image_size
@@ -52,10 +54,12 @@ class Pairs(Dataset):
         rng = np.random.default_rng([self.seed, STREAM, index])
         scenes, expressions = draw_pair(rng)
         few = rng.permutation(len(scenes[0].objects))[:CAPTION_OBJECTS]
-        images, captions, phrases, named, attributes, texts, kinds, targets = ([] for _ in range(8))
+        pixels, padding, captions, phrases, named, attributes, texts, kinds, targets = ([] for _ in range(9))
         for scene, said in zip(scenes, expressions):
             image, _ = draw(scene)
-            images.append(Letterbox(*image.size, self.image_size).image(image))
+            letterbox = Letterbox(*image.size, self.image_size)
+            pixels.append(letterbox.pixels(image))
+            padding.append(letterbox.padding_mask())
             captions.append(caption(replace(scene, objects=tuple(scene.objects[i] for i in few)), rng))
             absent = MAX_OBJECTS - len(scene.objects)
             object_texts, object_named = object_phrases(scene, rng)
@@ -68,7 +72,8 @@ class Pairs(Dataset):
             missing = MAX_EXPRESSIONS - len(said)
             targets.append([expression.target for expression in said] + [NO_TARGET] * missing)
         return {
-            "images": torch.stack(images),  # (2, 3, S, S)
+            "pixels": torch.stack(pixels),  # (2, 3, S, S) uint8
+            "padding_mask": torch.stack(padding),  # (2, S, S) bool
             "captions": captions,  # 2 strings
             "phrases": phrases,  # 2 x 8 strings, "" where there is no object
             "named": torch.tensor(named),  # (2, 8, 4), -1 where a phrase names no such attribute

@@ -1,11 +1,12 @@
 """The letterbox: any image into a square of the model's size, and boxes there and back.
 
-The long side is resized to the square (PIL bilinear, which smooths when it shrinks), the image is normalised and put
-in the middle; the rest is zero and marked as padding. Training may ask for a smaller image and another place
-(augment.py).
+The long side is resized to the square (PIL bilinear, which smooths when it shrinks) and put in the middle; the rest is
+marked as padding. Pixels stay bytes until they are on the device that computes, where they are normalised and padding
+becomes zero. Training may ask for a smaller image and another place (augment.py).
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -15,6 +16,22 @@ NORMALIZATION = {  # mean and standard deviation of R, G, B in 0..1
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
+
+
+def normalise(pixels, padding_mask, normalization="clip"):
+    """Pixels (B, 3, S, S) uint8 -> (B, 3, S, S) float32 on their device: (pixel / 255 - mean) / std, and zero where
+    padding_mask (B, S, S) is True. normalization: one of NORMALIZATION."""
+    whole, mean, std = constants(normalization, pixels.device)  # (3, 1, 1) each
+    images = (pixels / whole - mean) / std  # (B, 3, S, S)
+    return images.masked_fill_(padding_mask[:, None], 0)
+
+
+@cache  # a GPU would wait for them to be sent
+def constants(normalization, device):
+    """(3, 3, 1, 1): 255, mean and standard deviation of R, G, B."""
+    mean, std = NORMALIZATION[normalization]
+    # 255 is a tensor too: a GPU turns a division by a number into a product, which rounds differently
+    return torch.tensor([(255.0,) * 3, mean, std])[..., None, None].to(device)
 
 
 @dataclass(frozen=True)
@@ -52,17 +69,19 @@ class Letterbox:
 
     def image(self, image, normalization="clip"):
         """PIL RGB image -> (3, size, size) float32, normalised, zero where padded."""
-        mean, std = np.array(NORMALIZATION[normalization], dtype=np.float32)
-        pixels = np.asarray(image.resize(self.inner, Image.BILINEAR), dtype=np.float32) / 255  # (h, w, 3)
-        square = np.zeros((self.size, self.size, 3), dtype=np.float32)
-        square[self.window] = (pixels - mean) / std
+        return normalise(self.pixels(image)[None], self.padding_mask()[None], normalization)[0]
+
+    def pixels(self, image):
+        """PIL RGB image -> (3, size, size) uint8, zero where padded."""
+        square = np.zeros((self.size, self.size, 3), dtype=np.uint8)
+        square[self.window] = image.resize(self.inner, Image.BILINEAR)
         return torch.from_numpy(square.transpose(2, 0, 1).copy())  # (3, size, size)
 
     def padding_mask(self):
         """(size, size) bool, True where there is no image."""
-        mask = torch.ones(self.size, self.size, dtype=torch.bool)
+        mask = np.ones((self.size, self.size), dtype=bool)  # NumPy's calls are shorter than PyTorch's
         mask[self.window] = False
-        return mask
+        return torch.from_numpy(mask)
 
     def mask(self, mask):
         """(height, width) bool array of the image -> (size, size) bool, nearest neighbour."""
@@ -70,10 +89,9 @@ class Letterbox:
 
     def labels(self, labels):
         """(height, width) uint8 array of the image -> (size, size) uint8, nearest neighbour, 0 where padded."""
-        square = torch.zeros(self.size, self.size, dtype=torch.uint8)
-        resized = Image.fromarray(labels).resize(self.inner, Image.NEAREST)
-        square[self.window] = torch.from_numpy(np.array(resized))
-        return square
+        square = np.zeros((self.size, self.size), dtype=np.uint8)
+        square[self.window] = Image.fromarray(labels).resize(self.inner, Image.NEAREST)
+        return torch.from_numpy(square)
 
     def boxes_to_square(self, boxes):
         """(..., 4) xyxy in the image's pixels -> (..., 4) cxcywh in 0..1 of the square."""

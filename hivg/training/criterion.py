@@ -18,7 +18,8 @@ class Criterion(torch.nn.Module):
         self.box_loss = box_loss
 
     def forward(self, batch):
-        """batch: a dict of this rank's tensors -> {name: weighted scalar}, whose sum is the loss."""
+        """batch: this rank's, as `to_device` of hivg/data/batches.py returns it -> {name: weighted scalar}, whose sum
+        is the loss."""
         output = self.model(batch["images"], batch["padding_mask"], batch["token_ids"],
                             with_hints=self.weights.need_hints)
         text = distributed.gather(output.text_features.float())  # (n, E), n = B times the ranks
@@ -27,12 +28,3 @@ class Criterion(torch.nn.Module):
         with torch.autocast(text.device.type, enabled=False):  # logits of up to 100 have no digits to lose
             logits_per_text = similarity(text, image, self.model.clip.logit_scale)  # (n, n)
         return grounding_losses(output, batch, logits_per_text, image_ids, self.weights, self.box_loss)
-
-
-def to_device(batch, tokenizer, device):
-    """A batch of hivg.data.batches with its tensors on the device and its expressions as token_ids (B, T) too."""
-    moved = {}
-    for key, value in batch.items():
-        moved[key] = value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-    moved["token_ids"] = tokenizer(batch["expressions"]).to(device)
-    return moved

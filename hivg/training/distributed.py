@@ -5,6 +5,7 @@ DistributedDataParallel; the contrastive loss sees the features of all ranks.
 """
 
 import os
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,11 @@ def rank():
 
 def world():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def place():
+    """-> rank, world: the number of this process, and how many there are."""
+    return rank(), world()
 
 
 class _Gather(torch.autograd.Function):
@@ -94,3 +100,20 @@ def wait():
 def wrap(module, find_unused=False):
     """The module as it is with one process; with several, wrapped so that their gradients are averaged."""
     return DistributedDataParallel(module, find_unused_parameters=find_unused) if world() > 1 else module
+
+
+def averaged(module, is_last):
+    """The context of a forward of `wrap`'s module. The gradients of a step's parts add up on each rank; the backward of
+    the last part averages them over the ranks."""
+    return nullcontext() if is_last or world() == 1 else module.no_sync()
+
+
+def choose_workers(workers, device):
+    """The number of processes that prepare this rank's data: as many as are asked for. For -1, by the machine: one on a
+    CPU, whose other cores the model needs; up to 8 for a GPU, of the cores that each rank has for itself."""
+    if workers >= 0:
+        return workers
+    if device.type == "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, max(1, cores // world() - 1))

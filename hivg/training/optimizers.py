@@ -36,16 +36,18 @@ class Muon(torch.optim.Optimizer):
 
     def step_together(self, matrices, group):
         """One step of n matrices of one shape (rows, columns)."""
-        updates = []
         for p in matrices:
-            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-            momentum.lerp_(p.grad, 1 - group["momentum"])
-            updates.append(p.grad.lerp(momentum, group["momentum"]))  # Nesterov's look ahead
-        updates = orthogonalise(torch.stack(updates))  # (n, rows, columns)
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        momenta = [self.state[p]["momentum"] for p in matrices]
+        gradients = [p.grad for p in matrices]
+        # _foreach: on a GPU one kernel for all of them
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's look ahead
+        updates = orthogonalise(torch.stack(updates)).to(matrices[0].dtype)  # (n, rows, columns)
         scale = 0.2 * max(matrices[0].shape) ** 0.5
-        for p, update in zip(matrices, updates):
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(update.to(p.dtype), alpha=-group["lr"] * scale)
+        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(matrices, list(updates), alpha=-group["lr"] * scale)
 
 
 def orthogonalise(x, steps=5):

@@ -6,7 +6,14 @@
 The released program steps on global batches of 7 GPUs x 80, 60, 60, 40 (base) or 7 x 32 (large) expressions. Here the
 same batches are accumulated on one GPU, or shared by several. Accumulation adds up gradients, not negatives: the
 contrastive loss sees `batch_size` expressions at a time (139 negatives for base, 55 for large, less those of the same
-image), however many processes there are, where the released program's sees one GPU's 80, 60, 40 or 32.
+image), however many processes there are, where the released program's sees one GPU's 80, 60, 40 or 32. On a GPU with
+less memory, take a part of --batch_size and as many times the --accumulate.
+
+Every process takes an equal share of a batch. 1, 2, 4 or 7 divide all of them, 8 those of 112 and 56 but not 140: no
+batch size divides both into 8 shares and into the published 420. On 8 GPUs a base preset is refused until it is given
+--batch_size 136 or 144, 3 % from the published steps.
+
+Masks are boxes filled (--masks box), as published; the data sets' outlines are for --masks segmentation.
 
 Expect (Acc@0.5, paper, from a CLIP fine-tuned on COCO detection; from OpenAI's a few points less): RefCOCO
 87.3 / 89.9 / 83.3, RefCOCO+ 78.1 / 84.8 / 68.1, RefCOCOg 78.3 / 78.8, ReferIt 75.2, Flickr30k 82.1. None of them
@@ -19,7 +26,7 @@ from hivg.losses import LossWeights
 
 # The released program clips no gradient and has no warm-up steps; nor do these.
 PAPER = dict(optimizer="adamw", clip_grad=float("inf"), warmup_steps=0, lora_rank=32, lora_alpha=16.0,
-             box_loss="smooth_l1", loss_weights=astuple(LossWeights()), workers=8)
+             box_loss="smooth_l1", loss_weights=astuple(LossWeights()))
 # stages: warm-up, Hi LoRA 1, 2, 3
 BASE = PAPER | dict(clip="weights/ViT-B-16.pt", epochs=(60, 20, 20, 20), lr=(2.5e-4, 1e-4, 5e-5, 2.5e-5),
                     batch_size=140, accumulate=(4, 3, 3, 2))

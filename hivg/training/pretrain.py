@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from hivg import weights
 from hivg.clip import CLIP, CLIP_SIZES, at_end_token, bounded_logit_scale, similarity
-from hivg.data.batches import training_batches
+from hivg.data.batches import to_device, training_batches
 from hivg.data.pairs import NO_PHRASE, NO_TARGET, Pairs
 from hivg.data.shapes import Shapes
 from hivg.losses import contrastive_loss
@@ -51,7 +51,8 @@ class Settings:
     resume: bool = setting(False, "continue an interrupted run from its last state", resumable=True)
     save_minutes: float = setting(2.0, "minutes of work that an interruption may cost", low=0, high=1e4, resumable=True)
     seed: int = setting(0, "seed of all random numbers", low=0, high=2**31)
-    workers: int = setting(1, "processes that draw the images", low=0, high=256, resumable=True)
+    workers: int = setting(-1, "processes that draw the images; -1: as many as the machine needs", low=-1, high=256,
+                           resumable=True)
 
     epochs: int = setting(6, "epochs", low=1, high=10**6, group="Optimization")
     epoch_samples: int = setting(8192, "images in an epoch", low=1, high=10**9)
@@ -84,22 +85,6 @@ def phrase_truth(named, attributes):
     named = named[:, None, None]  # (M, 1, 1, 4)
     is_true_of_object = ((named == -1) | (named == attributes)).all(-1)  # (M, B, 8)
     return is_true_of_object.any(-1)
-
-
-def to_device(batch, tokenizer, device):
-    """A batch with its tensors on the device.
-
-    Its texts become caption_ids (B, T), phrase_ids (8 B, T') and, of the expressions, token_ids (M, T''), long.
-    """
-    return {
-        "images": batch["images"].to(device, non_blocking=True),
-        "named": batch["named"].to(device, non_blocking=True),
-        "attributes": batch["attributes"].to(device, non_blocking=True),
-        "caption_ids": tokenizer(batch["captions"]).to(device),
-        "phrase_ids": tokenizer(batch["phrases"]).to(device),
-        "token_ids": tokenizer(batch["expressions"]).to(device),
-        "targets": batch["targets"].to(device, non_blocking=True),
-    }
 
 
 # ---- losses
@@ -157,8 +142,9 @@ class ContrastiveCriterion(torch.nn.Module):
         self.model = model
 
     def forward(self, batch):
-        """batch: as `to_device` returns it -> {name: weighted scalar}, whose sum is the loss, and "meant": bool (M,),
-        whether each expression fits the object it means better than the image's other objects."""
+        """batch: as `to_device` returns it, with caption_ids (B, T), phrase_ids (8 B, T') and, of the expressions,
+        token_ids (M, T'') -> {name: weighted scalar}, whose sum is the loss, and "meant": bool (M,), whether each
+        expression fits the object it means better than the image's other objects."""
         clip = self.model
         visual = clip.visual.project(clip.visual(batch["images"])[-1])  # (B, N, E), [CLS] first
         caption = clip.encode_text(batch["caption_ids"])  # (B, E)
@@ -215,13 +201,13 @@ def new_clip(seed):
 
 
 @torch.no_grad()
-def validate(criterion, seed, device):
+def validate(criterion, seed, device, workers):
     """-> {"accuracy": how often an expression fits its object best, on images that training does not see}."""
     clip = criterion.model
     pairs = Pairs(clip.config.image_size, seed + 1)
     clip.eval()
     meant = []
-    for batch in training_batches(pairs, 0, 64, VALIDATION_BATCHES):
+    for batch in training_batches(pairs, 0, 64, VALIDATION_BATCHES, workers=workers, tokenizer=clip.tokenizer):
         meant.append(criterion(to_device(batch, clip.tokenizer, device))["meant"])
     clip.train()
     return {"accuracy": torch.cat(meant).float().mean().item()}
@@ -250,8 +236,9 @@ def pretrain(s: Settings):
     else:
         save_state(run, s, 0, 0, best, model, optimizers, log)  # so that every run can be resumed
     dataset = Pairs(model.config.image_size, s.seed)
-    batches = iter(training_batches(dataset, 0, s.batch_size, steps, first, s.workers, distributed.rank(),
-                                    distributed.world()))
+    workers = distributed.choose_workers(s.workers, device)
+    batches = training_batches(dataset, 0, s.batch_size, steps, first, workers, *distributed.place(), model.tokenizer,
+                               pin=device.type == "cuda")
     bare = ContrastiveCriterion(model)
     criterion = distributed.wrap(bare)
     if s.compile:
@@ -278,7 +265,7 @@ def pretrain(s: Settings):
         end_of_epoch = (step + 1) % steps_per_epoch == 0
         if end_of_epoch:
             with autocast():
-                scores = validate(bare, s.seed, device)
+                scores = validate(bare, s.seed, device, workers)
             if scores["accuracy"] > best:
                 best = scores["accuracy"]
                 if distributed.rank() == 0:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from hivg.boxes import cxcywh_to_xyxy
 from hivg.data.augment import CROP, Augment, crop_around, is_positional
-from hivg.data.transforms import NORMALIZATION, Letterbox
+from hivg.data.transforms import NORMALIZATION, Letterbox, normalise
 
 SIZE = 96
 PLACES = Augment(jitter_p=0)  # colours as they were
@@ -53,9 +53,15 @@ def augmented(augment, seed, width, height, expression):
     box = some_box(rng, width, height)
     out = augment(rng, coordinates(width, height), box, inside(box, width, height), expression, SIZE)
     assert [(v.shape, v.dtype) for v in out.values()] == [
-        ((3, SIZE, SIZE), torch.float32), ((SIZE, SIZE), torch.bool), ((4,), torch.float32), ((SIZE, SIZE), torch.bool)]
-    assert (out["box"] >= 0).all() and (out["box"] <= 1).all() and list(out) == ["image", "padding_mask", "box", "mask"]
-    return box, out
+        ((3, SIZE, SIZE), torch.uint8), ((SIZE, SIZE), torch.bool), ((4,), torch.float32), ((SIZE, SIZE), torch.bool)]
+    assert list(out) == ["pixels", "padding_mask", "box", "mask"]
+    assert (out["box"] >= 0).all() and (out["box"] <= 1).all()
+    return box, with_image(out)
+
+
+def with_image(out):
+    """What a batch makes of the pixels on the device."""
+    return out | {"image": normalise(out["pixels"][None], out["padding_mask"][None])[0]}
 
 
 def origins(out):
@@ -210,8 +216,8 @@ def test_colours_change_and_places_do_not(change):
     other = dataclasses.replace(PLACES, **change)
     differences = []
     for seed in range(20):
-        plain = PLACES(np.random.default_rng(seed), image, box, mask, FREE, SIZE)
-        changed = other(np.random.default_rng(seed), image, box, mask, FREE, SIZE)
+        plain = with_image(PLACES(np.random.default_rng(seed), image, box, mask, FREE, SIZE))
+        changed = with_image(other(np.random.default_rng(seed), image, box, mask, FREE, SIZE))
         assert all(torch.equal(plain[key], changed[key]) for key in ("padding_mask", "box", "mask"))
         assert not changed["image"][:, plain["padding_mask"]].any()
         differences.append((plain["image"] - changed["image"]).abs()[:, ~plain["padding_mask"]].mean())
@@ -263,7 +269,7 @@ def test_odd_images_and_a_box_of_everything(width, height, expression):
         for box in ([0, 0, width, height], [-5.0, -1, width + 0.5, height * 2]):
             image = Image.new("RGB", (width, height), "red")
             out = augment(np.random.default_rng(seed), image, box, None, expression, SIZE)
-            assert out["mask"] is None and out["image"].isfinite().all()
+            assert out["mask"] is None and out["pixels"][:, ~out["padding_mask"]].any()
             assert_close("box", cxcywh_to_xyxy(out["box"]) * SIZE, extent(~out["padding_mask"]), 1)
 
 
@@ -280,15 +286,14 @@ def test_smaller_and_elsewhere_on_paper(place, corner):
     assert_close("and back", letterbox.boxes_to_image(letterbox.boxes_to_square(box)), box, 1e-4)
 
 
-@pytest.mark.parametrize("normalization", NORMALIZATION)
-def test_all_off_is_the_letterbox(normalization):
+def test_all_off_is_the_letterbox():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (150, 201, 3), dtype=np.uint8))
     box = torch.tensor([10.5, 5, 60, 50])
     letterbox = Letterbox(201, 150, SIZE)
     mask = np.random.default_rng(1).random((150, 201)) > 0.5
     off = Augment(jitter=0, jitter_p=0, blur_p=0, scale=(1, 1), crop_p=0, translate=False)
-    out = off(np.random.default_rng(0), image, box, mask, FREE, SIZE, normalization)
-    assert torch.equal(out["image"], letterbox.image(image, normalization))
+    out = off(np.random.default_rng(0), image, box, mask, FREE, SIZE)
+    assert torch.equal(out["pixels"], letterbox.pixels(image))
     assert torch.equal(out["padding_mask"], letterbox.padding_mask())
     assert torch.equal(out["box"], letterbox.boxes_to_square(box)) and torch.equal(out["mask"], letterbox.mask(mask))
 

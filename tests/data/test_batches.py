@@ -1,11 +1,13 @@
 """From data sets to batches of tensors: the same from files as drawn, in an order that depends on the step alone."""
 
+import numpy as np
 import pytest
 import torch
-from makers import assert_close
+from makers import assert_close, make_tokenizer
 from makers_data import make_scenes, write_list, write_own, write_shapes
 from PIL import Image
 
+from hivg.data import batches
 from hivg.data.annotations import Sample
 from hivg.data.augment import Augment
 from hivg.data.batches import (
@@ -15,13 +17,16 @@ from hivg.data.batches import (
     collate,
     evaluation_batches,
     open_dataset,
+    to_device,
     training_batches,
 )
 from hivg.data.masks import mask_of
 from hivg.data.shapes import HARD_MIX, Shapes
+from hivg.data.transforms import NORMALIZATION
+from hivg.training import distributed
 
 ROWS = {  # the keys of a row: shape and type of the tensors, None for lists
-    "images": ((3, 32, 32), torch.float32), "padding_mask": ((32, 32), torch.bool), "boxes": ((4,), torch.float32),
+    "pixels": ((3, 32, 32), torch.uint8), "padding_mask": ((32, 32), torch.bool), "boxes": ((4,), torch.float32),
     "masks": ((32, 32), torch.bool), "image_ids": ((), torch.int64), "has_mask": ((), torch.bool),
     "pixel_boxes": ((4,), torch.float32), "expressions": None, "kinds": None, "image_names": None, "letterboxes": None}
 
@@ -38,7 +43,7 @@ def test_keys_shapes_and_types(tmp_path, kind):
     else:
         dataset = SampleTensors(make_samples(tmp_path), 32, augment=Augment() if kind == "augmented" else None)
     batch = next(iter(training_batches(dataset, 0, 8, 1)))
-    assert batch.keys() == ROWS.keys()
+    assert batch.keys() == ROWS.keys() | {"normalization"}
     for key, wanted in ROWS.items():
         assert len(batch[key]) == 8, key
         if wanted is None:
@@ -72,7 +77,7 @@ def test_samples_from_files_are_what_shapes_draws(tmp_path):
         rows = collate([ours[4 * i + k] for k in range(4)])
         expected = drawn[i]
         assert rows["expressions"] == expected["expressions"]
-        for name in ("images", "padding_mask", "boxes", "masks", "pixel_boxes", "has_mask"):
+        for name in ("pixels", "padding_mask", "boxes", "masks", "pixel_boxes", "has_mask"):
             assert_close(name, rows[name], expected[name], 1e-6)
         assert rows["image_ids"].tolist() == [i] * 4
 
@@ -109,15 +114,15 @@ def test_training_order(tmp_path):
     for index in (25, 3, 2**33 + 5):  # any order; a stage starts at a large index
         row = data[index]
         assert row["expressions"] == again[index]["expressions"]
-        assert torch.equal(row["images"], again[index]["images"])
-        assert not torch.equal(row["images"], other[index]["images"])
+        assert torch.equal(row["pixels"], again[index]["pixels"])
+        assert not torch.equal(row["pixels"], other[index]["pixels"])
     same_sample = 10 + orders[1].index(orders[0][0])
     assert data[0]["expressions"] == data[same_sample]["expressions"]
-    assert not torch.equal(data[0]["images"], data[same_sample]["images"])  # augmented differently
+    assert not torch.equal(data[0]["pixels"], data[same_sample]["pixels"])  # augmented differently
 
 
-def texts(batches):
-    return [batch["expressions"] for batch in batches]
+def texts(loader):
+    return [batch["expressions"] for batch in loader]
 
 
 def test_batches_resume_and_are_shared(tmp_path):
@@ -132,8 +137,8 @@ def test_batches_resume_and_are_shared(tmp_path):
 
 def test_batches_of_scenes_follow_their_first_item():
     dataset = ShapesTensors("train", 32)
-    batches = [batch["image_ids"].tolist() for batch in training_batches(dataset, 100, 8, 3)]
-    assert batches == [[100] * 4 + [101] * 4, [102] * 4 + [103] * 4, [104] * 4 + [105] * 4]
+    seen = [batch["image_ids"].tolist() for batch in training_batches(dataset, 100, 8, 3)]
+    assert seen == [[100] * 4 + [101] * 4, [102] * 4 + [103] * 4, [104] * 4 + [105] * 4]
 
 
 @pytest.mark.parametrize("batch_size, world, nearest", [
@@ -166,9 +171,51 @@ def test_loaders_leave_the_random_numbers_alone(tmp_path):
 
 def test_workers_change_nothing(tmp_path):
     data = SampleTensors(make_samples(tmp_path), 32, augment=Augment())
+    tokenizer = make_tokenizer()
     alone = list(training_batches(data, 0, 4, 3))
-    for a, b in zip(alone, training_batches(data, 0, 4, 3, workers=2), strict=True):
-        assert a["expressions"] == b["expressions"] and torch.equal(a["images"], b["images"])
+    for a, b in zip(alone, training_batches(data, 0, 4, 3, workers=2, tokenizer=tokenizer), strict=True):
+        assert a["expressions"] == b["expressions"] and torch.equal(a["pixels"], b["pixels"])
+        assert "token_ids" not in a and torch.equal(b["token_ids"], tokenizer(b["expressions"]))
+        here = to_device(a, tokenizer, "cpu")
+        there = to_device(b, None, "cpu")
+        for name in ("images", "token_ids"):
+            assert torch.equal(here[name], there[name]), name
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATION)
+def test_images_are_normalised_on_the_device(normalization):
+    """Bit for bit what NumPy gives in float32, for every value of a byte and on a GPU too; padding is zero."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    values = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, -1, -1)
+    padding = torch.zeros(2, 16, 16, dtype=torch.bool)
+    padding[1, :5] = True
+    batch = {"pixels": values, "padding_mask": padding, "normalization": normalization, "token_ids": padding,
+             "expressions": []}
+    moved = to_device(batch, None, device)
+    mean, std = np.array(NORMALIZATION[normalization], dtype=np.float32)
+    expected = (np.arange(256, dtype=np.float32)[:, None] / 255 - mean) / std  # (256, 3)
+    expected = expected.T.reshape(3, 16, 16)
+    assert moved["images"].dtype == torch.float32 and "pixels" not in moved
+    assert np.array_equal(moved["images"][0].cpu(), expected)
+    assert np.array_equal(moved["images"][1, :, 5:].cpu(), expected[:, 5:]) and not moved["images"][1, :, :5].any()
+
+
+@pytest.mark.parametrize("asked, device, world, cores, workers", [
+    (3, "cuda", 1, 4, 3), (0, "cuda", 1, 4, 0), (-1, "cpu", 1, 64, 1), (-1, "cuda", 1, 64, 8), (-1, "cuda", 1, 6, 5),
+    (-1, "cuda", 4, 16, 3), (-1, "cuda", 8, 4, 1)])
+def test_workers_by_the_machine(monkeypatch, asked, device, world, cores, workers):
+    monkeypatch.setattr(distributed, "world", lambda: world)
+    monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda process: range(cores), raising=False)
+    assert distributed.choose_workers(asked, torch.device(device)) == workers
+
+
+def test_batches_are_pinned_for_a_gpu_alone(monkeypatch):
+    """The loader is told so; nothing else can be seen of it without a GPU."""
+    told = []
+    monkeypatch.setattr(batches, "DataLoader", lambda *args, pin_memory, **options: told.append(pin_memory) or ())
+    for pin in (True, False):
+        list(training_batches(ShapesTensors("train", 32), 0, 4, 1, pin=pin))
+    assert told == [True, False]
 
 
 def test_a_box_stands_in_for_a_mask(tmp_path):

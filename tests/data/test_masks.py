@@ -1,9 +1,11 @@
 """Masks against ones worked out on paper: polygons by pixel centres, run lengths plain and in COCO's string."""
 
+import json
+
 import numpy as np
 import pytest
 
-from hivg.data.masks import mask_of, polygon_mask, rle_mask
+from hivg.data.masks import mask_of, polygon_mask, rle_mask, run_lengths_of
 
 
 def drawn(text):
@@ -136,3 +138,24 @@ def test_mask_of():
             mask_of(odd, 2, 3)
     with pytest.raises(ValueError, match="a polygon is a flat list"):
         mask_of([0, 0, 1, 0, 1, 2], 2, 3)  # a polygon, not a list of them
+
+
+def test_to_run_lengths_and_back():
+    """Empty and full masks, odd sizes, noise."""
+    rng = np.random.default_rng(0)
+    for share in (0, 0.02, 0.5, 0.98, 1):
+        for height, width in ((1, 1), (1, 70), (70, 1), (37, 53), (300, 200)):
+            mask = rng.random((height, width)) < share
+            rle = run_lengths_of(mask)
+            assert rle["size"] == [height, width] and json.loads(json.dumps(rle)) == rle
+            np.testing.assert_array_equal(rle_mask(rle), mask)
+
+
+def test_run_lengths_as_pycocotools_has_them():
+    """Its `encode` gave these strings."""
+    mask = np.zeros((100, 90), dtype=bool)
+    mask[10:70, 5:9] = True
+    mask[20:40, 7:] = False
+    mask[99, 89] = True
+    assert run_lengths_of(mask)["counts"] == "n?l1X100^N\\Od0d0\\O\\Od0]m7SO"
+    assert run_lengths_of(np.ones((2000, 3000), dtype=bool))["counts"] == "0P\\Sg5"

@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 from makers import ROOT
 from makers_training import log_of
+
+from hivg.training import distributed
 
 ON_CPU = ["--name", "run", "--device", "cpu", "--dtype", "float32", "--workers", "0"]
 # with AdamW: Muon's products, in bfloat16, would make 1e-5 of the last bit in which the sums of one and two differ
@@ -60,3 +63,14 @@ def test_batch_that_does_not_divide(tmp_path, clip_file):
     done = subprocess.run([sys.executable, ROOT / "train.py", "--device", "cpu", "--clip", clip_file, "--batch_size",
                            "6"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: the batch size must be a multiple")
+
+
+def test_gradients_travel_with_the_last_part_of_a_step_alone(monkeypatch):
+    class Module:
+        def no_sync(self):
+            return "no_sync"
+
+    assert isinstance(distributed.averaged(Module(), is_last=False), nullcontext)  # one process
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    assert distributed.averaged(Module(), is_last=False) == "no_sync"
+    assert isinstance(distributed.averaged(Module(), is_last=True), nullcontext)

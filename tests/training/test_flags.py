@@ -30,7 +30,7 @@ def test_every_setting_is_a_flag(monkeypatch):
              "epochs": (1, 2, 3, 4, 5), "lr": (1e-3,) * 5}
     changed = {}
     for f in fields(Settings):
-        if f.name not in ("preset", "finetune", "resume", "dataset"):  # which exclude or stand for others
+        if f.name not in ("preset", "finetune", "resume", "dataset", "masks"):  # which exclude or stand for others
             changed[f.name] = words.get(f.name) or other[type(f.default)](f.default)
     s = Settings(**changed)
     assert parsed(monkeypatch, *flags(s)) == s
@@ -75,7 +75,9 @@ def test_presets_are_defaults(monkeypatch):
     (["--epoch_samples", "-1"], "epoch_samples"),
     (["--loss_weights", *"000000000"], "all 0"),
     (["--seed", "-1"], "seed"),
-    (["--workers", "-1"], "--workers must be from 0"),
+    (["--workers", "-2"], "--workers must be from -1"),
+    (["--masks", "polygon"], "auto, box, segmentation"),
+    (["--masks", "box"], "the masks of shapes are exact"),
     (["--clip_grad", "0"], "clip_grad"),
     (["--bridge", "golden"], "golden"),
     (["--lora", "deep"], "deep"),

@@ -8,6 +8,7 @@ import torch
 from makers import assert_close, make_hivg
 from makers_training import NAMES, Killed, assert_same_run, kill, log_of, shrink
 from PIL import Image
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import train
 from hivg import weights
@@ -199,6 +200,23 @@ def test_accumulated_losses_are_logged_as_their_mean(world, tiny, monkeypatch):
     assert len(losses) == 3
     for name in losses[0]:
         assert row[name] == pytest.approx(sum(part[name] for part in losses) / 3, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_training_is_the_same(world, tiny, monkeypatch):
+    """Two steps and a validation log the same with --compile. The graphs are run as they were found: making faster
+    programs of them is PyTorch's part, and takes minutes."""
+    counter = CompileCounterWithBackend("eager")
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compile(model, backend=counter, fullgraph=True))
+    torch._dynamo.reset()
+    s = replace(tiny, lora="none", epochs=(1,), epoch_samples=16)
+    for name, is_compiled in (("plain", False), ("compiled", True)):
+        train.train(replace(s, name=name, compile=is_compiled))
+    assert 2 <= counter.frame_count <= 4  # to train and to validate, each for one length of text and then for any
+    for a, b in zip(log_of("runs/compiled"), log_of("runs/plain"), strict=True):
+        for name, value in a.items():
+            assert b[name] == (pytest.approx(value, rel=1e-3, abs=1e-4) if isinstance(value, float) else value), name
 
 
 def test_an_epoch_is_the_whole_data_set_by_default():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from makers import ROOT, make_clip, make_tokenizer
+from makers import ROOT, make_clip, make_hivg, make_tokenizer
 from makers_data import (
     make_scenes,
     write_list,
@@ -23,7 +23,7 @@ import train
 from hivg import Grounder, evaluate, weights
 from hivg.data.annotations import read_samples
 from hivg.data.published import COCO, FLICKR, REFERIT
-from hivg.training.presets import preset_of
+from hivg.training.presets import PRESETS, preset_of
 from train import Settings
 
 
@@ -53,6 +53,19 @@ def test_train_and_evaluate_on_own_data(tmp_path, clip_file, monkeypatch, capfd)
     assert Image.open("sheet.png").width > 1000
     out = run_evaluate(monkeypatch, capfd, "--compare", "a.jsonl", "a.jsonl")
     assert "0 right in the first alone, 0 in the second alone" in out
+
+
+def test_the_mask_head_learns_the_masks_asked_for(tmp_path):
+    """By default the outlines of people's own data, and boxes in published data sets."""
+    own = write_shapes(tmp_path, 2)
+    scenes = [scene for scene in make_scenes(tmp_path, 20) if scene.segmentation]
+    write_list(tmp_path, {"train": scenes}, "unc")
+    model = make_hivg()
+    for dataset, masks, outlined in ((own, "auto", True), (own, "box", False), (own, "segmentation", True),
+                                     ("unc", "auto", False), ("unc", "box", False), ("unc", "segmentation", True)):
+        s = Settings(dataset=str(dataset), data_root=str(tmp_path), masks=masks)
+        assert train.open_split(s, model, "train")[0]["has_mask"].item() == outlined, (dataset, masks)
+    assert all(Settings(**PRESETS[name]).masks == "auto" for name in PRESETS)
 
 
 @pytest.mark.slow
