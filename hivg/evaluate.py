@@ -2,17 +2,22 @@
 
     python -m hivg.evaluate --weights FILE --dataset NAME --split SPLIT [--data_root DIR]
         [--per_sample FILE.jsonl] [--sheet FILE.png]
+    python -m hivg.evaluate --weights FILE --split val --calibrate OUT.safetensors
     python -m hivg.evaluate --compare A.jsonl B.jsonl         two files of --per_sample
 
 Prints Acc@0.5 with its 95 % interval, Acc@0.6 to 0.9, mean IoU, mask IoU where there are masks, and all by expression
 length. IoU is of float boxes in the original image's pixels, every sample counted once. For the bundled data set it
 also prints the accuracy of guessing the largest or a random object, and of the model with the expressions shuffled
-among the images.
+among the images. --calibrate writes the weights with two numbers that make their score the chance that a box is right,
+as this split has it; where weights have them, how true the score is on the split is printed as well.
 """
 
 import json
+import os
 import random
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,16 +25,29 @@ import torch.nn.functional as F
 from PIL import Image
 
 from hivg.boxes import iou
-from hivg.data.batches import ShapesTensors, evaluation_batches, open_dataset
+from hivg.compare import compare
+from hivg.data.batches import ShapesTensors, evaluation_batches, open_dataset, to_device
+from hivg.data.check import splits_of
 from hivg.data.expressions import KINDS
-from hivg.data.shapes import EXPRESSIONS_PER_SCENE, SPLITS, boxes_of
-from hivg.metrics import accuracy, auroc, by_length, interval, mcnemar, mean
-from hivg.utils.cli import Parser, Progress, choose_device, choose_dtype, fail
+from hivg.data.shapes import EXPRESSIONS_PER_SCENE, boxes_of
+from hivg.metrics import (
+    accuracy,
+    auroc,
+    by_length,
+    calibrated,
+    calibration_of,
+    fit_calibration,
+    interval,
+    mean,
+    reliability_lines,
+)
+from hivg.utils.cli import Parser, Progress, choose_device, choose_dtype, fail, run
 from hivg.utils.draw import contact_sheet, draw_boxes
-from hivg.weights import load_hivg, need_tokenizer
+from hivg.utils.quote import quoted, shown
+from hivg.weights import build, bundled, load_hivg, need_tokenizer, read, save
 
 DTYPES = ("auto", "float32", "bfloat16")
-FINITE = [split for split, (scenes, _) in SPLITS.items() if scenes < 2**40]  # the others are endless
+DEFAULT_SPLITS = ("test", "testA", "val")  # without --split, the first of these that the data set has
 SHEET = 8  # worst samples on a contact sheet, and as many at random
 
 
@@ -61,11 +79,9 @@ def predict(model, batches, device="cpu", expressions=None, progress=None, masks
 
 def predict_batch(model, batch, texts, device, masks):
     """The rows of `predict` for one batch."""
-    images = batch["images"].to(device)  # (B, 3, S, S)
-    padding = batch["padding_mask"].to(device)  # (B, S, S)
-    token_ids = model.tokenizer(texts).to(device)  # (B, T)
+    there = to_device(batch | {"expressions": texts}, model.tokenizer, device)
     with_mask = masks and bool(batch["has_mask"].any())
-    output = model(images, padding, token_ids, with_mask=with_mask)
+    output = model(there["images"], there["padding_mask"], there["token_ids"], with_mask=with_mask)
     boxes, scores = model.boxes_and_scores(output)
     if with_mask:
         overlaps = mask_iou(output.mask_logits.float().cpu(), batch["masks"])  # (B,)
@@ -129,8 +145,8 @@ def shuffled(rows):
 
 # ---- the report
 
-def report(rows):
-    """The text of an evaluation; rows: of `predict`."""
+def report(rows, is_calibrated=False):
+    """The text of an evaluation; rows: of `predict`. is_calibrated: whether to tell how true the scores are."""
     ious = [row["iou"] for row in rows]
     acc = accuracy(ious)
     low, high = interval(acc, len(ious))
@@ -153,53 +169,9 @@ def report(rows):
     if 0 < acc < 1:  # else there is nothing to tell apart
         discrimination = auroc([row["score"] for row in rows], [overlap >= 0.5 for overlap in ious])
         lines.append(f"score tells right from wrong boxes: AUROC {discrimination:.3f} (0.5 = not at all)")
+    if is_calibrated:
+        lines += reliability_lines([row["score"] for row in rows], [overlap >= 0.5 for overlap in ious])
     return "\n".join(lines)
-
-
-def compare(path_a, path_b):
-    """The text of --compare: two per-sample files of the same samples. Raises ValueError."""
-    a = rows_of(path_a)
-    b = rows_of(path_b)
-    if not a or samples_of(a) != samples_of(b):
-        raise ValueError(f"{path_a} and {path_b} are not of the same samples; evaluate both on one split")
-    only_a = []  # pairs of rows that the first alone has right
-    only_b = []
-    for x, y in zip(a, b):
-        x_right = x["iou"] >= 0.5
-        y_right = y["iou"] >= 0.5
-        if x_right and not y_right:
-            only_a.append((x, y))
-        if y_right and not x_right:
-            only_b.append((x, y))
-    chance = mcnemar(len(only_a), len(only_b))
-    verdict = "more than chance explains" if chance < 0.05 else "chance explains it"
-    lines = [
-        f"Acc@0.5 {accuracy(row['iou'] for row in a):.4f} {path_a}",
-        f"Acc@0.5 {accuracy(row['iou'] for row in b):.4f} {path_b}",
-        f"{len(a)} samples: {len(only_a)} right in the first alone, {len(only_b)} in the second alone; the chance of a "
-        f"difference as large between equals is {chance:.3g} (McNemar): {verdict}",
-    ]
-    for name, pairs in (("first", only_a), ("second", only_b)):
-        for x, y in pairs:
-            lines.append(f"  right in the {name} alone: {x['image']}: {x['expression']} "
-                         f"(IoU {x['iou']:.2f}, {y['iou']:.2f})")
-    return "\n".join(lines)
-
-
-def samples_of(rows):
-    return [(row["image"], row["expression"], row["target"]) for row in rows]
-
-
-def rows_of(path):
-    """The rows of a per-sample file. Raises ValueError."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file]
-        if not all(row.keys() >= {"image", "expression", "target", "iou"} for row in rows):
-            raise ValueError
-    except (OSError, ValueError, AttributeError):
-        raise ValueError(f"{path}: not a file that --per_sample wrote; name one that it did") from None
-    return rows
 
 
 def sheet(dataset, rows):
@@ -217,8 +189,7 @@ def sheet_tile(dataset, rows, number):
     if isinstance(dataset, ShapesTensors):
         image = dataset.shapes[number // dataset.rows]["image"]
     else:
-        with Image.open(row["image"]) as file:
-            image = file.convert("RGB")
+        image = dataset.image(number)
     return draw_boxes(image, [row["target"], row["box"]], ["wanted", f"found, IoU {row['iou']:.2f}"])
 
 
@@ -226,13 +197,16 @@ def sheet_tile(dataset, rows, number):
 
 def arguments():
     parser = Parser(description=__doc__)
-    parser.add_argument("--weights", default="weights/hivg-tiny.safetensors", metavar="FILE", help="a HiVG")
+    parser.add_argument("--weights", default=str(bundled("hivg-tiny.safetensors")), metavar="FILE", help="a HiVG")
     parser.add_argument("--dataset", default="shapes", help="shapes, a data set of the paper, or a .jsonl file")
-    parser.add_argument("--split", default="test", help=f"of shapes: {', '.join(FINITE)}")
-    parser.add_argument("--data_root", default="data", metavar="DIR", help="default: data")
+    parser.add_argument("--split", help=f"of shapes: {', '.join(splits_of('shapes'))}; default: the first of "
+                        f"{', '.join(DEFAULT_SPLITS)} that the data set has")
+    parser.add_argument("--data_root", metavar="DIR", help="default: data")
     parser.add_argument("--annotations", metavar="FILE", help="a file or folder, if not at a published place")
     parser.add_argument("--per_sample", metavar="FILE.jsonl", help="write a JSON object a line for every expression")
     parser.add_argument("--sheet", metavar="FILE.png", help="draw the worst and some random samples")
+    parser.add_argument("--calibrate", metavar="OUT.safetensors", help="write the weights with their score calibrated "
+                        "on this split")
     parser.add_argument("--compare", nargs=2, metavar=("A.jsonl", "B.jsonl"), help="two files of --per_sample")
     parser.add_argument("--batch_size", type=int, default=64, help="expressions at once; default: 64")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images; default: 0")
@@ -240,9 +214,55 @@ def arguments():
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of weights and products; auto: bfloat16 where "
                         "the machine is fast at it")
     args = parser.parse_args()
-    if args.dataset == "shapes" and args.split not in FINITE:
-        fail(f"shapes has no split {args.split!r} to evaluate on; it has {', '.join(FINITE)}")
+    if not 1 <= args.batch_size <= 4096:
+        parser.error(f"--batch_size must be from 1 to 4096, not {quoted(args.batch_size)}")
+    if not 0 <= args.workers <= 256:
+        parser.error(f"--workers must be from 0 to 256, not {quoted(args.workers)}")
+    if args.data_root and not os.path.isdir(args.data_root):
+        parser.error(f"--data_root {shown(args.data_root)}: there is no such folder; name the one with the data sets")
+    args.data_root = args.data_root or "data"
+    if args.calibrate and not args.calibrate.endswith(".safetensors"):
+        parser.error(f"--calibrate {shown(args.calibrate)}: a weights file is written; name it OUT.safetensors")
+    drawn = splits_of("shapes")
+    if args.dataset == "shapes" and args.split and args.split not in drawn:
+        parser.error(f"shapes has no split {quoted(args.split)} to evaluate on; it has {', '.join(drawn)}")
+    check_outputs(args)
     return args
+
+
+def check_outputs(args):
+    """End with one line, before any work, if a file cannot be written or is one that is read."""
+    inputs = [args.dataset, args.annotations, *(args.compare or [])]
+    if not args.calibrate or args.calibrate != args.weights:  # it may take the place of the weights
+        inputs.append(args.weights)
+    outputs = [path for path in (args.per_sample, args.sheet, args.calibrate) if path]
+    for path in outputs:
+        try:
+            is_new = not os.path.exists(path)
+            with open(path, "ab"):  # leaves what is in it
+                pass
+            if is_new:
+                os.unlink(path)
+        except OSError as error:
+            fail(f"{shown(path)}: cannot be written ({error.strerror}); name a file in a folder that is there")
+        if outputs.count(path) > 1:
+            fail(f"{shown(path)}: two of --per_sample, --sheet and --calibrate name it; give each a file of its own")
+        for other in inputs:
+            if other and os.path.exists(other) and os.path.exists(path) and os.path.samefile(other, path):
+                fail(f"{shown(path)}: would be replaced while it is read; name another file to write")
+    if args.sheet and Image.registered_extensions().get(Path(args.sheet).suffix.lower()) not in Image.SAVE:
+        fail(f"{shown(args.sheet)}: no kind of image has this suffix; name a .png")
+
+
+def choose_split(args):
+    """A split that the data set has, where none is given; it is said on stderr. Raises ValueError."""
+    splits = splits_of(args.dataset, args.data_root, args.annotations)
+    if not splits:
+        raise ValueError(f"{shown(args.dataset, 150)}: no expression in it; `python -m hivg.data check` says why")
+    usual = [split for split in DEFAULT_SPLITS if split in splits]
+    split = (usual or splits)[0]
+    print(f"evaluating the split {shown(split, 40)} of {shown(', '.join(splits), 150)}", file=sys.stderr)
+    return split
 
 
 def load(args, device, dtype):
@@ -250,6 +270,7 @@ def load(args, device, dtype):
     model = load_hivg(args.weights)
     need_tokenizer(model, args.weights)
     model = model.for_prediction(device, dtype)
+    args.split = args.split or choose_split(args)
     dataset = open_dataset(args.dataset, args.split, model.config.clip.image_size, model.config.normalization,
                            data_root=args.data_root, annotations=args.annotations, masks="segmentation")
     return model, dataset
@@ -257,14 +278,22 @@ def load(args, device, dtype):
 
 def evaluate(args, model, dataset, device, dtype):
     """Print the report of --weights on --dataset -> its rows. Raises ValueError."""
+    calibration = None if args.calibrate else calibration_of(model.info, args.weights)
     total = len(dataset) * dataset.rows
     start = time.monotonic()
     batches = evaluation_batches(dataset, args.batch_size, args.workers)
     rows = predict(model, batches, device, progress=Progress("evaluated", total), masks=True)
     seconds = time.monotonic() - start
+    if args.calibrate:
+        calibration = fit_calibration([row["score"] for row in rows], [row["iou"] >= 0.5 for row in rows])
+        save_calibrated(args, calibration, len(rows))
+    if calibration:
+        for row in rows:
+            row["score"] = calibrated(row["score"], *calibration)
     precision = str(dtype).removeprefix("torch.")
-    print(f"{args.weights} on {args.dataset} {args.split} in {precision}, {total / seconds:.0f} expressions a second")
-    print(report(rows))
+    print(f"{shown(args.weights, 300)} on {shown(args.dataset, 300)} {shown(args.split)} in {precision}, "
+          f"{total / seconds:.0f} expressions a second")
+    print(report(rows, calibration is not None))
     if args.dataset == "shapes":
         batches = evaluation_batches(dataset, args.batch_size, args.workers)
         moved = predict(model, batches, device, shuffled(rows), Progress("evaluated shuffled", total))
@@ -274,15 +303,31 @@ def evaluate(args, model, dataset, device, dtype):
     return rows
 
 
-def open_for_writing(path):
+def save_calibrated(args, calibration, count):
+    """Write --weights to --calibrate with the two numbers, in the type that they are stored in. Raises ValueError and
+    OSError."""
+    file = read(args.weights)
+    dtypes = {tensor.dtype for tensor in file.tensors.values()}
+    model = build(args.weights, file)
+    on = {"dataset": Path(args.dataset).name, "split": args.split, "expressions": count}
+    info = model.info | {"score_calibration": calibration, "score_calibrated_on": on}
+    save(args.calibrate, model, info, dtypes.pop() if len(dtypes) == 1 else None)
+    a, b = calibration
+    print(f"{shown(args.calibrate)} written, its score s as sigmoid({a:.4f} logit(s) {b:+.4f})", file=sys.stderr)
+
+
+def save_rows(path, rows):
     try:
-        return open(path, "w")
+        with open(path, "w") as file:
+            for row in rows:
+                file.write(json.dumps(row) + "\n")
     except OSError as error:
-        fail(f"{path}: cannot be written ({error.strerror}); name a file in a folder that is there")
+        fail(f"{shown(path)}: cannot be written ({error.strerror}); make room, or name another file")
 
 
 def main():
     args = arguments()
+    sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may have no letters for an expression
     try:
         if args.compare:
             print(compare(*args.compare))
@@ -290,21 +335,19 @@ def main():
         device = choose_device(args.device)
         dtype = choose_dtype(args.dtype, device)
         model, dataset = load(args, device, dtype)
-        # opened before the work, so that a path that cannot be written is refused at once
-        per_sample = open_for_writing(args.per_sample) if args.per_sample else None
         rows = evaluate(args, model, dataset, device, dtype)
+    except BrokenPipeError:  # the reader of the output has left: see hivg.utils.cli.run
+        raise
     except (ValueError, OSError) as error:
         fail(error)
-    if per_sample:
-        with per_sample:
-            for row in rows:
-                per_sample.write(json.dumps(row) + "\n")
+    if args.per_sample:
+        save_rows(args.per_sample, rows)
     if args.sheet:
         try:
             sheet(dataset, rows).save(args.sheet)
         except (OSError, ValueError) as error:
-            fail(f"{args.sheet}: cannot be written ({error}); give a .png in a folder that is there")
+            fail(f"{shown(args.sheet)}: cannot be written ({error}); give a .png in a folder that is there")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -6,7 +6,6 @@
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,15 +13,18 @@ import torch.nn.functional as F
 from PIL import Image
 
 from hivg import weights
-from hivg.data.images import ImageError, open_image
+from hivg.data.images import open_image
+from hivg.data.masks import run_lengths_of
 from hivg.data.transforms import Letterbox
+from hivg.metrics import calibrated, calibration_of
 from hivg.tokenizer import split_words
 from hivg.utils.cli import choose_device, choose_dtype
 from hivg.utils.draw import draw_boxes
 
-DEFAULT_WEIGHTS = Path(__file__).parents[1] / "weights" / "hivg-tiny.safetensors"
+DEFAULT_WEIGHTS = weights.bundled("hivg-tiny.safetensors")
 DTYPES = ("auto", "float32", "bfloat16")
 BATCH = 32  # expressions that go through the model at once
+HEATMAPS = ("tokens", "attention")  # heat maps that can be drawn: the token map, the attention of [REG]
 
 
 @dataclass
@@ -31,23 +33,33 @@ class Result:
 
     expression: str
     box: tuple  # (xmin, ymin, xmax, ymax), floats in pixels of the image, which is upright after EXIF rotation
-    score: float  # 0..1: how much of the token map lies in the box, not calibrated (see HiVG.score)
+    score: float  # 0..1: how much of the token map lies in the box; if `Grounder.calibration` is there, the chance that
+    # the box is right (IoU of 0.5 or more) on data like those it was fitted on
     image: Image.Image = field(repr=False, compare=False)  # the image it was found in, RGB
     letterbox: Letterbox = field(repr=False, compare=False)
-    token_map: np.ndarray = field(repr=False, compare=False)  # (h, w) on the patch grid of the padded square, 0..1
+    # maps on the patch grid of the padded square
+    token_map: np.ndarray = field(repr=False, compare=False)  # (h, w), 0..1
     mask_map: np.ndarray = field(repr=False, compare=False)  # (8 h, 8 w), 0..1
+    attention_map: np.ndarray | None = field(default=None, repr=False, compare=False)  # (h, w) shares, if asked for
 
     @property
     def heatmap(self):
-        """(H, W) float32 in 0..1: the token map (RTCC), how much each pixel belongs to the region meant."""
-        return self.letterbox.map_to_image(self._heat_square())
+        """(H, W) float32 in 0..1: the token map, how much each pixel belongs to the region meant."""
+        return self.letterbox.map_to_image(self._token_square())
 
     @property
     def mask(self):
         """(H, W) float32 in 0..1: the segmentation head's probability of each pixel."""
         return self.letterbox.map_to_image(self._mask_square())
 
-    def _heat_square(self):
+    @property
+    def attention(self):
+        """(H, W) float32 in 0..1: where [REG], from which the box comes, looks in the last layer of the grounding
+        encoder, mean over the heads, as a share of what the patch has that it looks at most. `attention_map` has the
+        shares themselves, of all tokens; text and [CLS] have the rest. Raises ValueError if it was not asked for."""
+        return self.letterbox.map_to_image(self._attention_square())
+
+    def _token_square(self):
         """(S, S) float32 in 0..1: the token map on the pixels of the model's square."""
         h = len(self.token_map)
         patch = self.letterbox.size // h  # pixels
@@ -61,17 +73,39 @@ class Result:
 
     def _mask_square(self):
         """(S, S) float32 in 0..1: the mask on the pixels of the model's square."""
-        square = torch.from_numpy(self.mask_map)[None, None]  # (1, 1, 8 h, 8 w)
+        return self._stretched(self.mask_map)
+
+    def _attention_square(self):
+        """(S, S) float32 in 0..1: the attention on the pixels of the model's square."""
+        if self.attention_map is None:
+            raise ValueError("the attention was not asked for; give ground or ground_pairs attention=True")
+        largest = max(self.attention_map.max(), 1e-9)  # all 0 in an image so narrow that it fills half of no patch
+        return self._stretched(self.attention_map / largest)
+
+    def _stretched(self, values):
+        """(h, w) in 0..1, cells that fill the square -> (S, S), the cells' values at their middles."""
         size = (self.letterbox.size, self.letterbox.size)
-        square = F.interpolate(square, size, mode="bicubic")  # (1, 1, S, S)
+        square = F.interpolate(torch.from_numpy(values)[None, None], size, mode="bicubic")  # (1, 1, S, S)
         return square[0, 0].clamp(0, 1).numpy()
+
+    def _heat_square(self, heatmap):
+        """(S, S) of the heat map of this name (HEATMAPS)."""
+        if heatmap not in HEATMAPS:
+            raise ValueError(f"heatmap must be one of {', '.join(HEATMAPS)}, not {heatmap!r:.40}")
+        return self._attention_square() if heatmap == "attention" else self._token_square()
 
     def save_mask(self, path):
         """Write the mask as a black image of the same size, white where its probability is above 0.5."""
         Image.fromarray(np.uint8(255) * (self.mask > 0.5)).save(path)
 
+    def mask_rle(self):
+        """The mask, where its probability is above 0.5, as COCO's compressed run lengths, as pycocotools reads them:
+        {"size": [H, W], "counts": text}."""
+        return run_lengths_of(self.mask > 0.5)
+
     def draw(self, heatmap=False, mask=False):
-        """-> PIL RGB image with the box and the expression; if asked for, over the heat map or the mask."""
+        """-> PIL RGB image with the box and the expression. heatmap: True or "tokens" to draw it over the token map,
+        "attention" over the attention. mask: whether to draw it over the mask."""
         return draw_results([self], heatmap, mask)
 
     def to_dict(self):
@@ -82,15 +116,18 @@ class Result:
 
 def draw_results(results, heatmap=False, mask=False, min_score=0.0):
     """Draw the results of one image together, without those that score less than min_score -> PIL RGB image. Heat map
-    and mask are those of the first result."""
+    and mask (see Result.draw) are those of the first result."""
     first = results[0]
     window = first.letterbox.window  # maps as small as they are: the image may have many more pixels
     found = [result for result in results if result.score >= min_score]
+    heat = None
+    if heatmap:
+        heat = first._heat_square("tokens" if heatmap is True else heatmap)[window]
     return draw_boxes(
         first.image,
         [result.box for result in found],
         [result.expression for result in found],
-        heatmap=first._heat_square()[window] if heatmap else None,
+        heatmap=heat,
         mask=first._mask_square()[window] if mask else None,
     )
 
@@ -106,6 +143,7 @@ class Grounder:
         self.dtype = choose_dtype(dtype, self.device)
         self.model = model.for_prediction(self.device, self.dtype)
         self.clip = self.model.config.clip
+        self.calibration = calibration_of(getattr(model, "info", {}))  # (a, b) of the score, None: not calibrated
 
     @classmethod
     def from_pretrained(cls, path=DEFAULT_WEIGHTS, device="auto", dtype="auto"):
@@ -114,32 +152,34 @@ class Grounder:
         choose_device(device)  # before the time is spent on loading
         model = weights.load_hivg(path)
         weights.need_tokenizer(model, path)
+        calibration_of(model.info, path)  # raises the error that names the file
         return cls(model, device, dtype)
 
     @torch.inference_mode()
-    def ground(self, image, expression):
-        """image: what `as_image` takes, a path, a PIL image, an array or an open file; expression: text -> Result, or a
-        list of texts about the image -> list of Result. Raises hivg.data.images.ImageError for the image, ValueError
-        for an empty expression and for a model that gives no numbers."""
+    def ground(self, image, expression, attention=False):
+        """image: a path, a PIL image, an open file or an array (hivg.data.images.open_image); expression: text ->
+        Result, or a list of texts about the image -> list of Result. attention: whether the results have an
+        `attention`, which takes a little longer. Raises hivg.data.images.ImageError for the image, ValueError for an
+        empty expression and for a model that gives no numbers."""
         texts = [expression] if isinstance(expression, str) else list(expression)
         check_texts(texts)
-        image = as_image(image)
+        image = open_image(image)
         results = []
         for start in range(0, len(texts), BATCH):
-            results += self._ground_batch([image], texts[start : start + BATCH])
+            results += self._ground_batch([image], texts[start : start + BATCH], attention)
         return results[0] if isinstance(expression, str) else results
 
     @torch.inference_mode()
-    def ground_pairs(self, images, expressions):
-        """A list of n images, each with its expression of a list of n -> list of n Result, computed in batches. Raises
-        as `ground` does, and ValueError for lists of different lengths."""
+    def ground_pairs(self, images, expressions, attention=False):
+        """A list of n images, each with its expression of a list of n -> list of n Result, computed in batches of at
+        most BATCH. Raises as `ground` does, and ValueError for lists of different lengths."""
         if isinstance(expressions, str) or len(images) != len(expressions):
             raise ValueError("ground_pairs needs a list of images and a list of as many expressions")
         check_texts(expressions)
         results = []
         for start in range(0, len(images), BATCH):
-            batch = [as_image(image) for image in images[start : start + BATCH]]
-            results += self._ground_batch(batch, expressions[start : start + BATCH])
+            batch = [open_image(image) for image in images[start : start + BATCH]]
+            results += self._ground_batch(batch, expressions[start : start + BATCH], attention)
         return results
 
     def warnings(self, expression):
@@ -156,7 +196,7 @@ class Grounder:
                 lines.append(f"the tokenizer has no token for {word!r:.40} and spells it; the model may not know it")
         return lines
 
-    def _ground_batch(self, images, texts):
+    def _ground_batch(self, images, texts, attention):
         """B PIL images, or one for all, and B texts -> list of B Result."""
         letterboxes = [Letterbox(*image.size, self.clip.image_size) for image in images]
         normalization = self.model.config.normalization
@@ -164,39 +204,26 @@ class Grounder:
         padding = torch.stack([box.padding_mask() for box in letterboxes])  # (B or 1, S, S)
         token_ids = self.model.tokenizer(texts)  # (B, T)
         # pixels (B or 1, 3, S, S): of one image what does not depend on the text is computed once
-        output = self.model(pixels.to(self.device), padding.to(self.device), token_ids.to(self.device))
+        output = self.model(pixels.to(self.device), padding.to(self.device), token_ids.to(self.device),
+                            with_hints=attention)
 
         boxes, scores = self.model.boxes_and_scores(output)
-        side = self.model.side
-        token_maps = output.token_similarity.float().sigmoid().unflatten(1, (side, side)).cpu().numpy()  # (B, h, w)
+        if self.calibration:
+            scores = [calibrated(score, *self.calibration) for score in scores]
+        grid = (self.model.side, self.model.side)
+        token_maps = output.token_similarity.float().sigmoid().unflatten(1, grid).cpu().numpy()  # (B, h, w)
         mask_maps = output.mask_logits.float().sigmoid()[:, 0].cpu().numpy()  # (B, 8 h, 8 w)
+        attention_maps = [None] * len(texts)
+        if attention:
+            shares = output.reg_attention[-1].exp().mean(1)  # (B, heads, P) of the last layer -> (B, P)
+            attention_maps = shares.unflatten(1, grid).cpu().numpy()  # (B, h, w)
         results = []
         for i, text in enumerate(texts):
             own = i if len(images) > 1 else 0
             box = letterboxes[own].boxes_to_image(boxes[i]).tolist()  # xmin, ymin, xmax, ymax
             results.append(Result(text, tuple(box), scores[i], images[own], letterboxes[own], token_maps[i],
-                                  mask_maps[i]))
+                                  mask_maps[i], attention_maps[i]))
         return results
-
-
-def as_image(image):
-    """An image in any form -> upright PIL RGB image: what `open_image` takes, an open binary file, or an array, (H, W)
-    grey, (H, W, 3) RGB or (H, W, 4) RGBA, of uint8 or of floats in 0..1. Raises ImageError."""
-    if hasattr(image, "read"):
-        try:
-            image = Image.open(image)
-        except (OSError, ValueError, TypeError) as error:
-            raise ImageError(f"file object: not an image that can be read ({error!s:.60}); give one that is open for "
-                             "reading bytes") from None
-    if isinstance(image, np.ndarray):
-        if image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,), (4,)) or 0 in image.shape:
-            raise ImageError(f"array of shape {image.shape}: give (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA")
-        if image.dtype.kind == "f" and 0 <= image.min() <= image.max() <= 1:  # not with NaN
-            image = (image * 255).round().astype(np.uint8)
-        if image.dtype != np.uint8:
-            raise ImageError(f"array of type {image.dtype}: give uint8, or floats in 0..1")
-        image = Image.fromarray(image)
-    return open_image(image)
 
 
 def check_texts(texts):

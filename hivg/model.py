@@ -114,14 +114,14 @@ class HiVGConfig:
 
     def __post_init__(self):
         if self.bridge not in KINDS:
-            raise ValueError(f"bridge must be one of {', '.join(KINDS)}, not {self.bridge!r}")
+            raise ValueError(f"bridge must be one of {', '.join(KINDS)}, not {self.bridge!r:.60}")
         if self.lora not in lora.MODES:
-            raise ValueError(f"lora must be one of {', '.join(lora.MODES)}, not {self.lora!r}")
+            raise ValueError(f"lora must be one of {', '.join(lora.MODES)}, not {self.lora!r:.60}")
         self.check_layers("text_layers", 1, self.clip.text_layers)
         self.check_layers("visual_levels", 1, self.clip.vision_layers)
         self.check_layers("bridge_blocks", 0, self.clip.vision_layers - 1)
         if self.text_padding not in ("masked", "released"):
-            raise ValueError(f"text_padding must be masked or released, not {self.text_padding!r}")
+            raise ValueError(f"text_padding must be masked or released, not {self.text_padding!r:.60}")
 
     def check_layers(self, name, first, last):
         for layer in getattr(self, name):
@@ -345,7 +345,7 @@ class HiVG(nn.Module):
         return logits.flatten(3, 4).flatten(1, 2)[:, None]  # (B, 1, 8 h, 8 w)
 
     def score(self, output):
-        """How much of the RTCC map lies in the box: output of this model -> (B,) in 0..1, not calibrated.
+        """How much of the token map (RTCC) lies in the box: output of this model -> (B,) in 0..1, not calibrated.
 
         The map's logits z become shares of the image, softmax(z / 2), and the score sums them over the patches that
         count as the box's, by the rule of RTCC's own targets (`box_on_grid`).

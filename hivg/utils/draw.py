@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFilter, ImageFont
 
 # Okabe and Ito: told apart with any kind of colour vision. Vermillion, blue, green, orange, sky, purple, yellow
 COLOURS = ["#d55e00", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#f0e442"]
@@ -21,6 +21,7 @@ INK = (34, 34, 34)
 GREY = (105, 105, 105)
 FAINT = (228, 228, 228)
 FALLBACK_FONTS = ["DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msgothic.ttc", "arial.ttf"]
+OUTLINED = 400  # pixels of a long side at which outlines are traced
 MAX_CHARACTERS = 300  # of one label; what is longer ends in an ellipsis
 
 
@@ -74,11 +75,9 @@ def overlay_heatmap(image, heatmap, alpha=0.65):
     heat = np.nan_to_num(heat, nan=low, posinf=high, neginf=low)
     grey = _layer((heat - low) / (high - low or 1.0), image.size, "heatmap")
     anchors = np.array([ImageColor.getrgb(c) for c in HEAT])  # (11, 3)
-    channels = []
-    for channel in anchors.T:
-        table = np.interp(np.linspace(0, 1, 256), np.linspace(0, 1, len(HEAT)), channel)  # (256,) for each grey
-        channels.append(grey.point(table.round().astype(int).tolist()))
-    colours = Image.merge("RGB", channels)
+    levels = np.linspace(0, 1, 256)  # of grey
+    table = [np.interp(levels, np.linspace(0, 1, len(HEAT)), channel) for channel in anchors.T]  # (3, 256)
+    colours = Image.merge("RGB", [grey] * 3).point(np.round(table).astype(int).ravel().tolist())
     opacity = grey.point([round(255 * alpha * (0.5 + 0.5 * level / 255)) for level in range(256)])
     return Image.composite(colours, image, opacity)
 
@@ -92,6 +91,18 @@ def overlay_mask(image, mask, colour=None, alpha=0.5):
     image = _rgb(image)
     opacity = _layer(np.asarray(mask, dtype=np.float64), image.size, "mask").point(lambda level: level * alpha)
     return Image.composite(Image.new("RGB", image.size, _colour(colour, 0)), image, opacity)
+
+
+def outline_mask(image, mask):
+    """Draw the outline of a mask, (h, w) 0..1, where it is 0.5: white between black, to be seen on any colour."""
+    image = _rgb(image)
+    scale = min(1, OUTLINED / max(image.size))  # filters take long on a large image
+    size = [max(1, round(side * scale)) for side in image.size]
+    inside = _layer(np.asarray(mask, dtype=np.float64), size, "mask").point(lambda level: 255 * (level > 127))
+    for width, colour in ((5, "black"), (3, "white")):
+        larger, smaller = inside.filter(ImageFilter.MaxFilter(width)), inside.filter(ImageFilter.MinFilter(width))
+        image.paste(colour, mask=ImageChops.subtract(larger, smaller).resize(image.size, Image.Resampling.BICUBIC))
+    return image
 
 
 def _colour(colour, i):
@@ -202,7 +213,7 @@ def draw_boxes(image, boxes, labels=None, scores=None, colours=None, heatmap=Non
     boxes:   (n, 4) numbers, (xmin, ymin, xmax, ymax) in pixels; parts outside the image are cut off
     labels:  n strings; scores: n numbers, written after the labels
     colours: n colours, (r, g, b) or "#rrggbb"; by default n that are easily told apart
-    heatmap: (h, w) numbers, see overlay_heatmap; mask: (h, w) 0..1, see overlay_mask, in the first box's colour
+    heatmap: (h, w) numbers, see overlay_heatmap; mask: (h, w) 0..1, see overlay_mask and outline_mask
 
     The line of a box lies around its inside, and labels lie outside all boxes, so neither hides an object; only the
     line of a box along the image's border lies within that border. Labels that have no such place, or would hide more
@@ -215,13 +226,12 @@ def draw_boxes(image, boxes, labels=None, scores=None, colours=None, heatmap=Non
     boxes = _checked_boxes(boxes)
     labels = _one_each(labels, len(boxes), "labels")
     scores = _one_each(scores, len(boxes), "scores")
-    colours = _one_each(colours, len(boxes), "colours")
-    colours = [_colour(colour, i) for i, colour in enumerate(colours)]
+    colours = [_colour(colour, i) for i, colour in enumerate(_one_each(colours, len(boxes), "colours"))]
     texts = [_caption(label, score) for label, score in zip(labels, scores)]
     if heatmap is not None:
         image = overlay_heatmap(image, heatmap)
     if mask is not None:
-        image = overlay_mask(image, mask, colours[0] if colours else None)
+        image = outline_mask(overlay_mask(image, mask, colours[0] if colours else None), mask)
 
     scale = math.sqrt(image.width * image.height)  # everything grows with the image, down to a readable size
     line = max(2, round(scale / 180))
@@ -251,10 +261,9 @@ def draw_boxes(image, boxes, labels=None, scores=None, colours=None, heatmap=Non
 def _checked_boxes(boxes):
     """(n, 4) float64. Raises ValueError."""
     boxes = np.asarray(boxes, dtype=np.float64)
+    boxes = boxes if boxes.size else boxes.reshape(0, 4)
     if boxes.ndim != 2 or boxes.shape[1] != 4:
-        if boxes.size:
-            raise ValueError(f"boxes must have shape (n, 4), got {boxes.shape}")
-        boxes = boxes.reshape(0, 4)
+        raise ValueError(f"boxes must have shape (n, 4), got {boxes.shape}")
     if not np.isfinite(boxes).all() or (boxes[:, :2] > boxes[:, 2:]).any():
         raise ValueError("boxes must be finite, with xmin <= xmax and ymin <= ymax")
     return boxes
@@ -381,15 +390,11 @@ def contact_sheet(tiles, captions=None, columns=4, tile=320):
     for row, height in zip(rows, heights):
         for column, i in enumerate(row):
             x = gap + column * (tile + gap)
-            image = _fitted(_rgb(tiles[i]), tile)
+            image = _rgb(tiles[i])
+            scale = tile / max(image.size)
+            image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
             _fill(draw, (x, y, x + tile, y + tile), (240, 240, 238))
             sheet.paste(image, (x + (tile - image.width) // 2, y + (tile - image.height) // 2))
             write_block(draw, (x, y + tile + gap // 2), blocks[i], INK)
         y += height + gap
     return sheet
-
-
-def _fitted(image, tile):
-    """The image resized so that its long side is `tile`."""
-    scale = tile / max(image.size)
-    return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)

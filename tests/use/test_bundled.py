@@ -11,8 +11,7 @@ from makers import BUNDLED, ROOT
 from makers_use import assert_inside, assert_same, make_scene
 from PIL import Image
 
-import ground
-from hivg import Grounder, evaluate, weights
+from hivg import Grounder, evaluate, ground, weights
 from hivg.boxes import iou
 from hivg.data.batches import ShapesTensors, evaluation_batches
 from hivg.data.shapes import SPLITS, boxes_of, draw

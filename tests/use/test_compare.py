@@ -39,3 +39,42 @@ def test_compare_refuses_other_samples(tmp_path):
     for name in ("missing", "list"):
         with pytest.raises(ValueError, match=f"{name}: not a file"):
             compare(tmp_path / "a", tmp_path / name)
+
+
+GOOD = {"image": "0.png", "expression": "cup", "target": [0, 0, 1, 1], "iou": 0.5}
+DAMAGED = {
+    "a field is missing": {"image": "0.png", "expression": "cup", "target": [0, 0, 1, 1]},
+    "no object": [1, 2],
+    "no image": GOOD | {"image": 3},
+    "no text": GOOD | {"expression": ["cup"]},
+    "three numbers": GOOD | {"target": [0, 0, 1]},
+    "no list": GOOD | {"target": "0011"},
+    "words": GOOD | {"target": [0, 0, "1", 1]},
+    "no number": GOOD | {"iou": "0.5"},
+    "null": GOOD | {"iou": None},
+    "true": GOOD | {"iou": True},
+    "NaN": GOOD | {"iou": float("nan")},
+    "beyond all floats": GOOD | {"target": [0, 0, 1, 10**400]},
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_rows(tmp_path, name):
+    (tmp_path / "good").write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD) + "\n")
+    (tmp_path / "bad").write_text(json.dumps(GOOD) + "\n" + json.dumps(DAMAGED[name]) + "\n")
+    with pytest.raises(ValueError, match="bad, line 2: not a file that --per_sample wrote"):
+        compare(tmp_path / "good", tmp_path / "bad")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[" * 100_000, b"{", b"\n", b"9" * 5000], ids=lambda b: str(b[:4]))
+def test_damaged_files(tmp_path, content):
+    (tmp_path / "bad").write_bytes(content)
+    with pytest.raises(ValueError, match="bad: not a file that --per_sample wrote"):
+        compare(tmp_path / "bad", tmp_path / "bad")
+
+
+def test_a_terminal_obeys_nothing_of_a_file(tmp_path):
+    for name, iou in (("a", 0.9), ("b", 0.1)):
+        (tmp_path / name).write_text(json.dumps(GOOD | {"expression": "cup\x1b[31m\ncup", "iou": iou}))
+    text = compare(tmp_path / "a", tmp_path / "b")
+    assert "\x1b" not in text and len(text.splitlines()) == 4

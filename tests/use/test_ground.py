@@ -15,8 +15,7 @@ from makers import ROOT, make_clip, make_hivg
 from makers_use import BAD_IMAGES, TEXTS, assert_line, make_image, write_cut
 from PIL import Image
 
-import ground
-from hivg import Grounder, weights
+from hivg import Grounder, ground, weights
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +133,12 @@ def test_the_image_itself_is_not_drawn_over(run):
     assert Path("a.png").read_bytes() == before
 
 
+def test_a_drawing_does_not_replace_a_mask(run):
+    assert_fails(run("a.png", "-e", "star", "--masks", "m", "--output", "./m/a-1.png"), "--masks")
+    make_folder("m", "b.png", "b-1.png")
+    assert_fails(run("m", "-e", "star", "--masks", "out", "--output", "out"), "--masks")
+
+
 def test_dtype(run):
     exact = run("a.png", "-e", "star", "--json")[1]
     code, rough, _ = run("a.png", "-e", "star", "--json", "--dtype", "bfloat16")
@@ -177,7 +182,7 @@ def test_masks_as_files(run, grounder):
 
 def test_warnings_are_told_once(run):
     make_folder("more", "a.png", "b.png")
-    code, out, err = run("more", "-e", "a !", "-e", "zyxwvu", "--json", warnings=True)
+    code, out, err = run("more", "-e", "a !", "-e", "zyxwvu", "-e", "zyxwvu", "--json", warnings=True)
     assert code == 0 and len(out.splitlines()) == 2 and err.count("warning: ") == 1 and "zyxwvu" in err
 
 
@@ -233,6 +238,26 @@ def test_bad_arguments(run, args, options, word):
     assert_fails(run(*args, **options), word)
 
 
+def test_a_terminal_obeys_nothing(run):
+    """Of an expression or of the name of a file in a folder."""
+    make_folder("more", "a\x1b[31m.png")
+    code, out, err = run("more", "-e", "star\x1b[31m\n red", warnings=True)
+    assert code == 0 and "\x1b" not in out + err and "\\x1b[31m.png" in out and len(out.splitlines()) == 2
+
+
+def test_folder_that_cannot_be_listed(run, monkeypatch):
+    def refused(path):
+        raise PermissionError(13, "Permission denied")
+
+    Path("folder").mkdir()
+    monkeypatch.setattr(Path, "iterdir", refused)
+    assert_fails(run("folder", "-e", "star"), "folder: cannot be listed (Permission denied)")
+
+
+def test_image_without_a_name(run):
+    assert_fails(run("", "-e", "star"), "'': ")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu(run):
     assert_fails(run("a.png", "-e", "star", device="cuda"), "cuda", "--device cpu")
@@ -249,7 +274,7 @@ def test_files_that_cannot_be_written(run, flag, output):
 def test_weights_that_are_damaged(run, model, args):
     """They load, and give boxes that are not numbers."""
     broken = copy.deepcopy(model)
-    broken.reg_token.data[3] = float("nan")
+    broken.reg_token.data.fill_(3e38)  # a number of float32, yet too large to compute with
     weights.save("nan.safetensors", broken)
     assert_fails(run("a.png", "-e", "star", *args, model="nan.safetensors"), "weights are damaged")
 

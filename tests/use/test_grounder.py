@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from makers import make_hivg
-from makers_use import BAD_IMAGES, TEXTS, assert_inside, assert_line, assert_same, far, make_image
+from makers_use import BAD_IMAGES, TEXTS, assert_inside, assert_line, assert_same, far, huge_png, make_image
 from PIL import Image
 
 from hivg import Grounder, weights
@@ -161,7 +161,9 @@ def test_open_files(grounder, image, tmp_path):
     with open(tmp_path / "a.png", "rb") as file:
         assert grounder.ground(file, TEXTS[0]) == grounder.ground(image, TEXTS[0])
     assert grounder.ground(io.BytesIO((tmp_path / "a.png").read_bytes()), TEXTS[0]).image.size == (200, 120)
-    for file in (io.BytesIO(b"no image"), io.BytesIO(), io.StringIO("text")):
+    closed = io.BytesIO(b"closed")
+    closed.close()
+    for file in (io.BytesIO(b"no image"), io.BytesIO(), io.StringIO("text"), io.BytesIO(huge_png()), closed):
         with pytest.raises(ImageError) as caught:
             grounder.ground(file, TEXTS[0])
         assert_line(str(caught.value), "file object")
@@ -180,6 +182,23 @@ def test_many_images_in_one_call(grounder, image):
     for wrong in (TEXTS[:2], TEXTS[0]):
         with pytest.raises(ValueError, match="as many expressions"):
             grounder.ground_pairs([image], wrong)
+
+
+def test_a_batch_is_one_call_of_the_model(grounder, image, monkeypatch):
+    """Of many images as of many expressions."""
+    sizes = []
+    forward = grounder.model.forward
+
+    def counted(images, *args, **options):
+        sizes.append(len(images))
+        return forward(images, *args, **options)
+
+    monkeypatch.setattr(grounder.model, "forward", counted)
+    grounder.ground_pairs([image] * BATCH, ["star"] * BATCH)
+    grounder.ground_pairs([image] * (BATCH + 3), ["star"] * (BATCH + 3))
+    assert sizes == [BATCH, BATCH, 3]
+    grounder.ground(image, ["star"] * BATCH)
+    assert sizes[3:] == [1]  # of one image what does not depend on the expression is computed once
 
 
 def test_results_compare_and_print(grounder, image):

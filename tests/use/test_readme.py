@@ -18,8 +18,7 @@ import pytest
 from makers import BUNDLED, ROOT
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-import ground
-from hivg import evaluate
+from hivg import evaluate, ground
 from hivg.bench import __main__ as bench
 from hivg.data.shapes import SPLITS
 from hivg.training import pretrain

@@ -1,5 +1,7 @@
 """The inside of a box stays visible when boxes and labels are drawn, and odd input is drawn or explained."""
 
+import time
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,6 +14,7 @@ from hivg.utils.draw import (
     contact_sheet,
     draw_boxes,
     fonts_of_size,
+    outline_mask,
     overlay_heatmap,
     overlay_mask,
     text_block,
@@ -277,3 +280,31 @@ def test_tiles_fit_into_their_cells_and_captions_below():
     text = (told.max(axis=2) < 60).any(axis=1)
     assert told.shape[0] > sheet.shape[0] + 20
     assert not text[:100].any() and text[100:130].any() and text[-30:].any()
+
+
+@pytest.mark.parametrize("colour", ["#ffffff", "#000000", "#808080", "#d55e00", "#0072b2"])
+@pytest.mark.parametrize("size", [(60, 40), (900, 600)], ids=str)
+def test_outline_of_a_mask_is_seen_on_any_colour(colour, size):
+    """Black and white pixels run along it, and none is elsewhere."""
+    mask = np.zeros((20, 30))
+    mask[5:15, 10:] = 1  # up to the right border
+    image = Image.new("RGB", size, colour)
+    drawn = np.asarray(outline_mask(image, mask)).astype(int)
+    scale = size[0] // 30
+    for across in (drawn[10 * scale], drawn[:, 20 * scale]):  # a line over the outline each
+        assert (across.min(1) > 230).any() and (across.max(1) < 25).any()
+    changed = (drawn != np.asarray(image)).any(2)
+    assert not changed[: 3 * scale].any() and not changed[8 * scale : 12 * scale, 13 * scale :].any()
+    assert changed.mean() < 0.3 and np.asarray(image).std(axis=(0, 1)).max() == 0  # the image given stays as it is
+
+
+def test_masks_without_an_outline():
+    for mask in (np.zeros((4, 4)), np.ones((4, 4)), np.full((3, 5), np.nan)):
+        assert (np.asarray(outline_mask(Image.new("RGB", (50, 40), "red"), mask)) == (255, 0, 0)).all()
+
+
+def test_outline_of_an_image_of_many_pixels():
+    """Traced at a bounded size."""
+    start = time.process_time()
+    outline_mask(Image.new("RGB", (4000, 3000)), np.eye(64))
+    assert time.process_time() - start < 5

@@ -1,0 +1,71 @@
+"""Where two models differ on the same samples, and whether chance explains it: two files of `hivg.evaluate
+--per_sample`."""
+
+import json
+
+from hivg.metrics import accuracy, mcnemar
+from hivg.utils.quote import shown
+
+
+def compare(path_a, path_b):
+    """The text of --compare: two per-sample files of the same samples. Raises ValueError."""
+    a = rows_of(path_a)
+    b = rows_of(path_b)
+    if not a or samples_of(a) != samples_of(b):
+        raise ValueError(f"{shown(path_a, 80)} ({len(a):,} rows) and {shown(path_b, 80)} ({len(b):,}) are not of the "
+                         "same samples; evaluate both on one split")
+    only_a = []  # pairs of rows that the first alone has right
+    only_b = []
+    for x, y in zip(a, b):
+        x_right = x["iou"] >= 0.5
+        y_right = y["iou"] >= 0.5
+        if x_right and not y_right:
+            only_a.append((x, y))
+        if y_right and not x_right:
+            only_b.append((x, y))
+    chance = mcnemar(len(only_a), len(only_b))
+    verdict = "more than chance explains" if chance < 0.05 else "chance explains it"
+    lines = [
+        f"Acc@0.5 {accuracy(row['iou'] for row in a):.4f} {shown(path_a, 300)}",
+        f"Acc@0.5 {accuracy(row['iou'] for row in b):.4f} {shown(path_b, 300)}",
+        f"{len(a)} samples: {len(only_a)} right in the first alone, {len(only_b)} in the second alone; the chance of a "
+        f"difference as large between equals is {chance:.3g} (McNemar): {verdict}",
+    ]
+    for name, pairs in (("first", only_a), ("second", only_b)):
+        for x, y in pairs:
+            lines.append(f"  right in the {name} alone: {shown(x['image'], 300)}: {shown(x['expression'], 300)} "
+                         f"(IoU {x['iou']:.2f}, {y['iou']:.2f})")
+    return "\n".join(lines)
+
+
+def samples_of(rows):
+    return [(row["image"], row["expression"], row["target"]) for row in rows]
+
+
+def rows_of(path):
+    """The rows of a per-sample file. Raises ValueError."""
+    rows = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                row = json.loads(line)
+                if not is_row(row):
+                    raise ValueError
+                rows.append(row)
+    except (OSError, ValueError, RecursionError):
+        where = f", line {len(rows) + 1}" if rows else ""
+        raise ValueError(f"{shown(path)}{where}: not a file that --per_sample wrote; name one that it did") from None
+    return rows
+
+
+def is_row(row):
+    """Whether a JSON value is a row as --per_sample writes it, as far as --compare reads it."""
+    if not isinstance(row, dict) or not row.keys() >= {"image", "expression", "target", "iou"}:
+        return False
+    if not isinstance(row["image"], str) or not isinstance(row["expression"], str):
+        return False
+    target = row["target"]
+    if not isinstance(target, list) or len(target) != 4:
+        return False
+    # neither bools nor NaN, nor whole numbers beyond all floats
+    return all(type(value) in (int, float) and abs(value) < 1e9 for value in (*target, row["iou"]))

@@ -1,0 +1,156 @@
+"""Where [REG] looks: Result.attention, and the heat maps that can be drawn."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from makers import make_hivg
+from makers_use import TEXTS, make_image
+from PIL import Image
+
+from hivg import Grounder, ground, weights
+from hivg.data.transforms import Letterbox
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_hivg(dtype=torch.float32, stage=1)
+
+
+@pytest.fixture(scope="module")
+def grounder(model):
+    return Grounder(model, "cpu", "float32")
+
+
+@pytest.fixture(scope="module")
+def image():
+    return make_image()
+
+
+def attention_by_hand(model, image, text):
+    """(h, w): [REG]'s row of the last layer's softmax(q k^T / sqrt(d)), mean over the heads, its patches."""
+    seen = {}
+    attn = model.encoder[-1].attn
+    hook = attn.register_forward_hook(lambda module, args, kwargs, out: seen.update(args=args, **kwargs),
+                                      with_kwargs=True)
+    letterbox = Letterbox(*image.size, 64)
+    model(letterbox.image(image)[None], letterbox.padding_mask()[None], model.tokenizer([text]))
+    hook.remove()
+    query, key, _ = seen["args"]
+    q = attn.q_proj(query).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    k = attn.k_proj(key).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    logits = q @ k.mT / q.shape[-1] ** 0.5  # (1, heads, M, M)
+    share = logits.masked_fill(~seen["mask"], float("-inf")).softmax(-1)[0, :, 0].mean(0)  # (M,)
+    return share[2 : 2 + 16].unflatten(0, (4, 4)).detach().numpy()
+
+
+def test_attention_is_that_of_the_last_layer(model, grounder, image):
+    results = grounder.ground(image, TEXTS, attention=True)
+    for text, result in zip(TEXTS, results):
+        np.testing.assert_allclose(result.attention_map, attention_by_hand(model, image, text), atol=1e-5)
+        assert result.attention_map[0].max() == 0 < result.attention_map[1:3].min()  # the first row is padding
+        assert result.attention_map.sum() < 1
+    pairs = grounder.ground_pairs([image] * len(TEXTS), TEXTS, attention=True)
+    for one, other in zip(results, pairs):
+        np.testing.assert_allclose(one.attention_map, other.attention_map, atol=1e-6)
+
+
+def test_attention_in_the_pixels_of_the_image(grounder, image):
+    result = grounder.ground(image, TEXTS[0], attention=True)
+    attention = result.attention
+    assert attention.shape == (120, 200) and attention.dtype == np.float32
+    assert attention.min() >= 0 and 0.5 < attention.max() <= 1
+    # on an image as large as the square: highest about the middle of the patch that has most
+    square = grounder.ground(np.asarray(image.resize((64, 64))), TEXTS[0], attention=True)
+    row, column = np.unravel_index(square.attention_map.argmax(), (4, 4))
+    assert square.attention[16 * row + 7 : 16 * row + 9, 16 * column + 7 : 16 * column + 9].min() > 0.95
+
+
+def test_plain_results_have_none(model, grounder, image, monkeypatch):
+    """Nor is it computed."""
+    monkeypatch.setattr(type(model.encoder[0]), "reg_attention", None)
+    result = grounder.ground(image, TEXTS[0])
+    assert result.attention_map is None
+    for use in (lambda: result.attention, lambda: result.draw(heatmap="attention")):
+        with pytest.raises(ValueError, match="attention=True"):
+            use()
+
+
+def test_attention_changes_no_box(grounder, image):
+    plain = grounder.ground(image, TEXTS)
+    assert grounder.ground(image, TEXTS, attention=True) == plain
+
+
+def test_an_image_that_fills_half_of_no_patch(grounder):
+    result = grounder.ground(np.zeros((8, 4000, 3), np.uint8), TEXTS[0], attention=True)
+    assert np.isfinite(result.attention).all()
+
+
+def test_drawings(grounder, image):
+    result = grounder.ground(image, TEXTS[0], attention=True)
+    tokens = np.asarray(result.draw(heatmap="tokens"))
+    assert (tokens == np.asarray(result.draw(heatmap=True))).all()
+    assert (tokens != np.asarray(result.draw(heatmap="attention"))).any()
+    with pytest.raises(ValueError, match="tokens, attention, not 'rtcc'"):
+        result.draw(heatmap="rtcc")
+
+
+# --- python ground.py ---
+
+
+@pytest.fixture
+def run(model, monkeypatch, capfd, tmp_path):
+    """python ground.py ARGS in a folder with a.png and the weights -> (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    make_image().save("a.png")
+    weights.save("random.safetensors", model)
+
+    def run(*args):
+        command = ["ground.py", "--weights", "random.safetensors", "--dtype", "float32", "--device", "cpu", *args]
+        monkeypatch.setattr(sys, "argv", command)
+        capfd.readouterr()
+        try:
+            code = ground.main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capfd.readouterr()
+
+    return run
+
+
+def test_heatmap_flag(run, grounder):
+    result = grounder.ground("a.png", "star", attention=True)
+    for number, (words, heatmap) in enumerate([
+            (["a.png", "-e", "star", "--heatmap"], "tokens"),
+            (["--heatmap", "a.png", "-e", "star"], "tokens"),
+            (["a.png", "--heatmap", "-e", "star"], "tokens"),
+            (["a.png", "-e", "star", "--heatmap", "tokens"], "tokens"),
+            (["a.png", "-e", "star", "--heatmap=attention"], "attention"),
+            (["--heatmap", "attention", "a.png", "-e", "star"], "attention")]):
+        assert run(*words, "--output", f"{number}.png")[0] == 0
+        np.testing.assert_array_equal(np.asarray(Image.open(f"{number}.png")), np.asarray(result.draw(heatmap)))
+
+
+def test_heatmap_of_another_name(run):
+    code, out, err = run("a.png", "-e", "star", "--heatmap=rtcc")
+    assert (code, out) == (2, "") and err.startswith("error: ") and "attention" in err and err.count("\n") == 1
+
+
+# --- masks as run lengths ---
+
+
+def test_rle(run, grounder):
+    code, out, _ = run("a.png", "-e", "star", "-e", "circle", "--json", "--rle", "--min_score", "1")
+    assert code == 0
+    for entry, result in zip(json.loads(out)["results"], grounder.ground("a.png", ["star", "circle"]), strict=True):
+        assert list(entry) == ["label", "score", "box", "mask"] and entry["box"] is None
+        assert entry["mask"] == result.mask_rle() and entry["mask"]["size"] == [120, 200]
+    assert "mask" not in json.loads(run("a.png", "-e", "star", "--json")[1])["results"][0]
+
+
+def test_rle_needs_json(run):
+    code, out, err = run("a.png", "-e", "star", "--rle")
+    assert (code, out) == (2, "") and "--json" in err and not Path("grounded.png").exists()

@@ -1,0 +1,221 @@
+"""The score as a chance of being right: the fit, its table, and the weights that carry it."""
+
+import json
+import math
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from makers import make_hivg
+from makers_use import TEXTS, make_image
+from safetensors import safe_open
+
+import train
+from hivg import Grounder, evaluate, weights
+from hivg.data.shapes import SPLITS
+from hivg.metrics import auroc, calibrated, calibration_of, fit_calibration, reliability, reliability_lines
+
+
+def make_predictions(n, a, b, seed=0):
+    """Scores of n predictions, and whether they are right: with the chance sigmoid(a logit(score) + b)."""
+    rng = np.random.default_rng(seed)
+    scores = rng.beta(2, 1, n)
+    chance = 1 / (1 + np.exp(-(a * np.log(scores / (1 - scores)) + b)))
+    return scores.tolist(), (rng.random(n) < chance).tolist()
+
+
+# --- the fit ---
+
+
+def test_fit_finds_the_chance():
+    scores, right = make_predictions(40_000, 0.6, -0.8)
+    assert fit_calibration(scores, right) == pytest.approx((0.6, -0.8), abs=0.05)
+
+
+@pytest.mark.parametrize("n, a, b", [(30, 1.0, 0.0), (500, 0.3, 2.0), (500, 4.0, -6.0)])
+def test_fit_is_the_minimum(n, a, b):
+    """The gradient of the cross-entropy against Platt's targets is 0, by hand."""
+    scores, right = make_predictions(n, a, b)
+    a, b = fit_calibration(scores, right)
+    n_right = sum(right)
+    upper = (n_right + 1) / (n_right + 2)
+    lower = 1 / (n - n_right + 2)
+    slope_a = 0.0
+    slope_b = 0.0
+    for score, is_right in zip(scores, right):
+        x = math.log(score / (1 - score))
+        excess = 1 / (1 + math.exp(-(a * x + b))) - (upper if is_right else lower)
+        slope_a += excess * x
+        slope_b += excess
+    assert abs(slope_a) < 1e-6 * n and abs(slope_b) < 1e-6 * n
+
+
+def test_fit_with_scores_at_the_ends():
+    """Float32 scores are often 0 or 1; so far from the middle a whole step of Newton's would be too long."""
+    scores = [0.0] * 50 + [1.0] * 200 + [1e-30, 1 - 2**-24]
+    right = [False] * 49 + [True] + [True] * 190 + [False] * 10 + [False, True]
+    a, b = fit_calibration(scores, right)
+    assert calibrated(0.0, a, b) == pytest.approx(0.03, abs=0.03)
+    assert calibrated(1.0, a, b) == pytest.approx(0.95, abs=0.01)
+
+
+def test_separated_scores_have_a_fit():
+    a, b = fit_calibration([0.1, 0.2, 0.3, 0.7, 0.8, 0.9], [False] * 3 + [True] * 3)
+    assert a > 0 and math.isfinite(b) and calibrated(0.9, a, b) < 0.95  # Platt's targets are not 0 and 1
+
+
+@pytest.mark.parametrize("right", [[True] * 4, [False] * 4, [True, True, False, False]], ids=str)
+def test_what_cannot_be_calibrated(right):
+    with pytest.raises(ValueError, match="the score cannot be calibrated on . right and . wrong"):
+        fit_calibration([0.1, 0.2, 0.6, 0.9], right)
+
+
+def test_a_calibrated_score_tells_as_well():
+    scores, right = make_predictions(500, 1.0, 0.0)
+    scores += [0.0, 1.0, 1 - 2**-24]
+    right += [False, True, True]
+    chances = [calibrated(score, 0.3, -2.0) for score in scores]
+    assert auroc(chances, right) == auroc(scores, right) and 0 < min(chances) < max(chances) < 1
+    assert all(isinstance(chance, float) for chance in chances)
+    assert calibrated(0.5, 3.0, 0.0) == 0.5 and calibrated(0.75, 2.0, 0.0) == pytest.approx(0.9)  # odds 3, squared
+
+
+def test_reliability():
+    """By hand."""
+    rows, error = reliability([0.0, 0.05, 0.15, 0.95, 1.0], [False, True, False, True, True])
+    assert [count for _, _, count, _, _ in rows] == [2, 1, 0, 0, 0, 0, 0, 0, 0, 2]
+    assert rows[0] == (0.0, 0.1, 2, pytest.approx(0.025), 0.5) and rows[9][3:] == (pytest.approx(0.975), 1.0)
+    assert math.isnan(rows[5][3]) and math.isnan(rows[5][4])
+    assert error == pytest.approx((2 * 0.475 + 0.15 + 2 * 0.025) / 5)
+    lines = reliability_lines([0.0, 0.05, 0.15, 0.95, 1.0], [False, True, False, True, True])
+    assert len(lines) == 11 and lines[0].endswith("expected calibration error 0.2300")
+    assert lines[1] == "  0.0 to 0.1         2 expressions, mean score 0.025, Acc@0.5 0.500"
+    assert lines[3] == "  0.2 to 0.3         0 expressions"
+
+
+# --- what weights say ---
+
+
+@pytest.mark.parametrize("ab", [
+    [1.0], [1.0, 2.0, 3.0], ["1", "2"], [True, 1.0], [0, 1], [-1.0, 0.0], [math.nan, 0.0], [1.0, math.inf],
+    [10**400, 1], {"a": 1, "b": 2}, "1 2", 1.0, [[1.0], 2.0], []], ids=lambda ab: str(ab)[:20])
+def test_damaged_calibrations_are_refused(tmp_path, ab):
+    with pytest.raises(ValueError) as caught:
+        calibration_of({"score_calibration": ab}, "mine.safetensors")
+    assert re.fullmatch("mine.safetensors: its score calibration .* is not two finite numbers.*", str(caught.value))
+    assert len(str(caught.value)) < 300
+    model = make_hivg(dtype=torch.float32)
+    weights.save(tmp_path / "odd.safetensors", model, {"score_calibration": ab})
+    with pytest.raises(ValueError, match="odd.safetensors: "):
+        Grounder.from_pretrained(tmp_path / "odd.safetensors", device="cpu")
+
+
+def test_calibrations_that_are_fine():
+    assert calibration_of({}) is None and calibration_of({"score_calibration": None}) is None
+    assert calibration_of({"score_calibration": [1, -2]}) == (1.0, -2.0)
+
+
+def test_grounder_gives_the_chance(tmp_path):
+    model = make_hivg(dtype=torch.float32)
+    raw = Grounder(model, "cpu", "float32")
+    assert raw.calibration is None
+    weights.save(tmp_path / "a.safetensors", model, {"score_calibration": [0.5, -1.0]})
+    grounder = Grounder.from_pretrained(tmp_path / "a.safetensors", "cpu", "float32")
+    assert grounder.calibration == (0.5, -1.0)
+    for before, after in zip(raw.ground(make_image(), TEXTS), grounder.ground(make_image(), TEXTS)):
+        assert after.score == pytest.approx(calibrated(before.score, 0.5, -1.0)) and after.box == before.box
+
+
+# --- the command line ---
+
+
+@pytest.fixture
+def run(monkeypatch, capfd, tmp_path):
+    """python -m hivg.evaluate ARGS on a `val` of six scenes, where good scores are mostly right boxes -> (exit code,
+    stdout, stderr)."""
+    monkeypatch.setitem(SPLITS, "val", (6, SPLITS["val"][1]))
+    monkeypatch.chdir(tmp_path)
+    predict = evaluate.predict
+
+    def predict_well(*args, **options):
+        rows = predict(*args, **options)
+        for rank, row in enumerate(sorted(rows, key=lambda row: row["score"])):
+            row["iou"] = 0.9 if rank % 4 <= rank // 8 else 0.1
+        return rows
+
+    monkeypatch.setattr(evaluate, "predict", predict_well)
+
+    def run(*args):
+        command = ["evaluate", "--device", "cpu", "--dtype", "float32", "--split", "val", *args]
+        monkeypatch.setattr(sys, "argv", command)
+        capfd.readouterr()
+        try:
+            code = evaluate.main() or 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capfd.readouterr()
+
+    return run
+
+
+def contents(path):
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_calibrate(run, tmp_path, dtype):
+    model = make_hivg(dtype=torch.float32, stage=1)
+    weights.save("raw.safetensors", model, {"stage": "lora1"}, dtype)
+    code, before, _ = run("--weights", "raw.safetensors", "--per_sample", "raw.jsonl")
+    assert code == 0 and "calibration error" not in before
+    code, out, err = run("--weights", "raw.safetensors", "--calibrate", "new.safetensors")
+    assert code == 0 and "new.safetensors written" in err and "calibration error" in out
+    tensors, metadata = contents("raw.safetensors")
+    written, new = contents("new.safetensors")
+    assert tensors.keys() == written.keys() and metadata["config"] == new["config"]
+    assert all(written[name].dtype == dtype and torch.equal(written[name], tensor) for name, tensor in tensors.items())
+    info = json.loads(new["info"])
+    assert info["stage"] == "lora1"
+    assert info["score_calibrated_on"] == {"dataset": "shapes", "split": "val", "expressions": 24}
+    rows = [json.loads(line) for line in (tmp_path / "raw.jsonl").read_text().splitlines()]
+    expected = fit_calibration([row["score"] for row in rows], [row["iou"] >= 0.5 for row in rows])
+    assert info["score_calibration"] == pytest.approx(expected)
+
+    code, after, _ = run("--weights", "new.safetensors", "--per_sample", "new.jsonl")
+    table = after.splitlines()[-12:-1]  # before the line of comparison
+    assert code == 0 and "expected calibration error" in table[0] and out.splitlines()[1:] == after.splitlines()[1:]
+    assert sum(int(re.search(r"(\d+) expressions", line)[1]) for line in table[1:]) == 24
+    chances = [json.loads(line)["score"] for line in (tmp_path / "new.jsonl").read_text().splitlines()]
+    assert chances == pytest.approx([calibrated(row["score"], *expected) for row in rows])
+    assert re.search("AUROC .*", after)[0] == re.search("AUROC .*", before)[0]
+
+    # again, in place: fitted to what the model gives, not to what was calibrated
+    code, _, _ = run("--weights", "new.safetensors", "--calibrate", "new.safetensors")
+    assert code == 0 and json.loads(contents("new.safetensors")[1]["info"]) == info
+
+
+def test_damaged_calibration_on_the_command_line(run):
+    weights.save("odd.safetensors", make_hivg(dtype=torch.float32), {"score_calibration": [1, "x"]})
+    code, out, err = run("--weights", "odd.safetensors")
+    assert (code, out) == (2, "") and re.fullmatch("error: odd.safetensors: its score calibration[^\n]+\n", err)
+    code, _, _ = run("--weights", "odd.safetensors", "--calibrate", "good.safetensors")  # it is made afresh
+    assert code == 0 and calibration_of(weights.load("good.safetensors").info)
+
+
+@pytest.mark.parametrize("target, word", [("weights.pth", "OUT.safetensors"), ("no/folder/a.safetensors", "no/folder")])
+def test_targets_that_cannot_be(run, target, word):
+    weights.save("raw.safetensors", make_hivg(dtype=torch.float32))
+    code, out, err = run("--weights", "raw.safetensors", "--calibrate", target)
+    assert (code, out) == (2, "") and re.fullmatch("error: [^\n]+\n", err) and word in err
+
+
+def test_training_drops_the_calibration(monkeypatch, tmp_path):
+    """The score of a model that was trained further is another one."""
+    model = make_hivg(dtype=torch.float32)
+    model.info = {"score_calibration": [1.0, 0.0], "accuracy": 0.5}
+    monkeypatch.setattr(train, "validate", lambda *args: {"accuracy": 0.75, "mean_iou": 0.5})
+    train.keep_best(train.Settings(), model, torch.device("cpu"), tmp_path / "finetune.safetensors", 0.5)
+    assert "score_calibration" not in weights.load(tmp_path / "finetune.safetensors").info

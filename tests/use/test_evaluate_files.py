@@ -1,0 +1,172 @@
+"""The evaluation of people's own files: the split that is taken, what is written where, flags beyond all measure."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from makers import ROOT, make_hivg
+from makers_use import make_image
+from PIL import Image
+
+from hivg import evaluate, weights
+
+
+@pytest.fixture(scope="module")
+def weights_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "random.safetensors"
+    weights.save(path, make_hivg(dtype=torch.float32))
+    return path
+
+
+def write_data(name, splits, image="im/a.png"):
+    """A .jsonl file with a row for each of the splits; None: a row without one."""
+    Path("im").mkdir(exist_ok=True)
+    make_image().save("im/a.png")
+    rows = []
+    for number, split in enumerate(splits):
+        row = {"image": image, "expression": f"star {number}", "bbox": [10, 10, 60, 50]}
+        rows.append(json.dumps(row if split is None else row | {"split": split}) + "\n")
+    Path(name).write_text("".join(rows))
+
+
+@pytest.fixture
+def run(monkeypatch, capfd, tmp_path, weights_file):
+    """python -m hivg.evaluate ARGS in a folder with mine.jsonl -> (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    write_data("mine.jsonl", ["val", "val", "train"])
+
+    def run(*args):
+        command = ["evaluate", "--weights", weights_file, "--device", "cpu", "--dtype", "float32", *args]
+        monkeypatch.setattr(sys, "argv", list(map(str, command)))
+        capfd.readouterr()
+        try:
+            code = evaluate.main() or 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capfd.readouterr()
+
+    return run
+
+
+def assert_fails(result, *words):
+    """Exit code 2, nothing on stdout, one line on stderr."""
+    code, out, err = result
+    assert (code, out) == (2, "") and re.fullmatch(r"error: [^\n]{,300}\n", err), result
+    assert all(word in err for word in words), err
+
+
+# --- the split ---
+
+
+@pytest.mark.parametrize("splits, taken", [
+    (["train", "val", "test"], "test"), (["val", "train", "testA", "testB"], "testA"), (["train", "val"], "val"),
+    (["train", "dev"], "dev"), (["train"], "train")], ids=lambda names: "_".join(names))
+def test_default_split(run, splits, taken):
+    """One that the file has, and which one is said."""
+    write_data("own.jsonl", splits)
+    code, out, err = run("--dataset", "own.jsonl")
+    assert code == 0 and f" on own.jsonl {taken} in float32" in out
+    assert err == f"evaluating the split {taken} of {', '.join(sorted(splits))}\n"
+
+
+def test_given_split(run):
+    code, out, err = run("--dataset", "mine.jsonl", "--split", "train")
+    assert code == 0 and " on mine.jsonl train in float32" in out and err == ""
+
+
+def test_file_of_nothing(run):
+    Path("empty.jsonl").write_text("")
+    assert_fails(run("--dataset", "empty.jsonl"), "empty.jsonl", "no expression")
+
+
+# --- what is drawn and written ---
+
+
+def test_sheet_shows_images_upright(run):
+    """As they are evaluated: turned by their EXIF, and transparency on white."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    make_image().save("im/turned.png", exif=exif)
+    write_data("turned.jsonl", ["val"], "im/turned.png")
+    assert run("--dataset", "turned.jsonl", "--sheet", "sheet.png", "--per_sample", "rows.jsonl")[0] == 0
+    dataset = evaluate.open_dataset("turned.jsonl", "val", 64)
+    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    tile = np.asarray(evaluate.sheet_tile(dataset, rows, 0))
+    upright = np.asarray(dataset.image(0))
+    assert upright.shape == (200, 120, 3) and tile.shape[0] >= 200
+    same = (tile[:200, :120] == upright).all(2)
+    assert same.mean() > 0.3 and Image.open("sheet.png").size[0] > 200
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_disk_that_is_full(run):
+    code, _, err = run("--dataset", "mine.jsonl", "--split", "val", "--per_sample", "/dev/full")
+    assert code == 2 and re.fullmatch("error: /dev/full: cannot be written [^\n]+\n", err)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--per_sample", "no/rows.jsonl"], ["no/rows.jsonl", "folder"]),
+    (["--per_sample", "x" * 300], ["xxx", "too long"]),
+    (["--sheet", "no/sheet.png"], ["no/sheet.png", "folder"]),
+    (["--sheet", "sheet.xyz"], ["sheet.xyz", ".png"]),
+    (["--sheet", "both.png", "--per_sample", "both.png"], ["both.png"]),
+    (["--per_sample", "mine.jsonl"], ["mine.jsonl", "would be replaced"]),
+    (["--per_sample", "./im/../mine.jsonl"], ["would be replaced"]),
+], ids=str)
+def test_files_that_are_refused_at_once(run, monkeypatch, flags, words):
+    """Before the work; nothing is lost."""
+    monkeypatch.setattr(evaluate, "load_hivg", None)
+    before = Path("mine.jsonl").read_bytes()
+    assert_fails(run("--dataset", "mine.jsonl", *flags), *words)
+    assert Path("mine.jsonl").read_bytes() == before and sorted(os.listdir()) == ["im", "mine.jsonl"]
+
+
+def test_weights_are_not_drawn_over(run, weights_file):
+    before = weights_file.read_bytes()
+    assert_fails(run("--dataset", "mine.jsonl", "--per_sample", weights_file), "would be replaced")
+    assert weights_file.read_bytes() == before
+
+
+def test_rows_of_before_stay_if_the_work_fails(run):
+    Path("rows.jsonl").write_text("old\n")
+    assert run("--dataset", "mine.jsonl", "--split", "nope", "--per_sample", "rows.jsonl")[0] == 2
+    assert Path("rows.jsonl").read_text() == "old\n"
+
+
+# --- flags ---
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--workers", "-1"], "--workers must be from 0 to 256"),
+    (["--workers", "100000"], "--workers must be from 0 to 256"),
+    (["--workers", "1e3"], "--workers"),
+    (["--batch_size", "0"], "--batch_size must be from 1 to 4096"),
+    (["--batch_size", "-64"], "--batch_size must be from 1 to 4096"),
+    (["--batch_size", "9" * 400], "a huge number"),
+    (["--data_root", "nowhere"], "nowhere: there is no such folder"),
+    (["--data_root", "mine.jsonl"], "there is no such folder"),
+    (["--split", "x\x1b[31m" * 100, "--dataset", "shapes"], "shapes has no split"),
+], ids=lambda value: str(value)[:40])
+def test_flags_that_are_refused_at_once(run, monkeypatch, flags, word):
+    monkeypatch.setattr(evaluate, "load_hivg", None)
+    result = run("--dataset", "mine.jsonl", *flags)
+    assert_fails(result, word)
+    assert "\x1b" not in result[2]
+
+
+@pytest.mark.slow
+def test_reader_that_leaves(run, weights_file):
+    """As `evaluate | head -0`: no traceback."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "hivg.evaluate", "--weights", weights_file, "--dataset", "mine.jsonl"]
+    done = subprocess.run([*command, "--split", "val"], stdout=writer, stderr=subprocess.PIPE, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
