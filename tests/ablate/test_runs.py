@@ -1,0 +1,158 @@
+"""Runs and reports of the ablation, on a small world."""
+
+import json
+
+import numpy as np
+import pytest
+from makers_training import Killed, kill, run_script, shrink  # noqa: F401
+
+import train
+from hivg.ablate import runs
+from hivg.ablate.__main__ import main
+from hivg.ablate.arms import BY_NAME
+from hivg.ablate.pictures import plot_attention, plot_differences
+from hivg.ablate.report import comparisons, report, runs_of
+from hivg.ablate.runs import Budget, best_lr, missing, pack, read_results, unpack
+from hivg.data.shapes import SPLITS
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch, clip_file):
+    """An empty current folder, splits of 8 scenes, and budgets of seconds -> the results file."""
+    shrink(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    for split in ("test", "compose"):
+        monkeypatch.setitem(SPLITS, split, (8, SPLITS[split][1]))
+    monkeypatch.setattr(runs, "LEADING", 64)
+    monkeypatch.setattr(runs, "PICTURED", 4)
+    monkeypatch.setattr("hivg.ablate.pictures.PICTURED", 4)
+    monkeypatch.setitem(runs.BUDGETS, "short", Budget(64, (1, 1, 1, 1), (1e-3, 3e-3), ()))
+    settings = train.Settings
+    monkeypatch.setattr(train, "Settings", lambda **given: settings(clip=str(clip_file), device="cpu", dtype="float32",
+                                                                    **given))
+    monkeypatch.setattr(runs, "code_version", lambda: "abc")
+    (tmp_path / "notebooks").mkdir()
+    return tmp_path / "notebooks" / "ablations.jsonl"
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_right_and_wrong_survive_packing():
+    flags = np.random.default_rng(0).random(1001) < 0.5
+    assert (unpack(pack(flags), 1001) == flags).all()
+
+
+@pytest.mark.slow
+def test_a_run_resumes_and_leaves_a_row(small, monkeypatch):
+    """Killed and started again it ends as one that was not."""
+    arm = BY_NAME["lora vanilla"]
+    runs.run(arm, "short", 3e-3, 1)
+    with pytest.raises(Killed), pytest.MonkeyPatch.context() as patch:
+        kill(patch, train, "to_device", 5)
+        runs.run(arm, "short", 3e-3, 1)
+    assert len(rows_of(small)) == 1
+    runs.run(arm, "short", 3e-3, 1)
+    first, second = rows_of(small)
+    assert first.pop("minutes") > 0 and second.pop("minutes") is None
+    assert first == second
+    assert first["expressions"] == 256 and list(first["val"]) == ["warmup", "lora1"]
+    assert first["test"]["accuracy"] == unpack(first["test"]["right"], 32).mean()
+    assert first["batch_dependence"]["moved_pixels"] < 1e-3
+    assert 0 < first["attention"]["lora1"]["on_target"] < 1
+    assert not list((small.parent.parent / "runs" / "ablate").glob("*/*.safetensors"))
+
+
+def fake(small, accuracies, seeds=(0, 1, 2)):
+    """Results as the runs would write them: {arm: accuracy with the better rate}."""
+    rng = np.random.default_rng(0)
+    with open(small, "w") as file:
+        for name, accuracy in accuracies.items():
+            for seed in seeds:
+                for lr in (1e-3, 3e-3) if seed == seeds[0] else (3e-3,):
+                    right = rng.random(32) < (accuracy if lr == 3e-3 else accuracy / 2)
+                    scores = {"accuracy": float(right.mean()), "mean_iou": 0.5, "right": pack(right)}
+                    maps = runs.base64.b64encode(bytes(range(4 * 16))).decode()
+                    row = {"arm": name, "budget": "short", "lr": lr, "seed": seed, **BY_NAME[name].definition(),
+                           "parameters": {"lora3": 1_500_000}, "val": {"warmup": 0.1, "lora3": float(right.mean())},
+                           "attention": {"lora3": {"maps": maps, "on_target": 0.25}}, "test": scores,
+                           "compose": scores, "batch_dependence": {"moved_pixels": 1.5, "answers_changed": 0.125},
+                           "expressions": 256, "minutes": 2.0, "version": "abc"}
+                    file.write(json.dumps(row) + "\n")
+
+
+def test_only_what_is_missing_is_run(small):
+    names = ["base", "bridge none"]
+    assert missing({}, "short", names, [0]) == [("short", name, lr, 0) for name in names for lr in (1e-3, 3e-3)]
+    assert missing({}, "short", names, [0, 1])[4:] == []  # no rate is chosen yet
+    fake(small, {"base": 0.9}, seeds=(0, 1))
+    rows = read_results(small)
+    assert best_lr(rows, "short", "base", 0) == 3e-3
+    assert missing(rows, "short", ["base"], [0, 1, 2]) == [("short", "base", 3e-3, 2)]
+    text = small.read_text().replace('"lr": 0.001', '"lr": 0.002', 1)
+    small.write_text(text)
+    assert missing(read_results(small), "short", ["base"], [0]) == [("short", "base", 1e-3, 0)]
+
+
+def test_results_of_an_arm_that_was_defined_differently_do_not_count(small):
+    fake(small, {"base": 0.9, "lora vanilla": 0.9})
+    small.write_text(small.read_text().replace('"vanilla"', '"shared"'))
+    assert {key[1] for key in read_results(small)} == {"base"}
+
+
+def test_the_report_says_what_the_results_say(small):
+    fake(small, {"base": 0.9, "bridge none": 0.1, "lora vanilla": 0.9, "mixed": 0.9})
+    text = report(small)
+    found = runs_of(read_results(small), "short")
+    [d] = [d for arm, d in comparisons(found) if arm.name == "bridge none"]
+    assert d.verdict == "worse" and d.high < 0
+    assert f"| {d.points:+.1f} | {d.low:+.1f} to {d.high:+.1f} | worse |" in text
+    assert f"| base | 1.50 M | 0.003 | 3 | 0.100, {found['base'].accuracy():.3f} |" in text
+    assert "Not run yet: bridge constant" in text and "| mixed | 1.5 | 12.5 % |" in text
+    assert "16 runs, 0.5 hours" in text
+    picture = plot_differences(comparisons(found))
+    assert picture.width == 900 and len(picture.getcolors(10**6)) > 3
+    maps = {"end": found["base"].rows[0]["attention"]["lora3"]["maps"]}
+    assert plot_attention(maps, [0, 2], 32).width > 400
+
+
+def test_the_command_line(small, monkeypatch, capsys):
+    def call(*args):
+        monkeypatch.setattr("sys.argv", ["ablate", *args])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return stop.value.code, capsys.readouterr().err
+
+    code, error = call("run", "no such arm")
+    assert code == 2 and "no such arm" in error and error.count("\n") == 1
+    code, error = call("run", "--jobs", "0")
+    assert code == 2 and "--jobs" in error and error.count("\n") == 1
+    code, error = call("report")
+    assert code == 2 and "no results" in error and error.count("\n") == 1
+    monkeypatch.setattr("sys.argv", ["ablate", "list"])
+    main()
+    assert "lora deep first" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_run_chooses_the_rates_and_then_runs_the_seeds(small, monkeypatch, capsys):
+    """The processes are replaced by calls in this one."""
+    def in_this_process(key):
+        budget, arm, lr, seed = key
+        runs.run(BY_NAME[arm], budget, lr, seed)
+        return f"{arm} {lr} {seed}"
+
+    monkeypatch.setattr(runs, "run_in_process", in_this_process)
+    runs.run_missing("short", ["lora none"], [0, 1], 1)
+    keys = [(row["arm"], row["lr"], row["seed"]) for row in rows_of(small)]
+    best = best_lr(read_results(), "short", "lora none", 0)
+    assert keys == [("lora none", 1e-3, 0), ("lora none", 3e-3, 0), ("lora none", best, 1)]
+    assert "3 of" not in capsys.readouterr().err
+    runs.run_missing("short", ["lora none"], [0, 1], 1)
+    assert len(rows_of(small)) == 3  # nothing is run twice
+
+
+def test_a_run_that_fails_is_reported_and_does_not_stop_the_others(small, monkeypatch):
+    monkeypatch.setattr(runs.sys, "executable", "false")
+    assert "FAILED" in runs.run_in_process(("short", "base", 1e-3, 0))
