@@ -55,10 +55,11 @@ def plot_differences(results):
     return image.reduce(2)
 
 
-def plot_attention(columns, expressions, size):
+def plot_attention(columns, expressions, size, tile=220):
     """Attention of [REG] over the patches in the last encoder layer -> a PIL image, a row for each expression.
 
     columns: {caption: the `maps` of a results row}. expressions: their numbers in `test`. size: of the model's square.
+    tile: of an image, in pixels.
     """
     test = Shapes("test")
     tiles = []
@@ -74,7 +75,7 @@ def plot_attention(columns, expressions, size):
             heatmap = letterbox.map_to_image(enlarge(map_of(maps, number), size))
             tiles.append(draw_boxes(item["image"], [box], colours=["#ffffff"], heatmap=heatmap))
             captions.append(caption)
-    return contact_sheet(tiles, captions, columns=1 + len(columns), tile=220)
+    return contact_sheet(tiles, captions, columns=1 + len(columns), tile=tile)
 
 
 def map_of(maps, number):

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from hivg.data.drawing import COLOURS, SHAPES, draw
 from hivg.data.expressions import Expression, express, the
 from hivg.data.phrases import ANY_WORDS, COLOUR_WORDS, FILL_WORDS, SIZE_WORDS, caption, object_phrases, pick, place
-from hivg.data.shapes import HELD_OUT, MAX_OBJECTS, _scene, attribute_ids
+from hivg.data.shapes import HELD_OUT, MAX_OBJECTS, attribute_ids, random_scene
 from hivg.data.transforms import Letterbox
 
 MIX = {"attribute": 0.1, "superlative": 0.2, "ordinal": 0.3, "relation": 0.28, "conjunction": 0.12}
@@ -91,7 +91,7 @@ def draw_pair(rng):
     if rng.random() < UNIQUE_SHAPES:
         own, shared = shared, own
     while True:  # until a scene carries expressions: about one in eight does
-        twins = make_twins(rng, _scene(rng, None), own, shared)
+        twins = make_twins(rng, random_scene(rng, None), own, shared)
         if twins is None:
             continue
         scene, twin, after = twins

@@ -9,7 +9,6 @@ boxes and masks are read off the very pixels that were drawn, so they are exact.
 """
 
 import math
-from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -37,7 +36,6 @@ SPLITS = {  # number of scenes, kinds of expressions. The order gives each split
     "testA": (500, {"attribute": 1.0}),
     "testB": (500, {"ordinal": 0.4, "relation": 0.6}),
     "compose": (500, MIXED),
-    "pretrain": (2**40, {}),
 }
 
 
@@ -93,34 +91,13 @@ def _place(rng, looks, width, height):
     return tuple(objects)
 
 
-def _scene(rng, held_out):
-    """A scene without a word said about it."""
+def random_scene(rng, held_out):
+    """A scene without a word said about it. held_out: a pair of colour and shape of HELD_OUT that it shows, or None."""
     aspect = 2 ** (rng.random() + rng.random() - 1)  # width / height from 1:2 to 2:1, mostly near 1:1
     width = min(1.0, aspect)
     height = min(1.0, 1 / aspect)
     background = _background(rng)
     return Scene(width, height, background, _place(rng, _looks(rng, held_out), width, height))
-
-
-def _recolour(rng, scene):
-    """The scene with every object in another colour than all the others."""
-    colours = _some(rng, tuple(COLOURS), MAX_OBJECTS, MAX_OBJECTS)
-    objects = []
-    for obj, colour in zip(scene.objects, colours):
-        held_out = (colour, obj.shape) in HELD_OUT
-        shape = _other_shape(rng, obj.shape, colour) if held_out else obj.shape
-        objects.append(replace(obj, colour=colour, shape=shape))
-    return replace(scene, objects=tuple(objects))
-
-
-def _other_shape(rng, shape, colour):
-    return pick(rng, [other for other in SHAPES if other != shape and (colour, other) not in HELD_OUT])
-
-
-def _twin(rng, scene):
-    """The scene with another shape for every object."""
-    objects = [replace(obj, shape=_other_shape(rng, obj.shape, obj.colour)) for obj in scene.objects]
-    return replace(scene, objects=tuple(objects))
 
 
 def attribute_ids(obj, attributes=ALL):
@@ -141,10 +118,6 @@ class Shapes:
     testA          2,000 by attributes alone
     testB          2,000 by relations and ordinals
     compose        2,000 that mean and name a pair of colour and shape that no other split shows (HELD_OUT)
-    pretrain       endless; images with captions and no expressions. No two objects of an image have the same colour,
-                   so a phrase like "a red star" says by its colour where to look and by its shape what is to be learned
-                   there. 2k and 2k + 1 are twins that differ in the shape of every object, and so do their captions:
-                   next to each other in a batch they make a contrastive loss look at just that
     """
 
     def __init__(self, split, seed=0, weights=None, captions=True):
@@ -170,13 +143,10 @@ class Shapes:
 
     def _make(self, index):
         """(scene, expressions, the generator after them)."""
-        if self.split == "pretrain":
-            scene, rng = self._twins(index)
-            return scene, [], rng
         rng = self._rng(index)
         for _ in range(1000):  # draws scenes until one carries its expressions, mostly the first or second
             held_out = pick(rng, sorted(HELD_OUT)) if self.split == "compose" else None
-            scene = _scene(rng, held_out)
+            scene = random_scene(rng, held_out)
             if len(scene.objects) < 3:
                 continue
             targets = None
@@ -190,13 +160,6 @@ class Shapes:
             if expressions:
                 return scene, expressions, rng
         raise RuntimeError("no scene carried its expressions")
-
-    def _twins(self, index):
-        """Images 2k and 2k + 1 of the pre-training: (scene, the generator after it)."""
-        rng = self._rng(index - index % 2)
-        scene = _recolour(rng, _scene(rng, None))
-        twin = _twin(rng, scene)
-        return twin if index % 2 else scene, rng
 
     def scene(self, index):
         """Item `index` as numbers and words: (Scene, list of Expression). Depends on (seed, split, index) only."""

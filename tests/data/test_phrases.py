@@ -69,10 +69,10 @@ def test_phrases():
     """Each object of an image has a phrase, read here by the listener: it is true of the object, and `named` and
     `attributes` say of which others just as the listener does."""
     named_of = Counter()
-    pretrain = Shapes("pretrain")
+    train = Shapes("train")
     for k in range(60):
-        item = pretrain[k]
-        objects = pretrain.scene(k)[0].objects
+        item = train[k]
+        objects = train.scene(k)[0].objects
         assert len(item["phrases"]) == len(item["named"]) == len(item["attributes"]) == len(objects)
         for target, (phrase, named) in enumerate(zip(item["phrases"], item["named"])):
             *adjectives, noun = phrase.split()[1:]  # without "a"
@@ -87,7 +87,7 @@ def test_phrases():
 
 def test_items_without_captions():
     """The same but for the captions and phrases, whose keys are not there."""
-    for split in ("train", "compose", "pretrain"):
+    for split in ("train", "compose"):
         whole = Shapes(split, seed=2)[3]
         bare = Shapes(split, seed=2, captions=False)[3]
         assert whole.keys() - bare.keys() == {"caption", "phrases", "attributes", "named"}

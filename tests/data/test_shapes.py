@@ -77,32 +77,6 @@ def test_compose_means_and_names_a_held_out_pair():
     assert meant == HELD_OUT
 
 
-def test_pretraining_images():
-    """A caption, no expressions, no colour twice, and no pair that is kept for compose."""
-    numbers = set()
-    for i in range(200):
-        scene, spoken = Shapes("pretrain").scene(i)
-        assert not spoken and not pairs_of(scene) & HELD_OUT
-        assert len({o.colour for o in scene.objects}) == len(scene.objects)
-        numbers.add(len(scene.objects))
-    assert {3, 4, 5, 6, 7} <= numbers <= set(range(1, 9))
-    item = Shapes("pretrain")[0]
-    assert item["expressions"] == [] and item["boxes"].shape == (0, 4) and item["caption"]
-
-
-def test_twins():
-    """Images 2k and 2k + 1 differ in the shape of every object, and their captions tell them apart."""
-    pretrain = Shapes("pretrain")
-    for k in range(0, 60, 2):
-        a, _ = pretrain.scene(k)
-        b, _ = pretrain.scene(k + 1)
-        assert dataclasses.replace(a, objects=()) == dataclasses.replace(b, objects=())
-        assert len(a.objects) == len(b.objects)
-        for o, p in zip(a.objects, b.objects):
-            assert o.shape != p.shape and o == dataclasses.replace(p, shape=o.shape)
-        assert pretrain[k]["caption"] != pretrain[k + 1]["caption"]
-
-
 def test_lengths_and_bad_arguments():
     assert {split: 4 * len(Shapes(split)) for split in EXPRESSED[1:]} == {
         "val": 1000, "test": 5000, "testA": 2000, "testB": 2000, "compose": 2000}
