@@ -4,33 +4,45 @@
     python -m hivg.ablate run [NAME ...] [--seeds 0 1 2] [--jobs 2]
     python -m hivg.ablate report                              tables and charts from the results file alone
 
-`run` trains and evaluates what is missing in notebooks/ablations.jsonl. It can be killed at any time and started
-again. Every arm sees the same expressions in the same order, as often, with the same optimizer; its learning rate is
-the best on `val` of a grid that is the same for all. Run it in the folder of train.py.
+`run` trains and evaluates what is missing in notebooks/ablations.jsonl. Interrupt it with Ctrl-C at any time and start
+it again. Every arm sees the same expressions in the same order, as often, with the same optimizer; its learning rate is
+the best on `val`, with seed 0, of a grid that is the same for all (the long budget has one rate). Run it in the folder
+of train.py.
 """
+
+from importlib.util import find_spec
+
+from hivg.utils.cli import Parser, fail
+
+if find_spec("train") is None:
+    fail("the ablation trains with train.py; run it in the folder that holds it, the project's repository")
 
 from hivg.ablate.arms import ARMS, BY_NAME
 from hivg.ablate.report import report
-from hivg.ablate.runs import BUDGETS, RESULTS, run, run_missing
-from hivg.utils.cli import Parser, fail
+from hivg.ablate.runs import BUDGETS, FOLDER, RESULTS, run, run_missing
+from hivg.training.flags import RUNS
 
 
 def arguments():
     parser = Parser(description=__doc__)
-    parser.add_argument("command", choices=("list", "run", "report", "one"), help="one: a single run, for `run`")
+    parser.add_argument("command", choices=("list", "run", "report", "one"), help="one: a single run, as `run` starts")
     parser.add_argument("names", nargs="*", metavar="NAME", help="of arms; default: all")
     parser.add_argument("--budget", default="short", choices=tuple(BUDGETS), help="default: short")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2; the learning rates "
-                        "are chosen on the first")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each; default: 1")
     parser.add_argument("--lr", type=float, help="of `one`")
-    parser.add_argument("--seed", type=int, default=0, help="of `one`")
     args = parser.parse_args()
     for name in args.names:
         if name not in BY_NAME:
             fail(f"no arm is called {name!r}; `python -m hivg.ablate list` shows them")
     if not 1 <= args.jobs <= 64:
         fail(f"--jobs must be from 1 to 64, not {args.jobs}")
+    if min(args.seeds) < 0:
+        fail(f"--seeds must be 0 or more, not {min(args.seeds)}")
+    if args.command == "one" and (len(args.names), len(args.seeds), args.lr is None) != (1, 1, False):
+        fail("`one` takes the name of an arm, --lr and one of --seeds")
+    args.names = list(dict.fromkeys(args.names))  # once each
+    args.seeds = list(dict.fromkeys(args.seeds))
     return args
 
 
@@ -39,14 +51,16 @@ def main():
     try:
         if args.command == "list":
             for arm in ARMS:
-                print(f"{arm.name:<24}{arm.differs} (against {arm.against})" if arm.claim else
-                      f"{arm.name:<24}{arm.differs}")
+                against = f" (against {arm.against})" if arm.claim else ""
+                print(f"{arm.name:<24}{arm.differs}{against}")
         elif args.command == "one":
-            run(BY_NAME[args.names[0]], args.budget, args.lr, args.seed)
+            run(BY_NAME[args.names[0]], args.budget, args.lr, args.seeds[0])
         elif args.command == "run":
-            run_missing(args.budget, args.names, args.seeds, args.jobs)
+            failed = run_missing(args.budget, args.names, args.seeds, args.jobs)
+            if failed:
+                fail(f"{failed} run(s) failed; the lines above say where to look", code=1)
         else:
-            print(report(RESULTS))
+            print(report(RESULTS, RUNS / FOLDER))
     except KeyboardInterrupt:
         fail("interrupted; the same command continues", code=130)
     except (ValueError, OSError) as error:

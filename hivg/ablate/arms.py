@@ -53,7 +53,7 @@ NO_NORM = {"text_norm": False}
 VANILLA_WIDE = {"lora": "vanilla", "lora_rank": 38, "lora_alpha": 38.0}
 
 ARMS = [
-    Arm("base", "", "all as train.py has it: adaptive bridge on text layers 2 and 4 with norm, Hi LoRA"),
+    Arm("base", "", "the model of train.py: adaptive bridge on text layers 2 and 4 with norm, Hi LoRA"),
     Arm("bridge none", "bridge", "no bridge", {"bridge": "none"}),
     Arm("bridge constant", "bridge", "learned constants instead of the text", {"bridge": "constant"}),
     Arm("bridge none, deeper", "bridge", "no bridge; four more encoder layers, about as many parameters",
@@ -70,9 +70,11 @@ ARMS = [
     Arm("level last, no norm", "visual levels", "no norm", {"level_norm": False}, {"visual_levels": (6,)},
         against="level last"),
     Arm("lora shared", "Hi LoRA", "one pair a layer, added in stages, as released", {"lora": "shared"}),
-    Arm("lora vanilla", "Hi LoRA", "all adapters at once, as many epochs", {"lora": "vanilla"}),
+    Arm("lora vanilla", "Hi LoRA", "all adapters at once, in one stage of as many epochs", {"lora": "vanilla"}),
+    Arm("lora at once", "Hi LoRA", "one pair a layer, all at once, through the same four stages and rates",
+        {"lora": "shared"}, trick="all at once"),
     Arm("lora vanilla, wide", "Hi LoRA", "all at once, rank 38: as many parameters", VANILLA_WIDE),
-    Arm("lora none", "Hi LoRA", "no adapters, as many epochs", {"lora": "none"}),
+    Arm("lora none", "Hi LoRA", "no adapters, one stage of as many epochs", {"lora": "none"}),
     Arm("lora deep first", "Hi LoRA", "stages from deep to shallow", trick="deep first"),
     Arm("no CLC", "losses", "without the contrastive loss", loss_weights(clc=0.0)),
     Arm("no RTCC", "losses", "without the region-text loss", loss_weights(rtcc_focal=0.0, rtcc_dice=0.0)),
@@ -108,6 +110,11 @@ def deep_first(stage, n_layers, groups, mode="hierarchical"):
     return list(range(first + 1, n_layers + 1))
 
 
+def all_at_once(stage, n_layers, groups, mode="hierarchical"):
+    """`lora.adapted_layers` without groups: every stage trains the adapters of all layers."""
+    return list(range(1, n_layers + 1))
+
+
 def begin_with_zero_weights(*args):
     model, best = begin_stage(*args)
     for bridge in model.bridges.values():
@@ -125,6 +132,7 @@ TRICKS = {  # name -> what is replaced: (object, attribute, by what)
     "": (),
     "mix the batch": ((Bridge, "forward", mixed_forward),),
     "deep first": ((lora, "adapted_layers", deep_first),),
+    "all at once": ((lora, "adapted_layers", all_at_once),),
     "zero weights": ((train, "begin_stage", begin_with_zero_weights),),
     "train CLIP": ((train, "begin_stage", begin_with_clip_trained),),
 }
@@ -138,11 +146,11 @@ def patched(arm, settings):
     def config_of_arm(settings, clip):
         return replace(first_config(settings, clip), **arm.config)
 
-    def same_order(dataset, first_item, *others):
+    def same_order(dataset, first_item, *others, **options):
         stage = first_item // 2**32  # train.py counts so
         epochs_before = sum(stage.epochs for stage in train.stages(settings)[:stage])
         first_item = epochs_before * settings.epoch_samples // dataset.rows
-        return training_batches(dataset, first_item, *others)
+        return training_batches(dataset, first_item, *others, **options)
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(train, "first_config", config_of_arm))

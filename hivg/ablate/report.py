@@ -1,12 +1,14 @@
-"""Tables and charts of the ablation, from its results file alone."""
+"""The report of the ablation, tables and charts, from its results file alone."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
 from hivg.ablate.arms import ARMS, BY_NAME, CLAIMS
+from hivg.ablate.charts import plot_attention, plot_differences
 from hivg.ablate.runs import BUDGETS, best_lr, read_results, unpack
-from hivg.ablate.statistics import difference
+from hivg.ablate.statistics import differences
+from hivg.clip import CLIP_SIZES
 from hivg.data.expressions import KINDS
 from hivg.data.shapes import EXPRESSIONS_PER_SCENE, Shapes
 from hivg.metrics import LENGTHS
@@ -30,11 +32,10 @@ class Runs:
 
 
 def runs_of(rows, budget):
-    """{name of an arm: Runs}, for the arms that have any. The learning rate was chosen on the lowest seed."""
-    first = min((seed for b, _, _, seed in rows if b == budget), default=0)
+    """{name of an arm: Runs}, for the arms whose learning rate is chosen."""
     found = {}
     for arm in ARMS:
-        lr = best_lr(rows, budget, arm.name, first)
+        lr = best_lr(rows, budget, arm.name)
         of_arm = {}
         for (b, name, rate, seed), row in rows.items():
             if b == budget and name == arm.name and rate == lr:
@@ -52,12 +53,10 @@ def comparisons(found):
             seeds = sorted(found[arm.name].rows.keys() & found[arm.against].rows.keys())
             if seeds:
                 pairs.append((arm, seeds))
-    results = []
-    for arm, seeds in pairs:
-        right = found[arm.name].right(seeds)
-        other = found[arm.against].right(seeds)
-        results.append((arm, difference(right, other, EXPRESSIONS_PER_SCENE, len(pairs))))
-    return results
+    right = [(found[arm.name].right(seeds), found[arm.against].right(seeds)) for arm, seeds in pairs]
+    if not right:
+        return []
+    return [(arm, d) for (arm, _), d in zip(pairs, differences(right, EXPRESSIONS_PER_SCENE))]
 
 
 def groups_of_test():
@@ -113,7 +112,8 @@ def claims_table(results):
 
 
 def groups_table(found, names):
-    """Points of arms against the arms that they are compared with, by kind and length of the expression."""
+    """Points of arms against the arms that they are compared with, by kind and length of the expression, without
+    intervals."""
     groups = groups_of_test()
     rows = []
     for name in names:
@@ -125,17 +125,38 @@ def groups_table(found, names):
 
 
 def mixing_table(found):
-    """How far predictions depend on the batch."""
+    """How far predictions depend on the batch: the arms that mix, and those they are compared with."""
+    names = []
+    for arm in ARMS:
+        if arm.trick == "mix the batch" and arm.name in found:
+            names += [name for name in (arm.against, arm.name) if name in found]
     rows = []
-    for name, runs in found.items():
-        row = next(iter(runs.rows.values()))["batch_dependence"]
-        if row["moved_pixels"] > 0.05:  # less is rounding in bfloat16
-            rows.append((name, row["moved_pixels"], f"{100 * row['answers_changed']:.1f} %"))
-    return table(("arm", "pixels that a box moves by in another batch", "answers that change"), rows)
+    for name in names:
+        measured = [row["batch_dependence"] for row in found[name].rows.values()]
+        moved = np.mean([m["moved_pixels"] for m in measured])
+        changed = np.mean([m["answers_changed"] for m in measured])
+        rows.append((name, f"{moved:.2f}", f"{100 * changed:.1f} %"))
+    return table(("arm", "pixels that a box moves by in another batch", "answers that change"), rows) if rows else ""
 
 
-def report(path):
-    """The whole report in Markdown. path: of the results file. Raises ValueError if it holds no run."""
+def write_charts(found, results, folder):
+    """differences.png and attention.png of a budget, where there is enough for them -> their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    if results:
+        paths.append(folder / "differences.png")
+        plot_differences(results).save(paths[-1])
+    if "base" in found:
+        stages = next(iter(found["base"].rows.values()))["attention"]
+        columns = {stage: value["maps"] for stage, value in stages.items()}
+        paths.append(folder / "attention.png")
+        plot_attention(columns, [0, 1, 4, 5], CLIP_SIZES["tiny"].image_size).save(paths[-1])
+    return paths
+
+
+def report(path, charts):
+    """The whole report in Markdown. path: of the results file. charts: the folder for its charts. Raises ValueError if
+    there are no results."""
     rows = read_results(path)
     if not rows:
         raise ValueError(f"{path}: no results; `python -m hivg.ablate run` makes them")
@@ -147,15 +168,14 @@ def report(path):
         if not found:
             continue
         results = comparisons(found)
-        count = sum(b.epochs) * b.epoch_samples
         absent = [name for name in b.arms or BY_NAME if name not in found]
-        parts.append(f"## {budget.capitalize()} budget, {count:,} expressions")
+        parts.append(f"## {budget.capitalize()} budget, {sum(b.epochs) * b.epoch_samples:,} expressions")
         if absent:
             parts.append("Not run yet: " + ", ".join(absent) + ".")
         parts += [accuracy_table(found), claims_table(results)]
         by_group = [arm.name for arm, _ in results if arm.claim in ("bridge", "Hi LoRA")]
         if by_group:
             parts.append(groups_table(found, by_group))
-        if any(BY_NAME[name].trick == "mix the batch" for name in found):
-            parts.append(mixing_table(found))
-    return "\n\n".join(parts)
+        parts.append(mixing_table(found))
+        parts.append("Charts: " + ", ".join(map(str, write_charts(found, results, charts / budget))))
+    return "\n\n".join(part for part in parts if part)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -22,13 +22,14 @@ from hivg.boxes import box_on_grid
 from hivg.data.batches import ShapesTensors, evaluation_batches, to_device
 from hivg.evaluate import predict
 from hivg.metrics import accuracy, mean
+from hivg.training.checkpoint import load_state
 from hivg.training.flags import RUNS
 from hivg.utils.cli import choose_device, choose_dtype
 
 RESULTS = Path("notebooks/ablations.jsonl")
 FOLDER = "ablate"  # of the runs, under runs/
 SPLITS = ("test", "compose")
-PICTURED = 8  # expressions of `test`, two images, whose attention is kept
+MAPS_KEPT = 8  # expressions of `test`, two images, whose attention is kept
 LEADING = 448  # expressions of `test` for what is not measured on all; batches of 64 and of 4 divide it
 
 
@@ -38,18 +39,19 @@ class Budget:
 
     epoch_samples: int
     epochs: tuple
-    lrs: tuple  # the grid: each is tried on the first seed, the best on `val` is taken for the others
+    lrs: tuple  # the grid of learning rates, upwards (`next_lr`)
     arms: tuple  # names; empty: all
 
 
 BUDGETS = {
     # 12,288 expressions, a tenth of the default run's
-    "short": Budget(2048, (1, 1, 1, 3), (2e-3, 4e-3), ()),
-    # the default run's
+    "short": Budget(2048, (1, 1, 1, 3), (1e-3, 2e-3, 4e-3, 8e-3), ()),
+    # the default run's, at one rate
     "long": Budget(8192, (1, 1, 1, 12), (3e-3,), ("base", "bridge none", "bridge constant", "lora vanilla",
                                                    "lora none")),
 }
-FIVE_SEEDS = ("base", "bridge none", "bridge constant", "lora shared", "lora vanilla", "lora none")
+FAILED = "FAILED:"
+CHOICE_SEED = 0  # the seed on which the rates are chosen
 
 
 # ---- one run
@@ -58,25 +60,43 @@ def settings_of(arm, budget, lr, seed):
     """train.py's settings for a run."""
     b = BUDGETS[budget]
     name = f"{FOLDER}/{budget}, {arm.name}, {lr:g}, {seed}".replace(" ", "_").replace(",", "")
-    return train.Settings(name=name, resume=(RUNS / name / "state.pt").exists(), seed=seed, workers=0,
-                          epoch_samples=b.epoch_samples, epochs=b.epochs, lr=(lr,) * len(b.epochs), warmup_steps=20,
-                          **arm.settings)
+    return train.Settings(name=name, seed=seed, workers=0, epoch_samples=b.epoch_samples, epochs=b.epochs,
+                          lr=(lr,) * len(b.epochs), warmup_steps=20, **arm.settings)
+
+
+def can_resume(settings):
+    """Whether the folder of the run holds a state of just these settings; one of others is removed."""
+    folder = RUNS / settings.name
+    if not (folder / "state.pt").exists():
+        return False
+    if load_state(folder)["settings"] == asdict(settings):
+        return True
+    shutil.rmtree(folder)
+    return False
 
 
 def run(arm, budget, lr, seed, results_file=RESULTS):
     """Train and evaluate an arm, and append the row of its results to the file."""
     start = time.monotonic()
     settings = settings_of(arm, budget, lr, seed)
+    resume = can_resume(settings)
     with patched(arm, settings):
-        path = train.train(settings)
+        path = train.train(replace(settings, resume=resume))
         row = {"arm": arm.name, "budget": budget, "lr": lr, "seed": seed, **arm.definition()}
         row |= {"expressions": sum(stage.epochs for stage in train.stages(settings)) * settings.epoch_samples}
         row |= results(settings, path)
-    row["minutes"] = None if settings.resume else round((time.monotonic() - start) / 60, 2)
+    row["minutes"] = None if resume else round((time.monotonic() - start) / 60, 2)
     row["version"] = code_version()
-    with open(results_file, "a") as file:
-        file.write(json.dumps(row) + "\n")
+    append(results_file, row)
     shutil.rmtree(path.parent)
+
+
+def append(path, row):
+    """Write a row at the end of the file, in one piece, on a line of its own even if a killed process left half of
+    one."""
+    is_cut = path.exists() and not path.read_bytes().endswith(b"\n")
+    with open(path, "a") as file:
+        file.write("\n" * is_cut + json.dumps(row) + "\n")
 
 
 def results(settings, path):
@@ -128,7 +148,7 @@ def batch_dependence(model, device):
 @torch.no_grad()
 def attention(model, device):
     """Where [REG] looks in the last encoder layer, mean of its heads, over the first expressions of `test` -> {"maps":
-    of PICTURED expressions, (PICTURED, P) bytes in base64, each scaled to its largest; "on_target": the share of the
+    of MAPS_KEPT expressions, (MAPS_KEPT, P) bytes in base64, each scaled to its largest; "on_target": the share of the
     attention on patches that is on those of the box wanted, mean of all}."""
     model = model.to(device).eval()
     maps = []
@@ -141,7 +161,7 @@ def attention(model, device):
         wanted = box_on_grid(batch["boxes"], (model.side, model.side), model.config.clip.image_size)  # (B, P)
         on_target += (shares * wanted).sum(1).tolist()
         maps.append(255 * shares / shares.amax(1, keepdim=True))
-    maps = torch.cat(maps)[:PICTURED].round().byte().cpu().numpy()
+    maps = torch.cat(maps)[:MAPS_KEPT].round().byte().cpu().numpy()
     return {"maps": base64.b64encode(maps.tobytes()).decode(), "on_target": round(mean(on_target), 4)}
 
 
@@ -171,59 +191,94 @@ def key(row):
 
 
 def read_results(path=RESULTS):
-    """The rows of the results file, {key: row}; of an arm defined differently today they are left out."""
+    """The rows of the results file, {key: row}. Left out are rows of arms and budgets that are defined differently
+    today, and lines that a killed process has cut."""
     rows = {}
     lines = path.read_text().splitlines() if path.exists() else []
     for line in lines:
-        row = json.loads(line)
-        arm = BY_NAME.get(row["arm"])
-        now = json.loads(json.dumps(arm.definition())) if arm else None
-        if now == {name: row[name] for name in ("settings", "config", "trick")}:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if is_of_today(row):
             rows[key(row)] = row
     return rows
 
 
-def best_lr(rows, budget, arm, seed):
-    """The learning rate of the grid with which the arm did best on `val` with the first seed; None before all are
-    tried."""
-    found = []
+def is_of_today(row):
+    arm = BY_NAME.get(row["arm"])
+    budget = BUDGETS.get(row["budget"])
+    if arm is None or budget is None or row["expressions"] != sum(budget.epochs) * budget.epoch_samples:
+        return False
+    now = json.loads(json.dumps(arm.definition()))  # lists for tuples
+    return now == {name: row[name] for name in now}
+
+
+def accuracies(rows, budget, arm):
+    """{learning rate: accuracy on `val` at the end} of the runs from which the rate is chosen."""
+    found = {}
     for lr in BUDGETS[budget].lrs:
-        row = rows.get((budget, arm, lr, seed))
-        if row is None:
-            return None
-        found.append((list(row["val"].values())[-1], lr))
-    return max(found)[1]
+        row = rows.get((budget, arm, lr, CHOICE_SEED))
+        if row:
+            found[lr] = list(row["val"].values())[-1]
+    return found
+
+
+def next_lr(found, lrs):
+    """The rate of the grid to try next, given {rate: accuracy}; None where the best is known. From the middle of the
+    grid outwards, until the best has both its neighbours tried: with one hill that is the best of the whole grid."""
+    middle = lrs[(len(lrs) - 1) // 2 : len(lrs) // 2 + 1]
+    for lr in middle:
+        if lr not in found:
+            return lr
+    best = lrs.index(max(found, key=found.get))
+    for lr in lrs[max(0, best - 1) : best + 2]:
+        if lr not in found:
+            return lr
+    return None
+
+
+def best_lr(rows, budget, arm):
+    """The learning rate chosen for an arm; None if that needs further runs."""
+    found = accuracies(rows, budget, arm)
+    if next_lr(found, BUDGETS[budget].lrs):
+        return None
+    return max(found, key=found.get)
 
 
 def missing(rows, budget, names, seeds):
-    """Keys of the runs that can be started now: on the first seed all rates, on the others the best."""
+    """Keys of the runs that can be started now: of an arm whose rate is not chosen, the next one to try."""
     keys = []
     for seed in seeds:
         for name in names:
-            if seed == seeds[0]:
-                lrs = BUDGETS[budget].lrs
-            else:
-                lrs = [best_lr(rows, budget, name, seeds[0])]
-            keys += [(budget, name, lr, seed) for lr in lrs if lr and (budget, name, lr, seed) not in rows]
+            lr = best_lr(rows, budget, name)
+            wanted = (budget, name, lr, seed)
+            if lr is None:
+                wanted = (budget, name, next_lr(accuracies(rows, budget, name), BUDGETS[budget].lrs), CHOICE_SEED)
+            if wanted not in rows and wanted not in keys:
+                keys.append(wanted)
     return keys
 
 
 def run_missing(budget, names, seeds, jobs):
-    """Run what is missing, `jobs` at once, in a process each."""
+    """Run what is missing, `jobs` at once, in a process each -> how many failed."""
     names = names or BUDGETS[budget].arms or [arm.name for arm in ARMS]
-    for phase in (seeds[:1], seeds):  # the rates are chosen on the first seed
-        keys = missing(read_results(), budget, names, phase)
+    failed = set()
+    while keys := [key for key in missing(read_results(), budget, names, seeds) if key not in failed]:
         start = time.monotonic()
         with ThreadPoolExecutor(jobs) as pool:
             try:
-                runs = [pool.submit(run_in_process, key) for key in keys]
+                runs = {pool.submit(run_in_process, key): key for key in keys}
                 for done, finished in enumerate(as_completed(runs), start=1):
+                    text = finished.result()
+                    if text.startswith(FAILED):
+                        failed.add(runs[finished])
                     left = (time.monotonic() - start) / done * (len(keys) - done) / 60
-                    print(f"{done} of {len(keys)}: {finished.result()}; {left:.0f} min left, at this rate, of "
-                          f"{'the choice of rates' if phase == seeds[:1] else 'the other seeds'}", file=sys.stderr)
+                    print(f"{done} of {len(keys)}: {text}; {left:.0f} min left of these", file=sys.stderr)
             except KeyboardInterrupt:
                 pool.shutdown(cancel_futures=True)
                 raise
+    return len(failed)
 
 
 def run_in_process(key):
@@ -233,8 +288,8 @@ def run_in_process(key):
     budget, arm, lr, seed = key
     command = [sys.executable, "-m", "hivg.ablate", "one", arm, "--budget", budget, "--lr", str(lr)]
     with open(log, "a") as file:
-        done = subprocess.run([*command, "--seed", str(seed)], stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        done = subprocess.run([*command, "--seeds", str(seed)], stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"})
     row = read_results().get(key)
     if done.returncode or row is None:
-        return f"{arm}, rate {lr:g}, seed {seed} FAILED, see {log}; start again to try it again"
+        return f"{FAILED} {arm}, rate {lr:g}, seed {seed}: {log} says why; start again to try it again"
     return f"{arm}, rate {lr:g}, seed {seed}: {row['test']['accuracy']:.3f} of test"

@@ -1,4 +1,4 @@
-"""The uncertainty of a difference between two arms: over seeds and over test expressions, for many comparisons."""
+"""The uncertainty of differences between arms: over seeds and over test expressions, for many comparisons at once."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -31,28 +31,29 @@ class Difference:
         return "undecided"
 
 
-def difference(right, other, rows, comparisons=1):
-    """The difference of two arms, paired by seed and expression.
+def differences(pairs, rows):
+    """The differences of a table of comparisons, whose intervals hold for all of them at once with 95 % (Bonferroni).
 
-    right, other: (S, n) bool, whether the arms are right with seed s about expression i; both with the same seeds.
-    rows: expressions of an image, which stand together and are drawn together. comparisons: of a table: the intervals
-    hold for all of them at once with 95 % (Bonferroni).
+    pairs: for each comparison (right, other), both (S, n) bool: whether an arm, and the one it is compared with, are
+    right with seed s about expression i of n. rows: expressions of an image, which stand together.
 
-    A hierarchical bootstrap: S seeds are drawn with replacement, and images with replacement, the same for all seeds.
-    Drawn seeds vary less than seeds do, by (S - 1) / S; their deviations from the mean are widened by as much.
-    With one seed the interval is of the expressions alone.
+    Expressions: images are drawn with replacement, the same for all seeds. Seeds: a bootstrap of three seeds cannot
+    reach further than they do, so their part is drawn from Student's t, with one variance of a seed's difference for
+    the whole table, which has the degrees of freedom of all its comparisons. Where no comparison has two seeds, the
+    intervals are of the expressions alone.
     """
-    S, n = right.shape
-    per_image = (right.astype(float) - other).reshape(S, n // rows, rows).mean(2)  # (S, images)
-    of_seeds = drawn_images(per_image.shape[1]) @ per_image.T  # (DRAWS, S): the means over each draw's images
-    centre = of_seeds.mean(1)  # (DRAWS,)
-    seeds = np.random.default_rng(1).integers(S, size=(DRAWS, S))
-    drawn = np.take_along_axis(of_seeds, seeds, 1).mean(1)  # (DRAWS,)
-    widen = (S / (S - 1)) ** 0.5 if S > 1 else 0.0
-    draws = centre + widen * (drawn - centre)
-    tail = 100 * 0.05 / comparisons / 2
-    low, high = np.percentile(draws, (tail, 100 - tail))
-    return Difference(100 * per_image.mean(), 100 * low, 100 * high, S)
+    per_image = [((right.astype(float) - other).reshape(len(right), -1, rows).mean(2)) for right, other in pairs]
+    freedom = sum(len(d) - 1 for d in per_image)
+    squares = sum(((d.mean(1) - d.mean()) ** 2).sum() for d in per_image)
+    sd = (squares / freedom) ** 0.5 if freedom else 0.0  # of a seed's difference
+    t = np.random.default_rng(1).standard_t(freedom, DRAWS) if freedom else np.zeros(DRAWS)
+    tail = 100 * 0.05 / len(pairs) / 2
+    found = []
+    for d in per_image:  # (S, images)
+        draws = drawn_images(d.shape[1]) @ d.mean(0) + sd / len(d) ** 0.5 * t  # (DRAWS,)
+        low, high = np.percentile(draws, (tail, 100 - tail))
+        found.append(Difference(100 * d.mean(), 100 * low, 100 * high, len(d)))
+    return found
 
 
 @cache  # every comparison draws the same images

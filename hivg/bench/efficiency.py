@@ -156,7 +156,7 @@ def measure_steps(config, sizes, device, dtype):
 
 
 def bench_efficiency(args):
-    """The tables on stdout and in args.output, with a picture. Raises ValueError for an unknown size."""
+    """The tables on stdout and in args.output, with a chart. Raises ValueError for an unknown size."""
     if args.size not in CLIP_SIZES:
         raise ValueError(f"no CLIP is called {args.size!r:.40}; there are {', '.join(CLIP_SIZES)}")
     device = choose_device(args.device)

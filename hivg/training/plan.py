@@ -5,9 +5,8 @@ from pathlib import Path
 
 import torch
 
-from hivg import weights
+from hivg import lora, weights
 from hivg.clip import CLIP_SIZES, CLIPConfig
-from hivg.lora import TEXT_GROUPS, adapted_layers
 from hivg.model import HiVG, HiVGConfig
 
 
@@ -71,8 +70,8 @@ def stage_column(stage, model):
     """{row: text} of a stage and the model as it starts with it: schedule, bridge, adapters, trained parameters."""
     config = model.config
     has_bridge = config.bridge != "none"
-    vision_layers = adapted_layers(config.stage, config.clip.vision_layers, config.lora_groups, config.lora)
-    text_layers = adapted_layers(config.stage, config.clip.text_layers, TEXT_GROUPS, config.lora)
+    vision_layers = lora.adapted_layers(config.stage, config.clip.vision_layers, config.lora_groups, config.lora)
+    text_layers = lora.adapted_layers(config.stage, config.clip.text_layers, lora.TEXT_GROUPS, config.lora)
     column = {
         "stage": stage.name,
         "epochs": str(stage.epochs),

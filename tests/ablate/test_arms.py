@@ -8,7 +8,7 @@ from makers import assert_close, make_batch, make_hivg
 
 import train
 from hivg.ablate.arms import ARMS, BY_NAME, CLAIMS, Arm, deep_first, mixed_forward, patched
-from hivg.ablate.runs import BUDGETS, FIVE_SEEDS, settings_of
+from hivg.ablate.runs import BUDGETS, settings_of
 from hivg.bridge import Bridge
 from hivg.clip import CLIPConfig
 from hivg.lora import adapted_layers
@@ -24,8 +24,8 @@ def test_the_table_is_whole():
     for arm in ARMS:
         assert arm.against in BY_NAME
         assert arm.claim == "" or arm.definition() != BY_NAME[arm.against].definition()
-    for names in (FIVE_SEEDS, *(b.arms for b in BUDGETS.values())):
-        assert set(names) <= BY_NAME.keys()
+    for budget in BUDGETS.values():
+        assert set(budget.arms) <= BY_NAME.keys()
 
 
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
@@ -95,6 +95,21 @@ def test_deep_first_is_the_other_end():
         mirrored = sorted(13 - layer for layer in adapted_layers(stage, 12, 3))
         assert deep_first(stage, 12, 3) == mirrored
     assert deep_first(1, 4, 1) == [1, 2, 3, 4]  # the text tower is one group
+
+
+def test_all_at_once_trains_one_pair_a_layer_through_all_stages():
+    arm = BY_NAME["lora at once"]
+    settings = settings_of(arm, "short", 1e-3, 0)
+    assert [stage.name for stage in train.stages(settings)] == ["warmup", "lora1", "lora2", "lora3"]
+    counts = []
+    with patched(arm, settings):
+        model = HiVG(train.first_config(settings, TINY))
+        for stage in train.stages(settings)[1:]:
+            model.add_stage(stage.lora_stage)
+            counts.append(sum(p.numel() for p in model.clip.parameters() if p.requires_grad))
+    plain = HiVG(replace(train.first_config(settings, TINY), lora="vanilla"))
+    plain.add_stage(1)
+    assert set(counts) == {sum(p.numel() for p in plain.clip.parameters() if p.requires_grad)}
 
 
 def test_every_arm_sees_the_same_expressions(monkeypatch):

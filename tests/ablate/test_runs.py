@@ -4,15 +4,15 @@ import json
 
 import numpy as np
 import pytest
-from makers_training import Killed, kill, run_script, shrink  # noqa: F401
+from makers_training import Killed, kill, shrink
 
 import train
 from hivg.ablate import runs
 from hivg.ablate.__main__ import main
 from hivg.ablate.arms import BY_NAME
-from hivg.ablate.pictures import plot_attention, plot_differences
+from hivg.ablate.charts import plot_attention, plot_differences
 from hivg.ablate.report import comparisons, report, runs_of
-from hivg.ablate.runs import Budget, best_lr, missing, pack, read_results, unpack
+from hivg.ablate.runs import Budget, best_lr, missing, next_lr, pack, read_results, unpack
 from hivg.data.shapes import SPLITS
 
 
@@ -24,8 +24,6 @@ def small(tmp_path, monkeypatch, clip_file):
     for split in ("test", "compose"):
         monkeypatch.setitem(SPLITS, split, (8, SPLITS[split][1]))
     monkeypatch.setattr(runs, "LEADING", 64)
-    monkeypatch.setattr(runs, "PICTURED", 4)
-    monkeypatch.setattr("hivg.ablate.pictures.PICTURED", 4)
     monkeypatch.setitem(runs.BUDGETS, "short", Budget(64, (1, 1, 1, 1), (1e-3, 3e-3), ()))
     settings = train.Settings
     monkeypatch.setattr(train, "Settings", lambda **given: settings(clip=str(clip_file), device="cpu", dtype="float32",
@@ -35,8 +33,12 @@ def small(tmp_path, monkeypatch, clip_file):
     return tmp_path / "notebooks" / "ablations.jsonl"
 
 
+def rows_of_text(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return rows_of_text(path.read_text())
 
 
 def test_right_and_wrong_survive_packing():
@@ -73,7 +75,7 @@ def fake(small, accuracies, seeds=(0, 1, 2)):
                 for lr in (1e-3, 3e-3) if seed == seeds[0] else (3e-3,):
                     right = rng.random(32) < (accuracy if lr == 3e-3 else accuracy / 2)
                     scores = {"accuracy": float(right.mean()), "mean_iou": 0.5, "right": pack(right)}
-                    maps = runs.base64.b64encode(bytes(range(4 * 16))).decode()
+                    maps = runs.base64.b64encode(bytes(range(8 * 16))).decode()
                     row = {"arm": name, "budget": "short", "lr": lr, "seed": seed, **BY_NAME[name].definition(),
                            "parameters": {"lora3": 1_500_000}, "val": {"warmup": 0.1, "lora3": float(right.mean())},
                            "attention": {"lora3": {"maps": maps, "on_target": 0.25}}, "test": scores,
@@ -84,15 +86,38 @@ def fake(small, accuracies, seeds=(0, 1, 2)):
 
 def test_only_what_is_missing_is_run(small):
     names = ["base", "bridge none"]
-    assert missing({}, "short", names, [0]) == [("short", name, lr, 0) for name in names for lr in (1e-3, 3e-3)]
-    assert missing({}, "short", names, [0, 1])[4:] == []  # no rate is chosen yet
+    first = [("short", name, 1e-3, 0) for name in names]
+    assert missing({}, "short", names, [0]) == missing({}, "short", names, [0, 1]) == first  # no rate is chosen yet
     fake(small, {"base": 0.9}, seeds=(0, 1))
     rows = read_results(small)
-    assert best_lr(rows, "short", "base", 0) == 3e-3
+    assert best_lr(rows, "short", "base") == 3e-3
     assert missing(rows, "short", ["base"], [0, 1, 2]) == [("short", "base", 3e-3, 2)]
     text = small.read_text().replace('"lr": 0.001', '"lr": 0.002', 1)
     small.write_text(text)
     assert missing(read_results(small), "short", ["base"], [0]) == [("short", "base", 1e-3, 0)]
+
+
+def test_rates_are_tried_from_the_middle_until_the_best_is_inside():
+    def order(accuracy):
+        found = {}
+        while lr := next_lr(found, (1, 2, 4, 8)):
+            found[lr] = accuracy[lr]
+        return list(found), max(found, key=found.get)
+
+    assert order({1: 1, 2: 5, 4: 6, 8: 3}) == ([2, 4, 8], 4)
+    assert order({1: 1, 2: 5, 4: 4, 8: 9}) == ([2, 4, 1], 2)
+    assert order({1: 9, 2: 5, 4: 4, 8: 0}) == ([2, 4, 1], 1)
+    assert order({1: 1, 2: 5, 4: 6, 8: 7}) == ([2, 4, 8], 8)
+    assert next_lr({3e-3: 0.5}, (3e-3,)) is None
+
+
+def test_a_line_that_was_cut_costs_one_run(small):
+    fake(small, {"base": 0.9})
+    whole = small.read_text()
+    small.write_text(whole[:-100])
+    assert len(read_results(small)) == 3
+    runs.append(small, rows_of_text(whole)[-1])
+    assert len(read_results(small)) == 4
 
 
 def test_results_of_an_arm_that_was_defined_differently_do_not_count(small):
@@ -103,16 +128,17 @@ def test_results_of_an_arm_that_was_defined_differently_do_not_count(small):
 
 def test_the_report_says_what_the_results_say(small):
     fake(small, {"base": 0.9, "bridge none": 0.1, "lora vanilla": 0.9, "mixed": 0.9})
-    text = report(small)
+    text = report(small, small.parent)
+    assert sorted(path.name for path in small.parent.glob("short/*.png")) == ["attention.png", "differences.png"]
     found = runs_of(read_results(small), "short")
     [d] = [d for arm, d in comparisons(found) if arm.name == "bridge none"]
     assert d.verdict == "worse" and d.high < 0
     assert f"| {d.points:+.1f} | {d.low:+.1f} to {d.high:+.1f} | worse |" in text
     assert f"| base | 1.50 M | 0.003 | 3 | 0.100, {found['base'].accuracy():.3f} |" in text
-    assert "Not run yet: bridge constant" in text and "| mixed | 1.5 | 12.5 % |" in text
+    assert "Not run yet: bridge constant" in text and "| mixed | 1.50 | 12.5 % |" in text
     assert "16 runs, 0.5 hours" in text
-    picture = plot_differences(comparisons(found))
-    assert picture.width == 900 and len(picture.getcolors(10**6)) > 3
+    chart = plot_differences(comparisons(found))
+    assert chart.width == 900 and len(chart.getcolors(10**6)) > 3
     maps = {"end": found["base"].rows[0]["attention"]["lora3"]["maps"]}
     assert plot_attention(maps, [0, 2], 32).width > 400
 
@@ -128,6 +154,8 @@ def test_the_command_line(small, monkeypatch, capsys):
     assert code == 2 and "no such arm" in error and error.count("\n") == 1
     code, error = call("run", "--jobs", "0")
     assert code == 2 and "--jobs" in error and error.count("\n") == 1
+    code, error = call("one", "base")
+    assert code == 2 and "--lr" in error and error.count("\n") == 1
     code, error = call("report")
     assert code == 2 and "no results" in error and error.count("\n") == 1
     monkeypatch.setattr("sys.argv", ["ablate", "list"])
@@ -146,13 +174,14 @@ def test_run_chooses_the_rates_and_then_runs_the_seeds(small, monkeypatch, capsy
     monkeypatch.setattr(runs, "run_in_process", in_this_process)
     runs.run_missing("short", ["lora none"], [0, 1], 1)
     keys = [(row["arm"], row["lr"], row["seed"]) for row in rows_of(small)]
-    best = best_lr(read_results(), "short", "lora none", 0)
+    best = best_lr(read_results(), "short", "lora none")
     assert keys == [("lora none", 1e-3, 0), ("lora none", 3e-3, 0), ("lora none", best, 1)]
-    assert "3 of" not in capsys.readouterr().err
+    assert "1 of 1" in capsys.readouterr().err
     runs.run_missing("short", ["lora none"], [0, 1], 1)
     assert len(rows_of(small)) == 3  # nothing is run twice
 
 
-def test_a_run_that_fails_is_reported_and_does_not_stop_the_others(small, monkeypatch):
+def test_a_run_that_fails_is_reported_and_does_not_stop_the_others(small, monkeypatch, capsys):
     monkeypatch.setattr(runs.sys, "executable", "false")
-    assert "FAILED" in runs.run_in_process(("short", "base", 1e-3, 0))
+    assert runs.run_missing("short", ["base", "bridge none"], [0], 1) == 2
+    assert "FAILED: base" in capsys.readouterr().err

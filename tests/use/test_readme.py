@@ -251,6 +251,7 @@ def make_rows(path):
 def folder(tmp_path, monkeypatch):
     """A folder like the project's, with copies of the bundled files, so that nothing of the project is written to."""
     shutil.copytree(ROOT / "weights", tmp_path / "weights", ignore=lambda _, names: [n for n in names if n[0] == "."])
+    (tmp_path / "DIR").mkdir()  # the reader's data
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from hivg.ablate.arms import CLAIMS
-from hivg.ablate.runs import PICTURED
+from hivg.ablate.runs import MAPS_KEPT
 from hivg.data.shapes import EXPRESSIONS_PER_SCENE, Shapes
 from hivg.data.transforms import Letterbox
 from hivg.utils.draw import FAINT, GREY, INK, contact_sheet, draw_boxes, text_block, write_block
@@ -81,8 +81,8 @@ def plot_attention(columns, expressions, size, tile=220):
 def map_of(maps, number):
     """The map of one expression from base64: (side, side) uint8."""
     values = np.frombuffer(base64.b64decode(maps), np.uint8)
-    side = math.isqrt(len(values) // PICTURED)
-    return values.reshape(PICTURED, side, side)[number]
+    side = math.isqrt(len(values) // MAPS_KEPT)
+    return values.reshape(MAPS_KEPT, side, side)[number]
 
 
 def enlarge(patches, size):
