@@ -221,7 +221,7 @@ def train(s: Settings):
 
         batches = training_batches(dataset, number * 2**32, stage.batch_size, steps * stage.accumulate,
                                    first * stage.accumulate, distributed.choose_workers(s.workers, device),
-                                   *distributed.place(), model.tokenizer, device.type == "cuda")
+                                   *distributed.place(), tokenizer=model.tokenizer, pin=device.type == "cuda")
         loss_weights = LossWeights(*s.loss_weights)
         criterion = distributed.wrap(Criterion(model, loss_weights, s.box_loss), loss_weights.leave_a_head_out)
         if s.compile:

@@ -25,22 +25,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from hivg.boxes import iou
+from hivg.calibration import calibrated, calibration_of, fit_calibration, reliability_lines
 from hivg.compare import compare
 from hivg.data.batches import ShapesTensors, evaluation_batches, open_dataset, to_device
 from hivg.data.check import splits_of
 from hivg.data.expressions import KINDS
 from hivg.data.shapes import EXPRESSIONS_PER_SCENE, boxes_of
-from hivg.metrics import (
-    accuracy,
-    auroc,
-    by_length,
-    calibrated,
-    calibration_of,
-    fit_calibration,
-    interval,
-    mean,
-    reliability_lines,
-)
+from hivg.metrics import accuracy, auroc, by_length, interval, mean
 from hivg.utils.cli import Parser, Progress, choose_device, choose_dtype, fail, run
 from hivg.utils.draw import contact_sheet, draw_boxes
 from hivg.utils.quote import quoted, shown
@@ -79,9 +70,10 @@ def predict(model, batches, device="cpu", expressions=None, progress=None, masks
 
 def predict_batch(model, batch, texts, device, masks):
     """The rows of `predict` for one batch."""
-    there = to_device(batch | {"expressions": texts}, model.tokenizer, device)
+    # tokenised here: the texts may be others than the batch's own
+    on_device = to_device(batch | {"token_ids": model.tokenizer(texts)}, model.tokenizer, device)
     with_mask = masks and bool(batch["has_mask"].any())
-    output = model(there["images"], there["padding_mask"], there["token_ids"], with_mask=with_mask)
+    output = model(on_device["images"], on_device["padding_mask"], on_device["token_ids"], with_mask=with_mask)
     boxes, scores = model.boxes_and_scores(output)
     if with_mask:
         overlaps = mask_iou(output.mask_logits.float().cpu(), batch["masks"])  # (B,)
@@ -200,7 +192,7 @@ def arguments():
     parser.add_argument("--weights", default=str(bundled("hivg-tiny.safetensors")), metavar="FILE", help="a HiVG")
     parser.add_argument("--dataset", default="shapes", help="shapes, a data set of the paper, or a .jsonl file")
     parser.add_argument("--split", help=f"of shapes: {', '.join(splits_of('shapes'))}; default: the first of "
-                        f"{', '.join(DEFAULT_SPLITS)} that the data set has")
+                        f"{', '.join(DEFAULT_SPLITS)} that the data set has, with --calibrate val")
     parser.add_argument("--data_root", metavar="DIR", help="default: data")
     parser.add_argument("--annotations", metavar="FILE", help="a file or folder, if not at a published place")
     parser.add_argument("--per_sample", metavar="FILE.jsonl", help="write a JSON object a line for every expression")
@@ -259,7 +251,8 @@ def choose_split(args):
     splits = splits_of(args.dataset, args.data_root, args.annotations)
     if not splits:
         raise ValueError(f"{shown(args.dataset, 150)}: no expression in it; `python -m hivg.data check` says why")
-    usual = [split for split in DEFAULT_SPLITS if split in splits]
+    wanted = ("val",) if args.calibrate else DEFAULT_SPLITS  # `test` is not for fitting
+    usual = [split for split in wanted if split in splits]
     split = (usual or splits)[0]
     print(f"evaluating the split {shown(split, 40)} of {shown(', '.join(splits), 150)}", file=sys.stderr)
     return split

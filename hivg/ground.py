@@ -53,9 +53,17 @@ def arguments():
     if args.rle and not args.json:
         parser.error("--rle is for --json; give both, or --masks FOLDER for PNG files")
     if not args.images:
-        args.images = [os.path.relpath(EXAMPLE)]
+        args.images = [short_path(EXAMPLE)]
         args.expression = [EXAMPLE_EXPRESSION]
     return args
+
+
+def short_path(path):
+    """As seen from the current folder, where there is such a path: not between two drives of Windows."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:
+        return str(path)
 
 
 def with_heatmap_named(words):
@@ -142,6 +150,8 @@ def report(args, image, results):
                 entry["mask"] = result.mask_rle()
             if result.score < args.min_score:  # nothing is found
                 entry["box"] = None
+                if args.rle:
+                    entry["mask"] = None
             entries.append(entry)
         print(json.dumps({"image": image, "width": width, "height": height, "results": entries}), flush=True)
         return

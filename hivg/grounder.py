@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from hivg import weights
+from hivg.calibration import calibrated, calibration_of
 from hivg.data.images import open_image
 from hivg.data.masks import run_lengths_of
 from hivg.data.transforms import Letterbox
-from hivg.metrics import calibrated, calibration_of
 from hivg.tokenizer import split_words
 from hivg.utils.cli import choose_device, choose_dtype
 from hivg.utils.draw import draw_boxes

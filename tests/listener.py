@@ -11,7 +11,7 @@ import numpy as np
 
 from hivg.data.shapes import SIZES, SPLITS, Shapes
 
-EXPRESSED = [split for split in SPLITS if split != "pretrain"]  # those with expressions
+EXPRESSED = list(SPLITS)
 COUNTS = {"train": 400, "val": 250, "test": 250, "testA": 150, "testB": 250, "compose": 300}
 
 

@@ -153,11 +153,12 @@ def draw(scene, long_side=256, supersample=1):
     height = max(round(scene.height * long_side), 1) * supersample
     labels = Image.new("L", (width, height))
     image = _texture(scene.background, width, height)
-    pencils = ImageDraw.Draw(labels), ImageDraw.Draw(image)
+    label_pencil = ImageDraw.Draw(labels)
+    image_pencil = ImageDraw.Draw(image)
     for i, obj in enumerate(scene.objects):
         corners = _polygon(obj, pixels)
-        pencils[0].polygon(corners, fill=i + 1)
-        pencils[1].polygon(corners, fill=COLOURS[obj.colour])  # the very pixels of the labels
+        label_pencil.polygon(corners, fill=i + 1)
+        image_pencil.polygon(corners, fill=COLOURS[obj.colour])  # the very pixels of the labels
     index = np.array(labels)  # (H, W)
     if supersample > 1:
         image = image.reduce(supersample)

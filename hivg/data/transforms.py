@@ -21,13 +21,13 @@ NORMALIZATION = {  # mean and standard deviation of R, G, B in 0..1
 def normalise(pixels, padding_mask, normalization="clip"):
     """Pixels (B, 3, S, S) uint8 -> (B, 3, S, S) float32 on their device: (pixel / 255 - mean) / std, and zero where
     padding_mask (B, S, S) is True. normalization: one of NORMALIZATION."""
-    whole, mean, std = constants(normalization, pixels.device)  # (3, 1, 1) each
-    images = (pixels / whole - mean) / std  # (B, 3, S, S)
+    full, mean, std = pixel_constants(normalization, pixels.device)  # (3, 1, 1) each
+    images = (pixels / full - mean) / std  # (B, 3, S, S)
     return images.masked_fill_(padding_mask[:, None], 0)
 
 
 @cache  # a GPU would wait for them to be sent
-def constants(normalization, device):
+def pixel_constants(normalization, device):
     """(3, 3, 1, 1): 255, mean and standard deviation of R, G, B."""
     mean, std = NORMALIZATION[normalization]
     # 255 is a tensor too: a GPU turns a division by a number into a product, which rounds differently
@@ -79,7 +79,7 @@ class Letterbox:
 
     def padding_mask(self):
         """(size, size) bool, True where there is no image."""
-        mask = np.ones((self.size, self.size), dtype=bool)  # NumPy's calls are shorter than PyTorch's
+        mask = np.ones((self.size, self.size), dtype=bool)  # NumPy fills a small array faster than PyTorch
         mask[self.window] = False
         return torch.from_numpy(mask)
 

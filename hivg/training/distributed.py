@@ -115,5 +115,8 @@ def choose_workers(workers, device):
         return workers
     if device.type == "cpu":
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, max(1, cores // world() - 1))
+    cores = os.cpu_count() or 1
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    if own == cores:  # else the launcher has given each rank cores of its own
+        own //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks on this machine, from torchrun
+    return min(8, max(1, own - 1))

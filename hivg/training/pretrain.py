@@ -51,8 +51,7 @@ class Settings:
     resume: bool = setting(False, "continue an interrupted run from its last state", resumable=True)
     save_minutes: float = setting(2.0, "minutes of work that an interruption may cost", low=0, high=1e4, resumable=True)
     seed: int = setting(0, "seed of all random numbers", low=0, high=2**31)
-    workers: int = setting(-1, "processes that draw the images; -1: as many as the machine needs", low=-1, high=256,
-                           resumable=True)
+    workers: int = setting(-1, "processes that draw the images; -1: by the machine", low=-1, high=256, resumable=True)
 
     epochs: int = setting(6, "epochs", low=1, high=10**6, group="Optimization")
     epoch_samples: int = setting(8192, "images in an epoch", low=1, high=10**9)

@@ -149,7 +149,7 @@ def _read_safetensors(path):
         info = json_dict(metadata["info"])
         tokenizer = _tokenizer_of(metadata["tokenizer"], config["clip"] if kind == "hivg" else config)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        reason = f"no {error} in it" if isinstance(error, KeyError) else shown(error)
+        reason = f"no {shown(error)} in it" if isinstance(error, KeyError) else shown(error)
         raise WeightsError(f"{shown(path)}: its metadata is damaged ({reason}); copy or download it again") from None
     try:
         check_types(HiVGConfig if kind == "hivg" else CLIPConfig, config)

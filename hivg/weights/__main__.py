@@ -53,7 +53,7 @@ def convert(source, target):
     save(target, model, model.info)
     print(target)
     if model.tokenizer is None:
-        print(f"no {download.TABLE} was found beside {source} or in weights/, so the new file has no tokenizer",
+        print(f"no {download.TABLE} was found beside {shown(source)} or in weights/, so the new file has no tokenizer",
               file=sys.stderr)
 
 

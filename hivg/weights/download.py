@@ -85,9 +85,9 @@ def get(address, part):
             raise ValueError(f"{address}: the server answers {reason}; try again later") from None
     except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
         reason = shown(getattr(error, "reason", error), 40)
-        path = shown(part.with_suffix(""), 45)
-        raise ValueError(f"{address}: no connection ({reason}); try again to resume, or get it some other way, as "
-                         f"{path}") from None
+        path = shown(part.with_suffix(""), 105)  # mostly whole: the file is to be saved there
+        raise ValueError(f"{shown(address, 60)}: no connection ({reason}); try again to resume, or get it "
+                         f"some other way, as {path}") from None
 
 
 def receive(answer, part, done):

@@ -14,8 +14,9 @@ from safetensors import safe_open
 
 import train
 from hivg import Grounder, evaluate, weights
+from hivg.calibration import calibrated, calibration_of, fit_calibration, reliability, reliability_lines
 from hivg.data.shapes import SPLITS
-from hivg.metrics import auroc, calibrated, calibration_of, fit_calibration, reliability, reliability_lines
+from hivg.metrics import auroc
 
 
 def make_predictions(n, a, b, seed=0):
