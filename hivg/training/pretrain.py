@@ -39,7 +39,6 @@ from hivg.training.optimizers import check_finite, learning_rate, make_optimizer
 from hivg.utils.cli import choose_device, choose_dtype, fail
 
 N_MERGES = 512  # of the tokenizer: enough for a token to every word of `shapes`
-VALIDATION_BATCHES = 31  # of 64 images
 SHARPNESS = 20.0  # of the soft maximum over the patches
 
 
@@ -55,6 +54,7 @@ class Settings:
 
     epochs: int = setting(6, "epochs", low=1, high=10**6, group="Optimization")
     epoch_samples: int = setting(8192, "images in an epoch", low=1, high=10**9)
+    val_images: int = setting(1984, "images to validate on, in batches of 64", low=64, high=10**9)
     batch_size: int = setting(32, "images in a batch, over all processes; even, for twins", low=2, high=10**6)
     optimizer: str = setting("muon", "muon for matrices and adamw for the rest, or adamw for all",
                              choices=("muon", "adamw"))
@@ -200,13 +200,14 @@ def new_clip(seed):
 
 
 @torch.no_grad()
-def validate(criterion, seed, device, workers):
+def validate(criterion, s: Settings, device):
     """-> {"accuracy": how often an expression fits its object best, on images that training does not see}."""
     clip = criterion.model
-    pairs = Pairs(clip.config.image_size, seed + 1)
+    pairs = Pairs(clip.config.image_size, s.seed + 1)
     clip.eval()
     meant = []
-    for batch in training_batches(pairs, 0, 64, VALIDATION_BATCHES, workers=workers, tokenizer=clip.tokenizer):
+    workers = distributed.choose_workers(s.workers, device)
+    for batch in training_batches(pairs, 0, 64, s.val_images // 64, workers=workers, tokenizer=clip.tokenizer):
         meant.append(criterion(to_device(batch, clip.tokenizer, device))["meant"])
     clip.train()
     return {"accuracy": torch.cat(meant).float().mean().item()}
@@ -264,7 +265,7 @@ def pretrain(s: Settings):
         end_of_epoch = (step + 1) % steps_per_epoch == 0
         if end_of_epoch:
             with autocast():
-                scores = validate(bare, s.seed, device, workers)
+                scores = validate(bare, s, device)
             if scores["accuracy"] > best:
                 best = scores["accuracy"]
                 if distributed.rank() == 0:

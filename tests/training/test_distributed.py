@@ -52,7 +52,8 @@ def test_two_processes_train_as_one(tmp_path, clip_file):
 @pytest.mark.slow
 def test_two_processes_pretrain_as_one(tmp_path):
     """The contrasts see the images, captions and phrases of both processes."""
-    command = ["-m", "hivg.training.pretrain", *COMMON, "--epoch_samples", 16, "--batch_size", 8, "--epochs", 1]
+    command = ["-m", "hivg.training.pretrain", *COMMON, "--epoch_samples", 16, "--val_images", 64,
+               "--batch_size", 8, "--epochs", 1]
     one = run(tmp_path / "one", 1, *command)
     two = run(tmp_path / "two", 2, *command)
     assert len(one) == 2 and {"clc", "phrases", "expressions"} <= one[0].keys()

@@ -25,9 +25,8 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(pretrain, "VALIDATION_BATCHES", 1)
         patch.setitem(pretrain.CLIP_SIZES, "tiny", SMALL)
-        pretrain.pretrain(Settings(epochs=2, epoch_samples=16, batch_size=8, warmup_steps=1, **ON_CPU))
+        pretrain.pretrain(Settings(epochs=2, epoch_samples=16, val_images=64, batch_size=8, warmup_steps=1, **ON_CPU))
     return folder / "runs/clip"
 
 
@@ -55,7 +54,6 @@ def test_every_word_of_shapes_is_a_token(run):
 
 def test_resumed_is_uninterrupted(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pretrain, "VALIDATION_BATCHES", 1)
     tokenizer = weights.load_clip(run / "clip.safetensors").tokenizer
 
     def new_clip(seed):  # the same, but for the seconds that learning the words takes
