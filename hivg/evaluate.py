@@ -224,9 +224,7 @@ def arguments():
 
 def check_outputs(args):
     """End with one line, before any work, if a file cannot be written or is one that is read."""
-    inputs = [args.dataset, args.annotations, *(args.compare or [])]
-    if not args.calibrate or args.calibrate != args.weights:  # it may take the place of the weights
-        inputs.append(args.weights)
+    inputs = [args.dataset, args.annotations, args.weights, *(args.compare or [])]
     outputs = [path for path in (args.per_sample, args.sheet, args.calibrate) if path]
     for path in outputs:
         try:
@@ -240,6 +238,8 @@ def check_outputs(args):
         if outputs.count(path) > 1:
             fail(f"{shown(path)}: two of --per_sample, --sheet and --calibrate name it; give each a file of its own")
         for other in inputs:
+            if other == args.weights and path == args.calibrate:
+                continue  # it may take the place of the weights
             if other and os.path.exists(other) and os.path.exists(path) and os.path.samefile(other, path):
                 fail(f"{shown(path)}: would be replaced while it is read; name another file to write")
     if args.sheet and Image.registered_extensions().get(Path(args.sheet).suffix.lower()) not in Image.SAVE:
