@@ -67,7 +67,7 @@ def test_installed_command(site, tmp_path, monkeypatch):
     command = [site / "bin/hivg-ground", "--dtype", "float32", "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"hivg/bundled/example.png \(640 x 461\)\n  the star left of the blue square: box \(37\.",
+    assert re.search(r"hivg/bundled/example.png \(640 x 461\)\n  the star left of the blue square: box \(47\.",
                      done.stdout.replace(os.sep, "/"))
     assert [path.name for path in Path().iterdir()] == ["grounded.png"]
     refused = subprocess.run([*command, "no.png", "-e", "star"], capture_output=True, text=True, env=environment)

@@ -158,7 +158,8 @@ def run_evaluate(args, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["evaluate", *args])
     settings = evaluate.arguments()
     if dataset == "shapes" or "--compare" in args:
-        monkeypatch.setitem(SPLITS, settings.split, (SMALL, SPLITS[settings.split][1]))
+        split = settings.split or evaluate.DEFAULT_SPLITS[0]
+        monkeypatch.setitem(SPLITS, split, (SMALL, SPLITS[split][1]))
         make_weights(value_of(args, "--weights"))
         assert call(evaluate.main, args, monkeypatch) == 0
 
