@@ -204,9 +204,19 @@ def test_images_are_normalised_on_the_device(normalization):
     (3, "cuda", 1, 4, 3), (0, "cuda", 1, 4, 0), (-1, "cpu", 1, 64, 1), (-1, "cuda", 1, 64, 8), (-1, "cuda", 1, 6, 5),
     (-1, "cuda", 4, 16, 3), (-1, "cuda", 8, 4, 1)])
 def test_workers_by_the_machine(monkeypatch, asked, device, world, cores, workers):
-    monkeypatch.setattr(distributed, "world", lambda: world)
+    """world: the ranks on this machine; there may be others elsewhere."""
+    monkeypatch.setattr(distributed, "world", lambda: 2 * world)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world))
+    monkeypatch.setattr(distributed.os, "cpu_count", lambda: cores)
     monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda process: range(cores), raising=False)
     assert distributed.choose_workers(asked, torch.device(device)) == workers
+
+
+def test_a_rank_that_has_cores_of_its_own_uses_them(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(distributed.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda process: range(6), raising=False)
+    assert distributed.choose_workers(-1, torch.device("cuda")) == 5
 
 
 def test_batches_are_pinned_for_a_gpu_alone(monkeypatch):

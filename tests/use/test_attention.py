@@ -143,12 +143,15 @@ def test_heatmap_of_another_name(run):
 
 
 def test_rle(run, grounder):
-    code, out, _ = run("a.png", "-e", "star", "-e", "circle", "--json", "--rle", "--min_score", "1")
+    code, out, _ = run("a.png", "-e", "star", "-e", "circle", "--json", "--rle")
     assert code == 0
     for entry, result in zip(json.loads(out)["results"], grounder.ground("a.png", ["star", "circle"]), strict=True):
-        assert list(entry) == ["label", "score", "box", "mask"] and entry["box"] is None
+        assert list(entry) == ["label", "score", "box", "mask"]
         assert entry["mask"] == result.mask_rle() and entry["mask"]["size"] == [120, 200]
     assert "mask" not in json.loads(run("a.png", "-e", "star", "--json")[1])["results"][0]
+    out = run("a.png", "-e", "star", "--json", "--rle", "--min_score", "1")[1]
+    [entry] = json.loads(out)["results"]
+    assert entry["box"] is None and entry["mask"] is None  # nothing is found
 
 
 def test_rle_needs_json(run):
