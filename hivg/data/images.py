@@ -1,9 +1,11 @@
 """Images as RGB of 8 bits: any that people have, upright (`open_image`), and those of the published data sets as the
 released program reads them (`open_published`)."""
 
+import ctypes
 import io
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,10 @@ from hivg.utils.quote import shown
 
 PATH = 150  # characters of a path that messages show
 ROWS = 256  # of an image of more than 8 bits that are scaled at once
+
+# libtiff, below Pillow, prints lines of its own on stderr about damaged files; ours says it once
+with suppress(OSError, AttributeError):  # a Pillow without it, or built otherwise
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 
 
 class ImageError(ValueError):

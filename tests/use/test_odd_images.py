@@ -1,5 +1,7 @@
 """The same image in every form that files have: all of them are grounded alike."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from makers_use import TEXTS, assert_inside, make_image
 from PIL import Image
 
 from hivg import Grounder
+from hivg.data.images import ImageError, open_image
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +153,16 @@ def test_an_image_that_exif_turns(grounder, tmp_path, orientation):
 @pytest.mark.parametrize("mode", [mode for mode in Image.MODES if mode != "La"])  # no file opens as La
 def test_every_mode_of_pillow(grounder, mode):
     assert_inside(grounder.ground(Image.new(mode, (30, 20)), TEXTS[0]), 30, 20)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere libtiff may not be found")
+def test_a_damaged_tiff_gives_one_line(tmp_path, capfd):
+    """libtiff's own lines, which do not pass through Python, are not shown."""
+    path = tmp_path / "cut.tif"
+    Image.effect_noise((64, 64), 50).save(path, compression="tiff_lzw")
+    data = bytearray(path.read_bytes())
+    data[1000:3000] = bytes(2000)
+    path.write_bytes(data)
+    with pytest.raises(ImageError):
+        open_image(path)
+    assert capfd.readouterr().err == ""
