@@ -1,6 +1,7 @@
 """Images and checks for the tests of prediction."""
 
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -25,6 +26,17 @@ def make_image():
     """RGB, 200 x 120, of few colours."""
     scene = make_scene(1.0, 0.6, ("circle", "red", "large", 0.25, 0.25), ("star", "blue", "medium", 0.7, 0.35))
     return draw(scene, 200)[0]
+
+
+def call(main, capfd, monkeypatch, *args):
+    """A program with these flags, in this process -> (exit code, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["program", *map(str, args)])
+    capfd.readouterr()
+    try:
+        code = main() or 0
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capfd.readouterr()
 
 
 def assert_inside(result, width, height):

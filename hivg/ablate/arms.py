@@ -143,12 +143,12 @@ def patched(arm, settings):
     """The time in which train.py and the model are as this arm has them, and every arm sees the same expressions in
     the same order: without this, each stage would start at a place of its own in the endless data."""
 
-    def config_of_arm(settings, clip):
-        return replace(first_config(settings, clip), **arm.config)
+    def config_of_arm(*args):
+        return replace(first_config(*args), **arm.config)
 
     def same_order(dataset, first_item, *others, **options):
-        stage = first_item // 2**32  # train.py counts so
-        epochs_before = sum(stage.epochs for stage in train.stages(settings)[:stage])
+        number = first_item // 2**32  # of the stage: train.py counts so
+        epochs_before = sum(stage.epochs for stage in train.stages(settings)[:number])
         first_item = epochs_before * settings.epoch_samples // dataset.rows
         return training_batches(dataset, first_item, *others, **options)
 

@@ -169,7 +169,7 @@ def report(path, charts):
             continue
         results = comparisons(found)
         absent = [name for name in b.arms or BY_NAME if name not in found]
-        parts.append(f"## {budget.capitalize()} budget, {sum(b.epochs) * b.epoch_samples:,} expressions")
+        parts.append(f"## {budget.capitalize()} budget, {b.expressions:,} expressions")
         if absent:
             parts.append("Not run yet: " + ", ".join(absent) + ".")
         parts += [accuracy_table(found), claims_table(results)]

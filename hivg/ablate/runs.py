@@ -42,6 +42,10 @@ class Budget:
     lrs: tuple  # the grid of learning rates, upwards (`next_lr`)
     arms: tuple  # names; empty: all
 
+    @property
+    def expressions(self):
+        return sum(self.epochs) * self.epoch_samples
+
 
 BUDGETS = {
     # 12,288 expressions, a tenth of the default run's
@@ -109,9 +113,9 @@ def results(settings, path):
         row["attention"][stage.name] = attention(model, device)
         row["parameters"][stage.name] = sum(p.numel() for p in model.parameters())
     model = model.for_prediction(device, choose_dtype("auto", device))
-    for split in SPLITS:
-        row[split] = scores(predict(model, batches_of(model, split), device))
-    row["batch_dependence"] = batch_dependence(model, device)
+    predicted = {split: predict(model, batches_of(model, split), device) for split in SPLITS}
+    row |= {split: scores(rows) for split, rows in predicted.items()}
+    row["batch_dependence"] = batch_dependence(predicted["test"][:LEADING], model, device)
     return row
 
 
@@ -132,14 +136,13 @@ def first_batches(model, batch_size):
     return islice(batches_of(model, "test", batch_size), LEADING // batch_size)
 
 
-def batch_dependence(model, device):
-    """How far a prediction depends on its batch: the first expressions of `test` in batches of 64 and of 4 -> the mean
-    of the largest move of a box's sides in pixels, and the share of the answers that are right in one alone."""
-    a = predict(model, first_batches(model, 64), device)
-    b = predict(model, first_batches(model, 4), device)
+def batch_dependence(rows, model, device):
+    """How far a prediction depends on its batch: rows, of the first expressions of `test` in batches of 64, against
+    batches of 4 -> the mean of the largest move of a box's sides in pixels, and the share of the answers that are right
+    in one alone."""
     moved = []
     changed = []
-    for x, y in zip(a, b):
+    for x, y in zip(rows, predict(model, first_batches(model, 4), device)):
         moved.append(max(abs(p - q) for p, q in zip(x["box"], y["box"])))
         changed.append((x["iou"] >= 0.5) != (y["iou"] >= 0.5))
     return {"moved_pixels": round(mean(moved), 4), "answers_changed": mean(changed)}
@@ -208,7 +211,7 @@ def read_results(path=RESULTS):
 def is_of_today(row):
     arm = BY_NAME.get(row["arm"])
     budget = BUDGETS.get(row["budget"])
-    if arm is None or budget is None or row["expressions"] != sum(budget.epochs) * budget.epoch_samples:
+    if arm is None or budget is None or row["expressions"] != budget.expressions:
         return False
     now = json.loads(json.dumps(arm.definition()))  # lists for tuples
     return now == {name: row[name] for name in now}

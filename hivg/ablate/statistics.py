@@ -42,7 +42,7 @@ def differences(pairs, rows):
     the whole table, which has the degrees of freedom of all its comparisons. Where no comparison has two seeds, the
     intervals are of the expressions alone.
     """
-    per_image = [((right.astype(float) - other).reshape(len(right), -1, rows).mean(2)) for right, other in pairs]
+    per_image = [(right.astype(float) - other).reshape(len(right), -1, rows).mean(2) for right, other in pairs]
     freedom = sum(len(d) - 1 for d in per_image)
     squares = sum(((d.mean(1) - d.mean()) ** 2).sum() for d in per_image)
     sd = (squares / freedom) ** 0.5 if freedom else 0.0  # of a seed's difference

@@ -6,28 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from makers import make_hivg
 from makers_use import TEXTS, make_image
 from PIL import Image
 
-from hivg import Grounder, ground, weights
+from hivg import ground, weights
 from hivg.data.transforms import Letterbox
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_hivg(dtype=torch.float32, stage=1)
-
-
-@pytest.fixture(scope="module")
-def grounder(model):
-    return Grounder(model, "cpu", "float32")
-
-
-@pytest.fixture(scope="module")
-def image():
-    return make_image()
 
 
 def attention_by_hand(model, image, text):

@@ -3,13 +3,12 @@
 import json
 import math
 import re
-import sys
 
 import numpy as np
 import pytest
 import torch
 from makers import make_hivg
-from makers_use import TEXTS, make_image
+from makers_use import TEXTS, call, make_image
 from safetensors import safe_open
 
 import train
@@ -149,14 +148,8 @@ def run(monkeypatch, capfd, tmp_path):
     monkeypatch.setattr(evaluate, "predict", predict_well)
 
     def run(*args):
-        command = ["evaluate", "--device", "cpu", "--dtype", "float32", "--split", "val", *args]
-        monkeypatch.setattr(sys, "argv", command)
-        capfd.readouterr()
-        try:
-            code = evaluate.main() or 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capfd.readouterr()
+        common = ["--device", "cpu", "--dtype", "float32", "--split", "val"]
+        return call(evaluate.main, capfd, monkeypatch, *common, *args)
 
     return run
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from makers import ROOT, make_clip, make_hivg
+from makers_use import call
 
 from hivg import evaluate, weights
 from hivg.data.batches import ShapesTensors, evaluation_batches
@@ -196,13 +197,7 @@ def test_report():
 
 def run(monkeypatch, capfd, *args):
     """python -m hivg.evaluate ARGS in this process -> (exit code, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, args)])
-    capfd.readouterr()
-    try:
-        code = evaluate.main() or 0
-    except SystemExit as stop:
-        code = stop.code
-    return code, *capfd.readouterr()
+    return call(evaluate.main, capfd, monkeypatch, *args)
 
 
 def test_command(model, weights_file, monkeypatch, capfd, tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from makers import ROOT, make_hivg
-from makers_use import make_image
+from makers_use import call, make_image
 from PIL import Image
 
 from hivg import evaluate, weights
@@ -42,14 +42,8 @@ def run(monkeypatch, capfd, tmp_path, weights_file):
     write_data("mine.jsonl", ["val", "val", "train"])
 
     def run(*args):
-        command = ["evaluate", "--weights", weights_file, "--device", "cpu", "--dtype", "float32", *args]
-        monkeypatch.setattr(sys, "argv", list(map(str, command)))
-        capfd.readouterr()
-        try:
-            code = evaluate.main() or 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capfd.readouterr()
+        common = ["--weights", weights_file, "--device", "cpu", "--dtype", "float32"]
+        return call(evaluate.main, capfd, monkeypatch, *common, *args)
 
     return run
 

@@ -15,17 +15,7 @@ from makers import ROOT, make_clip, make_hivg
 from makers_use import BAD_IMAGES, TEXTS, assert_line, make_image, write_cut
 from PIL import Image
 
-from hivg import Grounder, ground, weights
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_hivg(dtype=torch.float32, stage=1)
-
-
-@pytest.fixture(scope="module")
-def grounder(model):
-    return Grounder(model, "cpu", "float32")
+from hivg import ground, weights
 
 
 @pytest.fixture(scope="module")

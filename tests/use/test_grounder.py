@@ -6,30 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from makers import make_hivg
-from makers_use import BAD_IMAGES, TEXTS, assert_inside, assert_line, assert_same, far, huge_png, make_image
+from makers_use import BAD_IMAGES, TEXTS, assert_inside, assert_line, assert_same, far, huge_png
 from PIL import Image
 
 from hivg import Grounder, weights
 from hivg.data.images import ImageError
 from hivg.grounder import BATCH
 from hivg.tokenizer import Tokenizer, learn_merges
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_hivg(dtype=torch.float32, stage=1)
-
-
-@pytest.fixture(scope="module")
-def grounder(model):
-    return Grounder(model, "cpu", "float32")
-
-
-@pytest.fixture(scope="module")
-def image():
-    return make_image()
-
 
 # --- results ---
 
