@@ -32,7 +32,7 @@ from hivg.training.log import LOG_STEPS, Log
 from hivg.training.optimizers import check_finite, learning_rate, make_optimizers, set_learning_rate, step_optimizers
 from hivg.training.plan import Stage, clip_config, columns_text, grow, hivg_config, print_plan, stage_column
 from hivg.training.presets import preset_of
-from hivg.utils.cli import choose_device, choose_dtype, fail
+from hivg.utils.cli import choose_device, choose_dtype, run
 
 HINTED = astuple(LossWeights(clc=0.1, patch_box=2.0, reg_attention=0.5))  # the paper's but for CLC, and two hints
 SHAPES_EPOCH = 8192  # expressions
@@ -267,14 +267,13 @@ def train(s: Settings):
     return path
 
 
+def main():
+    s = settings_from_flags(Settings, __doc__, preset_of)
+    if s.plan:
+        print_plan(stages(s), hivg_config(s.finetune) if s.finetune else first_config(s, clip_config(s.clip)))
+    else:
+        print(train(s))
+
+
 if __name__ == "__main__":
-    try:
-        s = settings_from_flags(Settings, __doc__, preset_of)
-        if s.plan:
-            print_plan(stages(s), hivg_config(s.finetune) if s.finetune else first_config(s, clip_config(s.clip)))
-        else:
-            print(train(s))
-    except KeyboardInterrupt:
-        fail("interrupted; the same command with --resume continues", code=130)
-    except (ValueError, OSError) as error:
-        fail(error)
+    run(main, "interrupted; the same command with --resume continues")

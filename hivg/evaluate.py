@@ -321,18 +321,13 @@ def save_rows(path, rows):
 def main():
     args = arguments()
     sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may have no letters for an expression
-    try:
-        if args.compare:
-            print(compare(*args.compare))
-            return
-        device = choose_device(args.device)
-        dtype = choose_dtype(args.dtype, device)
-        model, dataset = load(args, device, dtype)
-        rows = evaluate(args, model, dataset, device, dtype)
-    except BrokenPipeError:  # the reader of the output has left: see hivg.utils.cli.run
-        raise
-    except (ValueError, OSError) as error:
-        fail(error)
+    if args.compare:
+        print(compare(*args.compare))
+        return
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
+    model, dataset = load(args, device, dtype)
+    rows = evaluate(args, model, dataset, device, dtype)
     if args.per_sample:
         save_rows(args.per_sample, rows)
     if args.sheet:

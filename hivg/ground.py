@@ -184,15 +184,12 @@ def main():
     """-> the exit code: 0, or 1 if an image of several could not be read."""
     args = arguments()
     sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may have no letters for an expression
-    try:
-        images = list_images(args.images)
-        grounder = Grounder.from_pretrained(args.weights, args.device, args.dtype)
-        several = len(images) > 1 or os.path.isdir(args.images[0])
-        targets = drawing_paths(args, images, several)
-        masks = mask_paths(args, images)
-        refuse_to_overwrite(images, targets + sum(masks, []))
-    except ValueError as error:  # ImageError and WeightsError are such
-        fail(error)
+    images = list_images(args.images)
+    grounder = Grounder.from_pretrained(args.weights, args.device, args.dtype)
+    several = len(images) > 1 or os.path.isdir(args.images[0])
+    targets = drawing_paths(args, images, several)
+    masks = mask_paths(args, images)
+    refuse_to_overwrite(images, targets + sum(masks, []))
     progress = Progress("grounded", len(images))
     code = 0
     warned = False
@@ -201,12 +198,10 @@ def main():
             results = grounder.ground(image, args.expression, attention=args.heatmap == "attention")
         except ImageError as error:
             if not several:
-                fail(error)
+                raise
             print(f"error: {error}", file=sys.stderr)
             code = 1
             continue
-        except ValueError as error:
-            fail(error)
         if not warned:
             warned = True
             for expression in dict.fromkeys(args.expression):

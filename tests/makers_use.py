@@ -5,8 +5,10 @@ import sys
 import zlib
 
 import numpy as np
+import pytest
 
 from hivg.data.shapes import SIZES, Background, Object, Scene, draw
+from hivg.utils.cli import run
 
 TEXTS = ["the red circle", "star", "large blue square left of the green triangle at the very bottom of the picture"]
 PLAIN = Background("plain", ((222, 220, 214), (0, 0, 0)), 0.1, 0.0, 0)
@@ -32,11 +34,9 @@ def call(main, capfd, monkeypatch, *args):
     """A program with these flags, in this process -> (exit code, stdout, stderr)."""
     monkeypatch.setattr(sys, "argv", ["program", *map(str, args)])
     capfd.readouterr()
-    try:
-        code = main() or 0
-    except SystemExit as stop:
-        code = stop.code
-    return code, *capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    return stop.value.code, *capfd.readouterr()
 
 
 def assert_inside(result, width, height):

@@ -12,14 +12,14 @@ of train.py.
 
 from importlib.util import find_spec
 
-from hivg.utils.cli import Parser, fail
+from hivg.utils.cli import Parser, fail, run
 
 if find_spec("train") is None:
     fail("the ablation trains with train.py; run it in the folder that holds it, the project's repository")
 
 from hivg.ablate.arms import ARMS, BY_NAME
 from hivg.ablate.report import report
-from hivg.ablate.runs import BUDGETS, FOLDER, RESULTS, run, run_missing
+from hivg.ablate.runs import BUDGETS, FOLDER, RESULTS, run_missing, run_one
 from hivg.training.flags import RUNS
 
 
@@ -48,24 +48,19 @@ def arguments():
 
 def main():
     args = arguments()
-    try:
-        if args.command == "list":
-            for arm in ARMS:
-                against = f" (against {arm.against})" if arm.claim else ""
-                print(f"{arm.name:<24}{arm.differs}{against}")
-        elif args.command == "one":
-            run(BY_NAME[args.names[0]], args.budget, args.lr, args.seeds[0])
-        elif args.command == "run":
-            failed = run_missing(args.budget, args.names, args.seeds, args.jobs)
-            if failed:
-                fail(f"{failed} run(s) failed; the lines above say where to look", code=1)
-        else:
-            print(report(RESULTS, RUNS / FOLDER))
-    except KeyboardInterrupt:
-        fail("interrupted; the same command continues", code=130)
-    except (ValueError, OSError) as error:
-        fail(error)
+    if args.command == "list":
+        for arm in ARMS:
+            against = f" (against {arm.against})" if arm.claim else ""
+            print(f"{arm.name:<24}{arm.differs}{against}")
+    elif args.command == "one":
+        run_one(BY_NAME[args.names[0]], args.budget, args.lr, args.seeds[0])
+    elif args.command == "run":
+        failed = run_missing(args.budget, args.names, args.seeds, args.jobs)
+        if failed:
+            fail(f"{failed} run(s) failed; the lines above say where to look", code=1)
+    else:
+        print(report(RESULTS, RUNS / FOLDER))
 
 
 if __name__ == "__main__":
-    main()
+    run(main, "interrupted; the same command continues")

@@ -79,7 +79,7 @@ def can_resume(settings):
     return False
 
 
-def run(arm, budget, lr, seed, results_file=RESULTS):
+def run_one(arm, budget, lr, seed, results_file=RESULTS):
     """Train and evaluate an arm, and append the row of its results to the file."""
     start = time.monotonic()
     settings = settings_of(arm, budget, lr, seed)

@@ -27,7 +27,7 @@ from hivg.bench.training import bench_data, bench_step
 from hivg.clip import CLIP_SIZES
 from hivg.grounder import DEFAULT_WEIGHTS
 from hivg.training.presets import PRESETS
-from hivg.utils.cli import Parser, choose_device, fail
+from hivg.utils.cli import Parser, choose_device, fail, run
 
 
 def bench_fusion(args):
@@ -75,16 +75,13 @@ def arguments():
 
 def main():
     args = arguments()
-    try:
-        device = choose_device(args.device)
-        threads = f"{torch.get_num_threads()} CPU threads"
-        where = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
-        print(f"torch {torch.__version__}, {where}")
-        for name in args.names or DEFAULT:
-            BENCHES[name](args)
-    except ValueError as error:
-        fail(error)
+    device = choose_device(args.device)
+    threads = f"{torch.get_num_threads()} CPU threads"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
+    print(f"torch {torch.__version__}, {where}")
+    for name in args.names or DEFAULT:
+        BENCHES[name](args)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -5,7 +5,7 @@ DATASET is a name (refcoco, refcoco+, refcocog, refcocog_google, referit, flickr
 """
 
 from hivg.data.check import check
-from hivg.utils.cli import Parser, fail
+from hivg.utils.cli import Parser, run
 
 
 def main():
@@ -16,13 +16,8 @@ def main():
     parser.add_argument("--annotations", metavar="FILE", help="a file or folder, if not at a published place")
     parser.add_argument("--decode", action="store_true", help="read every image, too, to find the damaged ones")
     args = parser.parse_args()
-    try:
-        print(check(args.data_root, args.dataset, args.annotations, args.decode))
-    except KeyboardInterrupt:
-        fail("interrupted", code=130)
-    except (ValueError, OSError) as error:
-        fail(error)
+    print(check(args.data_root, args.dataset, args.annotations, args.decode))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

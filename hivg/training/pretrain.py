@@ -36,7 +36,7 @@ from hivg.training.checkpoint import open_run, restore, save_state
 from hivg.training.flags import RUNS, check_settings, setting, settings_from_flags
 from hivg.training.log import Log
 from hivg.training.optimizers import check_finite, learning_rate, make_optimizers, set_learning_rate, step_optimizers
-from hivg.utils.cli import choose_device, choose_dtype, fail
+from hivg.utils.cli import choose_device, choose_dtype, run
 
 N_MERGES = 512  # of the tokenizer: enough for a token to every word of `shapes`
 SHARPNESS = 20.0  # of the soft maximum over the patches
@@ -278,10 +278,9 @@ def pretrain(s: Settings):
     return path
 
 
+def main():
+    print(pretrain(settings_from_flags(Settings, __doc__)))
+
+
 if __name__ == "__main__":
-    try:
-        print(pretrain(settings_from_flags(Settings, __doc__)))
-    except KeyboardInterrupt:
-        fail("interrupted; the same command with --resume continues", code=130)
-    except (ValueError, OSError) as error:
-        fail(error)
+    run(main, "interrupted; the same command with --resume continues")

@@ -44,18 +44,20 @@ def fail(message, code=2):
     raise SystemExit(code)
 
 
-def run(main):
-    """Call main() and exit with what it returns: 130 after Ctrl-C, 1 where the reader of the output has left, as `head`
-    does, both without a traceback."""
+def run(main, interrupted="interrupted"):
+    """Call main() and exit with what it returns. A ValueError or OSError is one plain line and code 2, Ctrl-C the line
+    `interrupted` and code 130; where the reader of the output has left, as `head` does, the code is 1."""
     try:
         code = main()
         sys.stdout.flush()  # else the reader's leaving would be noticed too late to be caught
     except KeyboardInterrupt:
-        code = 130
+        fail(interrupted, code=130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
         code = 1
-    sys.exit(code)
+    except (ValueError, OSError) as error:
+        fail(error)
+    sys.exit(code or 0)
 
 
 def choose_device(name):

@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict
 
 from hivg.model import HiVG
-from hivg.utils.cli import Parser, fail
+from hivg.utils.cli import Parser, run
 from hivg.utils.quote import shown
 from hivg.weights import FOLDER, KINDS, build, download, load, read, save
 
@@ -72,19 +72,14 @@ def arguments():
 
 def main():
     args = arguments()
-    try:
-        if args.command == "fetch":
-            for path in download.fetch(args.model, FOLDER):
-                print(path)
-        elif args.command == "convert":
-            convert(args.source, args.target)
-        else:
-            print(describe(args.file))
-    except KeyboardInterrupt:
-        fail("interrupted; the same command resumes where it stopped", code=130)
-    except (ValueError, OSError) as error:
-        fail(error)
+    if args.command == "fetch":
+        for path in download.fetch(args.model, FOLDER):
+            print(path)
+    elif args.command == "convert":
+        convert(args.source, args.target)
+    else:
+        print(describe(args.file))
 
 
 if __name__ == "__main__":
-    main()
+    run(main, "interrupted; the same command resumes where it stopped")

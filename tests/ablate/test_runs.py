@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from makers_training import Killed, kill, shrink
+from makers_use import call
 
 import train
 from hivg.ablate import runs
@@ -50,12 +51,12 @@ def test_right_and_wrong_survive_packing():
 def test_a_run_resumes_and_leaves_a_row(small, monkeypatch):
     """Killed and started again it ends as one that was not."""
     arm = BY_NAME["lora vanilla"]
-    runs.run(arm, "short", 3e-3, 1)
+    runs.run_one(arm, "short", 3e-3, 1)
     with pytest.raises(Killed), pytest.MonkeyPatch.context() as patch:
         kill(patch, train, "to_device", 5)
-        runs.run(arm, "short", 3e-3, 1)
+        runs.run_one(arm, "short", 3e-3, 1)
     assert len(rows_of(small)) == 1
-    runs.run(arm, "short", 3e-3, 1)
+    runs.run_one(arm, "short", 3e-3, 1)
     first, second = rows_of(small)
     assert first.pop("minutes") > 0 and second.pop("minutes") is None
     assert first == second
@@ -143,24 +144,13 @@ def test_the_report_says_what_the_results_say(small):
     assert plot_attention(maps, [0, 2], 32).width > 400
 
 
-def test_the_command_line(small, monkeypatch, capsys):
-    def call(*args):
-        monkeypatch.setattr("sys.argv", ["ablate", *args])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return stop.value.code, capsys.readouterr().err
-
-    code, error = call("run", "no such arm")
-    assert code == 2 and "no such arm" in error and error.count("\n") == 1
-    code, error = call("run", "--jobs", "0")
-    assert code == 2 and "--jobs" in error and error.count("\n") == 1
-    code, error = call("one", "base")
-    assert code == 2 and "--lr" in error and error.count("\n") == 1
-    code, error = call("report")
-    assert code == 2 and "no results" in error and error.count("\n") == 1
-    monkeypatch.setattr("sys.argv", ["ablate", "list"])
-    main()
-    assert "lora deep first" in capsys.readouterr().out
+def test_the_command_line(small, monkeypatch, capfd):
+    for args, words in ((("run", "no such arm"), "no such arm"), (("run", "--jobs", "0"), "--jobs"),
+                        (("one", "base"), "--lr"), (("report",), "no results")):
+        code, _, error = call(main, capfd, monkeypatch, *args)
+        assert code == 2 and words in error and error.count("\n") == 1
+    code, output, _ = call(main, capfd, monkeypatch, "list")
+    assert code == 0 and "lora deep first" in output
 
 
 @pytest.mark.slow
@@ -168,7 +158,7 @@ def test_run_chooses_the_rates_and_then_runs_the_seeds(small, monkeypatch, capsy
     """The processes are replaced by calls in this one."""
     def in_this_process(key):
         budget, arm, lr, seed = key
-        runs.run(BY_NAME[arm], budget, lr, seed)
+        runs.run_one(BY_NAME[arm], budget, lr, seed)
         return f"{arm} {lr} {seed}"
 
     monkeypatch.setattr(runs, "run_in_process", in_this_process)

@@ -6,6 +6,7 @@ import sys
 import pytest
 from makers import ROOT
 from makers_data import make_scenes, write_list, write_mixture, write_own, write_refer
+from makers_use import call
 
 from hivg.data.__main__ import main
 from hivg.data.check import check, splits_of
@@ -44,16 +45,13 @@ def test_own_data_is_reported_by_its_splits(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, "", "\n", "hello", "{}", '{"image": "b.png", "expression": "x"}'])
-def test_to_check_nothing_is_an_error(tmp_path, monkeypatch, capsys, content):
+def test_to_check_nothing_is_an_error(tmp_path, monkeypatch, capfd, content):
     path = "refcoco"
     if content is not None:
         path = tmp_path / "mine.jsonl"
         path.write_text(content)
-    monkeypatch.setattr(sys, "argv", ["hivg.data", "check", str(path), "--data_root", str(tmp_path)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2 and out == ""
+    code, out, err = call(main, capfd, monkeypatch, "check", path, "--data_root", tmp_path)
+    assert code == 2 and out == ""
     assert len(err.splitlines()) == 1 and len(err) <= 300 and err.startswith("error: "), err
 
 
@@ -82,10 +80,7 @@ def test_folders_that_cannot_be(place):
     assert len(str(caught.value)) < 300
 
 
-def test_unknown_names_get_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["hivg.data", "check", "coco"])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2 and out == ""
+def test_unknown_names_get_one_line(monkeypatch, capfd):
+    code, out, err = call(main, capfd, monkeypatch, "check", "coco")
+    assert code == 2 and out == ""
     assert err.startswith("error: no data set 'coco'") and len(err.splitlines()) == 1

@@ -96,7 +96,7 @@ def run(model, monkeypatch, capfd, tmp_path):
         monkeypatch.setattr(sys, "argv", command)
         capfd.readouterr()
         try:
-            code = ground.main()
+            ground.start()
         except SystemExit as stop:
             code = stop.code
         return code, *capfd.readouterr()

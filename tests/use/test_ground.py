@@ -36,7 +36,7 @@ def run(monkeypatch, capfd, tmp_path, weights_file):
         monkeypatch.setattr(sys, "argv", [str(arg) for arg in command])
         capfd.readouterr()
         try:
-            code = ground.main()
+            ground.start()
         except SystemExit as stop:
             code = stop.code
         out, err = capfd.readouterr()

@@ -1,0 +1,50 @@
+"""How every program ends."""
+
+import subprocess
+import sys
+
+import pytest
+from makers import ROOT
+
+from hivg.utils.cli import run
+
+
+def ended(capfd, main, **options):
+    """-> exit code, stdout, stderr."""
+    with pytest.raises(SystemExit) as stop:
+        run(main, **options)
+    return stop.value.code, *capfd.readouterr()
+
+
+def raising(error):
+    def main():
+        print("begun")
+        raise error
+    return main
+
+
+def test_exit_code(capfd):
+    assert ended(capfd, lambda: None) == (0, "", "")
+    assert ended(capfd, lambda: 1) == (1, "", "")
+
+
+def test_what_went_wrong_is_one_line(capfd):
+    assert ended(capfd, raising(ValueError("a.png: no\nimage"))) == (2, "begun\n", "error: a.png: no image\n")
+    assert ended(capfd, raising(FileNotFoundError("x")))[0] == 2
+    code, _, err = ended(capfd, raising(KeyboardInterrupt()), interrupted="interrupted; come again")
+    assert (code, err) == (130, "error: interrupted; come again\n")
+
+
+def test_an_error_of_the_program_keeps_its_traceback():
+    with pytest.raises(KeyError):
+        run(raising(KeyError("x")))
+
+
+@pytest.mark.parametrize("command", ["hivg.weights show weights/clip-tiny.safetensors", "hivg.ablate list"])
+def test_a_reader_that_leaves(command):
+    """As `python -m ... | head -0`: no traceback, no message."""
+    with subprocess.Popen([sys.executable, "-m", *command.split()], cwd=ROOT, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as program:
+        program.stdout.close()
+        assert program.stderr.read() == ""
+        assert program.wait() == 1
