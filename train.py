@@ -52,7 +52,7 @@ class Settings:
     dataset: str = setting("shapes", "shapes, a data set of the paper, or your own .jsonl file", group="Data")
     data_root: str = setting("data", "the folder that holds the data sets, laid out as published")
     annotations: str = setting("", "annotation file or folder, if it is not in the published layout")
-    hard_mix: bool = setting(False, "ask for more ordinals and relations, which are learned last (shapes)")
+    hard_mix: bool = setting(False, "ask for more ordinals and distances, which are learned last (shapes)")
     epoch_samples: int = setting(0, "expressions in an epoch; 0: all, of the endless shapes 8192", low=0, high=10**9)
     masks: str = setting("auto", "what the mask head learns; auto: box, in your own data segmentation", choices=MASKS)
     workers: int = setting(-1, "processes that prepare the data; -1: by the machine", low=-1, high=256, resumable=True)

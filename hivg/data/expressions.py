@@ -2,9 +2,8 @@
 
 An expression is made by choosing its meaning first: a class of objects ("red circles"), then a condition that
 exactly one of them meets. The condition is tested twice, strictly for the target (it must meet it with a clear
-margin) and loosely for all others (none may come near), so that nobody has to guess. Then it is put into words.
-
-x and y are in units of the image's long side, y points down.
+margin) and loosely for all others (none may come near), so that nobody has to guess. Then it is put into words. x and
+y are in units of the image's long side, y points down.
 """
 
 import math
@@ -58,7 +57,8 @@ FORMS = {  # of each kind, repeated by how often they are asked for
     "superlative": tuple(BEFORE),
     "ordinal": tuple(SIDES),
     "relation": ("left", "right", "above", "below") * 3 + ("closest", "furthest") * 2 + ("between",),
-    "conjunction": ("two attributes", "attribute and relation", "two relations", "two relations", "two sides")}
+    "conjunction": ("two attributes", "attribute and relation", "two relations", "two relations", "two sides"),
+    "closeness": ("closest", "furthest")}  # need their anchor; alone to the left of any thing is the leftmost
 
 
 @dataclass(frozen=True)
@@ -368,11 +368,11 @@ class Speaker:
 
 
 def express(scene, rng, weights, count=4, targets=None, must=0, forms=3, attempts=40):
-    """`count` expressions with distinct texts, their kinds drawn by `weights` (kind -> weight), or None.
+    """`count` expressions with distinct texts, their kinds drawn by `weights` (key of FORMS -> weight), or None.
 
     For each, one form of its kind after another is drawn and attempted, so that easy forms do not crowd out hard ones;
-    to begin with, only an object that nothing was said about yet is accepted as target.
-    None means that the scene does not lend itself to it: draw another scene. targets and must as in Speaker.
+    to begin with, only an object that nothing was said about yet is accepted as target. None means that the scene does
+    not lend itself to it: draw another scene. targets and must as in Speaker.
     """
     speaker = Speaker(scene, rng, targets, must)
     totals = list(accumulate(weights.values()))
@@ -380,13 +380,13 @@ def express(scene, rng, weights, count=4, targets=None, must=0, forms=3, attempt
     used = set()  # targets
     for _ in range(count):
         level = rng.random() * totals[-1]
-        kind = next(k for k, total in zip(weights, totals) if level < total)
+        asked = next(k for k, total in zip(weights, totals) if level < total)
+        kind = "relation" if asked == "closeness" else asked
         make = getattr(speaker, kind)
         for attempt in range(forms * attempts):
             if attempt % attempts == 0:
-                form = pick(rng, FORMS[kind])
-            made = make(form)
-            if made is None:
+                form = pick(rng, FORMS[asked])
+            if (made := make(form)) is None:
                 continue
             text, target = made
             if target in used and attempt < attempts // 2:

@@ -99,6 +99,18 @@ def test_weights_of_kinds():
     assert kinds == {"ordinal"}
 
 
+def test_closeness_can_be_asked_for_alone():
+    dataset = Shapes("train", weights={"closeness": 1.0})
+    words = {"closest", "nearest", "next to", "furthest", "farthest"}
+    found = set()
+    for i in range(20):
+        for expression in dataset.scene(i)[1]:
+            used = {word for word in words if word in expression.text}
+            assert (expression.kind, len(used)) == ("relation", 1), expression.text
+            found |= used
+    assert found == words
+
+
 def test_expressions_vary():
     texts = [e.text for split in ("train", "val", "test") for _, e in expressions(split)]
     words = Counter(" ".join(texts).split())
