@@ -179,12 +179,14 @@ def unpack(text, n):
 
 
 def code_version():
-    """The commit, with a + if files differ from it; "unknown" without git."""
+    """The commit, with a + if files other than the results differ from it; "unknown" without git."""
     try:
-        found = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True)
-        return found.stdout.strip() or "unknown"
+        found = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True)
+        same = ["git", "diff", "--quiet", "HEAD", "--", ".", f":(exclude){RESULTS}"]
+        changed = subprocess.run(same, capture_output=True).returncode != 0
     except OSError:
         return "unknown"
+    return found.stdout.strip() + "+" * changed if found.stdout else "unknown"
 
 
 # ---- all runs

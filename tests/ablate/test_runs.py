@@ -1,6 +1,9 @@
 """Runs and reports of the ablation, on a small world."""
 
 import json
+import re
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from hivg.ablate.__main__ import main
 from hivg.ablate.arms import BY_NAME
 from hivg.ablate.charts import plot_attention, plot_differences
 from hivg.ablate.report import comparisons, report, runs_of
-from hivg.ablate.runs import Budget, best_lr, missing, next_lr, pack, read_results, unpack
+from hivg.ablate.runs import RESULTS, Budget, best_lr, code_version, missing, next_lr, pack, read_results, unpack
 from hivg.data.shapes import SPLITS
 
 
@@ -175,3 +178,23 @@ def test_a_run_that_fails_is_reported_and_does_not_stop_the_others(small, monkey
     monkeypatch.setattr(runs.sys, "executable", "false")
     assert runs.run_missing("short", ["base", "bridge none"], [0], 1) == 2
     assert "FAILED: base" in capsys.readouterr().err
+
+
+def test_the_version_of_a_row_is_that_of_the_code(tmp_path, monkeypatch):
+    def git(*args):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *args], check=True, capture_output=True)
+
+    monkeypatch.chdir(tmp_path)
+    assert code_version() == "unknown"
+    git("init")
+    RESULTS.parent.mkdir()
+    RESULTS.write_text("{}\n")
+    Path("code.py").write_text("1\n")
+    git("add", ".")
+    git("commit", "-m", "first")
+    commit = code_version()
+    assert re.fullmatch("[0-9a-f]{7,}", commit)
+    RESULTS.write_text("{}\n{}\n")
+    assert code_version() == commit  # the results grow with every run
+    Path("code.py").write_text("2\n")
+    assert code_version() == commit + "+"
