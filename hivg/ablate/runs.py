@@ -49,7 +49,7 @@ class Budget:
 
 BUDGETS = {
     # 12,288 expressions, a tenth of the default run's
-    "short": Budget(2048, (1, 1, 1, 3), (1e-3, 2e-3, 4e-3, 8e-3), ()),
+    "short": Budget(2048, (1, 1, 1, 3), (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), ()),
     # the default run's, at one rate
     "long": Budget(8192, (1, 1, 1, 12), (3e-3,), ("base", "bridge none", "bridge constant", "lora vanilla",
                                                    "lora none")),
