@@ -52,17 +52,17 @@ class QuickGELU(nn.Module):
 
 
 class MLP(nn.Module):
-    """C -> hidden -> C_out with QuickGELU: the FFN of the blocks, of the bridge, and the head of RTCC."""
+    """C -> hidden -> C with QuickGELU: the FFN of the blocks, of the bridge, and the head of RTCC."""
 
-    def __init__(self, width, hidden, width_out=None):
+    def __init__(self, width, hidden):
         super().__init__()
         self.c_fc = nn.Linear(width, hidden)
         self.gelu = QuickGELU()
-        self.c_proj = nn.Linear(hidden, width_out or width)
+        self.c_proj = nn.Linear(hidden, width)
 
     def forward(self, x):
         x = self.gelu(self.c_fc(x))  # (..., hidden)
-        return self.c_proj(x)  # (..., C_out)
+        return self.c_proj(x)  # (..., C)
 
 
 class Attention(nn.Module):

@@ -77,7 +77,7 @@ class HiVGOutput:
     """A prediction for each of B pairs of image and expression."""
 
     boxes: torch.Tensor  # (B, 4) cxcywh in 0..1 of the padded square
-    token_similarity: torch.Tensor | None  # (B, P) logits: does the patch belong to the region? (RTCC)
+    token_similarity: torch.Tensor  # (B, P) logits: does the patch belong to the region? (RTCC)
     mask_logits: torch.Tensor | None  # (B, 1, 8 h, 8 w) for a patch grid of (h, w)
     logits_per_text: torch.Tensor  # (B, B) scaled cosine of every expression with every image (CLC)
     text_features: torch.Tensor  # (B, E) pooled, not normalised
@@ -188,7 +188,7 @@ class HiVG(nn.Module):
         # heads
         self.box_head = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 4))
         self.rtcc_norm = nn.LayerNorm(D)
-        self.rtcc_mlp = MLP(D, config.rtcc_hidden, D)
+        self.rtcc_mlp = MLP(D, config.rtcc_hidden)
         self.mask_convs = nn.ModuleList([nn.ConvTranspose2d(D, D, 2, stride=2, bias=False) for _ in range(3)])
 
         for layer in self.encoder:
@@ -208,11 +208,10 @@ class HiVG(nn.Module):
             model.levels_proj.bias.zero_()
         return model
 
-    def forward(self, images, padding_mask, token_ids, with_rtcc=True, with_mask=True, with_hints=False):
+    def forward(self, images, padding_mask, token_ids, with_mask=True, with_hints=False):
         """images (B, 3, S, S) normalised letterboxes, padding_mask (B, S, S) bool, True = padding, token_ids (B, T)
         long -> HiVGOutput. One image, (1, 3, S, S) with (1, S, S), may go with B texts: what does not depend on the
-        text is then computed once. with_rtcc and with_mask: whether to compute these heads. Raises ValueError for
-        another S."""
+        text is then computed once. with_mask: whether to compute the mask head. Raises ValueError for another S."""
         B = len(token_ids)
         size = self.config.clip.image_size
         if images.shape[-2:] != (size, size):
@@ -244,7 +243,7 @@ class HiVG(nn.Module):
         # whole expression
         end = F.normalize(at_end_token(words, token_ids), dim=-1)  # (B, D), of unit length
         boxes = self.box(reg)  # (B, 4)
-        token_similarity = self.rtcc(patches, end) if with_rtcc else None  # (B, P)
+        token_similarity = self.rtcc(patches, end)  # (B, P)
         mask_logits = self.mask_head(patches, end, grid) if with_mask else None  # (B, 1, 8 h, 8 w)
 
         # CLC: every expression of the batch against every image, at the ends of the two towers

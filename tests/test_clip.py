@@ -66,7 +66,7 @@ def test_attention_dropout_is_for_training_only():
 def test_quick_gelu():
     x = torch.linspace(-8, 8, 101, dtype=torch.float64)
     assert_close("QuickGELU", QuickGELU()(x), x * torch.sigmoid(1.702 * x), 1e-10)
-    mlp, x = randomise(MLP(6, 10, 3)).double(), random(2, 6)
+    mlp, x = randomise(MLP(6, 10)).double(), random(2, 6)
     hidden = mlp.c_fc(x)
     assert_close("MLP", mlp(x), mlp.c_proj(hidden * torch.sigmoid(1.702 * hidden)), 1e-10)
 
