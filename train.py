@@ -178,9 +178,9 @@ def validate(s: Settings, model, device):
 
 
 def keep_best(s: Settings, model, device, path, best):
-    """Validate, and write the model to `path` if it is better than the best so far -> (scores, best)."""
+    """Validate, and write the model to `path` if none so far was better -> (scores, best)."""
     scores = validate(s, model, device)
-    if scores["accuracy"] > best and distributed.rank() == 0:
+    if scores["accuracy"] >= best and distributed.rank() == 0:
         weights.save(path, model, {"stage": path.stem, **scores})
     return scores, max(best, scores["accuracy"])
 

@@ -266,7 +266,7 @@ def pretrain(s: Settings):
         if end_of_epoch:
             with autocast():
                 scores = validate(bare, s, device)
-            if scores["accuracy"] > best:
+            if scores["accuracy"] >= best:
                 best = scores["accuracy"]
                 if distributed.rank() == 0:
                     weights.save(path, model, {"stage": "pretrain", **scores})
