@@ -67,9 +67,11 @@ def test_installed_command(site, tmp_path, monkeypatch):
     command = [site / "bin/hivg-ground", "--dtype", "float32", "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"hivg/bundled/example.png \(640 x 461\)\n  the star left of the blue square: box \(47\.",
-                     done.stdout.replace(os.sep, "/"))
+    assert "hivg/bundled/example.png" in done.stdout.replace(os.sep, "/")
+    assert "star left of the blue square: box" in done.stdout
     assert [path.name for path in Path().iterdir()] == ["grounded.png"]
+    clone = subprocess.run([sys.executable, ROOT / "ground.py", *command[1:]], capture_output=True, text=True)
+    assert done.stdout.splitlines()[1:] == clone.stdout.splitlines()[1:]
     refused = subprocess.run([*command, "no.png", "-e", "star"], capture_output=True, text=True, env=environment)
     assert refused.returncode == 2 and re.fullmatch(r"error: no.png: [^\n]+\n", refused.stderr)
     code = "import hivg.weights as w; from hivg.weights import __main__ as m; print(w.__file__, w.FOLDER)"
