@@ -34,7 +34,7 @@ def arguments():
     parser.add_argument("--heatmap", choices=HEATMAPS, help="draw a heat map of the first expression as well: "
                         "tokens, the token map, also if no name follows; attention, where the token of the box looks")
     parser.add_argument("--mask", action="store_true", help="draw the mask of the first expression as well")
-    parser.add_argument("--masks", type=Path, metavar="FOLDER", help="write the mask of each expression as a PNG, "
+    parser.add_argument("--save_masks", type=Path, metavar="FOLDER", help="write the mask of each expression as a PNG, "
                         "white where it is: NAME-1.png, NAME-2.png for the expressions of NAME.jpg")
     parser.add_argument("--min_score", type=float, default=0.0, metavar="S", help="0 to 1: below this score nothing "
                         "counts as found")
@@ -51,7 +51,7 @@ def arguments():
     if not 0 <= args.min_score <= 1:
         parser.error(f"--min_score must be from 0 to 1, not {args.min_score}")
     if args.rle and not args.json:
-        parser.error("--rle is for --json; give both, or --masks FOLDER for PNG files")
+        parser.error("--rle is for --json; give both, or --save_masks FOLDER for PNG files")
     if not args.images:
         args.images = [short_path(EXAMPLE)]
         args.expression = [EXAMPLE_EXPRESSION]
@@ -118,13 +118,13 @@ def names_of(images):
 
 
 def mask_paths(args, images):
-    """For each image a file for the mask of each expression; none for each without --masks."""
-    if not args.masks:
+    """For each image a file for the mask of each expression; none for each without --save_masks."""
+    if not args.save_masks:
         return [[]] * len(images)
     numbers = range(1, len(args.expression) + 1)
     paths = []
     for name in names_of(images):
-        paths.append([args.masks / f"{name}-{number}.png" for number in numbers])
+        paths.append([args.save_masks / f"{name}-{number}.png" for number in numbers])
     return paths
 
 
@@ -132,11 +132,11 @@ def refuse_to_overwrite(images, targets):
     """Raises ValueError if a file to be written is one of the images, or two are one."""
     written = [os.path.abspath(target) for target in targets if target]
     if len(set(written)) < len(written):
-        raise ValueError("a drawing would replace a mask; give --output and --masks different folders")
+        raise ValueError("a drawing would replace a mask; give --output and --save_masks different folders")
     for target in targets:
         for image in images:
             if target and os.path.exists(target) and os.path.exists(image) and os.path.samefile(image, target):
-                raise ValueError(f"{image}: {target} would replace the image; give another --output or --masks")
+                raise ValueError(f"{image}: {target} would replace the image; give another --output or --save_masks")
 
 
 def report(args, image, results):
@@ -177,7 +177,7 @@ def save_masks(results, targets):
             target.parent.mkdir(parents=True, exist_ok=True)
             result.save_mask(target)
         except OSError as error:
-            fail(f"{target}: the mask cannot be written ({error}); give --masks a folder that can be written to")
+            fail(f"{target}: the mask cannot be written ({error}); give --save_masks a folder that can be written to")
 
 
 def main():

@@ -124,9 +124,9 @@ def test_the_image_itself_is_not_drawn_over(run):
 
 
 def test_a_drawing_does_not_replace_a_mask(run):
-    assert_fails(run("a.png", "-e", "star", "--masks", "m", "--output", "./m/a-1.png"), "--masks")
+    assert_fails(run("a.png", "-e", "star", "--save_masks", "m", "--output", "./m/a-1.png"), "--save_masks")
     make_folder("m", "b.png", "b-1.png")
-    assert_fails(run("m", "-e", "star", "--masks", "out", "--output", "out"), "--masks")
+    assert_fails(run("m", "-e", "star", "--save_masks", "out", "--output", "out"), "--save_masks")
 
 
 def test_dtype(run):
@@ -159,7 +159,7 @@ def test_nothing_found(run):
 
 def test_masks_as_files(run, grounder):
     make_folder("more", "a.png", "b.jpg")
-    code, _, err = run("more", "a.png", "-e", "star", "-e", "circle", "--json", "--masks", "out")
+    code, _, err = run("more", "a.png", "-e", "star", "-e", "circle", "--json", "--save_masks", "out")
     assert code == 0
     names = sorted(path.name for path in Path("out").iterdir())
     assert names == ["a-1.png", "a-2-1.png", "a-2-2.png", "a-2.png", "b-1.png", "b-2.png"]
@@ -254,7 +254,7 @@ def test_no_gpu(run):
 
 
 @pytest.mark.parametrize("flag, output", [("--output", "drawn.xyz"), ("--output", "a.png/b.png"),
-                                          ("--output", "drawn"), ("--masks", "a.png")])
+                                          ("--output", "drawn"), ("--save_masks", "a.png")])
 def test_files_that_cannot_be_written(run, flag, output):
     code, _, err = run("a.png", "-e", "star", flag, output)
     assert code == 2 and re.fullmatch(r"error: [^\n]+\n", err) and output in err
