@@ -17,7 +17,7 @@ import torch
 
 from hivg import weights
 from hivg.bridge import KINDS as BRIDGE_KINDS
-from hivg.data.batches import MASKS, evaluation_batches, open_dataset, to_device, training_batches
+from hivg.data.batches import MASKS, choose_workers, evaluation_batches, open_dataset, to_device, training_batches
 from hivg.evaluate import predict
 from hivg.fusion import choose_backend
 from hivg.lora import MODES as LORA_MODES
@@ -170,8 +170,8 @@ def count_steps_per_epoch(s: Settings, stage, dataset):
 @torch.no_grad()
 def validate(s: Settings, model, device):
     """-> {"accuracy": Acc@0.5 of `val`, which decides the state of a stage that is kept, "mean_iou": ..}."""
-    workers = distributed.choose_workers(s.workers, device)
-    batches = evaluation_batches(open_split(s, model, "val"), 64, workers, *distributed.place())
+    workers = choose_workers(s.workers, device)
+    batches = evaluation_batches(open_split(s, model, "val"), 64, workers, *distributed.place(), device.type == "cuda")
     rows = distributed.gather_rows(predict(model, batches, device))  # every sample once, however many ranks
     ious = [row["iou"] for row in rows]
     return {"accuracy": accuracy(ious), "mean_iou": mean(ious)}
@@ -213,15 +213,15 @@ def train(s: Settings):
         elif best is None:
             with autocast():
                 best = validate(s, model, device)["accuracy"]
+        batches = training_batches(dataset, number * 2**32, stage.batch_size, steps * stage.accumulate,
+                                   first * stage.accumulate, choose_workers(s.workers, device),
+                                   *distributed.place(), tokenizer=model.tokenizer, pin=device.type == "cuda")
         log.message(columns_text([stage_column(stage, model)]))
         if first == 0 and best >= 0 and distributed.rank() == 0:
             weights.save(path, model, {"stage": stage.name, "accuracy": best})  # kept if the stage never improves it
         if number == 0 and first == 0:
             save_state(run, s, number, 0, best, model, optimizers, log)  # so that every run can be resumed
 
-        batches = training_batches(dataset, number * 2**32, stage.batch_size, steps * stage.accumulate,
-                                   first * stage.accumulate, distributed.choose_workers(s.workers, device),
-                                   *distributed.place(), tokenizer=model.tokenizer, pin=device.type == "cuda")
         loss_weights = LossWeights(*s.loss_weights)
         criterion = distributed.wrap(Criterion(model, loss_weights, s.box_loss), loss_weights.leave_a_head_out)
         if s.compile:

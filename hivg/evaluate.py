@@ -27,7 +27,7 @@ from PIL import Image
 from hivg.boxes import iou
 from hivg.calibration import calibrated, calibration_of, fit_calibration, reliability_lines
 from hivg.compare import compare
-from hivg.data.batches import ShapesTensors, evaluation_batches, open_dataset, to_device
+from hivg.data.batches import ShapesTensors, choose_workers, evaluation_batches, open_dataset, to_device
 from hivg.data.check import splits_of
 from hivg.data.expressions import KINDS
 from hivg.data.shapes import EXPRESSIONS_PER_SCENE, boxes_of
@@ -201,15 +201,15 @@ def arguments():
                         "on this split")
     parser.add_argument("--compare", nargs=2, metavar=("A.jsonl", "B.jsonl"), help="two files of --per_sample")
     parser.add_argument("--batch_size", type=int, default=64, help="expressions at once; default: 64")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read images; default: 0")
+    parser.add_argument("--workers", type=int, default=-1, help="processes that read images; default: by the machine")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of weights and products; auto: bfloat16 where "
                         "the machine is fast at it")
     args = parser.parse_args()
     if not 1 <= args.batch_size <= 4096:
         parser.error(f"--batch_size must be from 1 to 4096, not {quoted(args.batch_size)}")
-    if not 0 <= args.workers <= 256:
-        parser.error(f"--workers must be from 0 to 256, not {quoted(args.workers)}")
+    if not -1 <= args.workers <= 256:
+        parser.error(f"--workers must be from 0 to 256, or -1 to choose by the machine, not {quoted(args.workers)}")
     if args.data_root and not os.path.isdir(args.data_root):
         parser.error(f"--data_root {shown(args.data_root)}: there is no such folder; name the one with the data sets")
     args.data_root = args.data_root or "data"
@@ -269,12 +269,17 @@ def load(args, device, dtype):
     return model, dataset
 
 
+def batches_of(args, dataset, device):
+    workers = choose_workers(args.workers, device)
+    return evaluation_batches(dataset, args.batch_size, workers, pin=device.type == "cuda")
+
+
 def evaluate(args, model, dataset, device, dtype):
     """Print the report of --weights on --dataset -> its rows. Raises ValueError."""
     calibration = None if args.calibrate else calibration_of(model.info, args.weights)
     total = len(dataset) * dataset.rows
     start = time.monotonic()
-    batches = evaluation_batches(dataset, args.batch_size, args.workers)
+    batches = batches_of(args, dataset, device)
     rows = predict(model, batches, device, progress=Progress("evaluated", total), masks=True)
     seconds = time.monotonic() - start
     if args.calibrate:
@@ -288,7 +293,7 @@ def evaluate(args, model, dataset, device, dtype):
           f"{total / seconds:.0f} expressions a second")
     print(report(rows, calibration is not None))
     if args.dataset == "shapes":
-        batches = evaluation_batches(dataset, args.batch_size, args.workers)
+        batches = batches_of(args, dataset, device)
         moved = predict(model, batches, device, shuffled(rows), Progress("evaluated shuffled", total))
         others = {"expressions shuffled": accuracy(row["iou"] for row in moved)}
         others |= guessers(dataset.shapes)

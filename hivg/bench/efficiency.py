@@ -7,7 +7,8 @@ gets efficiency.md, the tables, and efficiency.png.
 
 An operation is a multiplication or an addition of a matrix product, as torch.utils.flop_counter counts them. Memory is
 that of tensors on a GPU; on a CPU that of the whole process, of which PyTorch itself is some 400 MiB. The last column
-is the share of what the machine reaches in one large product, measured in the same run.
+is the share of what the machine reaches in one large product, measured in the same run. Energy is what the GPU, or all
+processors of the machine, have used in the meantime, "-" where the machine does not tell.
 """
 
 import time
@@ -18,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hivg.bench.timing import measure, peak_memory, reset_peak_memory
+from hivg.bench.timing import WARM_UP, energy, measure, peak_memory, reset_peak_memory
 from hivg.bench.training import random_batch, step
 from hivg.clip import CLIP_SIZES
 from hivg.losses import LossWeights
@@ -33,7 +34,7 @@ STAGES = ("warm-up", "Hi LoRA 1", "Hi LoRA 2", "Hi LoRA 3")
 LAST = len(STAGES) - 1
 REPEATS = 5
 COLUMNS = ("pass", "type", "expressions", "20 % ms", "median ms", "80 % ms", "peak MiB", "expressions a second",
-           "TFLOP/s", "of a large product")
+           "J an expression", "TFLOP/s", "of a large product")
 
 
 # ---- counted, on fake tensors: sizes without numbers
@@ -120,14 +121,17 @@ def product_rate(dtype, device):
 
 
 def measure_pass(function, device):
-    """-> milliseconds (20 %, median, 80 %), peak memory in MiB."""
+    """-> milliseconds (20 %, median, 80 %), peak memory in MiB, joules of a call or None."""
     reset_peak_memory(device)
+    before = energy(device)
     times = measure(function, REPEATS, device)
-    return times, peak_memory(device) / 2**20
+    after = energy(device)
+    joules = None if before is None or after is None else (after - before) / (WARM_UP + REPEATS)
+    return times, peak_memory(device) / 2**20, joules
 
 
 def measure_forward(config, sizes, device, dtype):
-    """-> (expressions, times, peak) for each batch size."""
+    """-> (expressions, times, peak, joules) for each batch size."""
     model = HiVG(config).for_prediction(device, dtype)
     found = []
     for n in sizes:
@@ -185,11 +189,12 @@ def bench_efficiency(args):
         most = product_rate(dtype, device)
         for name, measured, work in (("forward", measure_forward, sum(counts.values())),
                                      ("training step", measure_steps, step_operations(config))):
-            for n, (low, median, high), peak in measured(config, args.batch_sizes, device, dtype):
+            for n, (low, median, high), peak, joules in measured(config, args.batch_sizes, device, dtype):
                 a_second = n / (median / 1000)
                 speed = work * a_second
+                used = "-" if joules is None else f"{joules / n:.3g}"
                 say(f"| {name} | {precision} | {n} | {low:.1f} | {median:.1f} | {high:.1f} | {peak:.0f} "
-                    f"| {a_second:.1f} | {speed / 1e12:.3f} | {speed / most:.0%} |")
+                    f"| {a_second:.1f} | {used} | {speed / 1e12:.3f} | {speed / most:.0%} |")
                 rates.setdefault(name, {}).setdefault(precision, []).append((n, a_second))
                 peaks.setdefault(name, {}).setdefault(precision, []).append((n, peak))
     folder = Path(args.output)

@@ -1,5 +1,6 @@
 """Time and memory: how the benchmarks measure and print them."""
 
+import ctypes
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 QUANTILES = (0.2, 0.5, 0.8)
 WARM_UP = 3  # runs that are not counted
+RAPL = Path("/sys/class/powercap")  # where Linux counts the energy of the processors
 
 
 def measure(function, repeats, device=torch.device("cpu")):
@@ -47,6 +49,30 @@ def reset_peak_memory(device):
 def peak_memory(device):
     """The most bytes since reset_peak_memory: those of tensors on a GPU, of the whole process on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory("VmHWM")
+
+
+def energy(device):
+    """Joules used so far by the GPU, or by all processors of the machine; None where the machine does not tell."""
+    if device.type == "cuda":
+        return gpu_energy(torch.cuda.get_device_properties(device).uuid)
+    try:
+        packages = [int((package / "energy_uj").read_text()) for package in RAPL.glob("intel-rapl:?")]
+    except OSError:  # many systems show it to root alone
+        return None
+    return sum(packages) / 1e6 if packages else None
+
+
+def gpu_energy(uuid):
+    """The same of a GPU, from the driver's library (NVML), which counts it from Volta on."""
+    handle = ctypes.c_void_p()
+    millijoules = ctypes.c_ulonglong()
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    failed = (nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode(), ctypes.byref(handle))
+              or nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules)))
+    return None if failed else millijoules.value / 1e3
 
 
 ALONE = """

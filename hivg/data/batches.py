@@ -3,6 +3,7 @@
 Worker processes read, augment and tokenise; images travel as bytes and become numbers on the device (`to_device`).
 """
 
+import os
 from functools import cache
 
 import numpy as np
@@ -210,13 +211,27 @@ def training_batches(dataset, first_item, batch_size, batches, start=0, workers=
     return make_loader(dataset, order, workers, tokenizer, pin)
 
 
-def evaluation_batches(dataset, batch_size=64, workers=0, rank=0, world=1):
-    """The whole split, every row once, in order; with several ranks every world-th batch."""
+def evaluation_batches(dataset, batch_size=64, workers=0, rank=0, world=1, pin=False):
+    """The whole split, every row once, in order; with several ranks every world-th batch. pin: as above."""
     items = max(1, batch_size // dataset.rows)
     order = []
     for first in range(rank * items, len(dataset), world * items):
         order.append(range(first, min(first + items, len(dataset))))
-    return make_loader(dataset, order, workers)
+    return make_loader(dataset, order, workers, pin=pin)
+
+
+def choose_workers(workers, device):
+    """The number of processes that prepare this rank's data: as many as are asked for. For -1, by the machine: one on a
+    CPU, whose other cores the model needs; up to 8 for a GPU, of the cores that each rank has for itself."""
+    if workers >= 0:
+        return workers
+    if device.type == "cpu":
+        return 1
+    cores = os.cpu_count() or 1
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    if own == cores:  # else the launcher has given each rank cores of its own
+        own //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks on this machine, from torchrun
+    return min(8, max(1, own - 1))
 
 
 def make_loader(dataset, order, workers, tokenizer=None, pin=False):

@@ -1,4 +1,8 @@
-"""The state of a run, from which it resumes bit for bit: runs/NAME/state.pt."""
+"""The state of a run, from which it resumes: runs/NAME/state.pt.
+
+On a CPU it resumes bit for bit. On a GPU data, order and random numbers are the same; sums are not always added in the
+same order there, above all in the backward of the mask loss's interpolation, so last digits may differ.
+"""
 
 import zipfile
 from dataclasses import asdict

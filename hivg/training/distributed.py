@@ -106,17 +106,3 @@ def averaged(module, is_last):
     """The context of a forward of `wrap`'s module. The gradients of a step's parts add up on each rank; the backward of
     the last part averages them over the ranks."""
     return nullcontext() if is_last or world() == 1 else module.no_sync()
-
-
-def choose_workers(workers, device):
-    """The number of processes that prepare this rank's data: as many as are asked for. For -1, by the machine: one on a
-    CPU, whose other cores the model needs; up to 8 for a GPU, of the cores that each rank has for itself."""
-    if workers >= 0:
-        return workers
-    if device.type == "cpu":
-        return 1
-    cores = os.cpu_count() or 1
-    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    if own == cores:  # else the launcher has given each rank cores of its own
-        own //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks on this machine, from torchrun
-    return min(8, max(1, own - 1))

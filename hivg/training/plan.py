@@ -91,6 +91,11 @@ def stage_column(stage, model):
     for name, parameters in modules:
         column[name] = f"{sum(p.numel() for p in parameters if p.requires_grad):,}"
     column["parameters in all"] = f"{sum(p.numel() for p in model.parameters()):,}"
+    in_adapters = 0
+    for module in model.modules():
+        if isinstance(module, lora.LoRALinear):
+            in_adapters += sum(p.numel() for p in (*module.A, *module.B))
+    column["  in adapters, of all stages"] = f"{in_adapters:,}"
     return column
 
 

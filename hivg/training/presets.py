@@ -9,6 +9,8 @@ contrastive loss sees `batch_size` expressions at a time (139 negatives for base
 image), however many processes there are, where the released program's sees one GPU's 80, 60, 40 or 32. On a GPU with
 less memory, take a part of --batch_size and as many times the --accumulate.
 
+Every stage starts from the best state of the one before (the released mixture, base, from its last).
+
 Every process takes an equal share of a batch. 1, 2, 4 or 7 divide all of them, 8 those of 112 and 56 but not 140: no
 batch size divides both into 8 shares and into the published 420. On 8 GPUs a base preset is refused until it is given
 --batch_size 136 or 144, 3 % from the published steps.

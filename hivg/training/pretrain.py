@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from hivg import weights
 from hivg.clip import CLIP, CLIP_SIZES, at_end_token, bounded_logit_scale, similarity
-from hivg.data.batches import to_device, training_batches
+from hivg.data.batches import choose_workers, to_device, training_batches
 from hivg.data.pairs import NO_PHRASE, NO_TARGET, Pairs
 from hivg.data.shapes import Shapes
 from hivg.losses import contrastive_loss
@@ -206,7 +206,7 @@ def validate(criterion, s: Settings, device):
     pairs = Pairs(clip.config.image_size, s.seed + 1)
     clip.eval()
     meant = []
-    workers = distributed.choose_workers(s.workers, device)
+    workers = choose_workers(s.workers, device)
     for batch in training_batches(pairs, 0, 64, s.val_images // 64, workers=workers, tokenizer=clip.tokenizer):
         meant.append(criterion(to_device(batch, clip.tokenizer, device))["meant"])
     clip.train()
@@ -236,7 +236,7 @@ def pretrain(s: Settings):
     else:
         save_state(run, s, 0, 0, best, model, optimizers, log)  # so that every run can be resumed
     dataset = Pairs(model.config.image_size, s.seed)
-    workers = distributed.choose_workers(s.workers, device)
+    workers = choose_workers(s.workers, device)
     batches = training_batches(dataset, 0, s.batch_size, steps, first, workers, *distributed.place(), model.tokenizer,
                                pin=device.type == "cuda")
     bare = ContrastiveCriterion(model)

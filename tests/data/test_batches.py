@@ -207,16 +207,16 @@ def test_workers_by_the_machine(monkeypatch, asked, device, world, cores, worker
     """world: the ranks on this machine; there may be others elsewhere."""
     monkeypatch.setattr(distributed, "world", lambda: 2 * world)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world))
-    monkeypatch.setattr(distributed.os, "cpu_count", lambda: cores)
-    monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda process: range(cores), raising=False)
-    assert distributed.choose_workers(asked, torch.device(device)) == workers
+    monkeypatch.setattr(batches.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(batches.os, "sched_getaffinity", lambda process: range(cores), raising=False)
+    assert batches.choose_workers(asked, torch.device(device)) == workers
 
 
 def test_a_rank_that_has_cores_of_its_own_uses_them(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    monkeypatch.setattr(distributed.os, "cpu_count", lambda: 64)
-    monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda process: range(6), raising=False)
-    assert distributed.choose_workers(-1, torch.device("cuda")) == 5
+    monkeypatch.setattr(batches.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(batches.os, "sched_getaffinity", lambda process: range(6), raising=False)
+    assert batches.choose_workers(-1, torch.device("cuda")) == 5
 
 
 def test_batches_are_pinned_for_a_gpu_alone(monkeypatch):

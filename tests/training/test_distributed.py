@@ -64,6 +64,7 @@ def test_batch_that_does_not_divide(tmp_path, clip_file):
     done = subprocess.run([sys.executable, ROOT / "train.py", "--device", "cpu", "--clip", clip_file, "--batch_size",
                            "6"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: the batch size must be a multiple")
+    assert not list(tmp_path.glob("runs/*/state.pt"))  # else the corrected command would find a run there
 
 
 def test_gradients_travel_with_the_last_part_of_a_step_alone(monkeypatch):

@@ -117,6 +117,8 @@ def test_plan_says_what_is_trained(whole, tiny, clip_file, world, capfd):
             assert rows[module][i] == f"{trained:,}"
         assert rows["parameters trained"][i] == f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,}"
         assert rows["parameters in all"][i] == f"{sum(p.numel() for p in model.parameters()):,}"
+        in_adapters = sum(p.numel() for name, p in model.named_parameters() if ".A." in name or ".B." in name)
+        assert rows["in adapters, of all stages"][i] == f"{in_adapters:,}" and (in_adapters > 0) == (i > 0)
 
 
 def test_stage_is_described_when_it_starts(world, tiny, capfd):
