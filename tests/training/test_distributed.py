@@ -5,6 +5,7 @@ import sys
 from contextlib import nullcontext
 
 import pytest
+import torch
 from makers import ROOT
 from makers_training import log_of
 
@@ -65,6 +66,17 @@ def test_batch_that_does_not_divide(tmp_path, clip_file):
                            "6"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: the batch size must be a multiple")
     assert not list(tmp_path.glob("runs/*/state.pt"))  # else the corrected command would find a run there
+
+
+def test_each_rank_draws_numbers_of_its_own(monkeypatch):
+    drawn = []
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        torch.manual_seed(5)
+        distributed.seed_rank()
+        drawn.append(torch.rand(4).tolist())
+    assert len(set(map(tuple, drawn))) == 3
+    assert drawn[0] == torch.rand(4, generator=torch.Generator().manual_seed(5)).tolist()
 
 
 def test_gradients_travel_with_the_last_part_of_a_step_alone(monkeypatch):

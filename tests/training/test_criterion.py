@@ -1,0 +1,74 @@
+"""A training step: what precision its contrast has, and that it never waits for a number."""
+
+import pytest
+import torch
+from makers import make_batch, make_hivg
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hivg.clip import similarity
+from hivg.losses import LossWeights
+from hivg.training import criterion as module
+from hivg.training import distributed
+from hivg.training.criterion import Criterion
+from hivg.training.optimizers import make_optimizers, set_learning_rate, step_optimizers
+
+
+def make_training_batch():
+    images, padding_mask, token_ids = make_batch(dtype=torch.float32)
+    n = len(images)
+    boxes = torch.tensor([0.5, 0.4, 0.3, 0.2]).repeat(n, 1)
+    return {"images": images, "padding_mask": padding_mask, "token_ids": token_ids, "boxes": boxes,
+            "masks": torch.ones(n, 64, 64, dtype=torch.bool), "image_ids": torch.arange(n)}
+
+
+def test_contrast_of_bfloat16_features_is_in_float32(monkeypatch):
+    seen = []
+    whole = module.grounding_losses
+    monkeypatch.setattr(module, "grounding_losses", lambda *args: seen.append(args) or whole(*args))
+    model = make_hivg(dtype=torch.float32, stage=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        Criterion(model, LossWeights(), "l1")(make_training_batch())
+    output, _, logits_per_text, *_ = seen[0]
+    assert output.text_features.dtype == torch.bfloat16 and logits_per_text.dtype == torch.float32
+    expected = similarity(output.text_features.float(), output.image_features.float(), model.clip.logit_scale)
+    assert torch.equal(logits_per_text, expected)
+
+
+class NoReading(TorchDispatchMode):
+    """Refuses what makes the program wait for the device: a number that becomes Python's, a size that depends on
+    values."""
+
+    WAIT = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default,
+            torch.ops.aten.masked_select.default, torch.ops.aten.equal.default}
+    INDEX = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in self.WAIT, f"{function} waits for the device"
+        if function in self.INDEX:
+            masks = [i for i in args[1] if i is not None and i.dtype == torch.bool]
+            assert not masks, f"{function} waits for the count of a mask"
+        return function(*args, **kwargs or {})
+
+
+def test_reading_is_noticed():
+    with NoReading():
+        for read in (lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: bool(x.any()), lambda x: x.nonzero()):
+            with pytest.raises(AssertionError, match="waits"):
+                read(torch.ones(3))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_step_waits_for_no_number(optimizer):
+    """All of a step that train.py does at every step: losses with both hints, clipping, the update, the means."""
+    model = make_hivg(dtype=torch.float32, stage=1).train()
+    loss = Criterion(model, LossWeights(patch_box=1.0, reg_attention=1.0), "l1")
+    optimizers = make_optimizers(model, optimizer, 1e-4)
+    batch = make_training_batch()
+    for _ in range(2):  # the optimizers' state is made in the first
+        with NoReading(), torch.autocast("cpu", torch.bfloat16):
+            set_learning_rate(optimizers, 1e-3)
+            terms = loss(batch)
+            sum(terms.values()).backward()
+            distributed.mean_of([terms])
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            step_optimizers(optimizers)
