@@ -17,7 +17,7 @@ import torch
 
 from hivg import weights
 from hivg.bridge import KINDS as BRIDGE_KINDS
-from hivg.data.batches import MASKS, choose_workers, evaluation_batches, open_dataset, to_device, training_batches
+from hivg.data.batches import MASKS, STAGE_ITEMS, evaluation_batches, open_dataset, to_device, training_batches
 from hivg.evaluate import predict
 from hivg.fusion import choose_backend
 from hivg.lora import MODES as LORA_MODES
@@ -32,7 +32,7 @@ from hivg.training.log import LOG_STEPS, Log
 from hivg.training.optimizers import check_finite, learning_rate, make_optimizers, set_learning_rate, step_optimizers
 from hivg.training.plan import Stage, clip_config, columns_text, grow, hivg_config, print_plan, stage_column
 from hivg.training.presets import preset_of
-from hivg.utils.cli import choose_device, choose_dtype, run
+from hivg.utils.cli import DTYPES, choose_device, choose_dtype, run
 
 HINTED = astuple(LossWeights(clc=0.1, patch_box=2.0, reg_attention=0.5))  # the paper's but for CLC, and two hints
 SHAPES_EPOCH = 8192  # expressions
@@ -44,7 +44,7 @@ class Settings:
 
     name: str = setting("shapes", "the run's folder under runs/", group="The run")
     preset: str = setting("", "a recipe of the paper, for a data set and a size of CLIP: hivg/training/presets.py")
-    plan: bool = setting(False, "print the stages and exit; needs no data, and no file of a published CLIP")
+    plan: bool = setting(False, "print the stages and exit; needs no data and no published CLIP's file", resumable=True)
     resume: bool = setting(False, "continue an interrupted run from its last state", resumable=True)
     save_minutes: float = setting(2.0, "minutes of work that an interruption may cost", low=0, high=1e4, resumable=True)
     seed: int = setting(0, "seed of all random numbers", low=0, high=2**31)
@@ -61,7 +61,7 @@ class Settings:
     finetune: str = setting("", "a HiVG to train further, in one stage, instead of --clip")
     bridge: str = setting("adaptive", "where the keys of the bridge come from", choices=BRIDGE_KINDS, of_model=True)
     bridgeless: bool = setting(False, "begin with a stage without the bridge, as the large models", of_model=True)
-    text_layers: tuple[int, ...] = setting((), "text layers that are fused, from 1; default: the last, of tiny 2 4",
+    text_layers: tuple[int, ...] = setting((), "text layers that are fused, from 1; without it the last, of tiny 2 4",
                                            low=1, high=99, of_model=True)
     text_norm: bool = setting(True, "a layer norm on each text layer before the fusion", of_model=True)
     level_norm: bool = setting(True, "a layer norm on each level of visual features", of_model=True)
@@ -78,13 +78,13 @@ class Settings:
     weight_decay: float = setting(1e-4, "weight decay of all trained parameters", low=0, high=1)
     clip_grad: float = setting(1.0, "largest norm of the gradient", low=1e-12, high=float("inf"))
     box_loss: str = setting("l1", "l1 (released program) or smooth_l1 (paper)", choices=("l1", "smooth_l1"))
-    loss_weights: tuple[float, ...] = setting(HINTED, "weights of the losses (hivg/losses.py); 0 leaves one out",
-                                              low=0, high=1e6, length=len(HINTED))
+    loss_weights: tuple[float, ...] = setting(HINTED, f"of {', '.join(LossWeights.__dataclass_fields__)}; 0 leaves one "
+                                              "out", low=0, high=1e6, length=len(HINTED))
 
     device: str = setting("auto", "auto, cpu or cuda", group="Machine", resumable=True)
     dtype: str = setting("auto", "type of the matrix products; auto: bfloat16 where the machine is fast at it",
-                         choices=("auto", "float32", "bfloat16"))
-    checkpoint: bool = setting(False, "recompute the vision blocks in the backward to save memory", resumable=True)
+                         choices=DTYPES)
+    recompute: bool = setting(False, "recompute the vision blocks in the backward to save memory", resumable=True)
     compile: bool = setting(False, "speed the model up with torch.compile")
 
     def __post_init__(self):
@@ -92,8 +92,8 @@ class Settings:
         check_settings(self)
         if self.hard_mix and self.dataset != "shapes":
             raise ValueError("--hard_mix is a mix of the data set shapes; leave it out")
-        if self.masks != "auto" and self.dataset == "shapes":
-            raise ValueError("--masks is for data sets from files, the masks of shapes are exact; leave it out")
+        if self.dataset == "shapes" and (self.masks != "auto" or self.annotations):
+            raise ValueError("--masks and --annotations are for data sets from files, shapes is drawn; leave them out")
         if not any(self.loss_weights):
             raise ValueError("--loss_weights are all 0, so nothing would be learned; give one of them a weight")
         stages(self)
@@ -168,18 +168,17 @@ def count_steps_per_epoch(s: Settings, stage, dataset):
 
 
 @torch.no_grad()
-def validate(s: Settings, model, device):
+def validate(s: Settings, dataset, model, device):
     """-> {"accuracy": Acc@0.5 of `val`, which decides the state of a stage that is kept, "mean_iou": ..}."""
-    workers = choose_workers(s.workers, device)
-    batches = evaluation_batches(open_split(s, model, "val"), 64, workers, *distributed.place(), device.type == "cuda")
+    batches = evaluation_batches(dataset, 64, s.workers, *distributed.place(), device)
     rows = distributed.gather_rows(predict(model, batches, device))  # every sample once, however many ranks
     ious = [row["iou"] for row in rows]
     return {"accuracy": accuracy(ious), "mean_iou": mean(ious)}
 
 
-def keep_best(s: Settings, model, device, path, best):
+def keep_best(s: Settings, dataset, model, device, path, best):
     """Validate, and write the model to `path` if none so far was better -> (scores, best)."""
-    scores = validate(s, model, device)
+    scores = validate(s, dataset, model, device)
     if scores["accuracy"] >= best and distributed.rank() == 0:
         weights.save(path, model, {"stage": path.stem, **scores})
     return scores, max(best, scores["accuracy"])
@@ -201,9 +200,10 @@ def train(s: Settings):
         model, best = begin_stage(s, number, run)
         model = model.to(device).train()
         distributed.seed_rank()
-        model.clip.visual.checkpoint = s.checkpoint
+        model.clip.visual.recompute = s.recompute
         optimizers = make_optimizers(model, s.optimizer, s.weight_decay)
         dataset = open_split(s, model, "train")
+        val = open_split(s, model, "val")  # here, so that a missing one is noticed before any work
         steps_per_epoch = count_steps_per_epoch(s, stage, dataset)
         steps = stage.epochs * steps_per_epoch
         path = run / f"{stage.name}.safetensors"
@@ -212,10 +212,9 @@ def train(s: Settings):
             first, best = restore(saved, model, optimizers, log)
         elif best is None:
             with autocast():
-                best = validate(s, model, device)["accuracy"]
-        batches = training_batches(dataset, number * 2**32, stage.batch_size, steps * stage.accumulate,
-                                   first * stage.accumulate, choose_workers(s.workers, device),
-                                   *distributed.place(), tokenizer=model.tokenizer, pin=device.type == "cuda")
+                best = validate(s, val, model, device)["accuracy"]
+        batches = training_batches(dataset, number * STAGE_ITEMS, stage.batch_size, steps * stage.accumulate,
+                                   first * stage.accumulate, s.workers, *distributed.place(), device, model.tokenizer)
         log.message(columns_text([stage_column(stage, model)]))
         if first == 0 and best >= 0 and distributed.rank() == 0:
             weights.save(path, model, {"stage": stage.name, "accuracy": best})  # kept if the stage never improves it
@@ -255,7 +254,7 @@ def train(s: Settings):
             # validate, and keep the best
             if end_of_epoch:
                 with autocast():
-                    scores, best = keep_best(s, model, device, path, best)
+                    scores, best = keep_best(s, val, model, device, path, best)
                 log.epoch(stage.name, step + 1, (step + 1) // steps_per_epoch, scores, best)
 
             # save the state

@@ -135,7 +135,7 @@ class VisionTransformer(nn.Module):
 
     # True: keep only what goes in and out of the blocks, and compute the rest again for the gradient: less memory, more
     # time. The presets of the large models set it.
-    checkpoint = False
+    recompute = False
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
@@ -172,7 +172,7 @@ class VisionTransformer(nn.Module):
             name = str(number)  # a ModuleDict, as HiVG keeps its bridges in, has strings for keys
             bridge = bridges[name] if name in bridges else None
             text = keys[name] if name in bridges else None  # (B, T, C)
-            if self.checkpoint and torch.is_grad_enabled():
+            if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, bridge=bridge, keys=text, is_key=is_key, use_reentrant=False)
             else:
                 x = block(x, bridge=bridge, keys=text, is_key=is_key)  # (B, N, C)

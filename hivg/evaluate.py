@@ -27,17 +27,16 @@ from PIL import Image
 from hivg.boxes import iou
 from hivg.calibration import calibrated, calibration_of, fit_calibration, reliability_lines
 from hivg.compare import compare
-from hivg.data.batches import ShapesTensors, choose_workers, evaluation_batches, open_dataset, to_device
+from hivg.data.batches import evaluation_batches, open_dataset, to_device
 from hivg.data.check import splits_of
 from hivg.data.expressions import KINDS
 from hivg.data.shapes import EXPRESSIONS_PER_SCENE, boxes_of
 from hivg.metrics import accuracy, auroc, by_length, interval, mean
-from hivg.utils.cli import Parser, Progress, choose_device, choose_dtype, fail, run
+from hivg.utils.cli import Parser, Progress, add_machine_flags, choose_device, choose_dtype, fail, run
 from hivg.utils.draw import contact_sheet, draw_boxes
 from hivg.utils.quote import quoted, shown
 from hivg.weights import build, bundled, load_hivg, need_tokenizer, read, save
 
-DTYPES = ("auto", "float32", "bfloat16")
 DEFAULT_SPLITS = ("test", "testA", "val")  # without --split, the first of these that the data set has
 SHEET = 8  # worst samples on a contact sheet, and as many at random
 
@@ -178,11 +177,7 @@ def sheet(dataset, rows):
 
 def sheet_tile(dataset, rows, number):
     row = rows[number]
-    if isinstance(dataset, ShapesTensors):
-        image = dataset.shapes[number // dataset.rows]["image"]
-    else:
-        image = dataset.image(number)
-    return draw_boxes(image, [row["target"], row["box"]], ["wanted", f"found, IoU {row['iou']:.2f}"])
+    return draw_boxes(dataset.image(number), [row["target"], row["box"]], ["wanted", f"found, IoU {row['iou']:.2f}"])
 
 
 # ---- the command line
@@ -202,9 +197,7 @@ def arguments():
     parser.add_argument("--compare", nargs=2, metavar=("A.jsonl", "B.jsonl"), help="two files of --per_sample")
     parser.add_argument("--batch_size", type=int, default=64, help="expressions at once; default: 64")
     parser.add_argument("--workers", type=int, default=-1, help="processes that read images; default: by the machine")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of weights and products; auto: bfloat16 where "
-                        "the machine is fast at it")
+    add_machine_flags(parser)
     args = parser.parse_args()
     if not 1 <= args.batch_size <= 4096:
         parser.error(f"--batch_size must be from 1 to 4096, not {quoted(args.batch_size)}")
@@ -215,6 +208,8 @@ def arguments():
     args.data_root = args.data_root or "data"
     if args.calibrate and not args.calibrate.endswith(".safetensors"):
         parser.error(f"--calibrate {shown(args.calibrate)}: a weights file is written; name it OUT.safetensors")
+    if args.compare and (args.per_sample or args.sheet or args.calibrate):
+        parser.error("--compare writes no file; leave out --per_sample, --sheet and --calibrate")
     drawn = splits_of("shapes")
     if args.dataset == "shapes" and args.split and args.split not in drawn:
         parser.error(f"shapes has no split {quoted(args.split)} to evaluate on; it has {', '.join(drawn)}")
@@ -224,7 +219,7 @@ def arguments():
 
 def check_outputs(args):
     """End with one line, before any work, if a file cannot be written or is one that is read."""
-    inputs = [args.dataset, args.annotations, args.weights, *(args.compare or [])]
+    inputs = [args.dataset, args.annotations, args.weights]
     outputs = [path for path in (args.per_sample, args.sheet, args.calibrate) if path]
     for path in outputs:
         try:
@@ -269,17 +264,12 @@ def load(args, device, dtype):
     return model, dataset
 
 
-def batches_of(args, dataset, device):
-    workers = choose_workers(args.workers, device)
-    return evaluation_batches(dataset, args.batch_size, workers, pin=device.type == "cuda")
-
-
 def evaluate(args, model, dataset, device, dtype):
     """Print the report of --weights on --dataset -> its rows. Raises ValueError."""
     calibration = None if args.calibrate else calibration_of(model.info, args.weights)
     total = len(dataset) * dataset.rows
     start = time.monotonic()
-    batches = batches_of(args, dataset, device)
+    batches = evaluation_batches(dataset, args.batch_size, args.workers, device=device)
     rows = predict(model, batches, device, progress=Progress("evaluated", total), masks=True)
     seconds = time.monotonic() - start
     if args.calibrate:
@@ -293,7 +283,7 @@ def evaluate(args, model, dataset, device, dtype):
           f"{total / seconds:.0f} expressions a second")
     print(report(rows, calibration is not None))
     if args.dataset == "shapes":
-        batches = batches_of(args, dataset, device)
+        batches = evaluation_batches(dataset, args.batch_size, args.workers, device=device)
         moved = predict(model, batches, device, shuffled(rows), Progress("evaluated shuffled", total))
         others = {"expressions shuffled": accuracy(row["iou"] for row in moved)}
         others |= guessers(dataset.shapes)

@@ -10,18 +10,20 @@ Where hivg is installed (`pip install .`), the same command is called hivg-groun
 import json
 import os
 import sys
+from itertools import chain
 from pathlib import Path
 
 from PIL import Image
 
 from hivg.data.images import ImageError
-from hivg.grounder import DEFAULT_WEIGHTS, DTYPES, HEATMAPS, Grounder, draw_results
-from hivg.utils.cli import Parser, Progress, fail, run
+from hivg.grounder import DEFAULT_WEIGHTS, HEATMAPS, Grounder, draw_results
+from hivg.utils.cli import Parser, Progress, add_machine_flags, fail, run
 from hivg.utils.quote import shown
 from hivg.weights import bundled
 
 EXAMPLE = bundled("example.png")
 EXAMPLE_EXPRESSION = "the star left of the blue square"
+UNREADABLE = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow recognises these, but cannot read them
 
 
 def arguments():
@@ -37,12 +39,10 @@ def arguments():
     parser.add_argument("--save_masks", type=Path, metavar="FOLDER", help="write the mask of each expression as a PNG, "
                         "white where it is: NAME-1.png, NAME-2.png for the expressions of NAME.jpg")
     parser.add_argument("--min_score", type=float, default=0.0, metavar="S", help="0 to 1: below this score nothing "
-                        "counts as found")
+                        "counts as found, so no box and no mask; a heat map is drawn all the same")
     parser.add_argument("--json", action="store_true", help="a JSON object a line on stdout; draws only with --output")
     parser.add_argument("--rle", action="store_true", help="with --json: masks too, as COCO's compressed run lengths")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of weights and products; auto: bfloat16 where "
-                        "the machine is fast at it")
+    add_machine_flags(parser)
     args = parser.parse_args(with_heatmap_named(sys.argv[1:]))
     if args.expression and not args.images:
         parser.error("an expression, but no image; name an image before -e")
@@ -77,7 +77,8 @@ def with_heatmap_named(words):
 
 def list_images(names):
     """Files as they are, folders as their images, sorted by name. Raises ImageError for a folder without any."""
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    kinds = Image.registered_extensions()  # {suffix: kind}
+    suffixes = {suffix for suffix, kind in kinds.items() if kind in Image.OPEN and kind not in UNREADABLE}
     paths = []
     for name in names:
         if not os.path.isdir(name):  # unlike Path.is_dir, False for a name that no file can have
@@ -105,16 +106,16 @@ def drawing_paths(args, images, several):
 
 def names_of(images):
     """The names of image files without folder and suffix, made unique."""
-    names = []
+    names = {}  # {name: image}
+    numbers = {}  # {name without its number: the last number}
     for image in images:
         stem = Path(image).stem
         name = stem
-        number = 1
         while name in names:  # two images of one name, say a.jpg and a.png
-            number += 1
-            name = f"{stem}-{number}"
-        names.append(name)
-    return names
+            numbers[stem] = numbers.get(stem, 1) + 1
+            name = f"{stem}-{numbers[stem]}"
+        names[name] = image
+    return list(names)
 
 
 def mask_paths(args, images):
@@ -130,13 +131,24 @@ def mask_paths(args, images):
 
 def refuse_to_overwrite(images, targets):
     """Raises ValueError if a file to be written is one of the images, or two are one."""
-    written = [os.path.abspath(target) for target in targets if target]
-    if len(set(written)) < len(written):
+    targets = [target for target in targets if target]
+    if len({os.path.abspath(target) for target in targets}) < len(targets):
         raise ValueError("a drawing would replace a mask; give --output and --save_masks different folders")
+    image_at = {place_of(image): image for image in images}
     for target in targets:
-        for image in images:
-            if target and os.path.exists(target) and os.path.exists(image) and os.path.samefile(image, target):
-                raise ValueError(f"{image}: {target} would replace the image; give another --output or --save_masks")
+        place = place_of(target)
+        if place and place in image_at:
+            raise ValueError(f"{image_at[place]}: {target} would replace the image; give another --output or "
+                             "--save_masks")
+
+
+def place_of(path):
+    """Where a file lies, (device, number on it), the same by whatever path; None if there is none."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):  # the latter: a name that no file can have
+        return None
+    return found.st_dev, found.st_ino
 
 
 def report(args, image, results):
@@ -171,11 +183,11 @@ def save_drawing(args, results, target):
     print(f"drawn in {shown(target, 1000)}", file=sys.stderr)
 
 
-def save_masks(results, targets):
+def save_masks(args, results, targets):
     for result, target in zip(results, targets):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            result.save_mask(target)
+            result.save_mask(target, args.min_score)
         except OSError as error:
             fail(f"{target}: the mask cannot be written ({error}); give --save_masks a folder that can be written to")
 
@@ -189,7 +201,7 @@ def main():
     several = len(images) > 1 or os.path.isdir(args.images[0])
     targets = drawing_paths(args, images, several)
     masks = mask_paths(args, images)
-    refuse_to_overwrite(images, targets + sum(masks, []))
+    refuse_to_overwrite(images, [*targets, *chain.from_iterable(masks)])
     progress = Progress("grounded", len(images))
     code = 0
     warned = False
@@ -208,7 +220,7 @@ def main():
                 for line in grounder.warnings(expression):
                     print(f"warning: {line}", file=sys.stderr)
         report(args, image, results)
-        save_masks(results, masks[number - 1])
+        save_masks(args, results, masks[number - 1])
         if targets[number - 1]:
             save_drawing(args, results, targets[number - 1])
         if several:

@@ -22,7 +22,6 @@ from hivg.utils.cli import choose_device, choose_dtype
 from hivg.utils.draw import draw_boxes
 
 DEFAULT_WEIGHTS = weights.bundled("hivg-tiny.safetensors")
-DTYPES = ("auto", "float32", "bfloat16")
 BATCH = 32  # expressions that go through the model at once
 HEATMAPS = ("tokens", "attention")  # heat maps that can be drawn: the token map, the attention of [REG]
 
@@ -94,9 +93,11 @@ class Result:
             raise ValueError(f"heatmap must be one of {', '.join(HEATMAPS)}, not {heatmap!r:.40}")
         return self._attention_square() if heatmap == "attention" else self._token_square()
 
-    def save_mask(self, path):
-        """Write the mask as a black image of the same size, white where its probability is above 0.5."""
-        Image.fromarray(np.uint8(255) * (self.mask > 0.5)).save(path)
+    def save_mask(self, path, min_score=0.0):
+        """Write the mask as a black image of the same size, white where its probability is above 0.5; all black if the
+        result scores less than min_score."""
+        found = (self.mask > 0.5) & (self.score >= min_score)
+        Image.fromarray(np.uint8(255) * found).save(path)
 
     def mask_rle(self):
         """The mask, where its probability is above 0.5, as COCO's compressed run lengths, as pycocotools reads them:
@@ -115,8 +116,8 @@ class Result:
 
 
 def draw_results(results, heatmap=False, mask=False, min_score=0.0):
-    """Draw the results of one image together, without those that score less than min_score -> PIL RGB image. Heat map
-    and mask (see Result.draw) are those of the first result."""
+    """Draw the results of one image together -> PIL RGB image. Heat map and mask (see Result.draw) are those of the
+    first result. A result that scores less than min_score has neither its box nor its mask drawn."""
     first = results[0]
     window = first.letterbox.window  # maps as small as they are: the image may have many more pixels
     found = [result for result in results if result.score >= min_score]
@@ -128,7 +129,7 @@ def draw_results(results, heatmap=False, mask=False, min_score=0.0):
         [result.box for result in found],
         [result.expression for result in found],
         heatmap=heat,
-        mask=first._mask_square()[window] if mask else None,
+        mask=first._mask_square()[window] if mask and first.score >= min_score else None,
     )
 
 

@@ -261,26 +261,21 @@ class Tokenizer:
             ids += self._word_ids(word)
         return ids
 
-    def __call__(self, texts, context_length=None, pad_to="longest"):
-        """Token ids of a batch: start token, text, end token, then zeros.
+    def __call__(self, texts):
+        """Token ids of a batch: start token, text, end token, then zeros up to the longest of the batch.
 
         Args:
-            texts: a string or a list of B strings. A blank one gives start and end token alone.
-            context_length: the most tokens in a row, the tokenizer's own by default. A longer text is cut, and its
-                last kept token becomes the end token, as with `truncate=True` in CLIP.
-            pad_to: "longest" makes the rows as long as the longest of the batch, "context" as `context_length`.
+            texts: a string or a list of B strings. A blank one gives start and end token alone; one that is longer than
+                `context_length` is cut, and its last kept token becomes the end token, as with `truncate=True` in CLIP.
 
         Returns: (B, T) int64. Zero is also the id of "!": padding is what follows `end_positions` (clip.py).
         """
-        length = check_context_length(self.context_length if context_length is None else context_length)
-        if pad_to not in ("longest", "context"):
-            raise ValueError(f'pad_to must be "longest" or "context", not {pad_to!r}')
         texts = [texts] if isinstance(texts, str) else texts
         rows = []  # B lists of ids
         for text in texts:
-            ids = self.encode(text)[: length - 2]  # room for start and end
+            ids = self.encode(text)[: self.context_length - 2]  # room for start and end
             rows.append([self.sot_id, *ids, self.eot_id])
-        T = length if pad_to == "context" else max(map(len, rows), default=2)
+        T = max(map(len, rows), default=2)
         token_ids = torch.zeros(len(rows), T, dtype=torch.long)  # (B, T)
         for i, row in enumerate(rows):
             token_ids[i, : len(row)] = torch.tensor(row)

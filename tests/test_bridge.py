@@ -224,7 +224,7 @@ def test_checkpointing_changes_no_gradient(kind):
         bridge.register_forward_hook(lambda module, args, out: runs.append(module))
     gradients = []
     for on in (False, True):
-        model.clip.visual.checkpoint = on
+        model.clip.visual.recompute = on
         model.zero_grad()
         runs.clear()
         torch.manual_seed(0)  # dropout

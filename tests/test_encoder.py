@@ -46,7 +46,8 @@ def test_released_text_padding(batch):
 
 
 def test_padding_of_any_length_is_found(hivg):
-    ids = hivg.tokenizer(TEXTS, pad_to="context")
+    short = hivg.tokenizer(TEXTS)  # (4, T)
+    ids = F.pad(short, (0, 77 - short.shape[1]))
     same, is_text, is_key = hivg.find_text(ids)
     assert torch.equal(same, ids) and is_text.shape == (4, 77) and is_key is is_text
     assert is_text.sum(1).tolist() == [len(hivg.tokenizer.encode(text)) + 2 for text in TEXTS]

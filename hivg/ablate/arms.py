@@ -11,6 +11,7 @@ from unittest.mock import patch
 import train  # the training loop, in the folder that this is run from
 from hivg import lora
 from hivg.bridge import Bridge
+from hivg.data.batches import STAGE_ITEMS
 from hivg.losses import LossWeights
 
 CLAIMS = {  # name -> the claim as the paper, its program or a reader makes it
@@ -147,7 +148,7 @@ def patched(arm, settings):
         return replace(first_config(*args), **arm.config)
 
     def same_order(dataset, first_item, *others, **options):
-        number = first_item // 2**32  # of the stage: train.py counts so
+        number = first_item // STAGE_ITEMS  # of the stage: train.py counts so
         epochs_before = sum(stage.epochs for stage in train.stages(settings)[:number])
         first_item = epochs_before * settings.epoch_samples // dataset.rows
         return training_batches(dataset, first_item, *others, **options)

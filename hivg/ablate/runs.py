@@ -73,7 +73,7 @@ def can_resume(settings):
     folder = RUNS / settings.name
     if not (folder / "state.pt").exists():
         return False
-    if load_state(folder)["settings"] == asdict(settings):
+    if load_state(folder)["settings"] | {"resume": False} == asdict(settings):  # it may have been resumed before
         return True
     shutil.rmtree(folder)
     return False

@@ -16,6 +16,7 @@ from triton.testing import do_bench, do_bench_cudagraph
 
 from hivg.bench.compile import TYPES
 from hivg.bench.prediction import CASES, GPUS, SIZES, predict
+from hivg.bench.timing import peak_memory, reset_peak_memory
 from hivg.fusion import adaptive_fusion_reference
 from hivg.fusion_triton import INTERPRETED, adaptive_fusion, count
 from hivg.utils.charts import plot_panels
@@ -73,14 +74,14 @@ def exact_results(tensors, dy):
     return [y.detach(), *torch.autograd.grad(y, tensors, dy.double())]
 
 
-def peak_memory(function, device):
+def memory_of(function, device):
     """MB that a call needs at most, beside what is there before it."""
     function()
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
+    reset_peak_memory(device)
     function()
-    return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    return (peak_memory(device) - before) / 1e6
 
 
 def time_by_graph(function):
@@ -93,7 +94,7 @@ def time_by_graph(function):
 
 
 def product_rate(dtype, device):
-    """TFLOP/s of a large plain product, measured now: what the kernel could reach at best."""
+    """TFLOP/s of a large plain product, timed as the kernel is: what it could reach at best."""
     a = torch.randn(8192, 8192, device=device, dtype=dtype)
     return 2 * 8192**3 / do_bench(lambda: a @ a, return_mode="median") / 1e9
 
@@ -125,7 +126,7 @@ def measure_case(case, device, rates, gpu):
             rows.append([str(case), "", way, f"WRONG {max(found):.1e}, plain PyTorch {max(plain):.1e}"])
             continue
         for name, function, share in (("forward", run.forward, 1), ("both", run.both, 3)):
-            peak = peak_memory(function, device)
+            peak = memory_of(function, device)
             low, median, high = do_bench(function, warmup=10, rep=50, quantiles=[0.2, 0.5, 0.8])
             graph = time_by_graph(function)
             model = predict(case, gpu)[name] / 1000 if way == "ours" and gpu else None

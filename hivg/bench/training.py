@@ -133,7 +133,7 @@ def preset_model(preset, clip_name):
     model = HiVG.from_clip(clip, HiVGConfig.for_clip(clip.config, **fields))
     for stage in (1, 2, 3):
         model.add_stage(stage)
-    model.clip.visual.checkpoint = settings.get("checkpoint", False)
+    model.clip.visual.recompute = settings.get("recompute", False)
     return model
 
 

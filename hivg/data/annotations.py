@@ -230,7 +230,8 @@ def checked_box(bbox, form, width, height, file):
     box = (xmin, ymin, xmax, ymax)
     if not (xmax > xmin and ymax > ymin):  # also for nan
         raise Problem("box without area", f"{file}: {box}")
-    if xmin < -SLACK or ymin < -SLACK or xmax > width + SLACK or ymax > height + SLACK:
+    beyond = xmin < -SLACK or ymin < -SLACK or xmax > width + SLACK or ymax > height + SLACK
+    if beyond or xmin >= width or ymin >= height or xmax <= 0 or ymax <= 0:
         raise Problem("box outside the image", f"{file} ({width} x {height}): {box}")
     return box
 

@@ -1,4 +1,4 @@
-"""Augmentation for training: a random crop, size, place, colours and sharpness; box and mask move along.
+"""Augmentation for training: a random crop, size, place and colours; box and mask move along.
 
 The released recipe (datasets/transforms.py of linhuixiao/HiVG, from TransVG), with these differences:
 - a crop keeps the object's centre and at least half of its box; there the centre is compared with the crop's upper left
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageFilter
+from PIL import Image, ImageEnhance
 
 from hivg.data.transforms import Letterbox
 
@@ -29,7 +29,6 @@ POSITIONAL = re.compile(r"""\b(
 
 CROP = 0.6  # the least share of a side that a crop keeps; 384 of 640 pixels
 CROP_TRIES = 20
-BLUR = (0.1, 2.0)  # standard deviations, in pixels of the square
 
 
 def is_positional(expression):
@@ -60,18 +59,17 @@ def crop_around(rng, box, width, height):
 
 @dataclass(frozen=True)
 class Augment:
-    """How an image may change; Augment(0, 0, 0, (1, 1), 0, False) is the plain letterbox. Raises ValueError for
+    """How an image may change; Augment(0, 0, (1, 1), 0, False) is the plain letterbox. Raises ValueError for
     settings out of range."""
 
     jitter: float = 0.4  # brightness, contrast and saturation by factors of 1 - jitter..1 + jitter; 0..1
     jitter_p: float = 0.8  # how often
-    blur_p: float = 0.0
     scale: tuple = (0.7, 1.0)  # the long side, in sides of the square
     crop_p: float = 0.5  # how often where the expression allows it
     translate: bool = True  # anywhere in the square, or in the middle
 
     def __post_init__(self):
-        for name in ("jitter", "jitter_p", "blur_p", "crop_p"):
+        for name in ("jitter", "jitter_p", "crop_p"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in 0..1, not {getattr(self, name)}")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
@@ -106,7 +104,7 @@ class Augment:
         long_side = max(1, round(size * rng.uniform(*self.scale)))  # whole pixels, so that its scale is exact
         place = tuple(rng.random(2)) if self.translate else (0.5, 0.5)
         letterbox = Letterbox(x1 - x0, y1 - y0, size, long_side / size, place)
-        # Resized here, so that colours and blur are of few pixels; the letterbox then has nothing to resize.
+        # Resized here, so that colours are of few pixels; the letterbox then has nothing to resize.
         image = image.resize(letterbox.inner, Image.BILINEAR, box=crop)
         image = self.recolour(rng, image)
         return {
@@ -117,13 +115,11 @@ class Augment:
         }
 
     def recolour(self, rng, image):
-        """PIL RGB -> the same with random brightness, contrast and saturation, in random order, and blurred."""
+        """PIL RGB -> the same with random brightness, contrast and saturation, in random order."""
         if rng.random() < self.jitter_p:
             enhancers = ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
             for i in rng.permutation(3):
                 image = enhancers[i](image).enhance(rng.uniform(1 - self.jitter, 1 + self.jitter))
-        if rng.random() < self.blur_p:
-            image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*BLUR)))
         return image
 
 

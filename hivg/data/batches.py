@@ -17,7 +17,9 @@ from hivg.data.shapes import EXPRESSIONS_PER_SCENE, HARD_MIX, Shapes
 from hivg.data.transforms import Letterbox, normalise
 from hivg.utils.quote import shown
 
+CPU = torch.device("cpu")
 MASKS = ("auto", "box", "segmentation")
+STAGE_ITEMS = 2**32  # the items of stage n of a training begin at n times this
 
 
 class ShapesTensors(Dataset):
@@ -34,6 +36,10 @@ class ShapesTensors(Dataset):
 
     def __len__(self):
         return len(self.shapes)
+
+    def image(self, number):
+        """The image of expression `number` of the split, PIL RGB."""
+        return self.shapes[number // self.rows]["image"]
 
     def __getitem__(self, index):
         item = self.shapes[index]
@@ -61,8 +67,9 @@ class ShapesTensors(Dataset):
 class SampleTensors(Dataset):
     """Samples of a data set as tensors: an item is one sample, a row with the keys of ShapesTensors.
 
-    Without `augment` the items are the samples in their order. With it they are endless, for training: every len()
-    items are all samples once, in another order, each augmented differently. An item depends on (seed, index) only.
+    Without `augment` the items are the samples in their order. With it they are endless, for training: from the first
+    item of a stage on every len() items are all samples once, in another order, each augmented differently. An item
+    depends on (seed, index) only.
     """
 
     rows = 1  # of an item
@@ -80,7 +87,7 @@ class SampleTensors(Dataset):
         self.normalization = normalization
         self.seed = seed
         self.augment = augment
-        self.epoch = None  # the epoch that `order` is of
+        self.epoch = None  # the stage and epoch that `order` is of
         self.order = None
         image_ids = {}
         for sample in samples:
@@ -94,10 +101,11 @@ class SampleTensors(Dataset):
         """The number of the sample that item `index` is."""
         if self.augment is None:
             return index
+        stage, index = divmod(index, STAGE_ITEMS)
         epoch, position = divmod(index, len(self))
-        if self.epoch != epoch:
-            self.epoch = epoch
-            self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self))
+        if self.epoch != (stage, epoch):
+            self.epoch = stage, epoch
+            self.order = np.random.default_rng([self.seed, stage, epoch]).permutation(len(self))
         return int(self.order[position])
 
     def image(self, number):
@@ -189,35 +197,35 @@ def collate(items):
     return batch
 
 
-def training_batches(dataset, first_item, batch_size, batches, start=0, workers=0, rank=0, world=1, tokenizer=None,
-                     pin=False):
+def training_batches(dataset, first_item, batch_size, batches, start=0, workers=0, rank=0, world=1, device=CPU,
+                     tokenizer=None):
     """Batches `start`..`batches` - 1 of an endless split, of which this rank gets its share of each.
 
     Batch k always holds the same items, those from first_item + k * items per batch on, so a resumed run continues
-    exactly where it was. tokenizer: with one, the workers tokenise the texts, each kind to the longest of its batch.
-    pin: put the tensors into memory that a GPU copies from while the program runs on. Raises ValueError unless
+    exactly where it was. workers: number of processes that prepare them; -1: by the machine. device: what they are for.
+    tokenizer: with one, the workers tokenise the texts, each kind to the longest of its batch. Raises ValueError unless
     batch_size is a multiple of the rows of an item times the ranks.
     """
     unit = dataset.rows * world
     items, rest = divmod(batch_size, unit)  # items in a rank's share of a batch
     if rest or items < 1:
         nearest = [size for size in (items * unit, (items + 1) * unit) if size > 0] or [unit]
-        raise ValueError(f"the batch size must be a multiple of {unit} ({dataset.rows} expressions an image, {world} "
-                         f"processes), not {batch_size}; use {' or '.join(map(str, nearest))}")
+        raise ValueError(f"the batch size must be a multiple of {unit} ({dataset.rows} drawn together, {world} "
+                         f"process(es)), not {batch_size}; use {' or '.join(map(str, nearest))}")
     order = []
     for k in range(start, batches):
         first = first_item + (k * world + rank) * items
         order.append(range(first, first + items))
-    return make_loader(dataset, order, workers, tokenizer, pin)
+    return make_loader(dataset, order, workers, device, tokenizer)
 
 
-def evaluation_batches(dataset, batch_size=64, workers=0, rank=0, world=1, pin=False):
-    """The whole split, every row once, in order; with several ranks every world-th batch. pin: as above."""
+def evaluation_batches(dataset, batch_size=64, workers=0, rank=0, world=1, device=CPU):
+    """The whole split, every row once, in order; with several ranks every world-th batch."""
     items = max(1, batch_size // dataset.rows)
     order = []
     for first in range(rank * items, len(dataset), world * items):
         order.append(range(first, min(first + items, len(dataset))))
-    return make_loader(dataset, order, workers, pin=pin)
+    return make_loader(dataset, order, workers, device)
 
 
 def choose_workers(workers, device):
@@ -234,14 +242,15 @@ def choose_workers(workers, device):
     return min(8, max(1, own - 1))
 
 
-def make_loader(dataset, order, workers, tokenizer=None, pin=False):
-    """Batches one after the other. order: for each batch the indices of its items. workers: number of processes.
+def make_loader(dataset, order, workers, device, tokenizer=None):
+    """Batches one after the other. order: for each batch the indices of its items. The others as of training_batches.
 
     Raises the ValueError of an item, an image that is damaged for instance, as it is: a DataLoader would put the
     traceback of its worker into the message."""
     # A generator of its own: the loader's seeding must not touch the random numbers of the training.
-    loader = DataLoader(Batches(dataset, order, tokenizer), batch_size=None, num_workers=workers, collate_fn=unchanged,
-                        pin_memory=pin, generator=torch.Generator())
+    loader = DataLoader(Batches(dataset, order, tokenizer), batch_size=None, collate_fn=unchanged,
+                        num_workers=choose_workers(workers, device), generator=torch.Generator(),
+                        pin_memory=device.type == "cuda")  # memory that a GPU copies from while the program runs on
     for batch in loader:
         if isinstance(batch, ValueError):
             raise batch

@@ -87,6 +87,10 @@ def find_file(data_root, dataset, split, annotations=None):
     Raises ValueError, naming the splits that are there.
     """
     if annotations and os.path.isfile(annotations):  # unlike Path.is_file, False for a name that no file can have
+        splits, _ = files_of(data_root, dataset, annotations)
+        if splits and split not in splits:
+            raise ValueError(f"{shown(annotations, 60)}: by its name the split {', '.join(sorted(splits))}, not "
+                             f"{quoted(split, 20)}; give the folder with both to --annotations")
         return Path(annotations)
     root = Path(data_root)
     folders = places(root, dataset, annotations)
@@ -136,9 +140,7 @@ def files_of(data_root, dataset, annotations=None):
         file = Path(annotations)
         splits = set()
         for pattern in patterns[:-1]:  # the last fits anything
-            head, tail = pattern.split("{}")
-            if file.name.startswith(head) and file.name.endswith(tail):
-                splits.add(file.name[len(head) : -len(tail)])
+            splits |= split_of(file.name, pattern)
         return splits, None if splits else file
     folders = places(root, dataset, annotations)
     for folder in folders:
@@ -155,7 +157,22 @@ def splits_in(folders, patterns, root):
         for pattern in patterns:
             if folder == root and pattern == "{}.jsonl":
                 continue  # a .jsonl file in the data root itself may be anything
-            head = pattern.partition("{")[0]
             with suppress(OSError, ValueError):  # a name that no folder can have
-                splits.update(path.stem.removeprefix(head) for path in folder.glob(pattern.format("*")))
+                for path in folder.glob(pattern.format("*")):
+                    splits |= split_of(path.name, pattern)
     return splits
+
+
+def split_of(file_name, pattern):
+    """The split that a file is of by its name, a set of one; empty if the name does not fit, or fits a data set with a
+    longer name as well: gref_umd_val.pth is `val` of gref_umd, not `umd_val` of gref."""
+    head, tail = pattern.split("{}")
+    if not (file_name.startswith(head) and file_name.endswith(tail)):
+        return set()
+    split = file_name[len(head) : -len(tail)]
+    start = head.removeprefix("finetune_")  # the name of the data set with its "_"
+    for published in DATASETS.values():
+        for name in published.names:
+            if len(name) >= len(start) and (start + split).startswith(name + "_"):
+                return set()
+    return {split}

@@ -8,8 +8,9 @@ from hivg.lora import LoRALinear
 
 
 def learning_rate(step, steps, peak, warmup_steps):
-    """The rate of step `step` (from 0) of `steps`: a linear rise to `peak`, then half a cosine down to zero."""
-    rise = min(1.0, (step + 1) / max(1, warmup_steps))
+    """The rate of step `step` (from 0) of `steps`: half a cosine from `peak` down to zero, times a linear rise over the
+    first `warmup_steps`, at most half of all."""
+    rise = min(1.0, (step + 1) / max(1, min(warmup_steps, steps // 2)))
     return peak * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 

@@ -34,7 +34,7 @@ BASE = PAPER | dict(clip="weights/ViT-B-16.pt", epochs=(60, 20, 20, 20), lr=(2.5
                     batch_size=140, accumulate=(4, 3, 3, 2))
 # stages: without the bridge, warm-up, Hi LoRA 1, 2, 3
 LARGE = PAPER | dict(clip="weights/ViT-L-14.pt", bridgeless=True, epochs=(10, 60, 10, 10, 10),
-                     lr=(2.5e-4, 2.5e-4, 1e-4, 5e-5, 2.5e-5), batch_size=56, accumulate=(4,), checkpoint=True)
+                     lr=(2.5e-4, 2.5e-4, 1e-4, 5e-5, 2.5e-5), batch_size=56, accumulate=(4,), recompute=True)
 REFCOCO = dict(dataset="refcoco", text_layers=(12,))
 REFCOCO_PLUS = dict(dataset="refcoco+", text_layers=(6, 12))
 REFCOCOG = dict(dataset="refcocog", text_layers=tuple(range(1, 13)))

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from hivg import weights
 from hivg.clip import CLIP, CLIP_SIZES, at_end_token, bounded_logit_scale, similarity
-from hivg.data.batches import choose_workers, to_device, training_batches
+from hivg.data.batches import to_device, training_batches
 from hivg.data.pairs import NO_PHRASE, NO_TARGET, Pairs
 from hivg.data.shapes import Shapes
 from hivg.losses import contrastive_loss
@@ -36,7 +36,7 @@ from hivg.training.checkpoint import open_run, restore, save_state
 from hivg.training.flags import RUNS, check_settings, setting, settings_from_flags
 from hivg.training.log import Log
 from hivg.training.optimizers import check_finite, learning_rate, make_optimizers, set_learning_rate, step_optimizers
-from hivg.utils.cli import choose_device, choose_dtype, run
+from hivg.utils.cli import DTYPES, choose_device, choose_dtype, run
 
 N_MERGES = 512  # of the tokenizer: enough for a token to every word of `shapes`
 SHARPNESS = 20.0  # of the soft maximum over the patches
@@ -66,7 +66,7 @@ class Settings:
 
     device: str = setting("auto", "auto, cpu or cuda", group="Machine", resumable=True)
     dtype: str = setting("auto", "type of the matrix products; auto: bfloat16 where the machine is fast at it",
-                         choices=("auto", "float32", "bfloat16"))
+                         choices=DTYPES)
     compile: bool = setting(False, "speed the model up with torch.compile")
 
     def __post_init__(self):
@@ -206,8 +206,7 @@ def validate(criterion, s: Settings, device):
     pairs = Pairs(clip.config.image_size, s.seed + 1)
     clip.eval()
     meant = []
-    workers = choose_workers(s.workers, device)
-    for batch in training_batches(pairs, 0, 64, s.val_images // 64, workers=workers, tokenizer=clip.tokenizer):
+    for batch in training_batches(pairs, 0, 64, s.val_images // 64, 0, s.workers, 0, 1, device, clip.tokenizer):
         meant.append(criterion(to_device(batch, clip.tokenizer, device))["meant"])
     clip.train()
     return {"accuracy": torch.cat(meant).float().mean().item()}
@@ -233,12 +232,11 @@ def pretrain(s: Settings):
     best = -1.0
     if saved:
         first, best = restore(saved, model, optimizers, log)
-    else:
-        save_state(run, s, 0, 0, best, model, optimizers, log)  # so that every run can be resumed
     dataset = Pairs(model.config.image_size, s.seed)
-    workers = choose_workers(s.workers, device)
-    batches = training_batches(dataset, 0, s.batch_size, steps, first, workers, *distributed.place(), model.tokenizer,
-                               pin=device.type == "cuda")
+    batches = training_batches(dataset, 0, s.batch_size, steps, first, s.workers, *distributed.place(), device,
+                               model.tokenizer)
+    if not saved:
+        save_state(run, s, 0, 0, best, model, optimizers, log)  # so that every run can be resumed
     bare = ContrastiveCriterion(model)
     criterion = distributed.wrap(bare)
     if s.compile:

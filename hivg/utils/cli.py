@@ -9,6 +9,8 @@ import torch
 
 from hivg.utils.quote import shown
 
+DTYPES = ("auto", "float32", "bfloat16")  # of choose_dtype
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line and exit code 2. Flags are declared with underscores and accepted
@@ -60,6 +62,13 @@ def run(main, interrupted="interrupted"):
     sys.exit(code or 0)
 
 
+def add_machine_flags(parser):
+    """--device and --dtype, as choose_device and choose_dtype take them."""
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of weights and products; auto: bfloat16 where "
+                        "the machine is fast at it")
+
+
 def choose_device(name):
     """"auto", "cpu", "cuda" or "cuda:1" -> torch.device. Raises ValueError if it is not there."""
     if name == "auto":
@@ -81,7 +90,7 @@ def choose_dtype(name, device):
     auto: bfloat16 on a GPU, and on a CPU that multiplies it in hardware, where it halves a step. Raises ValueError.
     """
     if name != "auto":
-        if name not in ("float32", "bfloat16"):
+        if name not in DTYPES:
             raise ValueError(f"dtype must be auto, float32 or bfloat16, not {name!r}")
         return getattr(torch, name)
     able = getattr(torch.cpu, "get_capabilities", dict)()  # not in every version

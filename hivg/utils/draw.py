@@ -206,12 +206,12 @@ def write_block(draw, corner, block, colour):
 
 # ---- boxes ----------------------------------------------------------------------------------------------------------
 
-def draw_boxes(image, boxes, labels=None, scores=None, colours=None, heatmap=None, mask=None):
+def draw_boxes(image, boxes, labels=None, colours=None, heatmap=None, mask=None):
     """Draw boxes, each with its expression beside it.
 
     image:   PIL image, or (H, W, 3) uint8 RGB array
     boxes:   (n, 4) numbers, (xmin, ymin, xmax, ymax) in pixels; parts outside the image are cut off
-    labels:  n strings; scores: n numbers, written after the labels
+    labels:  n strings
     colours: n colours, (r, g, b) or "#rrggbb"; by default n that are easily told apart
     heatmap: (h, w) numbers, see overlay_heatmap; mask: (h, w) 0..1, see overlay_mask and outline_mask
 
@@ -225,9 +225,8 @@ def draw_boxes(image, boxes, labels=None, scores=None, colours=None, heatmap=Non
     image = _rgb(image)
     boxes = _checked_boxes(boxes)
     labels = _one_each(labels, len(boxes), "labels")
-    scores = _one_each(scores, len(boxes), "scores")
     colours = [_colour(colour, i) for i, colour in enumerate(_one_each(colours, len(boxes), "colours"))]
-    texts = [_caption(label, score) for label, score in zip(labels, scores)]
+    texts = [clean_text(label or "") for label in labels]
     if heatmap is not None:
         image = overlay_heatmap(image, heatmap)
     if mask is not None:
@@ -276,14 +275,6 @@ def _one_each(values, n, name):
     if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != n:
         raise ValueError(f"{name} must be a list of {n}, one for each box, got {values!r:.100}")
     return list(values)
-
-
-def _caption(label, score):
-    """The text of a label; a score is written behind it."""
-    text = clean_text(label or "")
-    if score is None:
-        return text
-    return f"{text} · {score:.2f}" if text else f"{score:.2f}"
 
 
 def _frame(box, margin, size):

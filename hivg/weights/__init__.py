@@ -104,7 +104,9 @@ def read(path):
         raise
     except (NotThisKind, pickles.RefusedError) as error:
         raise WeightsError(f"{shown(path)}: {error}") from None
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise WeightsError(f"{shown(path)}: cannot be read ({error.strerror or shown(error)})") from None
+    except SafetensorError as error:
         raise WeightsError(f"{shown(path)}: not a whole .safetensors file ({shown(error)}); copy or download it again"
                            ) from None
     except (ValueError, IndexError, RuntimeError, OverflowError) as error:  # all but the first: shapes that nobody has

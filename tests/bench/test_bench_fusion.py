@@ -138,7 +138,7 @@ def small_bench(monkeypatch):
     monkeypatch.setattr(fusion, "INTERPRETED", False)
     monkeypatch.setattr(fusion, "do_bench", lambda function, **options: (1.0, 2.0, 3.0))
     monkeypatch.setattr(fusion, "time_by_graph", lambda function: 1.5)
-    monkeypatch.setattr(fusion, "peak_memory", lambda function, device: 0.1)
+    monkeypatch.setattr(fusion, "memory_of", lambda function, device: 0.1)
     monkeypatch.setattr(fusion, "product_rate", lambda dtype, device: 100.0)
     monkeypatch.setattr(fusion, "copy_rate", lambda device: 1000.0)
     monkeypatch.setattr(fusion, "predict", lambda case, gpu: {"forward": 4.0, "both": 8.0})

@@ -124,6 +124,18 @@ def test_the_likelier_place_comes_first(tmp_path):
     assert found(read_samples(tmp_path, "refcoco", "val")) == expected(tmp_path, near)
 
 
+@pytest.mark.parametrize("name, split", [("unc_train.pth", "train"), ("finetune_refcoco_val.json", "val")])
+def test_a_file_that_names_its_split_is_no_other(tmp_path, name, split):
+    """Else a training and its validation would read the same rows."""
+    scenes = make_scenes(tmp_path, 3)
+    write_list(tmp_path, {split: scenes}, "unc") if name.endswith(".pth") else write_mdetr(tmp_path, {split: scenes})
+    file, = tmp_path.rglob(name)
+    assert found(read_samples(tmp_path, "refcoco", split, file)) == expected(tmp_path, scenes)
+    other = {"train": "val", "val": "train"}[split]
+    with pytest.raises(ValueError, match=f"{name}: by its name the split {split}, not '{other}'"):
+        read_samples(tmp_path, "refcoco", other, file)
+
+
 # --- names ---
 
 
@@ -208,7 +220,8 @@ def test_problems_are_counted_named_and_left_out(tmp_path, capsys):
 
 @pytest.mark.parametrize("box, is_inside", [
     ([-1, -1, 31, 21], True), ([-1.1, 0, 9, 9], False), ([0, -1.1, 9, 9], False), ([0, 0, 31.1, 9], False),
-    ([0, 0, 9, 21.1], False)])
+    ([0, 0, 9, 21.1], False), ([30, 0, 31, 9], False), ([0, 20.2, 9, 20.9], False), ([-0.9, 0, 0, 9], False),
+    ([0, -0.9, 9, 0], False), ([29.9, 19.9, 31, 21], True)])
 def test_a_box_may_reach_out_by_a_pixel(tmp_path, box, is_inside):
     Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
     path = tmp_path / "mine.jsonl"

@@ -11,6 +11,7 @@ from hivg.data import batches
 from hivg.data.annotations import Sample
 from hivg.data.augment import Augment
 from hivg.data.batches import (
+    STAGE_ITEMS,
     SampleTensors,
     ShapesTensors,
     box_mask,
@@ -23,7 +24,6 @@ from hivg.data.batches import (
 from hivg.data.masks import mask_of
 from hivg.data.shapes import HARD_MIX, Shapes
 from hivg.data.transforms import NORMALIZATION
-from hivg.training import distributed
 
 ROWS = {  # the keys of a row: shape and type of the tensors, None for lists
     "pixels": ((3, 32, 32), torch.uint8), "padding_mask": ((32, 32), torch.bool), "boxes": ((4,), torch.float32),
@@ -105,10 +105,10 @@ def test_training_order(tmp_path):
     samples = make_samples(tmp_path)
     data = SampleTensors(samples, 32, augment=Augment())
     orders = []
-    for epoch in range(3):
-        orders.append([data.number(10 * epoch + i) for i in range(10)])
+    for first in (0, 10, 20, STAGE_ITEMS, STAGE_ITEMS + 10, 3 * STAGE_ITEMS):
+        orders.append([data.number(first + i) for i in range(10)])
         assert sorted(orders[-1]) == list(range(10))
-    assert orders[0] != orders[1] != orders[2]
+    assert len(set(map(tuple, orders))) == len(orders)
     again = SampleTensors(samples, 32, augment=Augment())
     other = SampleTensors(samples, 32, seed=1, augment=Augment())
     for index in (25, 3, 2**33 + 5):  # any order; a stage starts at a large index
@@ -205,7 +205,6 @@ def test_images_are_normalised_on_the_device(normalization):
     (-1, "cuda", 4, 16, 3), (-1, "cuda", 8, 4, 1)])
 def test_workers_by_the_machine(monkeypatch, asked, device, world, cores, workers):
     """world: the ranks on this machine; there may be others elsewhere."""
-    monkeypatch.setattr(distributed, "world", lambda: 2 * world)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world))
     monkeypatch.setattr(batches.os, "cpu_count", lambda: cores)
     monkeypatch.setattr(batches.os, "sched_getaffinity", lambda process: range(cores), raising=False)
@@ -223,9 +222,10 @@ def test_batches_are_pinned_for_a_gpu_alone(monkeypatch):
     """The loader is told so; nothing else can be seen of it without a GPU."""
     told = []
     monkeypatch.setattr(batches, "DataLoader", lambda *args, pin_memory, **options: told.append(pin_memory) or ())
-    for pin in (True, False):
-        list(training_batches(ShapesTensors("train", 32), 0, 4, 1, pin=pin))
-    assert told == [True, False]
+    for device in ("cuda", "cpu"):
+        list(training_batches(ShapesTensors("train", 32), 0, 4, 1, device=torch.device(device)))
+        list(evaluation_batches(ShapesTensors("val", 32), device=torch.device(device)))
+    assert told == [True, True, False, False]
 
 
 def test_a_box_stands_in_for_a_mask(tmp_path):

@@ -80,6 +80,27 @@ def test_folders_that_cannot_be(place):
     assert len(str(caught.value)) < 300
 
 
+def test_a_longer_name_of_a_data_set_is_another(tmp_path):
+    """gref_umd_val.pth and refcocog_google_val.pth are no splits "umd_val" of gref and "google_val" of refcocog."""
+    scenes = make_scenes(tmp_path, 3)
+    lists = {"gref_umd": ("val", "test"), "gref": ("train",), "refcocog_google": ("val",), "unc": ("testA",)}
+    for name, splits in lists.items():
+        write_list(tmp_path, dict.fromkeys(splits, scenes), name)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for name in lists:
+        for path in (tmp_path / name).iterdir():
+            path.rename(flat / path.name)
+    assert splits_of("gref", tmp_path, flat) == ["train", "val"]  # under both of its names
+    assert splits_of("refcocog", tmp_path, flat) == ["val", "test"]
+    assert splits_of("gref_umd", tmp_path, flat / "gref_umd_test.pth") == ["test"]
+
+
+def test_drawn_data_has_no_files():
+    with pytest.raises(ValueError, match="shapes is drawn"):
+        check("data", "shapes")
+
+
 def test_unknown_names_get_one_line(monkeypatch, capfd):
     code, out, err = call(main, capfd, monkeypatch, "check", "coco")
     assert code == 2 and out == ""

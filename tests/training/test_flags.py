@@ -26,11 +26,12 @@ def parsed(monkeypatch, *words):
 def test_every_setting_is_a_flag(monkeypatch):
     other = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v / 2, tuple: lambda v: v[::-1]}
     words = {"name": "n", "clip": "c", "bridge": "none", "lora": "shared", "box_loss": "smooth_l1", "device": "cpu",
-             "dtype": "bfloat16", "data_root": "d", "annotations": "a", "optimizer": "adamw", "text_layers": (2, 3),
+             "dtype": "bfloat16", "data_root": "d", "optimizer": "adamw", "text_layers": (2, 3),
              "epochs": (1, 2, 3, 4, 5), "lr": (1e-3,) * 5}
     changed = {}
     for f in fields(Settings):
-        if f.name not in ("preset", "finetune", "resume", "dataset", "masks"):  # which exclude or stand for others
+        # not those that exclude others or stand for them
+        if f.name not in ("preset", "finetune", "resume", "dataset", "masks", "annotations"):
             changed[f.name] = words.get(f.name) or other[type(f.default)](f.default)
     s = Settings(**changed)
     assert parsed(monkeypatch, *flags(s)) == s
@@ -77,7 +78,8 @@ def test_presets_are_defaults(monkeypatch):
     (["--seed", "-1"], "seed"),
     (["--workers", "-2"], "--workers must be from -1"),
     (["--masks", "polygon"], "auto, box, segmentation"),
-    (["--masks", "box"], "the masks of shapes are exact"),
+    (["--masks", "box"], "shapes is drawn"),
+    (["--annotations", "somewhere"], "shapes is drawn"),
     (["--clip_grad", "0"], "clip_grad"),
     (["--bridge", "golden"], "golden"),
     (["--lora", "deep"], "deep"),

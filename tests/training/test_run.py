@@ -50,7 +50,7 @@ def test_loss_falls(world, tiny):
 def test_a_stage_keeps_the_last_of_its_best_or_its_start(world, tiny, monkeypatch, scores, kept, best):
     seen = []
 
-    def validate(s, model, device):
+    def validate(s, dataset, model, device):
         seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return {"accuracy": scores[len(seen) - 1], "mean_iou": 0.1}
 

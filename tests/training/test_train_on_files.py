@@ -55,6 +55,14 @@ def test_train_and_evaluate_on_own_data(tmp_path, clip_file, monkeypatch, capfd)
     assert "0 right in the first alone, 0 in the second alone" in out
 
 
+def test_a_missing_val_is_noticed_before_any_work(tmp_path, clip_file, monkeypatch):
+    path = write_shapes(tmp_path, 3)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="no split 'val'; there are train"):
+        train.train(Settings(name="mine", dataset=str(path), clip=str(clip_file), batch_size=4, **ON_CPU))
+    assert not list(tmp_path.glob("runs/*/state.pt"))
+
+
 def test_the_mask_head_learns_the_masks_asked_for(tmp_path):
     """By default the outlines of people's own data, and boxes in published data sets."""
     own = write_shapes(tmp_path, 2)

@@ -211,5 +211,5 @@ def test_training_drops_the_calibration(monkeypatch, tmp_path):
     model = make_hivg(dtype=torch.float32)
     model.info = {"score_calibration": [1.0, 0.0], "accuracy": 0.5}
     monkeypatch.setattr(train, "validate", lambda *args: {"accuracy": 0.75, "mean_iou": 0.5})
-    train.keep_best(train.Settings(), model, torch.device("cpu"), tmp_path / "finetune.safetensors", 0.5)
+    train.keep_best(train.Settings(), None, model, torch.device("cpu"), tmp_path / "finetune.safetensors", 0.5)
     assert "score_calibration" not in weights.load(tmp_path / "finetune.safetensors").info

@@ -112,6 +112,9 @@ def test_disk_that_is_full(run):
     (["--sheet", "both.png", "--per_sample", "both.png"], ["both.png"]),
     (["--per_sample", "mine.jsonl"], ["mine.jsonl", "would be replaced"]),
     (["--per_sample", "./im/../mine.jsonl"], ["would be replaced"]),
+    (["--compare", "a", "b", "--per_sample", "rows.jsonl"], ["--compare writes no file"]),
+    (["--compare", "a", "b", "--sheet", "sheet.png"], ["--compare writes no file"]),
+    (["--compare", "a", "b", "--calibrate", "own.safetensors"], ["--compare writes no file"]),
 ], ids=str)
 def test_files_that_are_refused_at_once(run, monkeypatch, flags, words):
     """Before the work; nothing is lost."""

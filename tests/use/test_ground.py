@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 from makers import ROOT, make_clip, make_hivg
 from makers_use import BAD_IMAGES, TEXTS, assert_line, make_image, write_cut
-from PIL import Image
+from PIL import Image, ImageFile
 
 from hivg import ground, weights
 
@@ -96,6 +97,17 @@ def test_json_of_several(run, grounder):
         assert_row(line, grounder, image, TEXTS[:1])
 
 
+def test_a_folder_of_other_files(run):
+    """What Pillow knows by name but cannot read is left out, as notes are."""
+    make_folder("more", "a.png")
+    for name in ("film.mpg", "numbers.h5", "weather.grib", "drawing.wmf"):
+        Path("more", name).write_bytes(b"no picture")
+    assert ground.list_images(["more"]) == ["more/a.png"]
+    for kind, (read, _) in Image.OPEN.items():
+        if isinstance(read, type) and issubclass(read, ImageFile.StubImageFile):
+            assert kind in ground.UNREADABLE
+
+
 def test_words_and_drawing(run):
     code, out, _ = run("a.png", "-e", "star", "-e", "circle")
     number = r"\d+\.\d"
@@ -127,6 +139,28 @@ def test_a_drawing_does_not_replace_a_mask(run):
     assert_fails(run("a.png", "-e", "star", "--save_masks", "m", "--output", "./m/a-1.png"), "--save_masks")
     make_folder("m", "b.png", "b-1.png")
     assert_fails(run("m", "-e", "star", "--save_masks", "out", "--output", "out"), "--save_masks")
+
+
+def test_each_of_many_files_is_looked_at_once(run, monkeypatch):
+    """Not once for each pair of an image and a file to write."""
+    files = [Path(f"{number}.png") for number in range(100)]
+    for path in files:
+        path.touch()
+    looked_at = []
+    stat = os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **options: looked_at.append(path) or stat(path, **options))
+    ground.refuse_to_overwrite(files[:50], files[50:])
+    assert len(looked_at) <= 100
+    with pytest.raises(ValueError, match="7.png: 7.png would replace the image"):
+        ground.refuse_to_overwrite(files[:50], [*files[50:], None, Path("new.png"), Path("7.png")])
+    ground.refuse_to_overwrite(["missing.png", "\0"], [Path("new.png"), None])
+
+
+def test_names_of_many_images():
+    start = time.process_time()
+    names = ground.names_of([f"{number}/a.png" for number in range(5000)] + ["a-2.jpg"])
+    assert time.process_time() - start < 2
+    assert names[:3] == ["a", "a-2", "a-3"] and names[-1] == "a-2-2" and len(set(names)) == 5001
 
 
 def test_dtype(run):
@@ -168,6 +202,20 @@ def test_masks_as_files(run, grounder):
     plain = run("a.png", "-e", "star", "--output", "plain.png") and np.asarray(Image.open("plain.png"))
     run("a.png", "-e", "star", "--mask", "--output", "tinted.png")
     assert (np.asarray(Image.open("tinted.png")) != plain).any()
+
+
+def test_masks_of_what_is_not_found(run):
+    """Below --min_score the file is all black and no mask is drawn; a heat map is."""
+    run("a.png", "-e", "star", "--save_masks", "out", "--output", "drawn.png")
+    assert np.asarray(Image.open("out/a-1.png")).any()
+    flags = ["a.png", "-e", "star", "--min_score", "1", "--output", "drawn.png"]
+    assert run(*flags, "--mask", "--save_masks", "out")[0] == 0
+    mask = Image.open("out/a-1.png")
+    assert (mask.mode, mask.size) == ("L", (200, 120)) and not np.asarray(mask).any()
+    before = np.asarray(Image.open("a.png"))
+    assert (np.asarray(Image.open("drawn.png")) == before).all()
+    run(*flags, "--heatmap")
+    assert (np.asarray(Image.open("drawn.png")) != before).any()
 
 
 def test_warnings_are_told_once(run):

@@ -63,7 +63,7 @@ def test_nothing_is_drawn_inside_a_box(width, height):
     before = noise(width, height)
     box = random_boxes(rng, 1, width, height)
     label = " ".join(rng.choice(WORDS, rng.integers(1, 12)))
-    after = np.asarray(draw_boxes(before, box, [label], scores=[0.5]))
+    after = np.asarray(draw_boxes(before, box, [label]))
     assert after.shape[0] >= height and after.shape[1] >= width
     changed = (after[:height, :width] != before).any(axis=2)
     assert changed.any()
@@ -108,14 +108,6 @@ def test_label_touches_its_box_and_has_its_colour():
     assert rows.max() < 150 <= rows.max() + 8 and abs(columns.min() - 200) < 8
     tag = drawn[rows.min():rows.max() - 2, columns.min():columns.max()].reshape(-1, 3)
     assert (tag == colour_of(0)).all(axis=1).mean() > 0.5
-
-
-def test_a_score_is_written_after_its_label():
-    image = Image.new("RGB", (640, 480), "white")
-    box = [[200, 150, 400, 350]]
-    plain = draw_boxes(image, box, ["zebra"])
-    assert draw_boxes(image, box, ["zebra"], [0.25]) == draw_boxes(image, box, ["zebra · 0.25"]) != plain
-    assert draw_boxes(image, box, scores=[0.25]) == draw_boxes(image, box, ["0.25"])
 
 
 def test_a_mask_has_the_colour_of_the_first_box():
@@ -192,7 +184,7 @@ def test_boxes_have_distinct_colours():
 def test_odd_sizes_and_labels(size, label):
     w, h = size
     for box in ([0, 0, w, h], [w / 4, h / 4, w / 4, h / 4], [-9, -9, -5, -5], [1e30, 1e30, 1e30, 1e30]):
-        image = draw_boxes(Image.new("RGB", size, "white"), [box], [label], [0.1])
+        image = draw_boxes(Image.new("RGB", size, "white"), [box], [label])
         assert image.mode == "RGB" and image.width >= w and image.height >= h
         assert image.width <= max(w, 400) and image.height <= h + 600
 
@@ -216,7 +208,7 @@ def test_arguments_are_left_alone_and_may_be_lists():
     (dict(boxes=[1, 2, 3, 4]), "shape"), (dict(boxes=[[1, 2, 3]]), "shape"),
     (dict(boxes=[[9, 0, 3, 4]]), "xmin"), (dict(boxes=[[0, 0, float("nan"), 4]]), "finite"),
     (dict(boxes=[[0, 0, 3, 4]], labels=["a", "b"]), "labels"), (dict(boxes=[[0, 0, 3, 4]], labels="a"), "labels"),
-    (dict(boxes=[[0, 0, 3, 4]], scores=[]), "scores"), (dict(boxes=[[0, 0, 3, 4]], scores=0.5), "scores"),
+    (dict(boxes=[[0, 0, 3, 4]], colours=[]), "colours"), (dict(boxes=[[0, 0, 3, 4]], colours="red"), "colours"),
     (dict(boxes=[], heatmap=np.ones(4)), "heatmap"), (dict(boxes=[], mask=np.ones((0, 4))), "mask"),
     (dict(boxes=[], image=np.ones((4, 4))), "uint8"), (dict(boxes=[], image=noise(4, 4)[:0]), "pixels"),
 ])
