@@ -212,7 +212,8 @@ def train(s: Settings):
             first, best = restore(saved, model, optimizers, log)
         elif best is None:
             with autocast():
-                best = validate(s, val, model, device)["accuracy"]
+                scores, best = keep_best(s, val, model, device, path, -1.0)
+            log.epoch(stage.name, 0, 0, scores, best)
         batches = training_batches(dataset, number * STAGE_ITEMS, stage.batch_size, steps * stage.accumulate,
                                    first * stage.accumulate, s.workers, *distributed.place(), device, model.tokenizer)
         log.message(columns_text([stage_column(stage, model)]))
@@ -220,7 +221,6 @@ def train(s: Settings):
             weights.save(path, model, {"stage": stage.name, "accuracy": best})  # kept if the stage never improves it
         if number == 0 and first == 0:
             save_state(run, s, number, 0, best, model, optimizers, log)  # so that every run can be resumed
-
         loss_weights = LossWeights(*s.loss_weights)
         criterion = distributed.wrap(Criterion(model, loss_weights, s.box_loss), loss_weights.leave_a_head_out)
         if s.compile:

@@ -232,6 +232,8 @@ def check_outputs(args):
             fail(f"{shown(path)}: cannot be written ({error.strerror}); name a file in a folder that is there")
         if outputs.count(path) > 1:
             fail(f"{shown(path)}: two of --per_sample, --sheet and --calibrate name it; give each a file of its own")
+        if path == args.calibrate and not is_new and not os.path.samefile(path, args.weights):
+            fail(f"{shown(path)}: is there already; name a new file, or that of --weights")
         for other in inputs:
             if other == args.weights and path == args.calibrate:
                 continue  # it may take the place of the weights

@@ -41,6 +41,8 @@ def arguments():
         fail(f"--seeds must be 0 or more, not {min(args.seeds)}")
     if args.command == "one" and (len(args.names), len(args.seeds), args.lr is None) != (1, 1, False):
         fail("`one` takes the name of an arm, --lr and one of --seeds")
+    if args.command in ("list", "report") and args.names:
+        fail(f"{args.command} takes no names; it shows all arms")
     args.names = list(dict.fromkeys(args.names))  # once each
     args.seeds = list(dict.fromkeys(args.seeds))
     return args

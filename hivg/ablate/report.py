@@ -91,10 +91,11 @@ def accuracy_table(found):
         stages = []
         for stage in row["val"]:
             stages.append(f"{np.mean([r['val'][stage] for r in runs.rows.values()]):.3f}")
-        spread = np.std([r["test"]["accuracy"] for r in runs.rows.values()], ddof=1) if len(runs.rows) > 1 else np.nan
+        finals = [r["test"]["accuracy"] for r in runs.rows.values()]
+        spread = f"{np.std(finals, ddof=1):.3f}" if len(finals) > 1 else "-"
         on_target = np.mean([list(r["attention"].values())[-1]["on_target"] for r in runs.rows.values()])
         rows.append((name, f"{parameters / 1e6:.2f} M", f"{runs.lr:g}", len(runs.rows), ", ".join(stages),
-                     f"{runs.accuracy():.3f}", f"{spread:.3f}", f"{runs.accuracy('compose'):.3f}", f"{on_target:.2f}"))
+                     f"{runs.accuracy():.3f}", spread, f"{runs.accuracy('compose'):.3f}", f"{on_target:.2f}"))
     return table(("arm", "parameters", "rate", "seeds", "`val` after each stage", "`test`", "sd of seeds", "`compose`",
                   "[REG] on target"), rows)
 
@@ -171,7 +172,7 @@ def report(path, charts):
         absent = [name for name in b.arms or BY_NAME if name not in found]
         parts.append(f"## {budget.capitalize()} budget, {b.expressions:,} expressions")
         if absent:
-            parts.append("Not run yet: " + ", ".join(absent) + ".")
+            parts.append("Not run yet: " + "; ".join(absent) + ".")
         parts += [accuracy_table(found), claims_table(results)]
         by_group = [arm.name for arm, _ in results if arm.claim in ("bridge", "Hi LoRA")]
         if by_group:

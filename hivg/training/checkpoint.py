@@ -79,8 +79,9 @@ def save_state(run, settings, stage, step, best, model, optimizers, log):
         "log": log.state(),
     }
     if distributed.rank() == 0:
-        write_whole(run / "state.pt", lambda path: torch.save(state, path),
-                    advice="make room, then continue with --resume")
+        path = run / "state.pt"
+        advice = "make room, then " + ("continue with --resume" if path.exists() else "start again")
+        write_whole(path, lambda part: torch.save(state, part), advice)
 
 
 def restore(state, model, optimizers, log):

@@ -40,6 +40,8 @@ def names_with(settings, key):
 
 def check_settings(settings):
     """Refuse at once what would fail hours later, or be ignored. Raises ValueError, one line with the flag."""
+    if not settings.name:
+        raise ValueError("--name is empty; give the run a name, that of its folder under runs/")
     for f in fields(settings):
         value = getattr(settings, f.name)
         choices = f.metadata["choices"]
@@ -47,7 +49,7 @@ def check_settings(settings):
             raise ValueError(f"--{f.name} must be one of {', '.join(map(str, choices))}, not {value!r:.60}")
         length = f.metadata["length"]
         if length and len(value) != length:
-            raise ValueError(f"--{f.name} needs {length} numbers, not {len(value)}; --help says which")
+            raise ValueError(f"--{f.name} needs {length} numbers, not {len(value)}; --help names them")
         for number in value if isinstance(value, tuple) else (value,):
             if not in_range(number, f.metadata["low"], f.metadata["high"]):
                 raise ValueError(f"--{f.name} must be {range_text(f)}, not {number}")

@@ -103,7 +103,8 @@ class Log:
                 if name in row:
                     curves.setdefault(name, []).append((offset + last, row[name]))
         panels = []
-        for name, points in curves.items():
-            panels.append({"curves": {name: points}, "title": TITLES[name], "x_label": "step",
-                           "boundaries": boundaries})
+        for name, title in TITLES.items():
+            if name in curves:
+                panels.append({"curves": {name: curves[name]}, "title": title, "x_label": "step",
+                               "boundaries": boundaries})
         plot_panels(panels, self.run / "curves.png")

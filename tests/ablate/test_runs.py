@@ -150,7 +150,7 @@ def test_the_report_says_what_the_results_say(small):
 
 def test_the_command_line(small, monkeypatch, capfd):
     for args, words in ((("run", "no such arm"), "no such arm"), (("run", "--jobs", "0"), "--jobs"),
-                        (("one", "base"), "--lr"), (("report",), "no results")):
+                        (("one", "base"), "--lr"), (("report",), "no results"), (("report", "base"), "takes no names")):
         code, _, error = call(main, capfd, monkeypatch, *args)
         assert code == 2 and words in error and error.count("\n") == 1
     code, output, _ = call(main, capfd, monkeypatch, "list")

@@ -76,6 +76,7 @@ def test_presets_are_defaults(monkeypatch):
     (["--epoch_samples", "-1"], "epoch_samples"),
     (["--loss_weights", *"000000000"], "all 0"),
     (["--seed", "-1"], "seed"),
+    (["--name", ""], "--name is empty"),
     (["--workers", "-2"], "--workers must be from -1"),
     (["--masks", "polygon"], "auto, box, segmentation"),
     (["--masks", "box"], "shapes is drawn"),
@@ -124,6 +125,7 @@ def test_help_explains_every_setting_by_group(monkeypatch, capfd):
 def test_a_setting_is_checked_wherever_it_comes_from():
     @dataclass
     class Small:
+        name: str = setting("small", "of the run")
         n: int = setting(2, "a number", low=1, high=3)
         kinds: str = setting("a", "a kind", choices=("a", "b"))
         rates: tuple[float, ...] = setting((1.0,), "rates", low=0, length=1)

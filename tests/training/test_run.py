@@ -276,6 +276,8 @@ def test_finetune_keeps_its_start_if_it_gets_worse(whole, world, tiny, monkeypat
     scores = iter([0.5, 0.4, 0.45])
     monkeypatch.setattr(train, "validate", lambda *args: {"accuracy": next(scores)})
     path = train.train(replace(tiny, finetune=str(whole / "lora3.safetensors"), epochs=(2,)))
+    assert [(row["epoch"], row["accuracy"]) for row in log_of("runs/tiny") if "epoch" in row] == [
+        (0, 0.5), (1, 0.4), (2, 0.45)]
     kept = weights.load_hivg(path)
     before = weights.load_hivg(whole / "lora3.safetensors").state_dict()
     assert kept.info["accuracy"] == 0.5

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -199,10 +200,13 @@ def test_damaged_calibration_on_the_command_line(run):
     assert code == 0 and calibration_of(weights.load("good.safetensors").info)
 
 
-@pytest.mark.parametrize("target, word", [("weights.pth", "OUT.safetensors"), ("no/folder/a.safetensors", "no/folder")])
+@pytest.mark.parametrize("target, word", [("weights.pth", "OUT.safetensors"), ("no/folder/a.safetensors", "no/folder"),
+                                          ("other.safetensors", "other.safetensors: is there already")])
 def test_targets_that_cannot_be(run, target, word):
     weights.save("raw.safetensors", make_hivg(dtype=torch.float32))
+    Path("other.safetensors").write_text("of somebody")
     code, out, err = run("--weights", "raw.safetensors", "--calibrate", target)
+    assert Path("other.safetensors").read_text() == "of somebody"
     assert (code, out) == (2, "") and re.fullmatch("error: [^\n]+\n", err) and word in err
 
 
