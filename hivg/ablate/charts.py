@@ -26,13 +26,13 @@ def plot_differences(results):
         if of_claim:
             lines.append((claim, None))
         for arm, d in of_claim:
-            lines.append((f"{arm.name} – {arm.against}", d))
+            lines.append((f"{arm.name} against {arm.against}, {d.seeds} seed{'s' * (d.seeds > 1)}", d))
     least = min(d.low for _, d in results)
     most = max(d.high for _, d in results)
     step = 5 if most - least < 60 else 10  # points between two vertical lines
     least = step * math.floor(min(least, -1) / step)
     most = step * math.ceil(max(most, 1) / step)
-    height = LINE * (len(lines) + 2)
+    height = LINE * (len(lines) + 3)
     image = Image.new("RGB", (WIDTH, height), "white")
     draw = ImageDraw.Draw(image)
 
@@ -41,9 +41,11 @@ def plot_differences(results):
 
     for points in range(least, most + 1, step):
         x = column(points)
-        draw.line((x, 10, x, height - LINE), INK if points == 0 else FAINT, 3 if points == 0 else 2)
+        draw.line((x, 10, x, height - 2 * LINE), INK if points == 0 else FAINT, 3 if points == 0 else 2)
         label = text_block(f"{points:+d}" if points else "0", 24, math.inf)
-        write_block(draw, (x - label.width / 2, height - LINE + 4), label, GREY)
+        write_block(draw, (x - label.width / 2, height - 2 * LINE + 4), label, GREY)
+    label = text_block("points of Acc@0.5 on test; intervals that hold for all at once, 95 %", 24, math.inf)
+    write_block(draw, (WIDTH - label.width - 60, height - LINE), label, GREY)
     for number, (text, d) in enumerate(lines):
         y = LINE * number + LINE
         block = text_block(text, 28, math.inf)
