@@ -166,9 +166,11 @@ def report(rows, is_calibrated=False):
 
 
 def sheet(dataset, rows):
-    """The SHEET worst and as many random samples as one PIL image: the box wanted and the box found."""
-    worst = sorted(range(len(rows)), key=lambda number: rows[number]["iou"])[:SHEET]
-    at_random = random.Random(0).sample(range(len(rows)), min(SHEET, len(rows)))
+    """The SHEET worst samples and as many random others as one PIL image: the box wanted and the box found."""
+    order = sorted(range(len(rows)), key=lambda number: rows[number]["iou"])
+    worst = order[:SHEET]
+    others = order[SHEET:]
+    at_random = random.Random(0).sample(others, min(SHEET, len(others)))
     tiles = [sheet_tile(dataset, rows, number) for number in worst + at_random]
     captions = [f"worst: {rows[number]['expression']}" for number in worst]
     captions += [f"random: {rows[number]['expression']}" for number in at_random]
@@ -250,7 +252,8 @@ def choose_split(args):
         raise ValueError(f"{shown(args.dataset, 150)}: no expression in it; `python -m hivg.data check` says why")
     wanted = ("val",) if args.calibrate else DEFAULT_SPLITS  # `test` is not for fitting
     usual = [split for split in wanted if split in splits]
-    split = (usual or splits)[0]
+    others = [split for split in splits if split != "train"]
+    split = (usual or others or splits)[0]
     print(f"evaluating the split {shown(split, 40)} of {shown(', '.join(splits), 150)}", file=sys.stderr)
     return split
 

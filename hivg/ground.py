@@ -17,7 +17,8 @@ from PIL import Image
 
 from hivg.data.images import ImageError
 from hivg.grounder import DEFAULT_WEIGHTS, HEATMAPS, Grounder, draw_results
-from hivg.utils.cli import Parser, Progress, add_machine_flags, fail, run
+from hivg.utils.cli import Parser, Progress, add_machine_flags, run
+from hivg.utils.files import save_image
 from hivg.utils.quote import shown
 from hivg.weights import bundled
 
@@ -31,13 +32,13 @@ def arguments():
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="images or folders of images")
     parser.add_argument("-e", "--expression", action="append", metavar="TEXT", help="what to find; may be repeated")
     parser.add_argument("--weights", default=DEFAULT_WEIGHTS, metavar="FILE", help="a HiVG weights file")
-    parser.add_argument("--output", type=Path, metavar="PATH", help="the drawn image (grounded.png); for several "
-                        "images a folder (grounded/)")
+    parser.add_argument("--output", metavar="PATH", help="the drawn image (grounded.png); for several images, or "
+                        "with a / at its end, a folder (grounded/)")
     parser.add_argument("--heatmap", choices=HEATMAPS, help="draw a heat map of the first expression as well: "
                         "tokens, the token map, also if no name follows; attention, where the token of the box looks")
     parser.add_argument("--mask", action="store_true", help="draw the mask of the first expression as well")
-    parser.add_argument("--save_masks", type=Path, metavar="FOLDER", help="write the mask of each expression as a PNG, "
-                        "white where it is: NAME-1.png, NAME-2.png for the expressions of NAME.jpg")
+    parser.add_argument("--save_masks", metavar="FOLDER", help="write the mask of each expression as a PNG, white "
+                        "where it is: NAME-1.png, NAME-2.png for the expressions of NAME.jpg")
     parser.add_argument("--min_score", type=float, default=0.0, metavar="S", help="0 to 1: below this score nothing "
                         "counts as found, so no box and no mask; a heat map is drawn all the same")
     parser.add_argument("--json", action="store_true", help="a JSON object a line on stdout; draws only with --output")
@@ -50,6 +51,8 @@ def arguments():
         parser.error('an image, but no expression; add -e "the object to find"')
     if not 0 <= args.min_score <= 1:
         parser.error(f"--min_score must be from 0 to 1, not {args.min_score}")
+    if "" in (args.output, args.save_masks):
+        parser.error("--output and --save_masks must name a file or folder, not be empty")
     if args.rle and not args.json:
         parser.error("--rle is for --json; give both, or --save_masks FOLDER for PNG files")
     if not args.images:
@@ -98,9 +101,10 @@ def drawing_paths(args, images, several):
     """A file for the drawing of each image; None for each with --json and no --output."""
     if args.json and not args.output:
         return [None] * len(images)
-    if not several and not (args.output and os.path.isdir(args.output)):
-        return [args.output or Path("grounded.png")]
-    folder = args.output or Path("grounded")
+    output = args.output or ("grounded/" if several else "grounded.png")
+    if not several and not os.path.isdir(output) and not output.endswith(("/", os.sep)):
+        return [Path(output)]
+    folder = Path(output)
     return [folder / f"{name}.png" for name in names_of(images)]
 
 
@@ -125,7 +129,7 @@ def mask_paths(args, images):
     numbers = range(1, len(args.expression) + 1)
     paths = []
     for name in names_of(images):
-        paths.append([args.save_masks / f"{name}-{number}.png" for number in numbers])
+        paths.append([Path(args.save_masks, f"{name}-{number}.png") for number in numbers])
     return paths
 
 
@@ -175,21 +179,14 @@ def report(args, image, results):
 
 
 def save_drawing(args, results, target):
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draw_results(results, args.heatmap, args.mask, args.min_score).save(target)
-    except (OSError, ValueError) as error:
-        fail(f"{target}: the drawing cannot be written ({error}); give --output a .png path that can be")
+    drawing = draw_results(results, args.heatmap, args.mask, args.min_score)
+    save_image(drawing, target, "make room, or give another --output")
     print(f"drawn in {shown(target, 1000)}", file=sys.stderr)
 
 
 def save_masks(args, results, targets):
     for result, target in zip(results, targets):
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            result.save_mask(target, args.min_score)
-        except OSError as error:
-            fail(f"{target}: the mask cannot be written ({error}); give --save_masks a folder that can be written to")
+        result.save_mask(target, args.min_score)
 
 
 def main():

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 from hivg import weights
 from hivg.calibration import calibrated, calibration_of
@@ -19,10 +19,13 @@ from hivg.data.masks import run_lengths_of
 from hivg.data.transforms import Letterbox
 from hivg.tokenizer import split_words
 from hivg.utils.cli import choose_device, choose_dtype
-from hivg.utils.draw import draw_boxes
+from hivg.utils.draw import clean_text, draw_boxes, drawable
+from hivg.utils.files import save_image
+from hivg.utils.quote import quoted
 
 DEFAULT_WEIGHTS = weights.bundled("hivg-tiny.safetensors")
 BATCH = 32  # expressions that go through the model at once
+DRAWN = 200  # pixels: a drawing is a whole number of times larger than its image, as long as no side exceeds this
 HEATMAPS = ("tokens", "attention")  # heat maps that can be drawn: the token map, the attention of [REG]
 
 
@@ -95,9 +98,9 @@ class Result:
 
     def save_mask(self, path, min_score=0.0):
         """Write the mask as a black image of the same size, white where its probability is above 0.5; all black if the
-        result scores less than min_score."""
+        result scores less than min_score. Raises ValueError or OSError, one line with the file."""
         found = (self.mask > 0.5) & (self.score >= min_score)
-        Image.fromarray(np.uint8(255) * found).save(path)
+        save_image(Image.fromarray(np.uint8(255) * found), path)
 
     def mask_rle(self):
         """The mask, where its probability is above 0.5, as COCO's compressed run lengths, as pycocotools reads them:
@@ -117,17 +120,26 @@ class Result:
 
 def draw_results(results, heatmap=False, mask=False, min_score=0.0):
     """Draw the results of one image together -> PIL RGB image. Heat map and mask (see Result.draw) are those of the
-    first result. A result that scores less than min_score has neither its box nor its mask drawn."""
+    first result. A result that scores less than min_score has neither its box nor its mask drawn.
+
+    An image of at most 100 pixels a side is drawn two or more times as large (DRAWN). An expression that no font here
+    has the letters for, Chinese or emoji, say, is labelled with its number among the results: #1."""
     first = results[0]
     window = first.letterbox.window  # maps as small as they are: the image may have many more pixels
-    found = [result for result in results if result.score >= min_score]
+    factor = max(1, DRAWN // max(first.image.size))
+    boxes = []
+    labels = []
+    for number, result in enumerate(results, 1):
+        if result.score >= min_score:
+            boxes.append([factor * v for v in result.box])
+            labels.append(drawable(clean_text(result.expression), f"#{number}"))
     heat = None
     if heatmap:
         heat = first._heat_square("tokens" if heatmap is True else heatmap)[window]
     return draw_boxes(
-        first.image,
-        [result.box for result in found],
-        [result.expression for result in found],
+        ImageOps.scale(first.image, factor, Image.Resampling.NEAREST),
+        boxes,
+        labels,
         heatmap=heat,
         mask=first._mask_square()[window] if mask and first.score >= min_score else None,
     )
@@ -161,9 +173,8 @@ class Grounder:
         """image: a path, a PIL image, an open file or an array (hivg.data.images.open_image); expression: text ->
         Result, or a list of texts about the image -> list of Result. attention: whether the results have an
         `attention`, which takes a little longer. Raises hivg.data.images.ImageError for the image, ValueError for an
-        empty expression and for a model that gives no numbers."""
-        texts = [expression] if isinstance(expression, str) else list(expression)
-        check_texts(texts)
+        expression that is empty or no text and for a model that gives no numbers."""
+        texts = texts_of(expression)
         image = open_image(image)
         results = []
         for start in range(0, len(texts), BATCH):
@@ -174,9 +185,10 @@ class Grounder:
     def ground_pairs(self, images, expressions, attention=False):
         """A list of n images, each with its expression of a list of n -> list of n Result, computed in batches of at
         most BATCH. Raises as `ground` does, and ValueError for lists of different lengths."""
-        if isinstance(expressions, str) or len(images) != len(expressions):
+        lists = hasattr(images, "__len__") and hasattr(expressions, "__len__") and not isinstance(expressions, str)
+        if not lists or len(images) != len(expressions):
             raise ValueError("ground_pairs needs a list of images and a list of as many expressions")
-        check_texts(expressions)
+        expressions = texts_of(expressions)
         results = []
         for start in range(0, len(images), BATCH):
             batch = [open_image(image) for image in images[start : start + BATCH]]
@@ -227,6 +239,15 @@ class Grounder:
         return results
 
 
-def check_texts(texts):
-    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ValueError("the expression is empty; say in words what to find")
+def texts_of(expression):
+    """A text, or texts in whatever can be listed -> list of texts. Raises ValueError."""
+    is_one = isinstance(expression, str | bytes) or not hasattr(expression, "__iter__")
+    texts = [expression] if is_one else list(expression)
+    if not texts:
+        raise ValueError("the list of expressions is empty; give one or more")
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"the expression {quoted(text)} is no text; give a string, or a list of strings")
+        if not text.strip():
+            raise ValueError("the expression is empty; say in words what to find")
+    return texts

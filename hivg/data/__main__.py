@@ -14,7 +14,7 @@ def main():
     parser.add_argument("dataset")
     parser.add_argument("--data_root", default="data", metavar="DIR", help="folder with all data sets (default: data)")
     parser.add_argument("--annotations", metavar="FILE", help="a file or folder, if not at a published place")
-    parser.add_argument("--decode", action="store_true", help="read every image, too, to find the damaged ones")
+    parser.add_argument("--decode", action="store_true", help="read every image, too, and list the damaged ones")
     args = parser.parse_args()
     print(check(args.data_root, args.dataset, args.annotations, args.decode))
 

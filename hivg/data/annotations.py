@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from hivg.data.formats import read_rows
-from hivg.data.images import ImageError, upright_size
+from hivg.data.formats import USUAL_SPLITS, read_rows
+from hivg.data.images import ImageError, ImageTooLarge, most_pixels, upright_size
 from hivg.data.masks import check_polygons, check_size, mask_of, run_lengths
 from hivg.data.published import canonical, find_file
 from hivg.utils.quote import quoted, shown
@@ -44,19 +44,21 @@ class Sample:
 
 @dataclass
 class Report:
-    """Rows that were left out of a file, and why: the number and the first case of each kind of problem."""
+    """Rows that were left out of a file, and why: the number and the first case of each kind of problem. Notes are
+    about rows that were not left out."""
 
     source: str = ""
     problems: Counter = field(default_factory=Counter)
     first: dict = field(default_factory=dict)
+    notes: list = field(default_factory=list)
 
-    def add(self, kind, index, detail):
+    def add(self, kind, place, detail):
         self.problems[kind] += 1
-        self.first.setdefault(kind, f"index {index}: {shown(detail, 120)}")
+        self.first.setdefault(kind, f"{place}: {shown(detail, 120)}")
 
     def lines(self):
-        return [f"{shown(self.source, 90)}: {count:,} left out, {kind} (first: {self.first[kind]})"
-                for kind, count in self.problems.items()]
+        texts = [f"{count:,} left out, {kind} (first: {self.first[kind]})" for kind, count in self.problems.items()]
+        return [f"{shown(self.source, 90)}: {text}" for text in texts + self.notes]
 
 
 def read_samples(data_root, dataset, split, annotations=None, report=None):
@@ -64,7 +66,8 @@ def read_samples(data_root, dataset, split, annotations=None, report=None):
 
     data_root    the folder with the published layout (see the README)
     dataset      a name (`refcoco`, `unc`, ...), or a .jsonl file of one's own. Its images are looked for below the data
-                 root and beside the file; if its rows name no `split`, one image in ten is `val` and the rest `train`
+                 root and beside the file. Its split "validation", "valid" or "dev" is `val`, in capitals too; if its
+                 rows name no `split`, one image in ten is `val`, at least one of several, and the rest `train`
     annotations  a file or folder, where they are not at a published place; REFER's `refs(..).p` needs `instances.json`
                  beside it
     report       a Report to fill; without one its lines are printed on stderr
@@ -77,26 +80,45 @@ def read_samples(data_root, dataset, split, annotations=None, report=None):
 
 def _read_samples(data_root, dataset, split, annotations, report):
     path, rows = read_dataset(data_root, dataset, split, annotations)
+    if not rows:
+        raise ValueError(f"{shown(path, 80)}: no row in it; there must be one for each expression")
+    own = is_own(dataset)
+    if own and all(row.split != split for row in rows):
+        split = USUAL_SPLITS.get(split.lower(), split)
     rows_of_split = [row for row in rows if row.split in (None, split)]
     if not rows_of_split:
         splits = sorted({row.split for row in rows if row.split})
-        names = shown(", ".join(splits or ["none"]))
-        raise ValueError(f"{shown(path, 80)}: no split {quoted(split, 40)}; there are {names}")
+        names = shown(", ".join(splits), 100)
+        hint = '; name it as the "split" of some rows' if own else ""
+        raise ValueError(f"{shown(path, 80)}: no split {quoted(split, 40)}; there are {names}{hint}")
 
     given = report is not None
     report = report if given else Report()
     report.source = f"{path}, {split}"
-    check = RowCheck(Path(data_root), path, is_own(dataset))
+    check = RowCheck(Path(data_root), path, own)
     samples = []
     for index, row in enumerate(rows_of_split):
         try:
             samples.append(check.sample(row))
         except Problem as problem:
-            report.add(problem.kind, index, problem.detail)
+            report.add(problem.kind, f"line {row.line}" if row.line else f"index {index}", problem.detail)
+    if own:
+        report.notes += notes(samples, check.dropped)
     if not given:
         for line in report.lines():
             print(line, file=sys.stderr)
     return samples
+
+
+def notes(samples, dropped):
+    """Lines on what is odd in people's own data. dropped: the rows whose outline is none."""
+    lines = []
+    if dropped:
+        first = f"line {dropped[0].line}: {shown(dropped[0].file, 60)}: {quoted(dropped[0].segmentation, 40)}"
+        lines.append(f"{len(dropped):,} outlines dropped, neither polygons nor run lengths (first: {first})")
+    if samples and all(0 <= min(sample.box) and max(sample.box) <= 1 for sample in samples):
+        lines.append("all boxes lie in 0..1; boxes are in pixels")
+    return lines
 
 
 @contextmanager
@@ -150,6 +172,7 @@ class RowCheck:
         self.own = own
         self.names = {}  # folder: the files in it
         self.sizes = {}  # image: (width, height)
+        self.dropped = []  # rows whose outline is none
         self.outlines = {}  # (id, size of the image): (segmentation, as checked); sentences about an object share it
 
     def sample(self, row):
@@ -158,19 +181,18 @@ class RowCheck:
             raise Problem("incomplete row", row.problem)
         if not isinstance(row.file, str) or not row.file:
             raise Problem("no image named", quoted(row.file))
-        if not isinstance(row.expression, str) or not row.expression.strip():
-            raise Problem("empty expression", shown(row.file, 60))
-        if len(row.expression) > MAX_EXPRESSION:
-            raise Problem("endless expression", f"{shown(row.file, 60)}: {quoted(row.expression, 40)}")
         file = row.file.replace("\\", "/")  # as Windows writes paths
+        named = shown(file, 60)
+        check_expression(row.expression, named)
         image = self.image_path(file, row.image_folder)
         folder, name = os.path.split(image)
         if name not in self.names_in(folder):
             raise Problem("missing image", image)
         size = row.size or self.size_of(image)
-        named = shown(file, 60)
-        box = checked_box(row.bbox, row.form, *size, named)
+        box = checked_box(row.bbox, row.form, *size, named, self.own)
         segmentation = self.segmentation(row.segmentation, size, named)
+        if self.own and row.segmentation and not segmentation:
+            self.dropped.append(row)
         return Sample(image, row.expression, box, segmentation, name, self.own)
 
     def segmentation(self, value, size, file):
@@ -184,10 +206,7 @@ class RowCheck:
         if folder is not None:
             return self.data_root / folder / file
         below_root = self.data_root / file
-        beside = self.source.parent / file
-        if not os.path.isfile(below_root) and os.path.isfile(beside):
-            return beside
-        return below_root
+        return below_root if os.path.isfile(below_root) else self.source.parent / file
 
     def names_in(self, folder):
         if folder not in self.names:
@@ -202,6 +221,8 @@ class RowCheck:
         if image not in self.sizes:
             try:
                 self.sizes[image] = upright_size(image) if self.own else stored_size(image)
+            except ImageTooLarge:
+                raise Problem(f"image of more than {most_pixels()}", image) from None
             except ImageError:
                 raise Problem("damaged image", image) from None
         return self.sizes[image]
@@ -212,14 +233,31 @@ def stored_size(image):
     try:
         with Image.open(image) as opened:  # reads the header alone
             return opened.size
+    except Image.DecompressionBombError as error:
+        raise ImageTooLarge(str(error)) from None
     except Exception as error:  # Pillow's decoders raise nearly anything
         raise ImageError(str(error)) from None
 
 
-def checked_box(bbox, form, width, height, file):
-    """Four numbers, xyxy or xywh -> (xmin, ymin, xmax, ymax), floats. Raises Problem."""
+def check_expression(expression, file):
+    """Raises Problem for what is no text, or too long a one."""
+    if expression is None:
+        raise Problem("no expression", file)
+    if not isinstance(expression, str):
+        raise Problem("expression that is not text", f"{file}: {quoted(expression, 40)}")
+    if not expression.strip():
+        raise Problem("empty expression", file)
+    if len(expression) > MAX_EXPRESSION:
+        raise Problem("endless expression", f"{file}: {quoted(expression, 40)}")
+
+
+def checked_box(bbox, form, width, height, file, own):
+    """Four numbers, xyxy or xywh -> (xmin, ymin, xmax, ymax), floats. Raises Problem.
+
+    In people's own data a text like "12" or `true` is no number; the released program takes them, so published lists
+    may have them."""
     try:
-        if not isinstance(bbox, list | tuple):
+        if not isinstance(bbox, list | tuple) or own and any(isinstance(value, str | bool) for value in bbox):
             raise TypeError
         xmin, ymin, xmax, ymax = (float(value) for value in bbox)
     except (TypeError, ValueError, OverflowError):  # the last: a whole number beyond all floats
@@ -229,7 +267,8 @@ def checked_box(bbox, form, width, height, file):
         ymax += ymin
     box = (xmin, ymin, xmax, ymax)
     if not (xmax > xmin and ymax > ymin):  # also for nan
-        raise Problem("box without area", f"{file}: {box}")
+        hint = "; boxes are xmin ymin xmax ymax" if own else ""
+        raise Problem("box without area", f"{file}: {quoted(box, 40)}{hint}")
     beyond = xmin < -SLACK or ymin < -SLACK or xmax > width + SLACK or ymax > height + SLACK
     if beyond or xmin >= width or ymin >= height or xmax <= 0 or ymax <= 0:
         raise Problem("box outside the image", f"{file} ({width} x {height}): {box}")

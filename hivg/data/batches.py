@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hivg.data.annotations import read_samples
 from hivg.data.augment import Augment
-from hivg.data.images import open_image, open_published
+from hivg.data.images import ImageError, open_image, open_published
 from hivg.data.shapes import EXPRESSIONS_PER_SCENE, HARD_MIX, Shapes
 from hivg.data.transforms import Letterbox, normalise
 from hivg.utils.quote import shown
@@ -111,7 +111,10 @@ class SampleTensors(Dataset):
     def image(self, number):
         """The image of sample `number`, PIL RGB. Raises ImageError, which names it."""
         sample = self.samples[number]
-        return open_image(sample.image) if sample.own else open_published(sample.image)
+        try:
+            return open_image(sample.image) if sample.own else open_published(sample.image)
+        except ImageError as error:
+            raise ImageError(f"{shown(error, 230)}; `python -m hivg.data check NAME --decode` lists all") from None
 
     def outline(self, sample, image):
         """(H, W) bool, or None where the mask is to be the box. Raises ValueError, which names the image."""

@@ -12,9 +12,10 @@ def check(data_root, dataset, annotations=None, decode=False):
     """The text of the report. Raises ValueError if there is nothing to report on.
 
     For each split the number of expressions beside the published one, and the rows that are left out, with the reason;
-    then the training images that are in another split too, for the mixture also in the splits of its parts.
+    then the training images that are in another split too, for the mixture also in the splits of its parts; and whether
+    people's own data have no `val`.
 
-    decode: read the pixels of every image, too, and count the damaged ones; takes minutes for a hundred thousand.
+    decode: read the pixels of every image, too, and list the damaged ones; takes minutes for a hundred thousand.
     """
     if dataset == "shapes":
         raise ValueError("shapes is drawn as it is needed; there are no files to check")
@@ -44,7 +45,11 @@ def check(data_root, dataset, annotations=None, decode=False):
                 lines += decoded(f"{shown(name)} {shown(split, 40)}", samples)
     if not any(images.values()):
         raise ValueError(problems[0] if problems else f"{shown(dataset)}: no expression in it")
-    return "\n".join(lines + leakage(names[0], images))
+    lines += leakage(names[0], images)
+    if is_own(dataset) and (dataset, "val") not in images:
+        lines.append(f'{shown(dataset)}: no val: train.py needs one; write "split": "val" in the rows of some images, '
+                     '"train" in the others')
+    return "\n".join(lines)
 
 
 def counts_by_split(data_root, name):
@@ -79,7 +84,7 @@ def splits_of(dataset, data_root="data", annotations=None):
 
 
 def decoded(name, samples):
-    """Read every image of the samples -> lines about those that cannot be."""
+    """Read every image of the samples -> lines: how many cannot be read, and one for each of these."""
     own = {sample.image: sample.own for sample in samples}
     progress = Progress(f"{name}, images read", len(own))
     problems = []
@@ -91,7 +96,7 @@ def decoded(name, samples):
         progress(number)
     if not problems:
         return [f"{name}: all {len(own):,} images can be read"]
-    return [f"{name}: {len(problems):,} of {len(own):,} images cannot be read (first: {problems[0]})"]
+    return [f"{name}: {len(problems):,} of {len(own):,} images cannot be read:", *(f"  {text}" for text in problems)]
 
 
 def leakage(name, images):

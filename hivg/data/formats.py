@@ -6,6 +6,7 @@ A file's format is recognised by its content. Pickles are read as plain data (hi
 import json
 import re
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 
 from hivg.data.published import COCO, DATASETS, IMAGE_FOLDERS
@@ -14,6 +15,8 @@ from hivg.utils.quote import quoted, shown
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_SIDE = 10**6  # pixels of an image
+USUAL_SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+                "test": "test"}  # what people call a split, in lower case, and what it is called here
 
 
 @dataclass(slots=True)
@@ -29,6 +32,7 @@ class Row:
     split: str | None = None  # None: the file holds one split
     size: tuple | None = None  # (width, height) of the image, where the file says it
     problem: str | None = None  # why there is no complete row
+    line: int | None = None  # its number in a file of lines, from 1 on
 
 
 def read_rows(path, dataset):
@@ -183,11 +187,11 @@ def lines_rows(path, dataset):
             continue
         record = json_object(line)
         if record is None:
-            rows.append(Row(problem=f"line {number} is not a JSON object: {quoted(line)}"))
+            rows.append(Row(problem=f"not a JSON object: {quoted(line)}", line=number))
             continue
         split = record.get("split")
         if split is not None and (not isinstance(split, str) or not split.strip()):
-            rows.append(Row(problem=f"line {number} has the split {quoted(split)}, which is not a name"))
+            rows.append(Row(problem=f"the split {quoted(split)} is not a name", line=number))
             continue
         rows.append(Row(
             file=record.get("image"),
@@ -197,21 +201,44 @@ def lines_rows(path, dataset):
             image_folder=published.image_folder if published else None,
             segmentation=record.get("segmentation"),
             split=split,
+            line=number,
         ))
-    if published:
-        return rows
-    has_splits = any(row.split for row in rows)
-    for row in rows:
-        if not has_splits:
-            row.split = split_of_image(row.file)
-        elif row.split is None and not row.problem:
-            row.problem = f"no split, where other rows have one: {quoted(row.expression)}"
+    if not published:
+        name_splits(rows)
     return rows
 
 
-def split_of_image(file):
-    """"val" for one file name in ten, else "train": all expressions of an image are in one split."""
-    return "val" if zlib.crc32(str(file).encode(errors="replace")) % 10 == 0 else "train"
+def name_splits(rows):
+    """Give the rows of people's own data the splits as they are called here, and by their image where none says one."""
+    usual = usual_splits({row.split for row in rows if row.split})
+    if not usual:
+        val = val_images(row.file for row in rows if isinstance(row.file, str))
+        for row in rows:
+            row.split = "val" if str(row.file) in val else "train"
+        return
+    for row in rows:
+        if row.split:
+            row.split = usual[row.split]
+        elif not row.problem:
+            row.problem = f"no split, where other rows have one: {quoted(row.expression)}"
+
+
+def usual_splits(names):
+    """The splits that a file names, a set -> {name: what it is called here}: "val" for "Validation". Names that would
+    become one, as "val" and "dev", stay two."""
+    usual = {name: USUAL_SPLITS.get(name.strip().lower(), name) for name in names}
+    count = Counter(usual.values())
+    return {name: split if count[split] == 1 else name for name, split in usual.items()}
+
+
+def val_images(files):
+    """File names -> the set of those that are "val", by their hash: one in ten, with all the expressions of an image.
+    Two images or more are never all in one split: the one with the smallest hash is "val" then, the others "train"."""
+    hashes = {file: zlib.crc32(file.encode(errors="replace")) for file in files}
+    val = {file for file, number in hashes.items() if number % 10 == 0}
+    if len(hashes) > 1 and len(val) in (0, len(hashes)):
+        return {min(hashes, key=hashes.get)}
+    return val
 
 
 def json_object(line):

@@ -25,9 +25,18 @@ class ImageError(ValueError):
     """An image that cannot be used; the message names it and says in one line what to do."""
 
 
+class ImageTooLarge(ImageError):
+    """An image of more pixels than Pillow reads; one could fill the memory."""
+
+
+def most_pixels():
+    """The most that Pillow reads, as text."""
+    return f"{2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels"
+
+
 def open_image(image):
     """An image in any form -> upright PIL RGB image. Forms: a path, a PIL image of any mode, a file open for reading
-    bytes, or an array, (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA, of uint8 or of floats in 0..1.
+    bytes, or an array, (H, W) or (H, W, 1) grey, (H, W, 3) RGB or (H, W, 4) RGBA, of uint8 or of floats in 0..1.
 
     EXIF rotation is applied, the first frame of an animation taken, transparency laid on white, 16 bits scaled to 8.
     Raises ImageError.
@@ -108,7 +117,9 @@ def _identified(file, name):
             image = Image.open(file)
     except Image.UnidentifiedImageError:
         raise ImageError(f"{name}: not an image that can be read; convert it to PNG or JPEG") from None
-    except (OSError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:
+        raise ImageTooLarge(f"{name}: has more than {most_pixels()}; make it smaller") from None
+    except OSError as error:
         problem = getattr(error, "strerror", None) or error  # without the path again
         raise ImageError(f"{name}: cannot be opened ({shown(problem, 80)}); check the file") from None
     except Exception as error:
@@ -119,10 +130,17 @@ def _identified(file, name):
 
 
 def _of_array(array):
-    """An array, (H, W), (H, W, 3) or (H, W, 4), of uint8 or of floats in 0..1 -> PIL image. Raises ImageError."""
+    """An array, (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), of uint8 or of floats in 0..1 -> PIL image. Raises
+    ImageError."""
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
     if array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,), (4,)) or 0 in array.shape:
         raise ImageError(f"array of shape {shown(array.shape, 60)}: give (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA")
-    if array.dtype.kind == "f" and 0 <= array.min() <= array.max() <= 1:  # not with NaN
+    if array.dtype.kind == "f":
+        low = array.min()
+        high = array.max()
+        if not 0 <= low <= high <= 1:  # nor with NaN
+            raise ImageError(f"array of floats from {low:.4g} to {high:.4g}: give floats in 0..1, or uint8 in 0..255")
         array = (array * 255).round().astype(np.uint8)
     if array.dtype != np.uint8:
         raise ImageError(f"array of type {shown(array.dtype, 60)}: give uint8, or floats in 0..1")

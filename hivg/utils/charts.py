@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw
 
 from hivg.utils.draw import FAINT, GREY, INK, clean_text, colour_of, font_for, fonts_of_size, text_block, write_block
+from hivg.utils.files import save_image
 
 
 def plot_curves(curves, path=None, title="", x_label="", y_label="", boundaries=(), size=(900, 360)):
@@ -33,12 +34,13 @@ def plot_panels(panels, path=None, size=(900, 300)):
         xs += [x for x, _ in _finite_points(panel["curves"])]
         xs += [x for x, _ in panel.get("boundaries", ())]
     x_range = _range(xs, room=0.0)
+    x_step = 1.0 if all(float(x).is_integer() for x in xs) else 0.0  # there is no half of a step or epoch
     image = Image.new("RGB", (2 * width, 2 * height * len(panels)), "white")
     for i, panel in enumerate(panels):  # drawn at twice the size and reduced: smooth lines
-        image.paste(_panel(2 * width, 2 * height, x_range, **panel), (0, 2 * height * i))
+        image.paste(_panel(2 * width, 2 * height, x_range, x_step, **panel), (0, 2 * height * i))
     image = image.reduce(2)
     if path is not None:
-        image.save(path)
+        save_image(image, path)
     return image
 
 
@@ -52,6 +54,7 @@ class Axes:
     bottom: int
     x_range: tuple
     y_range: tuple
+    x_step: float  # the least between two ticks
 
     def column(self, x):
         low, high = self.x_range
@@ -62,12 +65,16 @@ class Axes:
         return self.bottom - (y - low) / (high - low) * (self.bottom - self.top)
 
 
-def _panel(width, height, x_range, curves, title="", x_label="", y_label="", boundaries=()):
+def _panel(width, height, x_range, x_step, curves, title="", x_label="", y_label="", boundaries=()):
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)
     ys = [y for _, y in _finite_points(curves)]
+    low, high = _range(ys, room=0.05)
+    if all(0 <= y <= 1 for y in ys):  # an accuracy is never 1.1
+        low = max(low, 0.0)
+        high = min(high, 1.0)
     axes = Axes(left=160, right=width - 40, top=16, bottom=height - (92 if x_label else 56), x_range=x_range,
-                y_range=_range(ys, room=0.05))
+                y_range=(low, high), x_step=x_step)
     if title:
         write_block(draw, (axes.left, axes.top), text_block(clean_text(title, 80), 32, math.inf), INK)
         axes.top += 48
@@ -100,7 +107,7 @@ def _grid(draw, axes):
         row = axes.row(y)
         draw.line((axes.left, row, axes.right, row), FAINT, 2)
         draw.text((axes.left - 14, row), text, GREY, font, anchor="rm")
-    for x, text in _ticks(*axes.x_range, (axes.right - axes.left) // 160):
+    for x, text in _ticks(*axes.x_range, (axes.right - axes.left) // 160, axes.x_step):
         column = axes.column(x)
         draw.line((column, axes.top, column, axes.bottom), FAINT, 2)
         draw.text((column, axes.bottom + 12), text, GREY, font, anchor="ma")
@@ -127,9 +134,10 @@ def _range(values, room):
     return low - room * (high - low), high + room * (high - low)
 
 
-def _ticks(low, high, count):
-    """About `count` round values between low and high, 1, 2 or 5 times a power of ten apart, with their texts."""
-    least = (high - low) / max(count, 2)
+def _ticks(low, high, count, least=0.0):
+    """About `count` round values between low and high, 1, 2 or 5 times a power of ten and at least `least` apart, with
+    their texts."""
+    least = max(least, (high - low) / max(count, 2))
     power = 10.0 ** math.floor(math.log10(least))
     steps = [power, 2 * power, 5 * power, 10 * power]
     step = next((step for step in steps if step >= least), steps[-1])

@@ -6,6 +6,7 @@ excluded. Every function returns a new RGB image and leaves its arguments alone.
 """
 
 import math
+import re
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -149,10 +150,16 @@ def _lacks(which, character):
 def font_for(text, size):
     """The first font that lacks the fewest characters of `text`; those it lacks appear as hollow boxes."""
     fonts = fonts_of_size(size)
-    lacking = []  # of each font, the number of characters
-    for which in range(len(fonts)):
-        lacking.append(sum(_lacks(which, character) for character in set(text)))
+    lacking = [sum(_lacks(which, character) for character in set(text)) for which in range(len(fonts))]
     return fonts[lacking.index(min(lacking))]
+
+
+def drawable(text, instead="?"):
+    """The text with "?" for the characters that its font lacks; `instead` where no letter or number is left then."""
+    which = fonts_of_size(16).index(font_for(text, 16))
+    lacking = "".join(character for character in set(text) if _lacks(which, character))
+    drawn = re.sub(f"[{re.escape(lacking)}]+", "?", text) if lacking else text
+    return drawn if drawn == text or any(map(str.isalnum, drawn)) else instead
 
 
 def clean_text(text, limit=MAX_CHARACTERS):
@@ -184,7 +191,8 @@ def _wrap(text, font, width):
 
 
 def text_block(text, size, width):
-    """Text of a font size, wrapped to at most `width` pixels, in lines of similar length."""
+    """Text of a font size, `drawable`, wrapped to at most `width` pixels, in lines of similar length."""
+    text = drawable(text)
     font = font_for(text, size)
     lines = _wrap(text, font, width)
     if len(lines) > 1:  # even lines look better than a word alone in the last one

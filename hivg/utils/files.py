@@ -2,8 +2,13 @@
 
 import os
 from contextlib import suppress
+from pathlib import Path
+
+from PIL import Image
 
 from hivg.utils.quote import shown
+
+TORCHS_OWN = ("[enforce fail", "PytorchStreamWriter", "basic_ios")  # how the errors of torch.save begin on a full disk
 
 
 def write_whole(path, write, advice="make room, or write elsewhere"):
@@ -20,4 +25,16 @@ def write_whole(path, write, advice="make room, or write elsewhere"):
         with suppress(OSError):
             part.unlink()
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        if reason.startswith(TORCHS_OWN):  # it tells nobody anything
+            reason = "the disk may be full"
         raise OSError(f"{shown(path)}: cannot be written ({shown(reason, 100)}); {advice}") from None
+
+
+def save_image(image, path, advice="make room, or write elsewhere"):
+    """Write a PIL image in the format that the suffix of `path` names. Raises ValueError for a suffix that names none,
+    and as write_whole does."""
+    path = Path(path)
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f"{shown(path)}: no image can be written under this suffix; end the name in .png")
+    write_whole(path, lambda part: image.save(part, kind), advice)

@@ -90,6 +90,8 @@ def save(path, model, info=None, dtype=None):
 def read(path):
     """Any weights file -> File. Raises WeightsError."""
     path = Path(path)
+    if os.path.isdir(path):
+        raise WeightsError(f"{shown(path)}: is a folder; name a weights file in it")
     if not os.path.isfile(path):  # unlike path.is_file(), False for a name that no file can have
         raise WeightsError(f"{shown(path)}: there is no such weights file; {shown(bundled('README.md'), 80)} says "
                            "where to get some")

@@ -39,7 +39,7 @@ def describe(path):
             if name not in ("clip", "lora", "stage"):
                 rows[name] = value
     rows |= {shown(name): shown(value, 2000) for name, value in file.info.items()}
-    lines = [f"{name:<18}{value}" for name, value in rows.items()]
+    lines = [f"{name:<20} {value}" for name, value in rows.items()]
     return "\n".join(lines)
 
 
@@ -47,8 +47,8 @@ def convert(source, target):
     """Write any file that can be loaded as our own. Raises ValueError or OSError."""
     if not target.endswith(".safetensors"):
         raise ValueError(f"{shown(target)}: our files are .safetensors; give OUT that suffix")
-    if os.path.isfile(source) and os.path.exists(target) and os.path.samefile(source, target):
-        raise ValueError(f"{shown(source)}: OUT would replace the file; give OUT another name")
+    if os.path.lexists(target):
+        raise ValueError(f"{shown(target)}: there is a file of this name; give OUT another, or remove the file first")
     model = load(source)
     save(target, model, model.info)
     print(target)
@@ -64,7 +64,7 @@ def arguments():
     fetch.add_argument("model", metavar="MODEL", help=", ".join(download.FILES))
     convert = commands.add_parser("convert", help="write any file that can be loaded as our own")
     convert.add_argument("source", metavar="IN", help="a weights file of any kind")
-    convert.add_argument("target", metavar="OUT", help="the new file, .safetensors")
+    convert.add_argument("target", metavar="OUT", help="the file to make, .safetensors")
     show = commands.add_parser("show", help="say what a file is")
     show.add_argument("file", metavar="FILE", help="a weights file of any kind")
     return parser.parse_args()

@@ -84,10 +84,10 @@ def get(address, part):
             reason = f"{error.code} {shown(error.reason, 60)}"
             raise ValueError(f"{address}: the server answers {reason}; try again later") from None
     except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-        reason = shown(getattr(error, "reason", error), 40)
-        path = shown(part.with_suffix(""), 105)  # mostly whole: the file is to be saved there
-        raise ValueError(f"{shown(address, 60)}: no connection ({reason}); try again to resume, or get it "
-                         f"some other way, as {path}") from None
+        reason = getattr(error, "reason", error)
+        reason = shown(getattr(reason, "strerror", None) or reason, 36)
+        path = shown(part.with_suffix(""), 78)  # mostly whole, as is the address: the file is to be saved there
+        raise ValueError(f"{address}: no connection ({reason}); try again, or save it as {path}") from None
 
 
 def receive(answer, part, done):

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import zlib
 
 import numpy as np
 import pytest
@@ -21,7 +22,10 @@ from makers_data import (
 from PIL import Image
 
 from hivg.data.annotations import Report, checked_segmentation, read_samples
+from hivg.data.check import splits_of
+from hivg.data.formats import val_images
 from hivg.data.published import COCO, DATASETS, FLICKR, REFERIT, canonical
+from hivg.utils.quote import shown
 
 WRITERS = {  # name: the function and its arguments
     "REFER, Python 2": (write_refer, {"dump": python2}),
@@ -172,8 +176,63 @@ def test_own_lines_are_split_by_image(tmp_path):
 def test_own_lines_may_name_their_split(tmp_path):
     path = write_own(tmp_path, split="train")
     assert len(read_samples(tmp_path, str(path), "train")) == 80
-    with pytest.raises(ValueError, match="no split 'val'; there are train"):
+    with pytest.raises(ValueError, match="no split 'val'; there are train; name it as the \"split\" of some rows"):
         read_samples(tmp_path, path, "val")
+
+
+def write_own_splits(folder, *splits):
+    """mine.jsonl with one image and a row for each split; None: a row without one."""
+    Image.new("RGB", (30, 20)).save(folder / "a.png")
+    rows = []
+    for split in splits:
+        row = {"image": "a.png", "expression": f"the {split} cup", "bbox": [1, 2, 11, 12]}
+        rows.append(json.dumps(row if split is None else row | {"split": split}) + "\n")
+    path = folder / "mine.jsonl"
+    path.write_text("".join(rows))
+    return path
+
+
+@pytest.mark.parametrize("train, val", [("train", "validation"), ("Train", "Validation"), ("TRAIN", "VAL"),
+                                        ("training", "valid"), ("train", "dev")])
+def test_usual_names_of_splits(tmp_path, train, val):
+    path = write_own_splits(tmp_path, train, val, val, "mine")
+    for wanted, given, n in (("train", train, 1), ("val", val, 2), (val, val, 2), ("mine", "mine", 1)):
+        samples = read_samples(tmp_path, path, wanted)
+        assert [sample.expression for sample in samples] == [f"the {given} cup"] * n
+    assert splits_of(path) == ["mine", "train", "val"]
+
+
+def test_two_splits_stay_two(tmp_path):
+    path = write_own_splits(tmp_path, "train", "dev", "val")
+    assert splits_of(path) == ["dev", "train", "val"]
+    assert [sample.expression for sample in read_samples(tmp_path, path, "val")] == ["the val cup"]
+
+
+@pytest.mark.parametrize("n", range(2, 9))
+def test_there_is_a_val_from_two_images_on(n):
+    """The images of smallest hash, unless some are in the tenth."""
+    for seed in range(20):
+        files = [f"{seed}_{i}.png" for i in range(n)]
+        val = val_images(files + files)
+        tenth = {file for file in files if zlib.crc32(file.encode()) % 10 == 0}
+        if 0 < len(tenth) < n:
+            assert val == tenth
+        else:
+            assert val == {min(files, key=lambda file: zlib.crc32(file.encode()))}
+    assert val_images(["a.png"]) == set()
+
+
+def test_few_images_have_a_val(tmp_path):
+    path = write_own(tmp_path, 5)
+    splits = {split: {s.image for s in read_samples(tmp_path, path, split)} for split in ("train", "val")}
+    assert len(splits["val"]) == 1 and len(splits["train"]) == 4 and not splits["val"] & splits["train"]
+
+
+def test_a_row_without_image_is_no_val(tmp_path):
+    """Else the one row that is val might be left out."""
+    path = write_own(tmp_path, 2)
+    path.write_text("nonsense\n{}\n" + '{"image": ["a.png"]}\n' + path.read_text())
+    assert len(read_samples(tmp_path, path, "val")) == 2 == len(read_samples(tmp_path, path, "train", report=Report()))
 
 
 def test_own_images_are_below_the_data_root_or_beside_the_file(tmp_path):
@@ -183,6 +242,11 @@ def test_own_images_are_below_the_data_root_or_beside_the_file(tmp_path):
     assert read_samples(root, path, "train")[0].image == tmp_path / "images/0.png"
     Image.new("RGB", (30, 20)).save(root / "images/0.png")
     assert read_samples(root, path, "train")[0].image == root / "images/0.png"
+    for folder in (root, tmp_path):
+        (folder / "images/0.png").unlink()
+    report = Report()
+    assert not read_samples(root, path, "train", report=report)
+    assert report.first["missing image"] == f"line 1: {shown(tmp_path / 'images/0.png')}"  # beside the file
 
 
 # --- problems ---
@@ -212,7 +276,8 @@ def test_problems_are_counted_named_and_left_out(tmp_path, capsys):
     assert [s.box for s in samples] == [(0.0, 0.0, 30.5, 20.0)]
     assert report.problems == {kind: 1 for kind in bad} | {"box without area": 3, "incomplete row": 1}
     for index, kind in enumerate(bad, 1):
-        assert report.first[kind].startswith(f"index {index}: ")
+        assert report.first[kind].startswith(f"line {index + 1}: ")
+    assert report.first["box without area"].endswith("(5.0, 5.0, 5.0, 10.0); boxes are xmin ymin xmax ymax")
     assert not capsys.readouterr().err
     read_samples(tmp_path, path, "train")
     assert capsys.readouterr().err.splitlines() == report.lines()

@@ -37,11 +37,26 @@ def test_leakage_between_the_parts_of_the_mixture(tmp_path):
 
 
 def test_own_data_is_reported_by_its_splits(tmp_path):
-    path = write_own(tmp_path, 3, split="dev")
+    path = write_own(tmp_path, 3, split="mine")
     (tmp_path / "images/2.png").unlink()
     lines = check("nowhere", path).splitlines()
-    assert lines[0] == f"{path} dev: 4 expressions, 2 images"
+    assert lines[0] == f"{path} mine: 4 expressions, 2 images"
     assert "2 left out, missing image" in lines[1]
+
+
+@pytest.mark.parametrize("n, fields, has_val", [(3, {}, True), (1, {}, False), (3, {"split": "train"}, False),
+                                                (3, {"split": "validation"}, True)])
+def test_own_data_without_val_are_told(tmp_path, n, fields, has_val):
+    path = write_own(tmp_path, n, **fields)
+    assert (f"{path}: no val: train.py needs one; " in check(tmp_path, path)) == (not has_val)
+
+
+def test_dropped_outlines_and_boxes_of_0_to_1_are_told(tmp_path):
+    path = write_own(tmp_path, 3, split="val", segmentation="foo", bbox=[0, 0.25, 0.5, 1])
+    text = check(tmp_path, path)
+    assert "mine.jsonl, val: 6 outlines dropped, neither polygons nor run lengths (first: line 1: images/0.png" in text
+    assert "mine.jsonl, val: all boxes lie in 0..1; boxes are in pixels" in text
+    assert f"{path} val: 6 expressions" in text  # they are kept
 
 
 @pytest.mark.parametrize("content", [None, "", "\n", "hello", "{}", '{"image": "b.png", "expression": "x"}'])
@@ -68,8 +83,8 @@ def test_the_splits_that_a_file_has(tmp_path):
     assert splits_of("refcoco", "nowhere", tmp_path / "unc") == ["train", "mine"]
     (tmp_path / "unc/unc_train.pth").rename(tmp_path / "rows")
     assert splits_of("refcoco", "nowhere", tmp_path / "rows") == ["train", "val", "testA", "testB"]  # any name will do
-    own = write_own(tmp_path, 3, split="dev")
-    assert splits_of(own) == ["dev"]
+    own = write_own(tmp_path, 3, split="mine")
+    assert splits_of(own) == ["mine"]
 
 
 @pytest.mark.parametrize("place", ["data_root", "annotations"])

@@ -42,11 +42,18 @@ def test_a_file_of_the_current_folder(tmp_path, monkeypatch, root):
 def test_a_damaged_first_line_is_left_out(tmp_path):
     samples, report = read(tmp_path, "image,expression\n" + ROW)
     assert len(samples) == 1
-    assert report.first == {"incomplete row": "index 0: line 1 is not a JSON object: 'image,expression'"}
+    assert report.first == {"incomplete row": "line 1: not a JSON object: 'image,expression'"}
+
+
+def test_lines_are_counted_as_editors_do(tmp_path):
+    """With those that are blank, of other splits, or fine."""
+    other = json.dumps(GOOD | {"split": "val"})
+    _, report = read(tmp_path, f"{ROW}\n\n{other}\n{other}\n" + json.dumps(GOOD | {"bbox": [5, 5, 2, 2]}))
+    assert report.first["box without area"].startswith("line 5: ")
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"", "no split 'train'; there are none"),
+    (b"", "no row in it; there must be one for each expression"),
     (ROW.encode("utf-16"), "cannot be read as annotations: not text in UTF-8; save it with that encoding"),
     (ROW.replace("cup", "café").encode("latin1").replace(b"\\u00e9", b"\xe9"), "not text in UTF-8"),
     (ROW.replace("train", "\x1b[31m" * 100), "not a JSON object"),
@@ -69,7 +76,9 @@ BAD_ROWS = {  # name: (changes of a good row, the problem it is counted as)
     "a blank split": ({"split": " "}, "incomplete row"),
     "no split where others have one": ({"split": None}, "incomplete row"),
     "a huge box": ({"bbox": [1, 1, HUGE, 9]}, "box that is not four numbers"),
-    "a box of huge texts": ({"bbox": ["9" * 5000] * 4}, "box without area"),
+    "a box of huge texts": ({"bbox": ["9" * 5000] * 4}, "box that is not four numbers"),
+    "a box of texts": ({"bbox": ["1", "1", "9", "9"]}, "box that is not four numbers"),
+    "a box of true and false": ({"bbox": [False, False, True, True]}, "box that is not four numbers"),
     "a box of objects": ({"bbox": [{}, [], None, "x"]}, "box that is not four numbers"),
     "a box of five": ({"bbox": [1, 1, 9, 9, 9]}, "box that is not four numbers"),
     "a box with names": ({"bbox": {"1": 1, "2": 1, "3": 9, "4": 9}}, "box that is not four numbers"),
@@ -89,6 +98,8 @@ BAD_ROWS = {  # name: (changes of a good row, the problem it is counted as)
     "a name of controls": ({"image": "\x1b[2J.png"}, "missing image"),
     "a name of a folder": ({"image": "."}, "missing image"),
     "a name of lists": ({"image": [["a.png"]]}, "no image named"),
+    "a number for a text": ({"expression": 5}, "expression that is not text"),
+    "nothing for a text": ({"expression": None}, "no expression"),
     "an endless text": ({"expression": "cup " * 10_000}, "endless expression"),
     "a text of blanks": ({"expression": "\u2028 \n"}, "empty expression"),
     "nested brackets": ('{"image": ' + "[" * 100_000, "incomplete row"),
@@ -104,6 +115,37 @@ def test_each_bad_row_is_left_out_with_its_reason(tmp_path, name):
     assert len(samples) == 2 and report.problems == {problem: 1}, report.lines()
     line, = report.lines()
     assert len(line) <= 300 and line.isprintable(), line
+
+
+def test_a_row_without_expression(tmp_path):
+    samples, report = read(tmp_path, '{"image": "a.png", "bbox": [1, 1, 9, 9], "split": "train"}')
+    assert not samples and report.problems == {"no expression": 1}
+
+
+@pytest.mark.parametrize("outline", ["foo", [[1, 2]], [[1, 1, 5, 1, 5, 5, 7]], [1, 1, 5, 1, 5, 5], {"size": [20, 30]}],
+                         ids=str)
+def test_an_outline_that_is_none_is_told(tmp_path, outline):
+    """The row keeps its box. Published lists hold other things there, and nothing is told of them."""
+    samples, report = read(tmp_path, f"{ROW}\n" + json.dumps(GOOD | {"segmentation": outline}))
+    assert [sample.segmentation for sample in samples] == [None, None] and not report.problems
+    line, = report.lines()
+    assert ": 1 outlines dropped, neither polygons nor run lengths (first: line 2: a.png: " in line
+    assert len(line) <= 300 and line.isprintable()
+
+
+@pytest.mark.parametrize("outline", [None, [], {}, "", [[1, 1, 5, 1, 5, 5]]], ids=str)
+def test_an_outline_or_none_is_not_told(tmp_path, outline):
+    _, report = read(tmp_path, json.dumps(GOOD | {"segmentation": outline}))
+    assert not report.lines()
+
+
+@pytest.mark.parametrize("boxes, told", [
+    ([[0, 0, 1, 1]], True), ([[0.1, 0.2, 0.5, 0.9], [0, 0, 0.3, 1]], True), ([[0, 0, 1, 1], [0, 0, 1, 2]], False),
+    ([[-0.5, 0, 1, 1]], False)], ids=str)
+def test_boxes_of_0_to_1_are_told(tmp_path, boxes, told):
+    samples, report = read(tmp_path, "\n".join(json.dumps(GOOD | {"bbox": box}) for box in boxes))
+    assert len(samples) == len(boxes)
+    assert report.notes == ["all boxes lie in 0..1; boxes are in pixels"] * told
 
 
 def test_the_sentences_about_an_object_share_its_outline(tmp_path):

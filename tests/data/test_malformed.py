@@ -96,10 +96,13 @@ MALFORMED = {  # the writer; how many samples it gives, None for an error; a par
     "nan in a box": (row(box=[1, 1, float("nan"), 5]), 0, "box without area"),
     "infinity in a box": (row(box=[1, 1, float("inf"), 5]), 0, "box outside"),
     "a box of text": (row(box="1 1 5 5"), 0, "not four numbers"),
+    "a box of texts": (row(box=["1", "1", "5", "5"]), 1, ""),  # the released program takes them
+    "an outline of text": (row(segmentation="7.mat"), 1, ""),
+    "a box in 0..1": (row(box=[0, 0, 1, 1]), 1, ""),
     "no box": (row(box=None), 0, "not four numbers"),
     "a negative size": (row(box=[5, 5, -3, 2]), 0, "box without area"),
     "bytes for text": (row("a.jpg".encode(), phrase="café".encode()), 1, ""),
-    "a number for text": (row(phrase=5), 0, "empty expression"),
+    "a number for text": (row(phrase=5), 0, "expression that is not text"),
     "a Windows path": (row("sub\\b.jpg"), 1, ""),
     "a folder for an image": (row("sub"), 0, "missing image"),
     "sizes of zero": (row(size={"width": 0, "height": 0}), 1, ""),
@@ -111,7 +114,7 @@ MALFORMED = {  # the writer; how many samples it gives, None for an error; a par
     "ids as text": (ref(ann_id="7", image_id="3"), 1, ""),
     "no ann_id": (ref(without="ann_id"), None, "'ann_id'"),
     "sentences of text": (ref(sentences=["cup"]), None, "cannot be read"),
-    "no sentence": (ref(sentences=[]), None, "no split"),
+    "no sentence": (ref(sentences=[]), None, "no row in it"),
     "instances cut short": (ref(instances='{"annotations": [{"id": 7'), None, "cannot be read"),
     "instances a list": (ref(instances="[]"), None, "cannot be read"),
     "unicode": (ref(sentences=[GOOD_SENTENCE | {"sent": "das Café \U0001f431 左"}]), 1, ""),
@@ -136,4 +139,5 @@ def test_malformed_files_get_a_line(tmp_path, name):
         return
     samples = read_samples(tmp_path, "refcoco", "val", tmp_path / "file", report)
     assert len(samples) == n and message in "".join(report.lines())
+    assert n == 0 or not report.lines()
     assert all(isinstance(s.expression, str) and s.image.is_file() for s in samples)

@@ -110,7 +110,38 @@ def test_a_damaged_image_is_named_in_one_line(tmp_path, workers):
             seen += len(batch["expressions"])
     message = str(caught.value)
     assert seen == 4
-    assert message.startswith(str(tmp_path / "5.png")) and "\n" not in message and len(message) <= 300
+    assert message.startswith(str(tmp_path / "5.png")) and "\n" not in message
+    assert message.endswith("; `python -m hivg.data check NAME --decode` lists all")
+
+
+def test_a_damaged_image_of_a_long_name_is_named(tmp_path):
+    """Command lines cut a message at 290 characters."""
+    folder = tmp_path / ("x" * 200)
+    folder.mkdir()
+    data = open_dataset(write_damaged(folder), "train", 32)
+    with pytest.raises(ImageError) as caught:
+        data.image(5)
+    message = str(caught.value)
+    assert len(message) <= 290 and message.startswith(str(tmp_path)[:20])
+    assert message.endswith("copy or download it again; `python -m hivg.data check NAME --decode` lists all")
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_too_large_an_image_is_not_damaged(tmp_path, own):
+    header = b"P5 30000 30000 255\n"  # 900 megapixels
+    if own:
+        path, dataset, split = tmp_path / "a.pgm", write_lines(tmp_path, "a.pgm", [1, 1, 8, 8]), "train"
+    else:
+        scenes = make_scenes(tmp_path, 1)[:1]
+        write_list(tmp_path, {"val": scenes}, "unc", new=False)
+        path, dataset, split = tmp_path / COCO / scenes[0].file, "unc", "val"
+    path.write_bytes(header)
+    report = Report()
+    assert not read_samples(tmp_path, dataset, split, report=report)
+    assert report.problems == {"image of more than 178 megapixels": 1}
+    for read in (open_image, open_published, upright_size):
+        with pytest.raises(ImageError, match="has more than 178 megapixels; make it smaller"):
+            read(path)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -134,9 +165,13 @@ def test_an_outline_of_another_size_is_named(tmp_path, workers):
 def test_check_reads_every_image_if_asked(tmp_path):
     path = write_damaged(tmp_path)
     assert "cannot be read" not in check(tmp_path, path)
-    text = check(tmp_path, path, decode=True)
-    assert f"{path} train: 1 of 8 images cannot be read (first: {tmp_path / '5.png'}: the image is damaged" in text
-    (tmp_path / "5.png").write_bytes((tmp_path / "4.png").read_bytes())
+    (tmp_path / "7.png").write_bytes((tmp_path / "5.png").read_bytes())
+    header, *listed = check(tmp_path, path, decode=True).splitlines()[1:4]
+    assert header == f"{path} train: 2 of 8 images cannot be read:"
+    for line, name in zip(listed, ("5.png", "7.png"), strict=True):
+        assert line.startswith(f"  {tmp_path / name}: the image is damaged")
+    for name in ("5.png", "7.png"):
+        (tmp_path / name).write_bytes((tmp_path / "4.png").read_bytes())
     assert "all 8 images can be read" in check(tmp_path, path, decode=True)
 
 

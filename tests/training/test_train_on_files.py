@@ -58,7 +58,7 @@ def test_train_and_evaluate_on_own_data(tmp_path, clip_file, monkeypatch, capfd)
 def test_a_missing_val_is_noticed_before_any_work(tmp_path, clip_file, monkeypatch):
     path = write_shapes(tmp_path, 3)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="no split 'val'; there are train"):
+    with pytest.raises(ValueError, match="no split 'val'; there are train; name it"):
         train.train(Settings(name="mine", dataset=str(path), clip=str(clip_file), batch_size=4, **ON_CPU))
     assert not list(tmp_path.glob("runs/*/state.pt"))
 

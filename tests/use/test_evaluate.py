@@ -239,6 +239,8 @@ def test_sheet_shows_the_worst_first(model, monkeypatch):
     worst = sorted(rows, key=lambda row: row["iou"])[: evaluate.SHEET]
     assert [name for _, name in captions[: evaluate.SHEET]] == [f"worst: {row['expression']}" for row in worst]
     assert len(captions) == 2 * evaluate.SHEET
+    others = [name.removeprefix("random: ") for _, name in captions[evaluate.SHEET :]]
+    assert len(set(others)) == evaluate.SHEET and not set(others) & {row["expression"] for row in worst}
     for tile, name in captions:
         row = next(row for row in rows if row["expression"] == name.split(": ", 1)[1])
         assert tile.width >= dataset.shapes[row["image_id"]]["image"].width

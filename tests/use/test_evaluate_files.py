@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from makers import ROOT, make_hivg
+from makers_data import make_scenes, write_list
 from makers_use import call, make_image
 from PIL import Image
 
@@ -60,13 +61,26 @@ def assert_fails(result, *words):
 
 @pytest.mark.parametrize("splits, taken", [
     (["train", "val", "test"], "test"), (["val", "train", "testA", "testB"], "testA"), (["train", "val"], "val"),
-    (["train", "dev"], "dev"), (["train"], "train")], ids=lambda names: "_".join(names))
+    (["train", "mine"], "mine"), (["train", "zoo"], "zoo"), (["train"], "train")], ids=lambda names: "_".join(names))
 def test_default_split(run, splits, taken):
     """One that the file has, and which one is said."""
     write_data("own.jsonl", splits)
     code, out, err = run("--dataset", "own.jsonl")
     assert code == 0 and f" on own.jsonl {taken} in float32" in out
     assert err == f"evaluating the split {taken} of {', '.join(sorted(splits))}\n"
+
+
+def test_a_published_train_is_no_default(run):
+    write_list(Path("."), {"train": make_scenes(Path("."), 1), "testB": make_scenes(Path("."), 1, 1)}, "unc")
+    code, out, err = run("--dataset", "unc", "--data_root", ".")
+    assert code == 0 and " on unc testB in" in out and err == "evaluating the split testB of train, testB\n"
+
+
+@pytest.mark.parametrize("flags", [[], ["--split", "val"], ["--split", "Validation"]], ids=str)
+def test_validation_is_val(run, flags):
+    write_data("named.jsonl", ["train", "Validation", "Validation"])
+    code, out, _ = run("--dataset", "named.jsonl", *flags)
+    assert code == 0 and "2 expressions" in out and (flags or " on named.jsonl val in" in out)
 
 
 def test_given_split(run):

@@ -1,6 +1,7 @@
 """python ground.py: what it prints, draws and refuses."""
 
 import copy
+import errno
 import json
 import os
 import re
@@ -125,6 +126,13 @@ def test_drawings_of_several(run):
     assert sorted(path.name for path in Path("grounded").iterdir()) == ["a.png", "b-2.png", "b.png"]
     assert run("a.png", "more/a.png", "-e", "star", "--output", "out")[0] == 0
     assert len(list(Path("out").iterdir())) == 2
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_folder_by_its_slash(run, flags):
+    """Also one that is not there yet, for a single image."""
+    assert run("a.png", "-e", "star", "--output", "new/deep/", *flags)[0] == 0
+    assert [path.name for path in Path("new/deep").iterdir()] == ["a.png"]
 
 
 def test_the_image_itself_is_not_drawn_over(run):
@@ -263,6 +271,9 @@ def write_clip(path):
     (["a.png", "-e", "star", "--min_score", "2"], {}, "--min_score"),
     (["a.png", "-e", "star", "--min_score", "nan"], {}, "--min_score"),
     (["a.png", "-e"], {}, "expected one argument"),
+    (["a.png", "-e", "star", "--output", ""], {}, "must name a file or folder"),
+    (["a.png", "-e", "star", "--save_masks", ""], {}, "must name a file or folder"),
+    (["a.png", "-e", "star"], {"model": "folder"}, "folder: is a folder"),
     (["a.png", "-e", "star"], {"device": "foo"}, "foo"),
     (["a.png", "-e", "star"], {"device": "cuda:99"}, "cuda:99"),
     (["a.png", "-e", "star"], {"model": "missing.safetensors"}, "missing.safetensors"),
@@ -302,10 +313,26 @@ def test_no_gpu(run):
 
 
 @pytest.mark.parametrize("flag, output", [("--output", "drawn.xyz"), ("--output", "a.png/b.png"),
-                                          ("--output", "drawn"), ("--save_masks", "a.png")])
+                                          ("--output", "drawn"), ("--output", "a.psd"), ("--save_masks", "a.png")])
 def test_files_that_cannot_be_written(run, flag, output):
     code, _, err = run("a.png", "-e", "star", flag, output)
     assert code == 2 and re.fullmatch(r"error: [^\n]+\n", err) and output in err
+
+
+def test_a_full_disk_leaves_the_old_drawing_and_masks(run, monkeypatch):
+    def fill_disk(image, path, *_):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for flag, file in (("--output", "old.png"), ("--save_masks", "out/a-1.png")):
+        args = ["a.png", "-e", "star", flag, file.removesuffix("/a-1.png")]
+        assert run(*args)[0] == 0
+        before = Path(file).read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(Image.Image, "save", fill_disk)
+            code, _, err = run(*args)
+        assert code == 2 and err.startswith(f"error: {file}: cannot be written (No space left on device); make room")
+        assert Path(file).read_bytes() == before and not list(Path().rglob("*.part"))
 
 
 @pytest.mark.parametrize("args", [[], ["--json"]])

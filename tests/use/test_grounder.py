@@ -11,8 +11,9 @@ from PIL import Image
 
 from hivg import Grounder, weights
 from hivg.data.images import ImageError
-from hivg.grounder import BATCH
+from hivg.grounder import BATCH, draw_results
 from hivg.tokenizer import Tokenizer, learn_merges
+from hivg.utils import draw
 
 # --- results ---
 
@@ -37,6 +38,29 @@ def test_drawings_differ(grounder, image):
     other = replace(result, mask_map=1 - result.mask_map)  # it is the mask that is drawn as such
     assert (np.asarray(other.draw(mask=True))[:120, :200] != with_mask).any()
     assert (np.asarray(other.draw(heatmap=True))[:120, :200] == with_heatmap).all()
+
+
+@pytest.mark.parametrize("size, factor", [((64, 30), 3), ((100, 100), 2), ((101, 9), 1), ((1, 2), 100)], ids=str)
+def test_small_images_are_drawn_larger(grounder, size, factor):
+    """With their boxes and maps."""
+    width, height = size
+    result = grounder.ground(Image.new("RGB", size, "white"), TEXTS[0])
+    result = replace(result, expression="", box=(width / 2, 0.0, width, height))
+    drawn = result.draw()
+    assert drawn.size == (factor * width, factor * height)
+    changed = (np.asarray(drawn) != 255).any((0, 2))
+    assert changed[-1] and (factor == 1 or not changed[: factor * width // 2 - 4].any())
+    assert result.draw(heatmap=True).size == result.draw(mask=True).size == drawn.size
+
+
+def test_an_expression_without_glyphs_has_its_number(grounder, image, monkeypatch):
+    """Among all results, those not found included."""
+    asked = []
+    monkeypatch.setattr(draw, "_lacks", lambda which, character: character > "z")
+    monkeypatch.setattr("hivg.grounder.draw_boxes", lambda image, boxes, labels, **_: asked.append(labels))
+    results = grounder.ground(image, ["star", "红色的圆", "red 圆"])
+    draw_results([replace(result, score=0.5 * i) for i, result in enumerate(results)], min_score=0.1)
+    assert asked == [["#2", "red ?"]]
 
 
 def test_maps_lie_where_their_patches_are(grounder, image):
@@ -133,7 +157,8 @@ def test_arrays_of_other_kinds(grounder, image):
     grey = np.asarray(image.convert("L"))
     rgba = np.dstack([rgb, np.where(rgb[..., 0] > 128, 255, 0).astype(np.uint8)])
     for array, like in ((grey, Image.fromarray(grey)), (rgba, Image.fromarray(rgba)), (rgb / 255, image),
-                        ((rgb / 255).astype(np.float32), image), (grey / 255, Image.fromarray(grey))):
+                        ((rgb / 255).astype(np.float32), image), (grey / 255, Image.fromarray(grey)),
+                        (grey[:, :, None], Image.fromarray(grey))):
         result = grounder.ground(array, TEXTS[0])
         expected = grounder.ground(like, TEXTS[0])
         assert result == expected and result.image.tobytes() == expected.image.tobytes()
@@ -279,10 +304,36 @@ def test_things_that_are_no_image(grounder, thing):
     assert_line(str(caught.value), "array", "give")
 
 
-@pytest.mark.parametrize("expression", ["", "  \n", [], ["star", ""], ["star", None]], ids=repr)
-def test_empty_expression(grounder, image, expression):
-    with pytest.raises(ValueError, match="the expression is empty"):
+@pytest.mark.parametrize("array, message", [
+    (np.linspace(0, 255, 48, dtype=np.float32).reshape(4, 4, 3), "array of floats from 0 to 255: give floats in 0..1"),
+    (np.full((4, 4), np.nan), "array of floats from nan to nan: give floats in 0..1"),
+    (np.zeros((4, 4), np.int64), "array of type int64: give uint8, or floats in 0..1"),
+    (np.zeros((4, 4), bool), "array of type bool: give uint8, or floats in 0..1"),
+], ids=["0..255", "NaN", "int64", "bool"])
+def test_what_is_wrong_with_an_array(grounder, array, message):
+    with pytest.raises(ImageError, match=message):
+        grounder.ground(array, TEXTS[0])
+
+
+@pytest.mark.parametrize("expression, message", [
+    ("", "expression is empty"), ("  \n", "expression is empty"), (["star", ""], "expression is empty"),
+    ([], "list of expressions is empty"), (["star", None], "None is no text"), (None, "None is no text"),
+    (3, "3 is no text"), (b"x", "b'x' is no text"),
+], ids=repr)
+def test_bad_expressions(grounder, image, expression, message):
+    with pytest.raises(ValueError, match=message) as caught:
         grounder.ground(image, expression)
+    assert_line(str(caught.value))
+
+
+def test_bad_pairs(grounder, image):
+    for images, expressions in ((None, ["star"]), ([image], None), ([image], 3), (image, "star"), ([image], "s")):
+        with pytest.raises(ValueError, match="ground_pairs needs a list of images and a list of as many expressions"):
+            grounder.ground_pairs(images, expressions)
+    with pytest.raises(ValueError, match="the list of expressions is empty"):
+        grounder.ground_pairs([], [])
+    with pytest.raises(ValueError, match="None is no text"):
+        grounder.ground_pairs([image], [None])
 
 
 @pytest.mark.parametrize("device", ["foo", "", "cuda:99", "meta"])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from hivg.utils import charts
 from hivg.utils.charts import _boundary_names, _legend, _ticks, plot_curves, plot_panels
 from hivg.utils.draw import colour_of
 
@@ -19,7 +20,30 @@ def test_ticks_are_round_distinct_and_true(low, high):
         assert float(text.replace(",", "")) == pytest.approx(value, abs=step * 1e-6)
 
 
+def test_ticks_have_a_least_distance():
+    assert [text for _, text in _ticks(0, 2, 6, least=1.0)] == ["0", "1", "2"]
+    assert _ticks(0, 100, 5, least=1.0) == _ticks(0, 100, 5)
+
+
 NAN = float("nan")
+
+
+def axes_of(monkeypatch, curves):
+    """The Axes of a chart."""
+    found = []
+    monkeypatch.setattr(charts, "_grid", lambda draw, axes: found.append(axes))
+    plot_curves(curves)
+    return found[0]
+
+
+def test_a_chart_of_few_points(monkeypatch):
+    """Whole steps have whole ticks, and an accuracy is at most 1."""
+    assert axes_of(monkeypatch, {"a": [(1, 0.8)]}).x_step == 1
+    assert axes_of(monkeypatch, {"a": [(0.5, 0.8), (2, 0.9)]}).x_step == 0
+    low, high = axes_of(monkeypatch, {"accuracy": [(3, 0.8)]}).y_range
+    assert (low, high) == (0.4, 1)
+    assert axes_of(monkeypatch, {"accuracy": [(3, 0), (4, 1)]}).y_range == (0, 1)
+    assert axes_of(monkeypatch, {"loss": [(3, 0), (4, 2)]}).y_range == pytest.approx((-0.1, 2.1))
 
 
 @pytest.mark.parametrize("curves", [
@@ -35,7 +59,7 @@ def test_curves(curves):
 
 
 def test_a_curve_is_where_its_points_are():
-    line = np.asarray(plot_curves({"a": [(0, 0), (1, 1)]}))[60:]  # below the legend
+    line = np.asarray(plot_curves({"a": [(0, 0), (0.5, 0.5), (1, 1)]}))[60:]  # below the legend
     rows, columns = np.nonzero(np.abs(line.astype(int) - colour_of(0)).sum(axis=2) < 60)
     assert np.corrcoef(rows, columns)[0, 1] < -0.999  # rises to the right
     broken = np.asarray(plot_curves({"a": [(0, 0), (0.4, 0.4), (0.5, NAN), (0.6, 0.6), (1, 1)]}))[60:]

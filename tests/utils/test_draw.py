@@ -156,6 +156,15 @@ def test_the_font_that_has_the_characters(monkeypatch):
     assert [draw.font_for(text, 12) for text in ("dog", "a 犬", "犬")] == ["Latin", "all", "all"]
 
 
+def test_what_no_font_has_is_a_question_mark():
+    missing = "\U0010ffff"  # of no font
+    assert draw.drawable("left of the star, é?") == "left of the star, é?"
+    assert draw.drawable(f"{missing * 2} [red] {missing}") == "? [red] ?"
+    assert draw.drawable(f"{missing}, {missing}") == "?" and draw.drawable(missing, "#2") == "#2"
+    assert text_block(f"the {missing}", 20, 900).lines == ["the ?"]
+    assert draw.drawable("") == "" and draw.drawable("!", "#1") == "!"
+
+
 def test_a_box_beyond_the_image_leaves_a_mark_at_its_border():
     drawn = np.asarray(draw_boxes(Image.new("RGB", (100, 80)), [[200, 30, 300, 50]], colours=["#ff0000"]))
     rows, columns = np.nonzero((drawn == (255, 0, 0)).all(axis=2))

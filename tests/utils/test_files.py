@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from makers import make_hivg
+from PIL import Image
 
 from hivg import weights
-from hivg.utils.files import write_whole
+from hivg.utils.files import save_image, write_whole
 
-WRITTEN = r"x.pt: cannot be written \(.*(No space left on device|file write failed)\); buy a disk"
+WRITTEN = r"x.pt: cannot be written \(.*(No space left on device|the disk may be full)\); buy a disk"
 
 
 def fill_disk(path, data):
@@ -21,12 +22,20 @@ def fill_disk(path, data):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def fill_disk_as_torch_does(path):
-    path.write_bytes(b"half")
-    raise RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed\n more")
+def fails_as_torch_does(message):
+    def write(path):
+        path.write_bytes(b"half")
+        raise RuntimeError(message)
+
+    return write
 
 
-@pytest.mark.parametrize("write", [lambda part: fill_disk(part, bytes(100)), fill_disk_as_torch_does])
+@pytest.mark.parametrize("write", [
+    lambda part: fill_disk(part, bytes(100)),
+    fails_as_torch_does("PytorchStreamWriter failed writing file data/1: file write failed\n more"),
+    fails_as_torch_does("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+    fails_as_torch_does("basic_ios::clear: iostream error"),
+])
 def test_a_full_disk_leaves_the_old_file_alone(tmp_path, write):
     path = tmp_path / "x.pt"
     path.write_text("old")
@@ -51,6 +60,22 @@ def test_places_that_hold_no_file(tmp_path, monkeypatch, path, reason):
         write_whole(Path(path), lambda part: part.write_text("new"))
     assert len(str(caught.value)) < 300
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_errors_that_are_not_the_disks_are_told(tmp_path):
+    with pytest.raises(OSError, match=r"x.pt: cannot be written \(CUDA error: unspecified\)"):
+        write_whole(tmp_path / "x.pt", fails_as_torch_does("CUDA error: unspecified"))
+
+
+def test_an_image_in_the_format_of_its_suffix(tmp_path):
+    for suffix, kind in ((".png", "PNG"), (".JPG", "JPEG"), (".gif", "GIF")):
+        save_image(Image.new("RGB", (4, 3)), tmp_path / f"a{suffix}")
+        assert Image.open(tmp_path / f"a{suffix}").format == kind
+    before = sorted(tmp_path.iterdir())
+    for name in ("a", "a.xyz", "a.psd"):  # the last is of a kind that Pillow reads only
+        with pytest.raises(ValueError, match=f"{name}: no image .* end the name in .png"):
+            save_image(Image.new("RGB", (4, 3)), tmp_path / name)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_weights_on_a_full_disk(tmp_path, monkeypatch):

@@ -134,7 +134,8 @@ def test_messages_of_fetch_are_short(monkeypatch, tmp_path):
         monkeypatch.setattr(download.urllib.request, "urlopen", fail_to_connect)
         with pytest.raises(ValueError, match="no connection") as caught:
             download.download(address, sha256, tmp_path / ("long" * 50))
-        assert len(str(caught.value)) < 290
+        message = str(caught.value)
+        assert len(message) <= 290 and address in message  # whole, to be fetched some other way
 
 
 def fail_to_connect(*_, **__):
@@ -172,14 +173,22 @@ def test_convert_and_show(tmp_path):
     assert refused.returncode == 2 and re.fullmatch(r"error: .*out.pt: [^\n]+\n", refused.stderr)
 
 
-def test_convert_leaves_its_source(tmp_path):
-    """A file of another program's would be gone."""
+def test_convert_replaces_nothing(tmp_path):
+    """Neither its source, nor what else is there."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"theirs")
     (tmp_path / "link.safetensors").symlink_to(path)
-    for target in ("model", "link"):
-        with pytest.raises(ValueError, match="model.safetensors: OUT would replace the file"):
+    (tmp_path / "lost.safetensors").symlink_to(tmp_path / "nothing")
+    for target in ("model", "link", "lost"):
+        with pytest.raises(ValueError, match=f"{target}.safetensors: there is a file of this name"):
             convert(str(path), str(tmp_path / f"{target}.safetensors"))
+    assert path.read_bytes() == b"theirs" and len(list(tmp_path.iterdir())) == 3
+
+
+def test_show_has_a_blank_after_every_name():
+    lines = describe(weights.bundled("hivg-tiny.safetensors")).splitlines()
+    [line] = [line for line in lines if line.startswith("score_calibrated_on")]
+    assert line.startswith("score_calibrated_on ")
 
 
 def test_show_of_a_released_checkpoint(tmp_path):
