@@ -116,7 +116,7 @@ def damage_with_folder(path):
 
 DAMAGED_FILES = {  # name: (a function of the path of a good file, part of the message)
     "missing": (lambda path: path.unlink(), "no such"),
-    "a folder": (damage_with_folder, "no such"),
+    "a folder": (damage_with_folder, "is a folder"),
     "empty": (lambda path: cut(path, 0), "empty"),
     "cut in the header": (lambda path: cut(path, 100), "not a whole"),
     "cut in the middle": (lambda path: cut(path, path.stat().st_size // 2), "not a whole"),
