@@ -164,6 +164,8 @@ def bench_efficiency(args):
     if args.size not in CLIP_SIZES:
         raise ValueError(f"no CLIP is called {args.size!r:.40}; there are {', '.join(CLIP_SIZES)}")
     device = choose_device(args.device)
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)  # now, not after minutes of measuring
     config = HiVGConfig.for_clip(CLIP_SIZES[args.size])
     lines = []
 
@@ -197,8 +199,6 @@ def bench_efficiency(args):
                     f"| {a_second:.1f} | {used} | {speed / 1e12:.3f} | {speed / most:.0%} |")
                 rates.setdefault(name, {}).setdefault(precision, []).append((n, a_second))
                 peaks.setdefault(name, {}).setdefault(precision, []).append((n, peak))
-    folder = Path(args.output)
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "efficiency.md").write_text("\n".join(lines) + "\n")
     plot_panels(panels_of(rates, "expressions a second") + panels_of(peaks, "peak MiB"), folder / "efficiency.png")
     print(f"{folder / 'efficiency.md'} and {folder / 'efficiency.png'}")

@@ -57,7 +57,9 @@ def run(main, interrupted="interrupted"):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
         code = 1
-    except (ValueError, OSError) as error:
+    except OSError as error:  # without its number
+        fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error)
+    except ValueError as error:
         fail(error)
     sys.exit(code or 0)
 

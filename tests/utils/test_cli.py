@@ -30,7 +30,9 @@ def test_exit_code(capfd):
 
 def test_what_went_wrong_is_one_line(capfd):
     assert ended(capfd, raising(ValueError("a.png: no\nimage"))) == (2, "begun\n", "error: a.png: no image\n")
-    assert ended(capfd, raising(FileNotFoundError("x")))[0] == 2
+    assert ended(capfd, raising(PermissionError("no luck"))) == (2, "begun\n", "error: no luck\n")
+    assert ended(capfd, raising(PermissionError(13, "Permission denied", "runs"))) == (
+        2, "begun\n", "error: runs: Permission denied\n")
     code, _, err = ended(capfd, raising(KeyboardInterrupt()), interrupted="interrupted; come again")
     assert (code, err) == (130, "error: interrupted; come again\n")
 
