@@ -250,7 +250,10 @@ def choose_split(args):
     splits = splits_of(args.dataset, args.data_root, args.annotations)
     if not splits:
         raise ValueError(f"{shown(args.dataset, 150)}: no expression in it; `python -m hivg.data check` says why")
-    wanted = ("val",) if args.calibrate else DEFAULT_SPLITS  # `test` is not for fitting
+    if args.calibrate and "val" not in splits:  # `test` is not for fitting
+        raise ValueError(f"{shown(args.dataset, 150)}: no val to calibrate on; give --split, of "
+                         f"{shown(', '.join(splits), 80)}")
+    wanted = ("val",) if args.calibrate else DEFAULT_SPLITS
     usual = [split for split in wanted if split in splits]
     others = [split for split in splits if split != "train"]
     split = (usual or others or splits)[0]

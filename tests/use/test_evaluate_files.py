@@ -83,6 +83,13 @@ def test_validation_is_val(run, flags):
     assert code == 0 and "2 expressions" in out and (flags or " on named.jsonl val in" in out)
 
 
+def test_there_must_be_a_val_to_calibrate_on(run):
+    write_data("own.jsonl", ["train", "test"])
+    ended = run("--dataset", "own.jsonl", "--calibrate", "new.safetensors")
+    assert_fails(ended, "no val to calibrate on; give --split, of test, train")
+    assert not Path("new.safetensors").exists()
+
+
 def test_given_split(run):
     code, out, err = run("--dataset", "mine.jsonl", "--split", "train")
     assert code == 0 and " on mine.jsonl train in float32" in out and err == ""
