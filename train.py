@@ -74,7 +74,7 @@ class Settings:
     optimizer: str = setting("muon", "muon and adamw together, or adamw alone", choices=("muon", "adamw"))
     batch_size: int = setting(32, "expressions in memory at once, over all processes", low=1, high=10**6)
     accumulate: tuple[int, ...] = setting((1,), "batches added up for a step, one number or more", low=1, high=10**6)
-    warmup_steps: int = setting(100, "steps in which the learning rate rises in a stage", low=0, high=10**9)
+    warmup_steps: int = setting(100, "steps in which the rate rises, at most half of a stage", low=0, high=10**9)
     weight_decay: float = setting(1e-4, "weight decay of all trained parameters", low=0, high=1)
     clip_grad: float = setting(1.0, "largest norm of the gradient", low=1e-12, high=float("inf"))
     box_loss: str = setting("l1", "l1 (released program) or smooth_l1 (paper)", choices=("l1", "smooth_l1"))
@@ -212,7 +212,8 @@ def train(s: Settings):
             first, best = restore(saved, model, optimizers, log)
         elif best is None:
             with autocast():
-                scores, best = keep_best(s, val, model, device, path, -1.0)
+                scores = validate(s, val, model, device)
+            best = scores["accuracy"]
             log.epoch(stage.name, 0, 0, scores, best)
         batches = training_batches(dataset, number * STAGE_ITEMS, stage.batch_size, steps * stage.accumulate,
                                    first * stage.accumulate, s.workers, *distributed.place(), device, model.tokenizer)

@@ -206,7 +206,9 @@ def validate(criterion, s: Settings, device):
     pairs = Pairs(clip.config.image_size, s.seed + 1)
     clip.eval()
     meant = []
-    for batch in training_batches(pairs, 0, 64, s.val_images // 64, 0, s.workers, 0, 1, device, clip.tokenizer):
+    batches = training_batches(pairs, 0, 64, s.val_images // 64, workers=s.workers, device=device,
+                               tokenizer=clip.tokenizer)
+    for batch in batches:
         meant.append(criterion(to_device(batch, clip.tokenizer, device))["meant"])
     clip.train()
     return {"accuracy": torch.cat(meant).float().mean().item()}

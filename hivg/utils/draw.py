@@ -147,17 +147,21 @@ def _lacks(which, character):
     return glyph.size == missing.size and bytes(glyph) == bytes(missing)
 
 
+def _lacking(which, text):
+    return {character for character in set(text) if _lacks(which, character)}
+
+
 def font_for(text, size):
     """The first font that lacks the fewest characters of `text`; those it lacks appear as hollow boxes."""
     fonts = fonts_of_size(size)
-    lacking = [sum(_lacks(which, character) for character in set(text)) for which in range(len(fonts))]
+    lacking = [len(_lacking(which, text)) for which in range(len(fonts))]
     return fonts[lacking.index(min(lacking))]
 
 
 def drawable(text, instead="?"):
     """The text with "?" for the characters that its font lacks; `instead` where no letter or number is left then."""
     which = fonts_of_size(16).index(font_for(text, 16))
-    lacking = "".join(character for character in set(text) if _lacks(which, character))
+    lacking = "".join(_lacking(which, text))
     drawn = re.sub(f"[{re.escape(lacking)}]+", "?", text) if lacking else text
     return drawn if drawn == text or any(map(str.isalnum, drawn)) else instead
 
