@@ -19,9 +19,10 @@ from hivg.data.masks import run_lengths_of
 from hivg.data.transforms import Letterbox
 from hivg.tokenizer import split_words
 from hivg.utils.cli import choose_device, choose_dtype
-from hivg.utils.draw import clean_text, draw_boxes, drawable
+from hivg.utils.draw import draw_boxes
 from hivg.utils.files import save_image
 from hivg.utils.quote import quoted
+from hivg.utils.text import clean_text, drawable
 
 DEFAULT_WEIGHTS = weights.bundled("hivg-tiny.safetensors")
 BATCH = 32  # expressions that go through the model at once

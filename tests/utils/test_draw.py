@@ -6,19 +6,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hivg.utils import draw
+from hivg.utils import text as text_module
 from hivg.utils.draw import (
     COLOURS,
     PAPER,
     colour_of,
     contact_sheet,
     draw_boxes,
-    fonts_of_size,
     outline_mask,
     overlay_heatmap,
     overlay_mask,
-    text_block,
 )
+from hivg.utils.text import drawable, font_for, fonts_of_size, text_block
 
 WORDS = "the giraffe left of the fence zebra man in a red shirt umbrella second person from right".split()
 
@@ -151,18 +150,18 @@ def test_lines_of_a_label_are_even():
 
 
 def test_the_font_that_has_the_characters(monkeypatch):
-    monkeypatch.setattr(draw, "fonts_of_size", lambda size: ["Latin", "all"])
-    monkeypatch.setattr(draw, "_lacks", lambda which, character: which == 0 and character > "z")
-    assert [draw.font_for(text, 12) for text in ("dog", "a 犬", "犬")] == ["Latin", "all", "all"]
+    monkeypatch.setattr(text_module, "fonts_of_size", lambda size: ["Latin", "all"])
+    monkeypatch.setattr(text_module, "_lacks", lambda which, character: which == 0 and character > "z")
+    assert [font_for(text, 12) for text in ("dog", "a 犬", "犬")] == ["Latin", "all", "all"]
 
 
 def test_what_no_font_has_is_a_question_mark():
     missing = "\U0010ffff"  # of no font
-    assert draw.drawable("left of the star, é?") == "left of the star, é?"
-    assert draw.drawable(f"{missing * 2} [red] {missing}") == "? [red] ?"
-    assert draw.drawable(f"{missing}, {missing}") == "?" and draw.drawable(missing, "#2") == "#2"
+    assert drawable("left of the star, é?") == "left of the star, é?"
+    assert drawable(f"{missing * 2} [red] {missing}") == "? [red] ?"
+    assert drawable(f"{missing}, {missing}") == "?" and drawable(missing, "#2") == "#2"
     assert text_block(f"the {missing}", 20, 900).lines == ["the ?"]
-    assert draw.drawable("") == "" and draw.drawable("!", "#1") == "!"
+    assert drawable("") == "" and drawable("!", "#1") == "!"
 
 
 def test_a_box_beyond_the_image_leaves_a_mark_at_its_border():

@@ -1,0 +1,110 @@
+"""Text on images: a font that has its letters, lines that fit a width, and what can be drawn of it."""
+
+import math
+import re
+from functools import lru_cache
+from typing import NamedTuple
+
+from PIL import ImageFont
+
+FALLBACK_FONTS = ["DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msgothic.ttc", "arial.ttf"]
+MAX_CHARACTERS = 300  # of one label; what is longer ends in an ellipsis
+
+
+class Block(NamedTuple):
+    """Wrapped text, ready to draw; width and height in pixels."""
+
+    lines: list
+    font: ImageFont.FreeTypeFont
+    width: int
+    height: int
+
+
+@lru_cache(maxsize=64)
+def fonts_of_size(size):
+    """Pillow's own font (Latin letters only), then those of the usual ones that this machine has."""
+    fonts = [ImageFont.load_default(size=size)]
+    for name in FALLBACK_FONTS:
+        try:
+            fonts.append(ImageFont.truetype(name, size))
+        except OSError:  # not installed
+            pass
+    return fonts
+
+
+@lru_cache(maxsize=8192)
+def _lacks(which, character):
+    """Whether the font of that number draws `character` as its sign for a missing one (most often a hollow box)."""
+    font = fonts_of_size(16)[which]
+    glyph = font.getmask(character)
+    missing = font.getmask("\U0010ffff")
+    return glyph.size == missing.size and bytes(glyph) == bytes(missing)
+
+
+def _lacking(which, text):
+    return {character for character in set(text) if _lacks(which, character)}
+
+
+def font_for(text, size):
+    """The first font that lacks the fewest characters of `text`; those it lacks appear as hollow boxes."""
+    fonts = fonts_of_size(size)
+    lacking = [len(_lacking(which, text)) for which in range(len(fonts))]
+    return fonts[lacking.index(min(lacking))]
+
+
+def drawable(text, instead="?"):
+    """The text with "?" for the characters that its font lacks; `instead` where no letter or number is left then."""
+    which = fonts_of_size(16).index(font_for(text, 16))
+    lacking = "".join(_lacking(which, text))
+    drawn = re.sub(f"[{re.escape(lacking)}]+", "?", text) if lacking else text
+    return drawn if drawn == text or any(map(str.isalnum, drawn)) else instead
+
+
+def clean_text(text, limit=MAX_CHARACTERS):
+    """One line of printable text of at most `limit` characters: no control characters, no halves of characters."""
+    text = "".join(c for c in str(text)[:4 * limit] if c.isprintable() or c.isspace())
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[:limit - 1].rstrip() + "…"
+
+
+def _wrap(text, font, width):
+    """Text in lines of at most `width` pixels, a list."""
+    lines = []
+    line = ""
+    for word in text.split(" "):
+        longer = f"{line} {word}" if line else word
+        if font.getlength(longer) <= width:
+            line = longer
+            continue
+        if line:
+            lines.append(line)
+        while len(word) > 1 and font.getlength(word) > width:  # Japanese, say, has no spaces to break at
+            cut = 1
+            while font.getlength(word[:cut + 1]) <= width:
+                cut += 1
+            lines.append(word[:cut])
+            word = word[cut:]
+        line = word
+    return lines + [line]
+
+
+def text_block(text, size, width):
+    """Text of a font size, `drawable`, wrapped to at most `width` pixels, in lines of similar length."""
+    text = drawable(text)
+    font = font_for(text, size)
+    lines = _wrap(text, font, width)
+    if len(lines) > 1:  # even lines look better than a word alone in the last one
+        for share in (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6):
+            narrower = _wrap(text, font, share * width)
+            if len(narrower) > len(lines):
+                break
+            lines = narrower
+    ascent, descent = font.getmetrics()
+    return Block(lines, font, math.ceil(max(map(font.getlength, lines))), (ascent + descent) * len(lines))
+
+
+def write_block(draw, corner, block, colour):
+    """Write a Block; corner: (x, y) of its top left."""
+    x, y = corner
+    for i, line in enumerate(block.lines):
+        draw.text((x, y + i * block.height // len(block.lines)), line, colour, block.font)
