@@ -28,8 +28,8 @@ MAX_OBJECTS = 8
 # three of a class, end up a little rarer.
 MIXED = {"attribute": 0.35, "superlative": 0.17, "ordinal": 0.10, "relation": 0.25, "conjunction": 0.13}
 # For long training: more of what is learned last (closeness: expressions.FORMS).
-HARD_MIX = {"attribute": 0.10, "superlative": 0.09, "ordinal": 0.34, "relation": 0.08, "closeness": 0.27,
-            "conjunction": 0.12}
+HARD_MIX = {"attribute": 0.12, "superlative": 0.10, "ordinal": 0.25, "relation": 0.10, "closeness": 0.30,
+            "conjunction": 0.13}
 SPLITS = {  # number of scenes, kinds of expressions. The order gives each split its seed: append only.
     "train": (2**40, MIXED),  # endless in practice
     "val": (250, MIXED),
