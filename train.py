@@ -210,13 +210,13 @@ def train(s: Settings):
         first = 0
         if saved and number == saved["stage"]:
             first, best = restore(saved, model, optimizers, log)
-        elif best is None:
+        batches = training_batches(dataset, number * STAGE_ITEMS, stage.batch_size, steps * stage.accumulate,
+                                   first * stage.accumulate, s.workers, *distributed.place(), device, model.tokenizer)
+        if best is None:
             with autocast():
                 scores = validate(s, val, model, device)
             best = scores["accuracy"]
             log.epoch(stage.name, 0, 0, scores, best)
-        batches = training_batches(dataset, number * STAGE_ITEMS, stage.batch_size, steps * stage.accumulate,
-                                   first * stage.accumulate, s.workers, *distributed.place(), device, model.tokenizer)
         log.message(columns_text([stage_column(stage, model)]))
         if first == 0 and best >= 0 and distributed.rank() == 0:
             weights.save(path, model, {"stage": stage.name, "accuracy": best})  # kept if the stage never improves it

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from makers import make_clip
+from makers import BUNDLED, make_clip
 from makers_training import assert_one_line, flags, ids, run_script
 
 import train
@@ -108,6 +108,12 @@ def test_bad_flags_get_one_line(world, clip_file, monkeypatch, capfd, args, word
 def test_a_batch_is_of_whole_scenes(world, tiny):
     with pytest.raises(ValueError, match="multiple of 4"):
         train.train(replace(tiny, batch_size=6))
+
+
+def test_a_batch_is_refused_before_the_start_of_a_fine_tuning_is_measured(world, tiny, monkeypatch):
+    monkeypatch.setattr(train, "validate", None)  # calling it would be a TypeError
+    with pytest.raises(ValueError, match="multiple of 4"):
+        train.train(replace(tiny, finetune=str(BUNDLED), batch_size=6))
 
 
 def test_help_explains_every_setting_by_group(monkeypatch, capfd):
