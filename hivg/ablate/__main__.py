@@ -1,13 +1,13 @@
 """Ablation: the paper's claims, each tried on the drawn world with the seeds and intervals that such a claim needs.
 
     python -m hivg.ablate list                                the arms: what differs, against which other
-    python -m hivg.ablate run [NAME ...] [--seeds 0 1 2] [--jobs 2]
+    python -m hivg.ablate run [NAME ...] [--budget short] [--seeds 0 1 2] [--jobs 2]
     python -m hivg.ablate report                              tables and charts from the results file alone
 
-`run` trains and evaluates what is missing in notebooks/ablations.jsonl. Interrupt it with Ctrl-C at any time and start
-it again. Every arm sees the same expressions in the same order, as often, with the same optimizer; its learning rate is
-the best on `val`, with seed 0, of a grid that is the same for all (the long budget has one rate). Run it in the folder
-of train.py.
+`run` trains and evaluates what is missing in notebooks/ablations.jsonl: every arm in the short budget, then the most
+important ones in the long. Interrupt it with Ctrl-C at any time and start it again. Every arm sees the same expressions
+in the same order, as often, with the same optimizer; its learning rate is the best on `val`, with seed 0, of a grid
+that is the same for all, chosen in the short budget. Run it in the folder of train.py.
 """
 
 from importlib.util import find_spec
@@ -27,8 +27,8 @@ def arguments():
     parser = Parser(description=__doc__)
     parser.add_argument("command", choices=("list", "run", "report", "one"), help="one: a single run, as `run` starts")
     parser.add_argument("names", nargs="*", metavar="NAME", help="of arms; default: all")
-    parser.add_argument("--budget", default="short", choices=tuple(BUDGETS), help="default: short")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--budget", choices=tuple(BUDGETS), help="default: both, of `one` short")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 4 for the bridge and Hi LoRA, else 0 to 2")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each; default: 1")
     parser.add_argument("--lr", type=float, help="of `one`")
     args = parser.parse_args()
@@ -37,14 +37,14 @@ def arguments():
             fail(f"no arm is called {name!r}; `python -m hivg.ablate list` shows them")
     if not 1 <= args.jobs <= 64:
         fail(f"--jobs must be from 1 to 64, not {args.jobs}")
-    if min(args.seeds) < 0:
+    if args.seeds and min(args.seeds) < 0:
         fail(f"--seeds must be 0 or more, not {min(args.seeds)}")
-    if args.command == "one" and (len(args.names), len(args.seeds), args.lr is None) != (1, 1, False):
+    if args.command == "one" and (len(args.names), len(args.seeds or []), args.lr is None) != (1, 1, False):
         fail("`one` takes the name of an arm, --lr and one of --seeds")
     if args.command in ("list", "report") and args.names:
         fail(f"{args.command} takes no names; it shows all arms")
     args.names = list(dict.fromkeys(args.names))  # once each
-    args.seeds = list(dict.fromkeys(args.seeds))
+    args.seeds = args.seeds and list(dict.fromkeys(args.seeds))
     return args
 
 
@@ -55,9 +55,13 @@ def main():
             against = f" (against {arm.against})" if arm.claim else ""
             print(f"{arm.name:<24}{arm.differs}{against}")
     elif args.command == "one":
-        run_one(BY_NAME[args.names[0]], args.budget, args.lr, args.seeds[0])
+        run_one(BY_NAME[args.names[0]], args.budget or "short", args.lr, args.seeds[0])
     elif args.command == "run":
-        failed = run_missing(args.budget, args.names, args.seeds, args.jobs)
+        failed = 0
+        for budget in [args.budget] if args.budget else BUDGETS:
+            arms = BUDGETS[budget].arms or list(BY_NAME)
+            names = args.names if args.budget and args.names else [n for n in args.names or arms if n in arms]
+            failed += run_missing(budget, names, args.seeds, args.jobs)
         if failed:
             fail(f"{failed} run(s) failed; the lines above say where to look", code=1)
     else:

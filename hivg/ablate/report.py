@@ -38,7 +38,7 @@ def runs_of(rows, budget):
         lr = best_lr(rows, budget, arm.name)
         of_arm = {}
         for (b, name, rate, seed), row in rows.items():
-            if b == budget and name == arm.name and rate == lr:
+            if b == budget and name == arm.name and rate == lr and "diverged" not in row:
                 of_arm[seed] = row
         if of_arm:
             found[arm.name] = Runs(lr, of_arm)
@@ -107,9 +107,9 @@ def claims_table(results):
         for arm, d in results:
             if arm.claim == claim:
                 rows.append((text, f"{arm.name}: {arm.differs}", arm.against, d.seeds, f"{d.points:+.1f}",
-                             f"{d.low:+.1f} to {d.high:+.1f}", d.verdict))
+                             f"{d.low:+.1f} to {d.high:+.1f}", f"{d.visible:.1f}", d.verdict))
                 text = ""
-    return table(("claim", "tried", "against", "seeds", "points", "interval", "the arm is"), rows)
+    return table(("claim", "tried", "against", "seeds", "points", "interval", "its half", "the arm is"), rows)
 
 
 def groups_table(found, names):
@@ -149,7 +149,10 @@ def write_charts(found, results, folder):
         plot_differences(results).save(paths[-1])
     if "base" in found:
         stages = next(iter(found["base"].rows.values()))["attention"]
-        columns = {stage: value["maps"] for stage, value in stages.items()}
+        columns = {}
+        if "bridge none" in found:
+            columns["CLIP alone"] = next(iter(found["bridge none"].rows.values()))["attention"]["warmup"]["maps"]
+        columns |= {stage: value["maps"] for stage, value in stages.items()}
         paths.append(folder / "attention.png")
         plot_attention(columns, [0, 1, 4, 5], CLIP_SIZES["tiny"].image_size).save(paths[-1])
     return paths
@@ -163,7 +166,11 @@ def report(path, charts):
         raise ValueError(f"{path}: no results; `python -m hivg.ablate run` makes them")
     minutes = sum(row["minutes"] or 0 for row in rows.values())
     versions = sorted({row["version"] for row in rows.values()})
-    parts = [f"{len(rows)} runs, {minutes / 60:.1f} hours of one process, code {', '.join(versions)}"]
+    parts = [f"{len(rows)} runs, {minutes / 60:.1f} hours of one process (without those that were interrupted), code "
+             f"{', '.join(versions)}"]
+    diverged = [f"{row['arm']} at {row['lr']:g} with seed {row['seed']}" for row in rows.values() if "diverged" in row]
+    if diverged:
+        parts.append("Diverged: " + "; ".join(diverged) + ".")
     for budget, b in BUDGETS.items():
         found = runs_of(rows, budget)
         if not found:

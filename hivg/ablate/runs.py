@@ -17,13 +17,14 @@ import torch
 
 import train
 from hivg import weights
-from hivg.ablate.arms import ARMS, BY_NAME, patched
+from hivg.ablate.arms import BY_NAME, patched
 from hivg.boxes import box_on_grid
 from hivg.data.batches import ShapesTensors, evaluation_batches, to_device
 from hivg.evaluate import predict
 from hivg.metrics import accuracy, mean
 from hivg.training.checkpoint import load_state
 from hivg.training.flags import RUNS
+from hivg.training.optimizers import Diverged
 from hivg.utils.cli import choose_device, choose_dtype
 
 RESULTS = Path("notebooks/ablations.jsonl")
@@ -39,8 +40,9 @@ class Budget:
 
     epoch_samples: int
     epochs: tuple
-    lrs: tuple  # the grid of learning rates, upwards (`next_lr`)
+    lrs: tuple  # the grid of learning rates, upwards (`next_lr`); empty: the rate chosen in the short budget
     arms: tuple  # names; empty: all
+    seeds: int  # at most
 
     @property
     def expressions(self):
@@ -49,10 +51,9 @@ class Budget:
 
 BUDGETS = {
     # 12,288 expressions, a tenth of the default run's
-    "short": Budget(2048, (1, 1, 1, 3), (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), ()),
-    # the default run's, at one rate
-    "long": Budget(8192, (1, 1, 1, 12), (3e-3,), ("base", "bridge none", "bridge constant", "lora vanilla",
-                                                   "lora none")),
+    "short": Budget(2048, (1, 1, 1, 3), (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), (), 5),
+    "long": Budget(8192, (1, 1, 1, 12), (), ("base", "bridge none", "bridge constant", "lora vanilla", "lora none"),
+                   3),  # the default run's
 }
 FAILED = "FAILED:"
 CHOICE_SEED = 0  # the seed on which the rates are chosen
@@ -84,15 +85,16 @@ def run_one(arm, budget, lr, seed, results_file=RESULTS):
     start = time.monotonic()
     settings = settings_of(arm, budget, lr, seed)
     resume = can_resume(settings)
+    row = {"arm": arm.name, "budget": budget, "lr": lr, "seed": seed, **arm.definition(), "version": code_version()}
     with patched(arm, settings):
-        path = train.train(replace(settings, resume=resume))
-        row = {"arm": arm.name, "budget": budget, "lr": lr, "seed": seed, **arm.definition()}
         row |= {"expressions": sum(stage.epochs for stage in train.stages(settings)) * settings.epoch_samples}
-        row |= results(settings, path)
+        try:
+            row |= results(settings, train.train(replace(settings, resume=resume)))
+        except Diverged as error:
+            row |= {"diverged": str(error), "val": {"diverged": 0.0}}  # so that another rate is chosen
     row["minutes"] = None if resume else round((time.monotonic() - start) / 60, 2)
-    row["version"] = code_version()
     append(results_file, row)
-    shutil.rmtree(path.parent)
+    shutil.rmtree(RUNS / settings.name)
 
 
 def append(path, row):
@@ -245,19 +247,26 @@ def next_lr(found, lrs):
 
 def best_lr(rows, budget, arm):
     """The learning rate chosen for an arm; None if that needs further runs."""
+    if not BUDGETS[budget].lrs:
+        return best_lr(rows, "short", arm)
     found = accuracies(rows, budget, arm)
     if next_lr(found, BUDGETS[budget].lrs):
         return None
     return max(found, key=found.get)
 
 
-def missing(rows, budget, names, seeds):
-    """Keys of the runs that can be started now: of an arm whose rate is not chosen, the next one to try."""
+def missing(rows, budget, names, seeds=None):
+    """Keys of the runs that can be started now: of an arm whose rate is not chosen, the next one to try. Without seeds,
+    each arm has its own. Raises ValueError if a rate was to be chosen in the short budget first."""
     keys = []
-    for seed in seeds:
+    for seed in seeds or range(BUDGETS[budget].seeds):
         for name in names:
+            if seeds is None and seed >= BY_NAME[name].seeds:
+                continue
             lr = best_lr(rows, budget, name)
             wanted = (budget, name, lr, seed)
+            if lr is None and not BUDGETS[budget].lrs:
+                raise ValueError(f"the {budget} budget takes its rate for {name!r} from the short one; run that first")
             if lr is None:
                 wanted = (budget, name, next_lr(accuracies(rows, budget, name), BUDGETS[budget].lrs), CHOICE_SEED)
             if wanted not in rows and wanted not in keys:
@@ -266,8 +275,7 @@ def missing(rows, budget, names, seeds):
 
 
 def run_missing(budget, names, seeds, jobs):
-    """Run what is missing, `jobs` at once, in a process each -> how many failed."""
-    names = names or BUDGETS[budget].arms or [arm.name for arm in ARMS]
+    """Run what is missing of these arms, `jobs` at once, in a process each -> how many failed. seeds: as `missing`."""
     failed = set()
     while keys := [key for key in missing(read_results(), budget, names, seeds) if key not in failed]:
         start = time.monotonic()
@@ -297,4 +305,6 @@ def run_in_process(key):
     row = read_results().get(key)
     if done.returncode or row is None:
         return f"{FAILED} {arm}, rate {lr:g}, seed {seed}: {log} says why; start again to try it again"
+    if "diverged" in row:
+        return f"{arm}, rate {lr:g}, seed {seed}: diverged"
     return f"{arm}, rate {lr:g}, seed {seed}: {row['test']['accuracy']:.3f} of test"

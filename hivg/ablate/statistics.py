@@ -5,7 +5,8 @@ from functools import cache
 
 import numpy as np
 
-DRAWS = 10_000
+DRAWS = 10_000  # of the images
+SEED_DRAWS = 20  # of the seeds, for each of those
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,11 @@ def differences(pairs, rows):
     freedom = sum(len(d) - 1 for d in per_image)
     squares = sum(((d.mean(1) - d.mean()) ** 2).sum() for d in per_image)
     sd = (squares / freedom) ** 0.5 if freedom else 0.0  # of a seed's difference
-    t = np.random.default_rng(1).standard_t(freedom, DRAWS) if freedom else np.zeros(DRAWS)
+    t = np.random.default_rng(1).standard_t(freedom, (SEED_DRAWS, DRAWS)) if freedom else np.zeros((1, DRAWS))
     tail = 100 * 0.05 / len(pairs) / 2
     found = []
     for d in per_image:  # (S, images)
-        draws = drawn_images(d.shape[1]) @ d.mean(0) + sd / len(d) ** 0.5 * t  # (DRAWS,)
+        draws = drawn_images(d.shape[1]) @ d.mean(0) + sd / len(d) ** 0.5 * t  # (SEED_DRAWS, DRAWS)
         low, high = np.percentile(draws, (tail, 100 - tail))
         found.append(Difference(100 * d.mean(), 100 * low, 100 * high, len(d)))
     return found

@@ -99,13 +99,17 @@ def step_optimizers(optimizers):
         optimizer.zero_grad(set_to_none=True)
 
 
+class Diverged(ValueError):
+    """The loss or its gradient is no finite number any more."""
+
+
 def check_finite(where, values, norm):
-    """Raise ValueError if the loss or the norm of its gradient is not a finite number.
+    """Raise Diverged if the loss or the norm of its gradient is not a finite number.
 
     where: the step in words. values: {name: scalar tensor} with "loss" and its terms. norm: scalar tensor.
     """
     if values["loss"].isfinite() and norm.isfinite():
         return
     terms = ", ".join(f"{name} {value.item():g}" for name, value in values.items() if name != "loss")
-    raise ValueError(f"the loss is {values['loss'].item()} at {where} ({terms}), the norm of its gradient "
+    raise Diverged(f"the loss is {values['loss'].item()} at {where} ({terms}), the norm of its gradient "
                      f"{norm.item():g}; train again under another --name with a lower --lr")

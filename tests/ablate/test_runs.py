@@ -18,6 +18,7 @@ from hivg.ablate.charts import plot_attention, plot_differences
 from hivg.ablate.report import comparisons, report, runs_of
 from hivg.ablate.runs import RESULTS, Budget, best_lr, code_version, missing, next_lr, pack, read_results, unpack
 from hivg.data.shapes import SPLITS
+from hivg.training.optimizers import Diverged
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def small(tmp_path, monkeypatch, clip_file):
     for split in ("test", "compose"):
         monkeypatch.setitem(SPLITS, split, (8, SPLITS[split][1]))
     monkeypatch.setattr(runs, "LEADING", 64)
-    monkeypatch.setitem(runs.BUDGETS, "short", Budget(64, (1, 1, 1, 1), (1e-3, 3e-3), ()))
+    monkeypatch.setitem(runs.BUDGETS, "short", Budget(64, (1, 1, 1, 1), (1e-3, 3e-3), (), 5))
     settings = train.Settings
     monkeypatch.setattr(train, "Settings", lambda **given: settings(clip=str(clip_file), device="cpu", dtype="float32",
                                                                     **given))
@@ -83,7 +84,8 @@ def fake(small, accuracies, seeds=(0, 1, 2)):
                     maps = runs.base64.b64encode(bytes(range(8 * 16))).decode()
                     row = {"arm": name, "budget": "short", "lr": lr, "seed": seed, **BY_NAME[name].definition(),
                            "parameters": {"lora3": 1_500_000}, "val": {"warmup": 0.1, "lora3": float(right.mean())},
-                           "attention": {"lora3": {"maps": maps, "on_target": 0.25}}, "test": scores,
+                           "attention": dict.fromkeys(("warmup", "lora3"), {"maps": maps, "on_target": 0.25}),
+                           "test": scores,
                            "compose": scores, "batch_dependence": {"moved_pixels": 1.5, "answers_changed": 0.125},
                            "expressions": 256, "minutes": 2.0, "version": "abc"}
                     file.write(json.dumps(row) + "\n")
@@ -100,6 +102,32 @@ def test_only_what_is_missing_is_run(small):
     text = small.read_text().replace('"lr": 0.001', '"lr": 0.002', 1)
     small.write_text(text)
     assert missing(read_results(small), "short", ["base"], [0]) == [("short", "base", 1e-3, 0)]
+
+
+def test_an_arm_has_its_seeds_and_the_long_budget_the_rates_of_the_short(small):
+    names = ["base", "no CLC"]
+    with pytest.raises(ValueError, match="run that first"):
+        missing({}, "long", names)
+    fake(small, {"base": 0.9, "no CLC": 0.9})
+    rows = read_results(small)
+    assert missing(rows, "short", names) == [("short", "base", 3e-3, 3), ("short", "base", 3e-3, 4)]
+    assert missing(rows, "long", ["base"]) == [("long", "base", 3e-3, seed) for seed in (0, 1, 2)]
+
+
+def test_a_rate_that_diverges_is_not_chosen_and_the_report_says_so(small, monkeypatch):
+    def diverge(settings):
+        (runs.RUNS / settings.name).mkdir(parents=True)
+        raise Diverged("the loss is nan")
+
+    fake(small, {"base": 0.1}, seeds=(0,))
+    kept = [line for line in small.read_text().splitlines() if '"lr": 0.001' in line]
+    small.write_text("\n".join(kept) + "\n")
+    monkeypatch.setattr(train, "train", diverge)
+    runs.run_one(BY_NAME["base"], "short", 3e-3, 0)
+    assert best_lr(read_results(small), "short", "base") == 1e-3
+    assert not list(runs.RUNS.glob("ablate/*"))
+    text = report(small, small.parent)
+    assert "Diverged: base at 0.003 with seed 0." in text and "| base | 1.50 M | 0.001 | 1 |" in text
 
 
 def test_rates_are_tried_from_the_middle_until_the_best_is_inside():
@@ -132,16 +160,16 @@ def test_results_of_an_arm_that_was_defined_differently_do_not_count(small):
 
 
 def test_the_report_says_what_the_results_say(small):
-    fake(small, {"base": 0.9, "bridge none": 0.1, "lora vanilla": 0.9, "mixed": 0.9})
+    fake(small, {"base": 0.9, "bridge none": 0.1, "lora vanilla": 0.9, "padding seen": 0.9, "mixed": 0.9})
     text = report(small, small.parent)
     assert sorted(path.name for path in small.parent.glob("short/*.png")) == ["attention.png", "differences.png"]
     found = runs_of(read_results(small), "short")
     [d] = [d for arm, d in comparisons(found) if arm.name == "bridge none"]
     assert d.verdict == "worse" and d.high < 0
-    assert f"| {d.points:+.1f} | {d.low:+.1f} to {d.high:+.1f} | worse |" in text
+    assert f"| {d.points:+.1f} | {d.low:+.1f} to {d.high:+.1f} | {d.visible:.1f} | worse |" in text
     assert f"| base | 1.50 M | 0.003 | 3 | 0.100, {found['base'].accuracy():.3f} |" in text
     assert "Not run yet: bridge constant" in text and "| mixed | 1.50 | 12.5 % |" in text
-    assert "16 runs, 0.5 hours" in text
+    assert "20 runs, 0.7 hours" in text
     chart = plot_differences(comparisons(found))
     assert chart.width == 900 and len(chart.getcolors(10**6)) > 3
     maps = {"end": found["base"].rows[0]["attention"]["lora3"]["maps"]}
