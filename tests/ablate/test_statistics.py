@@ -101,6 +101,17 @@ def test_false_verdicts_are_as_rare_as_they_say(seeds, comparisons, allowed):
     assert false / 100 <= allowed
 
 
+@pytest.mark.slow
+def test_false_verdicts_are_rare_too_where_one_arm_is_in_all_comparisons_and_one_varies_more():
+    rng = np.random.default_rng(5)
+    false = 0
+    for _ in range(100):
+        base = answers(5, 100, 0.6, rng, 0.02)
+        pairs = [(answers(3, 100, 0.6, rng, spread), base[:3]) for spread in [0.02] * 9 + [0.1]]
+        false += any(d.verdict != "undecided" for d in differences(pairs, 4))
+    assert false / 100 <= 0.10
+
+
 def test_draws_of_images_are_shares():
     draws = drawn_images(30)
     assert np.allclose(draws.sum(1), 1) and (draws >= 0).all()
