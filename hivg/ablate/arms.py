@@ -96,6 +96,8 @@ ARMS = [
         against="mixed, all"),
     Arm("CLIP trained", "fine-tuning", "all of CLIP is trained, from the first step", {"lora": "none"},
         trick="train CLIP", against="lora none"),
+    Arm("CLIP trained slowly", "fine-tuning", "all of CLIP is trained, at a tenth of the rate of what is new",
+        {"lora": "none"}, trick="train CLIP slowly", against="lora none"),
 ]
 BY_NAME = {arm.name: arm for arm in ARMS}
 
@@ -105,6 +107,7 @@ BY_NAME = {arm.name: arm for arm in ARMS}
 bridge_forward = Bridge.forward
 begin_stage = train.begin_stage
 first_config = train.first_config
+make_optimizers = train.make_optimizers
 training_batches = train.training_batches
 
 
@@ -139,13 +142,34 @@ def begin_with_clip_trained(*args):
     return model, best
 
 
+def optimizers_with_slow_clip(model, *args):
+    """`make_optimizers`, in each of which CLIP's own weights are a group of their own."""
+    optimizers = make_optimizers(model, *args)
+    of_clip = set(model.clip.parameters())
+    for optimizer in optimizers:
+        [group] = optimizer.param_groups
+        slow = [p for p in group["params"] if p in of_clip]
+        group["params"] = [p for p in group["params"] if p not in of_clip]
+        optimizer.add_param_group({"params": slow, "share": 0.1})
+    return optimizers
+
+
+def set_shares_of_rate(optimizers, lr):
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("share", 1)
+
+
+TRAIN_CLIP = (train, "begin_stage", begin_with_clip_trained)
 TRICKS = {  # name -> what is replaced: (object, attribute, by what)
     "": (),
     "mix the batch": ((Bridge, "forward", mixed_forward),),
     "deep first": ((lora, "adapted_layers", deep_first),),
     "all at once": ((lora, "adapted_layers", all_at_once),),
     "zero weights": ((train, "begin_stage", begin_with_zero_weights),),
-    "train CLIP": ((train, "begin_stage", begin_with_clip_trained),),
+    "train CLIP": (TRAIN_CLIP,),
+    "train CLIP slowly": (TRAIN_CLIP, (train, "make_optimizers", optimizers_with_slow_clip),
+                          (train, "set_learning_rate", set_shares_of_rate)),
 }
 
 

@@ -152,6 +152,22 @@ def test_frozen_and_trained():
             assert not any(p.requires_grad for key, p in parameters.items() if key.endswith(frozen)), name
 
 
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_clip_trained_slowly_has_a_tenth_of_the_rate(kind):
+    model = make_hivg(fresh=True)
+    model.clip.requires_grad_(True)
+    of_clip = set(model.clip.parameters())
+    arm = BY_NAME["CLIP trained slowly"]
+    with patched(arm, settings_of(arm, "short", 1e-3, 0)):
+        optimizers = train.make_optimizers(model, kind, 0.1)
+        train.set_learning_rate(optimizers, 2e-3)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    for group in groups:
+        assert group["lr"] == pytest.approx(2e-4 if of_clip.issuperset(group["params"]) else 2e-3)
+        assert of_clip.issuperset(group["params"]) or of_clip.isdisjoint(group["params"])
+
+
 def test_the_tricks_end_with_the_run():
     before = (Bridge.forward, train.begin_stage, train.first_config, train.training_batches)
     with pytest.raises(KeyError), patched(BY_NAME["mixed"], settings_of(BY_NAME["mixed"], "short", 1e-3, 0)):
