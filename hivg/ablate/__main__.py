@@ -28,7 +28,7 @@ def arguments():
     parser.add_argument("command", choices=("list", "run", "report", "one"), help="one: a single run, as `run` starts")
     parser.add_argument("names", nargs="*", metavar="NAME", help="of arms; default: all")
     parser.add_argument("--budget", choices=tuple(BUDGETS), help="default: both, of `one` short")
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 4 for the bridge and Hi LoRA, else 0 to 2")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 2, of some claims 0 to 4")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each; default: 1")
     parser.add_argument("--lr", type=float, help="of `one`")
     args = parser.parse_args()

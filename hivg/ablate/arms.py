@@ -20,6 +20,7 @@ CLAIMS = {  # name -> the claim as the paper, its program or a reader makes it
     "visual levels": "several visual levels help, and need a layer norm on each",
     "Hi LoRA": "adapters in stages, from shallow to deep, are better than plain ones",
     "losses": "every loss helps",
+    "hints": "our two losses help to learn from little",
     "batch mixing": "the released program's mixing of a batch's texts does no harm, and spares the norm on text layers",
     "fine-tuning": "adapters are better than training all of CLIP",
 }
@@ -39,8 +40,8 @@ class Arm:
 
     @property
     def seeds(self):
-        """With how many seeds it is tried, from 0 on: more for the paper's main claims."""
-        return 5 if self.claim in ("", "bridge", "Hi LoRA") else 3
+        """With how many seeds it is tried, from 0 on: more for the main claims, and where seeds differ most."""
+        return 5 if self.claim in ("", "bridge", "Hi LoRA", "hints", "fine-tuning") else 3
 
     def definition(self):
         """All that makes the arm what it is, for the results file."""
@@ -86,7 +87,7 @@ ARMS = [
     Arm("no CLC", "losses", "without the contrastive loss", loss_weights(clc=0.0)),
     Arm("no RTCC", "losses", "without the region-text loss", loss_weights(rtcc_focal=0.0, rtcc_dice=0.0)),
     Arm("no mask", "losses", "without the mask losses", loss_weights(mask_focal=0.0, mask_dice=0.0)),
-    Arm("no hints", "losses", "without our two hints", loss_weights(patch_box=0.0, reg_attention=0.0)),
+    Arm("no hints", "hints", "without our two hints", loss_weights(patch_box=0.0, reg_attention=0.0)),
     Arm("padding seen", "batch mixing", "77 positions of text, padding not masked in the bridge, as released",
         config=AS_RELEASED),
     Arm("mixed", "batch mixing", "and the texts of the batch mixed in the bridge, as released", config=AS_RELEASED,

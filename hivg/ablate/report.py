@@ -46,17 +46,21 @@ def runs_of(rows, budget):
 
 
 def comparisons(found):
-    """[(Arm, Difference to the arm it is compared with)] in the order of ARMS, for the seeds that both have."""
+    """[(Arm, Difference to the arm it is compared with)] in the order of ARMS, for the seeds that both have. The
+    arms of a claim share a variance: they are alike, while an arm that barely learns differs much from seed to seed."""
     pairs = []
     for arm in ARMS:
         if arm.claim and arm.name in found and arm.against in found:
             seeds = sorted(found[arm.name].rows.keys() & found[arm.against].rows.keys())
             if seeds:
                 pairs.append((arm, seeds))
-    right = [(found[arm.name].right(seeds), found[arm.against].right(seeds)) for arm, seeds in pairs]
-    if not right:
-        return []
-    return [(arm, d) for (arm, _), d in zip(pairs, differences(right, EXPRESSIONS_PER_SCENE))]
+    results = []
+    for claim in CLAIMS:
+        of_claim = [(arm, seeds) for arm, seeds in pairs if arm.claim == claim]
+        right = [(found[arm.name].right(seeds), found[arm.against].right(seeds)) for arm, seeds in of_claim]
+        ds = differences(right, EXPRESSIONS_PER_SCENE, len(pairs)) if right else []
+        results += [(arm, d) for (arm, _), d in zip(of_claim, ds)]
+    return results
 
 
 def groups_of_test():

@@ -32,23 +32,24 @@ class Difference:
         return "undecided"
 
 
-def differences(pairs, rows):
-    """The differences of a table of comparisons, whose intervals hold for all of them at once with 95 % (Bonferroni).
+def differences(pairs, rows, comparisons=None):
+    """The differences of a group of comparisons; their intervals hold for a whole table at once with 95 % (Bonferroni).
 
     pairs: for each comparison (right, other), both (S, n) bool: whether an arm, and the one it is compared with, are
-    right with seed s about expression i of n. rows: expressions of an image, which stand together.
+    right with seed s about expression i of n. rows: expressions of an image, which stand together. comparisons: of the
+    whole table, default: these.
 
     Expressions: images are drawn with replacement, the same for all seeds. Seeds: a bootstrap of three seeds cannot
     reach further than they do, so their part is drawn from Student's t, with one variance of a seed's difference for
-    the whole table, which has the degrees of freedom of all its comparisons. Where no comparison has two seeds, the
-    intervals are of the expressions alone.
+    the group, which has the degrees of freedom of all its comparisons. Where no comparison has two seeds, the intervals
+    are of the expressions alone.
     """
     per_image = [(right.astype(float) - other).reshape(len(right), -1, rows).mean(2) for right, other in pairs]
     freedom = sum(len(d) - 1 for d in per_image)
     squares = sum(((d.mean(1) - d.mean()) ** 2).sum() for d in per_image)
     sd = (squares / freedom) ** 0.5 if freedom else 0.0  # of a seed's difference
     t = np.random.default_rng(1).standard_t(freedom, (SEED_DRAWS, DRAWS)) if freedom else np.zeros((1, DRAWS))
-    tail = 100 * 0.05 / len(pairs) / 2
+    tail = 100 * 0.05 / (comparisons or len(pairs)) / 2
     found = []
     for d in per_image:  # (S, images)
         draws = drawn_images(d.shape[1]) @ d.mean(0) + sd / len(d) ** 0.5 * t  # (SEED_DRAWS, DRAWS)

@@ -49,6 +49,16 @@ def test_seeds_that_disagree_widen_the_interval_and_more_comparisons_too():
     assert width(difference(same, other, comparisons=25)) > 1.3 * width(difference(same, other))
 
 
+def test_a_group_of_a_larger_table_has_wider_intervals_and_a_spread_of_its_own():
+    rng = np.random.default_rng(3)
+    pair = answers(3, 100, 0.6, rng, 0.02), answers(3, 100, 0.6, rng, 0.02)
+    wild = answers(3, 100, 0.6, rng, 0.3), answers(3, 100, 0.6, rng, 0.3)
+    alone = differences([pair, pair], 4)[0]
+    of_many = differences([pair, pair], 4, 25)[0]
+    assert of_many.points == alone.points and width(of_many) > 1.3 * width(alone)
+    assert width(differences([pair, wild], 4, 25)[0]) > 2 * width(of_many)
+
+
 def test_three_seeds_that_differ_prove_nothing():
     """Gains of 5, 10 and 15 points: by Student's t with two degrees of freedom 10 +- 12 points, and the expressions'
     share besides."""
