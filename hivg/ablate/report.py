@@ -47,7 +47,8 @@ def runs_of(rows, budget):
 
 def comparisons(found):
     """[(Arm, Difference to the arm it is compared with)] in the order of ARMS, for the seeds that both have. The
-    arms of a claim share a variance: they are alike, while an arm that barely learns differs much from seed to seed."""
+    arms of a claim share a variance: they are alike, while an arm that barely learns differs much from seed to seed.
+    A claim that was tried with one seed alone is left out, as nothing tells its spread."""
     pairs = []
     for arm in ARMS:
         if arm.claim and arm.name in found and arm.against in found:
@@ -57,9 +58,11 @@ def comparisons(found):
     results = []
     for claim in CLAIMS:
         of_claim = [(arm, seeds) for arm, seeds in pairs if arm.claim == claim]
+        if all(len(seeds) == 1 for _, seeds in of_claim):
+            continue
         right = [(found[arm.name].right(seeds), found[arm.against].right(seeds)) for arm, seeds in of_claim]
-        ds = differences(right, EXPRESSIONS_PER_SCENE, len(pairs)) if right else []
-        results += [(arm, d) for (arm, _), d in zip(of_claim, ds)]
+        for (arm, _), d in zip(of_claim, differences(right, EXPRESSIONS_PER_SCENE, len(pairs))):
+            results.append((arm, d))
     return results
 
 
