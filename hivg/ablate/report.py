@@ -139,7 +139,7 @@ def mixing_table(found):
         if arm.trick == "mix the batch" and arm.name in found:
             names += [name for name in (arm.against, arm.name) if name in found]
     rows = []
-    for name in names:
+    for name in dict.fromkeys(names):  # once each
         measured = [row["batch_dependence"] for row in found[name].rows.values()]
         moved = np.mean([m["moved_pixels"] for m in measured])
         changed = np.mean([m["answers_changed"] for m in measured])
