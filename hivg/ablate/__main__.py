@@ -60,7 +60,9 @@ def main():
         failed = 0
         for budget in [args.budget] if args.budget else BUDGETS:
             arms = BUDGETS[budget].arms or list(BY_NAME)
-            names = args.names if args.budget and args.names else [n for n in args.names or arms if n in arms]
+            names = args.names or arms
+            if not args.budget:
+                names = [name for name in names if name in arms]
             failed += run_missing(budget, names, args.seeds, args.jobs)
         if failed:
             fail(f"{failed} run(s) failed; the lines above say where to look", code=1)

@@ -55,11 +55,11 @@ def comparisons(found):
             seeds = sorted(found[arm.name].rows.keys() & found[arm.against].rows.keys())
             if seeds:
                 pairs.append((arm, seeds))
+    told = {arm.claim for arm, seeds in pairs if len(seeds) > 1}
+    pairs = [(arm, seeds) for arm, seeds in pairs if arm.claim in told]
     results = []
-    for claim in CLAIMS:
+    for claim in [claim for claim in CLAIMS if claim in told]:
         of_claim = [(arm, seeds) for arm, seeds in pairs if arm.claim == claim]
-        if all(len(seeds) == 1 for _, seeds in of_claim):
-            continue
         right = [(found[arm.name].right(seeds), found[arm.against].right(seeds)) for arm, seeds in of_claim]
         for (arm, _), d in zip(of_claim, differences(right, EXPRESSIONS_PER_SCENE, len(pairs))):
             results.append((arm, d))

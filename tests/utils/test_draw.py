@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hivg.utils import text as text_module
 from hivg.utils.draw import (
     COLOURS,
     PAPER,
@@ -150,8 +149,8 @@ def test_lines_of_a_label_are_even():
 
 
 def test_the_font_that_has_the_characters(monkeypatch):
-    monkeypatch.setattr(text_module, "fonts_of_size", lambda size: ["Latin", "all"])
-    monkeypatch.setattr(text_module, "_lacks", lambda which, character: which == 0 and character > "z")
+    monkeypatch.setattr("hivg.utils.text.fonts_of_size", lambda size: ["Latin", "all"])
+    monkeypatch.setattr("hivg.utils.text._lacks", lambda which, character: which == 0 and character > "z")
     assert [font_for(text, 12) for text in ("dog", "a 犬", "犬")] == ["Latin", "all", "all"]
 
 
