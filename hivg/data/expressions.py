@@ -58,7 +58,10 @@ FORMS = {  # of each kind, repeated by how often they are asked for
     "ordinal": tuple(SIDES),
     "relation": ("left", "right", "above", "below") * 3 + ("closest", "furthest") * 2 + ("between",),
     "conjunction": ("two attributes", "attribute and relation", "two relations", "two relations", "two sides"),
-    "closeness": ("closest", "furthest")}  # need their anchor; alone to the left of any thing is the leftmost
+    # Of relations and ordinals, those that no shortcut answers: left of anything is, alone, the leftmost, and the third
+    # of three is the last.
+    "closeness": ("closest", "furthest"),
+    "counting": tuple(SIDES)}
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ class Speaker:
     """Makes expressions for one scene.
 
     targets are the objects that may be meant; every head phrase names at least the attributes in `must`.
-    Each method named like a kind makes one attempt at a form of it: (text, target), or None if it found nothing.
+    Each method named like a key of FORMS makes one attempt at a form of it: (text, target), or None if it found none.
     Objects are given by their number in the scene.
     """
 
@@ -176,7 +179,7 @@ class Speaker:
         centres = math.hypot(a.x - b.x, a.y - b.y)
         return centres, centres - (a.diameter + b.diameter) / 2
 
-    # ---- the five kinds
+    # ---- the five kinds, and two of which only some forms are asked for
 
     def attribute(self, _):
         rng = self.rng
@@ -209,21 +212,26 @@ class Speaker:
             return sign * SIZE_RANK[self.objects[target].size] > max(ranks)
         return all(self.is_ahead(target, i, which) for i in others)
 
-    def ordinal(self, side):
+    def ordinal(self, side, fewest=3, with_last=True):
         rng = self.rng
         example, attributes = self.head()
         members = self.members(example, attributes)
-        if len(members) < 3:
+        if len(members) < fewest:
             return None
         members = sorted(members, key=lambda i: self.offset(i, example, side)[0], reverse=True)
         if not all(self.is_ahead(i, j, side) for i, j in zip(members, members[1:])):
             return None
-        rank = 2 + int(rng.random() * (min(len(members), 5) - 1))  # from the second on: the first is a superlative
+        highest = min(len(members) if with_last else len(members) - 1, 5)
+        rank = 2 + int(rng.random() * (highest - 1))  # from the second on: the first is a superlative
         target = members[rank - 1]
         if target not in self.targets:
             return None
         noun = noun_phrase(rng, self.objects[target], attributes, (pick(rng, ORDINALS[rank]),))
         return the(rng, f"{noun} from {the(rng, SIDES[side], 0.75)}"), target
+
+    def counting(self, side):
+        """An ordinal of four or more that does not mean the last."""
+        return self.ordinal(side, fewest=4, with_last=False)
 
     def relation(self, which):
         rng = self.rng
@@ -241,6 +249,8 @@ class Speaker:
         link = "that is " if rng.random() < 0.15 else ""
         link += pick(rng, RELATION_WORDS[which])
         return the(rng, f"{noun_phrase(rng, self.objects[target], attributes)} {link} {anchor_names}"), target
+
+    closeness = relation  # with forms of its own
 
     def anchors(self, target, count):
         """Objects that can be named and are not the target; None if there are too few."""
@@ -381,8 +391,8 @@ def express(scene, rng, weights, count=4, targets=None, must=0, forms=3, attempt
     for _ in range(count):
         level = rng.random() * totals[-1]
         asked = next(k for k, total in zip(weights, totals) if level < total)
-        kind = "relation" if asked == "closeness" else asked
-        make = getattr(speaker, kind)
+        kind = {"closeness": "relation", "counting": "ordinal"}.get(asked, asked)
+        make = getattr(speaker, asked)
         for attempt in range(forms * attempts):
             if attempt % attempts == 0:
                 form = pick(rng, FORMS[asked])

@@ -111,6 +111,21 @@ def test_closeness_can_be_asked_for_alone():
     assert found == words
 
 
+def test_counting_asks_for_ordinals_that_do_not_mean_the_last():
+    """A model may hear "the third" as "the last", which is right where there are three."""
+    dataset = Shapes("train", weights={"counting": 1.0})
+    ranks = set()
+    for i in range(20):
+        scene, made = dataset.scene(i)
+        for expression in made:
+            rank, members = Listener(scene, expression.text).noun_phrase()
+            assert 2 <= rank < len(members), expression.text
+            assert Listener(scene, expression.text).referents() == [expression.target]
+            assert expression.kind == "ordinal"
+            ranks.add(rank)
+    assert ranks >= {2, 3}
+
+
 def test_expressions_vary():
     texts = [e.text for split in ("train", "val", "test") for _, e in expressions(split)]
     words = Counter(" ".join(texts).split())
