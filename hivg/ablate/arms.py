@@ -22,7 +22,8 @@ CLAIMS = {  # name -> the claim as the paper, its program or a reader makes it
     "losses": "every loss helps",
     "hints": "our two losses help to learn from little",
     "batch mixing": "the released program's mixing of a batch's texts does no harm, and spares the norm on text layers",
-    "fine-tuning": "adapters are better than training all of CLIP",
+    "fine-tuning": "leaving CLIP as it is is better than training all of it",
+    "slow fine-tuning": "the same, where CLIP is trained at a lower rate than what is new",
 }
 
 
@@ -41,7 +42,7 @@ class Arm:
     @property
     def seeds(self):
         """With how many seeds it is tried, from 0 on: more for the main claims, and where seeds differ most."""
-        return 5 if self.claim in ("", "bridge", "Hi LoRA", "hints", "fine-tuning") else 3
+        return 3 if self.claim in ("text layers", "visual levels", "losses", "batch mixing") else 5
 
     def definition(self):
         """All that makes the arm what it is, for the results file."""
@@ -97,10 +98,15 @@ ARMS = [
         against="mixed, all"),
     Arm("CLIP trained", "fine-tuning", "all of CLIP is trained, from the first step", {"lora": "none"},
         trick="train CLIP", against="lora none"),
-    Arm("CLIP trained slowly", "fine-tuning", "all of CLIP is trained, at a tenth of the rate of what is new",
+    Arm("CLIP trained slowly", "slow fine-tuning", "all of CLIP is trained, at a tenth of the rate of what is new",
         {"lora": "none"}, trick="train CLIP slowly", against="lora none"),
 ]
 BY_NAME = {arm.name: arm for arm in ARMS}
+COMPARED = [
+    *ARMS[1:],
+    replace(BY_NAME["lora vanilla"], differs="one stage instead of four", against="lora at once"),
+    replace(BY_NAME["lora none"], differs="no adapters instead of plain ones", against="lora vanilla"),
+]
 
 
 # ---- tricks

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hivg.ablate.arms import ARMS, BY_NAME, CLAIMS
+from hivg.ablate.arms import ARMS, BY_NAME, CLAIMS, COMPARED
 from hivg.ablate.charts import plot_attention, plot_differences
 from hivg.ablate.runs import BUDGETS, best_lr, read_results, unpack
 from hivg.ablate.statistics import differences
@@ -46,12 +46,12 @@ def runs_of(rows, budget):
 
 
 def comparisons(found):
-    """[(Arm, Difference to the arm it is compared with)] in the order of ARMS, for the seeds that both have. The
+    """[(Arm, Difference to the arm it is compared with)] in the order of CLAIMS, for the seeds that both have. The
     arms of a claim share a variance: they are alike, while an arm that barely learns differs much from seed to seed.
     A claim that was tried with one seed alone is left out, as nothing tells its spread."""
     pairs = []
-    for arm in ARMS:
-        if arm.claim and arm.name in found and arm.against in found:
+    for arm in COMPARED:
+        if arm.name in found and arm.against in found:
             seeds = sorted(found[arm.name].rows.keys() & found[arm.against].rows.keys())
             if seeds:
                 pairs.append((arm, seeds))
@@ -119,17 +119,18 @@ def claims_table(results):
     return table(("claim", "tried", "against", "seeds", "points", "interval", "its half", "the arm is"), rows)
 
 
-def groups_table(found, names):
-    """Points of arms against the arms that they are compared with, by kind and length of the expression, without
-    intervals."""
+def groups_table(found, arms):
+    """By kind and length of the expression: Acc@0.5 of the base in percent, and the points of arms against those that
+    they are compared with, without intervals."""
     groups = groups_of_test()
-    rows = []
-    for name in names:
-        against = BY_NAME[name].against
-        seeds = sorted(found[name].rows.keys() & found[against].rows.keys())
-        gain = 100 * (found[name].right(seeds).astype(float) - found[against].right(seeds)).mean(0)  # (n,)
-        rows.append((name, *(f"{gain[of_group].mean():+.1f}" for of_group in groups.values())))
-    return table(("arm", *groups), rows)
+    base = 100 * found["base"].right(found["base"].rows).mean(0)  # (n,)
+    rows = [("base", "", *(f"{base[of_group].mean():.1f}" for of_group in groups.values()))]
+    for arm in arms:
+        seeds = sorted(found[arm.name].rows.keys() & found[arm.against].rows.keys())
+        gain = 100 * (found[arm.name].right(seeds).astype(float) - found[arm.against].right(seeds)).mean(0)  # (n,)
+        means = [f"{gain[of_group].mean():+.1f}" for of_group in groups.values()]
+        rows.append((arm.name, arm.against, *means))
+    return table(("arm", "against", *groups), rows)
 
 
 def mixing_table(found):
@@ -188,8 +189,8 @@ def report(path, charts):
         if absent:
             parts.append("Not run yet: " + "; ".join(absent) + ".")
         parts += [accuracy_table(found), claims_table(results)]
-        by_group = [arm.name for arm, _ in results if arm.claim in ("bridge", "Hi LoRA")]
-        if by_group:
+        by_group = [arm for arm, _ in results if arm.claim in ("bridge", "Hi LoRA")]
+        if by_group and "base" in found:
             parts.append(groups_table(found, by_group))
         parts.append(mixing_table(found))
         parts.append("Charts: " + ", ".join(map(str, write_charts(found, results, charts / budget))))

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -64,7 +65,8 @@ CHOICE_SEED = 0  # the seed on which the rates are chosen
 def settings_of(arm, budget, lr, seed):
     """train.py's settings for a run."""
     b = BUDGETS[budget]
-    name = f"{FOLDER}/{budget}, {arm.name}, {lr:g}, {seed}".replace(" ", "_").replace(",", "")
+    definition = zlib.crc32(json.dumps(arm.definition()).encode())  # a run of another definition is not resumed
+    name = f"{FOLDER}/{budget}, {arm.name}, {lr:g}, {seed}, {definition:08x}".replace(" ", "_").replace(",", "")
     return train.Settings(name=name, seed=seed, workers=0, epoch_samples=b.epoch_samples, epochs=b.epochs,
                           lr=(lr,) * len(b.epochs), warmup_steps=20, **arm.settings)
 

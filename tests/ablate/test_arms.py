@@ -7,7 +7,7 @@ import torch
 from makers import assert_close, make_batch, make_hivg
 
 import train
-from hivg.ablate.arms import ARMS, BY_NAME, CLAIMS, Arm, deep_first, mixed_forward, patched
+from hivg.ablate.arms import ARMS, BY_NAME, CLAIMS, COMPARED, Arm, deep_first, mixed_forward, patched
 from hivg.ablate.runs import BUDGETS, settings_of
 from hivg.bridge import Bridge
 from hivg.clip import CLIPConfig
@@ -19,11 +19,12 @@ TINY = CLIPConfig(image_size=32, patch_size=16, vision_width=32, vision_layers=6
 
 
 def test_the_table_is_whole():
-    assert len(BY_NAME) == len(ARMS)
+    assert len(BY_NAME) == len(ARMS) and {arm.name for arm in COMPARED} == BY_NAME.keys() - {"base"}
     assert {arm.claim for arm in ARMS} == {"", *CLAIMS}
     for arm in ARMS:
         assert arm.against in BY_NAME
-        assert arm.claim == "" or arm.definition() != BY_NAME[arm.against].definition()
+    for arm in COMPARED:
+        assert arm.definition() != BY_NAME[arm.against].definition()
     for budget in BUDGETS.values():
         assert set(budget.arms) <= BY_NAME.keys()
 

@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,14 @@ def test_results_of_an_arm_that_was_defined_differently_do_not_count(small):
     fake(small, {"base": 0.9, "lora vanilla": 0.9})
     small.write_text(small.read_text().replace('"vanilla"', '"shared"'))
     assert {key[1] for key in read_results(small)} == {"base"}
+
+
+def test_a_run_of_an_arm_that_was_defined_differently_is_not_resumed():
+    """Its settings of train.py may be the same."""
+    arm = BY_NAME["mixed"]
+    other = replace(arm, trick="")
+    assert runs.settings_of(arm, "short", 1e-3, 0).name == runs.settings_of(replace(arm), "short", 1e-3, 0).name
+    assert runs.settings_of(arm, "short", 1e-3, 0).name != runs.settings_of(other, "short", 1e-3, 0).name
 
 
 def test_the_report_says_what_the_results_say(small):
