@@ -1,9 +1,12 @@
-"""The README's table "In the paper, in the code" leads to code that is there."""
+"""The README's table "In the paper, in the code" leads to code that is there, and "Does it help?" is of the results."""
 
 import ast
 import re
 
 from makers import ROOT
+
+from hivg.ablate.report import comparisons, runs_of
+from hivg.ablate.runs import BUDGETS, RESULTS, read_results
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TABLE = README.split("## In the paper, in the code")[1].split("\n## ")[0]
@@ -41,6 +44,20 @@ def test_every_row_leads_to_code():
             assert path.is_file(), link
             names = re.findall(r"`([\w.]+)`", link.split(")", 1)[1])
             assert set(names) <= names_in(path), f"{path.name} has no {set(names) - names_in(path)}"
+
+
+def test_the_differences_are_of_the_results():
+    rows = read_results(ROOT / RESULTS)
+    measured = set()
+    for budget in BUDGETS:
+        for _, d in comparisons(runs_of(rows, budget)):
+            measured.update(f"{abs(value):.1f}" for value in (d.points, d.low, d.high, d.visible))
+    differences = README.split("## Does it help?")[1].split("\n## ")[0]
+    lines = [line for line in differences.splitlines() if line.startswith("| ")][2:]
+    assert len(lines) >= 20
+    for line in lines:
+        ours = set(re.findall(r"\d+\.\d", line.split("|")[3]))
+        assert ours and ours <= measured, f"not in the report: {ours - measured}, of {line}"
 
 
 def test_links_lead_to_files():
