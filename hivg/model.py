@@ -124,9 +124,14 @@ class HiVGConfig:
             raise ValueError(f"text_padding must be masked or released, not {self.text_padding!r:.60}")
 
     def check_layers(self, name, first, last):
-        for layer in getattr(self, name):
+        layers = getattr(self, name)
+        for layer in layers:
             if not first <= layer <= last:
                 raise ValueError(f"{name} must be from {first} to {last} for this CLIP, not {layer}")
+        if len(set(layers)) < len(layers):
+            raise ValueError(f"{name} must be different numbers, not {layers!r:.60}")
+        if not layers and name != "bridge_blocks":
+            raise ValueError(f"{name} must name a layer")
 
     @classmethod
     def for_clip(cls, clip: CLIPConfig, **changes):

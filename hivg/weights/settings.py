@@ -73,12 +73,6 @@ def check_clip(clip):
 
 def check_hivg(config):
     check_divides("encoder_heads", config.encoder_heads, "width", config.width)
-    for name in ("bridge_blocks", "visual_levels", "text_layers"):
-        layers = getattr(config, name)
-        if len(set(layers)) < len(layers):
-            raise ValueError(f"{name} must be different numbers, not {quoted(layers)}")
-        if not layers and name != "bridge_blocks":
-            raise ValueError(f"{name} must name a layer")
     if config.normalization not in NORMALIZATION:
         raise ValueError(f"normalization must be one of {', '.join(NORMALIZATION)}, not {quoted(config.normalization)}")
 

@@ -179,6 +179,8 @@ def test_plan_of_the_wrong_kind_of_file_gets_one_line(whole, clip_file, monkeypa
     assert_one_line(run_script(monkeypatch, capfd, "--plan", flag, path), path, f"does not hold {wanted}")
 
 
-def test_text_layers_that_are_not_there_get_one_line(clip_file, monkeypatch, capfd):
-    args = ["--plan", "--clip", clip_file, "--text_layers", "9"]
-    assert_one_line(run_script(monkeypatch, capfd, *args), "text_layers must be from 1 to 4")
+@pytest.mark.parametrize("layers, words", [((9,), "from 1 to 4"), ((4, 4), "different numbers, not (4, 4)")], ids=str)
+def test_text_layers_that_cannot_be_get_one_line(clip_file, monkeypatch, capfd, layers, words):
+    """At the start: a model that is trained can be loaded."""
+    args = ["--plan", "--clip", clip_file, "--text_layers", *layers]
+    assert_one_line(run_script(monkeypatch, capfd, *args), f"text_layers must be {words}")
