@@ -34,7 +34,7 @@ class Sample:
     expression: str  # as written
     box: tuple  # (xmin, ymin, xmax, ymax), floats in the image's pixels
     segmentation: list | dict | None  # COCO polygons, or an RLE with size and counts
-    image_id: str  # the image's file name
+    image_id: str  # the image's file name, which all published data sets have in common; its path in people's own data
     own: bool = False  # of people's own data, whose images are read upright: pixels are those of the upright image
 
     def mask(self, height, width):
@@ -193,7 +193,7 @@ class RowCheck:
         segmentation = self.segmentation(row.segmentation, size, named)
         if self.own and row.segmentation and not segmentation:
             self.dropped.append(row)
-        return Sample(image, row.expression, box, segmentation, name, self.own)
+        return Sample(image, row.expression, box, segmentation, str(image) if self.own else name, self.own)
 
     def segmentation(self, value, size, file):
         key = id(value), size

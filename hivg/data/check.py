@@ -24,7 +24,7 @@ def check(data_root, dataset, annotations=None, decode=False):
         names = ["mixup", *(name for name in DATASETS if name != "mixup")]
     lines = []
     problems = []  # those of the lines that say why rows or splits are left out
-    images = {}  # (name, split): the names of its images
+    images = {}  # (name, split): the ids of its images
     for name in names:
         for split, count in counts_by_split(data_root, name).items():
             report = Report()
@@ -100,13 +100,14 @@ def decoded(name, samples):
 
 
 def leakage(name, images):
-    """Lines on the training images of a data set that are in other splits too. images: {(name, split): file names}."""
-    train = images.get((name, "train"), set())
+    """Lines on the training images of a data set that are in other splits too; none if it has no training images.
+    images: {(name, split): image ids}."""
+    train = images.get((name, "train"))
     lines = []
-    for (other, split), names in images.items():
-        if split == "train":
+    for (other, split), ids in images.items():
+        if not train or split == "train":
             continue
-        both = train & names
+        both = train & ids
         example = f", for instance {shown(min(both), 80)}" if both else ""
         lines.append(f"images of {shown(name)} train in {shown(other)} {shown(split, 40)}: {len(both):,}{example}")
     return lines

@@ -1,5 +1,6 @@
 """The report of `python -m hivg.data check`."""
 
+import json
 import subprocess
 import sys
 
@@ -7,9 +8,11 @@ import pytest
 from makers import ROOT
 from makers_data import make_scenes, write_list, write_mixture, write_own, write_refer
 from makers_use import call
+from PIL import Image
 
 from hivg.data.__main__ import main
 from hivg.data.check import check, splits_of
+from hivg.utils.quote import shown
 
 
 def test_counts_and_leakage(tmp_path):
@@ -42,6 +45,25 @@ def test_own_data_is_reported_by_its_splits(tmp_path):
     lines = check("nowhere", path).splitlines()
     assert lines[0] == f"{path} mine: 4 expressions, 2 images"
     assert "2 left out, missing image" in lines[1]
+
+
+def test_images_of_one_name_in_two_folders_are_two(tmp_path):
+    rows = []
+    for folder, split in (("a", "train"), ("b", "train"), ("b", "val"), ("c", "val")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        Image.new("RGB", (30, 20)).save(tmp_path / folder / "000.png")
+        row = {"image": f"{folder}/000.png", "expression": "cup", "bbox": [1, 2, 11, 12], "split": split}
+        rows.append(json.dumps(row))
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(rows))
+    assert check("nowhere", path).splitlines() == [
+        f"{path} train: 2 expressions, 2 images", f"{path} val: 2 expressions, 2 images",
+        f"images of {path} train in {path} val: 1, for instance {shown(tmp_path / 'b/000.png', 80)}"]
+
+
+def test_without_training_images_nothing_leaks(tmp_path):
+    path = write_own(tmp_path, 3, split="val")
+    assert check("nowhere", path) == f"{path} val: 6 expressions, 3 images"
 
 
 @pytest.mark.parametrize("n, fields, has_val", [(3, {}, True), (1, {}, False), (3, {"split": "train"}, False),
