@@ -19,7 +19,7 @@ from PIL import Image
 from hivg.data.formats import USUAL_SPLITS, read_rows
 from hivg.data.images import ImageError, ImageTooLarge, most_pixels, upright_size
 from hivg.data.masks import check_polygons, check_size, mask_of, run_lengths
-from hivg.data.published import canonical, find_file
+from hivg.data.published import canonical, files_of, find_file
 from hivg.utils.quote import quoted, shown
 
 MAX_EXPRESSION = 10_000  # characters
@@ -72,7 +72,8 @@ def read_samples(data_root, dataset, split, annotations=None, report=None):
                  beside it
     report       a Report to fill; without one its lines are printed on stderr
 
-    Raises ValueError for a file that cannot be read, and for a split that is not there, naming those that are.
+    Raises ValueError for a file that cannot be read, for a split that is not there, naming those that are, and for the
+    `train` of a file that would be any other split as well.
     """
     with uncollected():
         return _read_samples(data_root, dataset, split, annotations, report)
@@ -83,6 +84,9 @@ def _read_samples(data_root, dataset, split, annotations, report):
     if not rows:
         raise ValueError(f"{shown(path, 80)}: no row in it; there must be one for each expression")
     own = is_own(dataset)
+    if split == "train" and not own and is_of_any_split(dataset, path, rows):
+        raise ValueError(f"{shown(path, 60)}: neither its name nor its rows say which split it is, so `val` would be "
+                         f"the same; call it {dataset}_train.pth and give --annotations the folder with it and val")
     if own and all(row.split != split for row in rows):
         split = USUAL_SPLITS.get(split.lower(), split)
     rows_of_split = [row for row in rows if row.split in (None, split)]
@@ -149,6 +153,12 @@ def read_dataset(data_root, dataset, split, annotations=None):
         dataset = canonical(dataset)
         path = find_file(data_root, dataset, split, annotations)
     return path, read_rows(path, dataset)
+
+
+def is_of_any_split(dataset, path, rows):
+    """Whether rows of a published data set's file are those of any split: neither its name nor they say which."""
+    _, whole = files_of("", canonical(dataset), path)
+    return whole is not None and any(row.split is None and not row.problem for row in rows)
 
 
 # ---- the checks of a row

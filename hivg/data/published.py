@@ -133,21 +133,31 @@ def files_of(data_root, dataset, annotations=None):
     """What files there are of a data set -> the splits that have a file of their own, a set, and the path of a file
     that may hold several splits, or None.
 
-    Arguments as of `find_file`."""
+    Arguments as of `find_file`. Raises ValueError for a file that is another data set's by its name."""
     root = Path(data_root)
-    patterns = file_patterns(dataset)
     if annotations and os.path.isfile(annotations):
         file = Path(annotations)
-        splits = set()
-        for pattern in patterns[:-1]:  # the last fits anything
-            splits |= split_of(file.name, pattern)
+        splits = splits_by_name(file.name, dataset) or {file.stem} & DATASETS[dataset].counts.keys()
+        for other in DATASETS:
+            if not splits and splits_by_name(file.name, other):
+                raise ValueError(f"{shown(file, 60)}: by its name annotations of {other}, not of {dataset}; name "
+                                 f"{other} as the data set, or another file")
         return splits, None if splits else file
+    patterns = file_patterns(dataset)
     folders = places(root, dataset, annotations)
     for folder in folders:
         for name in DATASETS[dataset].refer_files:
             if os.path.isfile(folder / name):
                 return splits_in(folders, patterns, root), folder / name
     return splits_in(folders, patterns, root), None
+
+
+def splits_by_name(file_name, dataset):
+    """The split of a data set that a file is of by its name, a set of one, or empty."""
+    splits = set()
+    for pattern in file_patterns(dataset)[:-1]:  # the last fits anything
+        splits |= split_of(file_name, pattern)
+    return splits
 
 
 def splits_in(folders, patterns, root):

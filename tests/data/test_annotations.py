@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import zlib
 
 import numpy as np
@@ -138,6 +139,44 @@ def test_a_file_that_names_its_split_is_no_other(tmp_path, name, split):
     other = {"train": "val", "val": "train"}[split]
     with pytest.raises(ValueError, match=f"{name}: by its name the split {split}, not '{other}'"):
         read_samples(tmp_path, "refcoco", other, file)
+
+
+@pytest.mark.parametrize("name", ["rows.pth", "train.pth", "val.jsonl"])
+def test_a_file_is_not_both_train_and_val(tmp_path, name):
+    """One that does not say its split, in its name or its rows, can be evaluated on, not trained on."""
+    scenes = make_scenes(tmp_path, 3)
+    write_list(tmp_path, {"train": scenes}, "unc")
+    file = (tmp_path / "unc/unc_train.pth").rename(tmp_path / name)
+    read = []
+    for split in ("train", "val"):
+        try:
+            read.append((split, found(read_samples(tmp_path, "unc", split, file))))
+        except ValueError as error:
+            hint = "neither its name nor its rows say which split.*; call it unc_train.pth" if "rows" in name else split
+            assert re.search(hint, str(error)) and len(str(error)) < 290
+    assert read == [("train" if name == "train.pth" else "val", expected(tmp_path, scenes))]
+
+
+def test_rows_may_say_their_split(tmp_path):
+    (tmp_path / COCO).mkdir(parents=True)
+    Image.new("RGB", (30, 20)).save(tmp_path / COCO / "a.png")
+    path = write_own_splits(tmp_path, "train", "val", "val")
+    assert [len(read_samples(tmp_path, "unc", split, path)) for split in ("train", "val")] == [1, 2]
+    path = write_own_splits(tmp_path, "train", None)
+    with pytest.raises(ValueError, match="neither its name nor its rows"):
+        read_samples(tmp_path, "unc", "train", path)
+
+
+@pytest.mark.parametrize("dataset, name", [
+    ("unc", "unc+_val.pth"), ("gref", "gref_umd_val.pth"), ("refcocog", "finetune_refcocog_google_val.json"),
+    ("flickr", "mixup_val.pth")])
+def test_a_file_of_another_data_set_is_refused(tmp_path, dataset, name):
+    write_list(tmp_path, {"val": make_scenes(tmp_path, 1)}, "unc")
+    file = (tmp_path / "unc/unc_val.pth").rename(tmp_path / name)
+    with pytest.raises(ValueError, match=f"by its name annotations of .*, not of {canonical(dataset)}; "):
+        read_samples(tmp_path, dataset, "val", file)
+    with pytest.raises(ValueError, match="by its name annotations of"):
+        splits_of(dataset, tmp_path, file)
 
 
 # --- names ---
