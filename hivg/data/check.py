@@ -1,5 +1,7 @@
 """A report on the files of a data set, for `python -m hivg.data check`."""
 
+import os
+
 from hivg.data.annotations import Report, is_own, read_dataset, read_samples
 from hivg.data.images import ImageError, open_image, open_published
 from hivg.data.published import DATASETS, canonical, files_of
@@ -20,7 +22,7 @@ def check(data_root, dataset, annotations=None, decode=False):
     if dataset == "shapes":
         raise ValueError("shapes is drawn as it is needed; there are no files to check")
     names = [dataset] if is_own(dataset) else [canonical(dataset)]
-    if names == ["mixup"]:
+    if names == ["mixup"] and not (annotations and os.path.isfile(annotations)):  # one file is of the mixture alone
         names = ["mixup", *(name for name in DATASETS if name != "mixup")]
     lines = []
     problems = []  # those of the lines that say why rows or splits are left out

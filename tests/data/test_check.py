@@ -39,6 +39,13 @@ def test_leakage_between_the_parts_of_the_mixture(tmp_path):
     assert "of flickr" not in text and "of refcocog" not in text  # parts that are not there are passed over
 
 
+def test_one_file_of_the_mixture_is_that_of_no_part(tmp_path):
+    write_mixture(tmp_path, {"train": make_scenes(tmp_path, 5, 1)})
+    file = (tmp_path / "mixup/mixup_train.pth").rename(tmp_path / "rows.pth")
+    text = check(tmp_path, "mixup", file)
+    assert "mixup val: " in text and "refcoco" not in text and "flickr" not in text
+
+
 def test_own_data_is_reported_by_its_splits(tmp_path):
     path = write_own(tmp_path, 3, split="mine")
     (tmp_path / "images/2.png").unlink()
