@@ -146,6 +146,7 @@ def is_own(dataset):
 def read_dataset(data_root, dataset, split, annotations=None):
     """(path, rows) of the annotation file of a split, which may hold other splits as well."""
     if is_own(dataset):
+        refuse_annotations(dataset, annotations)
         path = Path(dataset)
         if not os.path.isfile(path):  # unlike path.is_file(), False for a name that no file can have
             raise ValueError(f"{shown(path)}: there is no such file; give a .jsonl file or the name of a data set")
@@ -153,6 +154,13 @@ def read_dataset(data_root, dataset, split, annotations=None):
         dataset = canonical(dataset)
         path = find_file(data_root, dataset, split, annotations)
     return path, read_rows(path, dataset)
+
+
+def refuse_annotations(dataset, annotations):
+    """Raises ValueError for annotations that a data set which is not the paper's would ignore."""
+    if annotations:
+        raise ValueError(f"--annotations {shown(annotations, 60)} is for a data set of the paper, and "
+                         f"{shown(dataset, 60)} would ignore it; leave it out")
 
 
 def is_of_any_split(dataset, path, rows):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from hivg.data.annotations import read_samples
+from hivg.data.annotations import read_samples, refuse_annotations
 from hivg.data.augment import Augment
 from hivg.data.images import ImageError, open_image, open_published
 from hivg.data.shapes import EXPRESSIONS_PER_SCENE, HARD_MIX, Shapes
@@ -179,6 +179,7 @@ def open_dataset(dataset, split, size, normalization="clip", seed=0, data_root="
     "auto", "box" or "segmentation" (SampleTensors); the masks of `shapes` are always exact. Raises ValueError.
     """
     if dataset == "shapes":
+        refuse_annotations(dataset, annotations)
         return ShapesTensors(split, size, normalization, seed, weights=HARD_MIX if hard_mix and train else None)
     samples = cached_samples(data_root, dataset, split, annotations)
     if not samples:

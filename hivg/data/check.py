@@ -2,7 +2,7 @@
 
 import os
 
-from hivg.data.annotations import Report, is_own, read_dataset, read_samples
+from hivg.data.annotations import Report, is_own, read_dataset, read_samples, refuse_annotations
 from hivg.data.images import ImageError, open_image, open_published
 from hivg.data.published import DATASETS, canonical, files_of
 from hivg.data.shapes import SPLITS
@@ -68,9 +68,10 @@ def splits_of(dataset, data_root="data", annotations=None):
     a file that cannot be read, and if there is none.
     """
     if dataset == "shapes":
+        refuse_annotations(dataset, annotations)
         return [split for split, (scenes, _) in SPLITS.items() if scenes < 2**40]
     if is_own(dataset):
-        _, rows = read_dataset(data_root, dataset, None)
+        _, rows = read_dataset(data_root, dataset, None, annotations)
         return sorted({row.split for row in rows if row.split})
     dataset = canonical(dataset)
     published = list(DATASETS[dataset].counts)

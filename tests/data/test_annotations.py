@@ -23,6 +23,7 @@ from makers_data import (
 from PIL import Image
 
 from hivg.data.annotations import Report, checked_segmentation, read_samples
+from hivg.data.batches import open_dataset
 from hivg.data.check import splits_of
 from hivg.data.formats import val_images
 from hivg.data.published import COCO, DATASETS, FLICKR, REFERIT, canonical
@@ -217,6 +218,15 @@ def test_own_lines_may_name_their_split(tmp_path):
     assert len(read_samples(tmp_path, str(path), "train")) == 80
     with pytest.raises(ValueError, match="no split 'val'; there are train; name it as the \"split\" of some rows"):
         read_samples(tmp_path, path, "val")
+
+
+@pytest.mark.parametrize("dataset", ["shapes", "mine.jsonl"])
+def test_annotations_are_for_published_data_sets(tmp_path, monkeypatch, dataset):
+    """Anywhere else they would be ignored."""
+    monkeypatch.chdir(tmp_path)
+    write_own(tmp_path)
+    with pytest.raises(ValueError, match=f"--annotations .*other.json.* {dataset} .*; leave it out"):
+        open_dataset(dataset, "val", 64, annotations="other.json")
 
 
 def write_own_splits(folder, *splits):

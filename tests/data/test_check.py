@@ -88,6 +88,12 @@ def test_dropped_outlines_and_boxes_of_0_to_1_are_told(tmp_path):
     assert f"{path} val: 6 expressions" in text  # they are kept
 
 
+def test_annotations_beside_own_data_are_refused(tmp_path):
+    path = write_own(tmp_path, 3)
+    with pytest.raises(ValueError, match="--annotations .*; leave it out"):
+        check("nowhere", path, "other.json")
+
+
 @pytest.mark.parametrize("content", [None, "", "\n", "hello", "{}", '{"image": "b.png", "expression": "x"}'])
 def test_to_check_nothing_is_an_error(tmp_path, monkeypatch, capfd, content):
     path = "refcoco"

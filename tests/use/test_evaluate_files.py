@@ -178,6 +178,11 @@ def test_flags_that_are_refused_at_once(run, monkeypatch, flags, word):
     assert "\x1b" not in result[2]
 
 
+@pytest.mark.parametrize("dataset", ["shapes", "mine.jsonl"])
+def test_annotations_are_not_ignored(run, dataset):
+    assert_fails(run("--dataset", dataset, "--annotations", "other.json"), "--annotations other.json", "leave it out")
+
+
 @pytest.mark.slow
 def test_reader_that_leaves(run, weights_file):
     """As `evaluate | head -0`: no traceback."""
