@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, ImageOps
 from hivg.utils.quote import shown
 
 PATH = 150  # characters of a path that messages show
+PNG_TEXTS = ("Raw profile type exif", "XML:com.adobe.xmp")  # that may say how an image is turned, as its EXIF chunk
 ROWS = 256  # of an image of more than 8 bits that are scaled at once
 
 # libtiff, below Pillow, prints lines of its own on stderr about damaged files; ours says it once
@@ -73,8 +74,13 @@ def open_published(path):
 def upright_size(path):
     """(width, height) of what `open_image` makes of a file, mostly from its header alone. Raises ImageError."""
     with _open_file(Path(path), shown(path, PATH)) as image:
-        if image.format == "PNG" and not {"exif", "Raw profile type exif", "xmp"} & image.info.keys():
-            return image.size  # to ask for its EXIF would read its pixels
+        if image.format == "PNG":
+            content = Path(path).read_bytes()
+            late = content[content.find(b"IDAT"):]  # what Pillow finds only when it reads the pixels
+            if any(mark.encode() in late for mark in ("eXIf", *PNG_TEXTS)):
+                return open_image(path).size
+            if not {"exif", "xmp", *PNG_TEXTS} & image.info.keys():
+                return image.size  # to ask for its EXIF would read its pixels
         if image.format in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP"):
             try:
                 is_turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by 90 degrees
