@@ -18,6 +18,8 @@ and, only when named:
                                      a model of their time, for each case of `fusion`
 """
 
+from importlib.util import find_spec
+
 import torch
 
 from hivg.bench.efficiency import bench_efficiency
@@ -70,6 +72,10 @@ def arguments():
     for name in args.names:
         if name not in BENCHES:
             fail(f"no benchmark is called {name!r}; there are {', '.join(BENCHES)}")
+        if name in ("fusion", "compile") and find_spec("triton") is None:
+            fail(f"{name} needs Triton, which is not installed here; on Linux, install it with requirements.txt")
+    if min(args.batch_sizes) < 1:
+        fail(f"--batch_sizes must be 1 or more, not {min(args.batch_sizes)}")
     return args
 
 

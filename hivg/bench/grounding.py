@@ -1,11 +1,10 @@
 """How long grounding takes: `python -m hivg.bench forward start`."""
 
-import subprocess
 import sys
 
 import torch
 
-from hivg.bench.timing import ROOT, measure, show
+from hivg.bench.timing import ROOT, measure, run_program, show
 from hivg.grounder import Grounder
 from hivg.utils.cli import choose_device, choose_dtype
 
@@ -35,5 +34,5 @@ def forward_times(grounder, n, images):
 def bench_start(args):
     """python ground.py from a cold start: interpreter, imports, weights, one prediction, the drawing."""
     command = [sys.executable, str(ROOT / "ground.py"), "--weights", str(args.weights), "--device", args.device]
-    times = measure(lambda: subprocess.run(command, check=True, capture_output=True), 3)
+    times = measure(lambda: run_program(command), 3)
     show("ground.py from start to end", times)

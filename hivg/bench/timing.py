@@ -75,6 +75,15 @@ def gpu_energy(uuid):
     return None if failed else millijoules.value / 1e3
 
 
+def run_program(command, cwd=None):
+    """Run a command -> what it prints. Raises ValueError with the last line of its stderr if it fails."""
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"{command[0]} ended with {done.returncode}"]
+        raise ValueError(lines[-1].removeprefix("error: "))
+    return done.stdout
+
+
 ALONE = """
 import sys, time
 from hivg.bench.timing import memory
@@ -96,8 +105,7 @@ def measure_alone(imports, work, argument):
     times = []
     most = 0
     for _ in range(3):
-        run = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-        milliseconds, used = map(float, run.stdout.split())
+        milliseconds, used = map(float, run_program(command, cwd=ROOT).split())
         times.append(milliseconds)
         most = max(most, used)
     return np.quantile(times, QUANTILES), most

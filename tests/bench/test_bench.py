@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from makers import BUNDLED
+from makers_use import call
 
 from hivg import weights
 from hivg.bench import __main__ as bench
@@ -98,3 +99,26 @@ def test_names_and_flags(monkeypatch, capfd):
     with pytest.raises(SystemExit) as stop:
         bench.arguments()
     assert stop.value.code == 2 and "there are forward, data" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("words, told", [
+    (["step", "--batch_sizes", "8", "-1"], "--batch_sizes must be 1 or more, not -1"),
+    (["fusion"], "fusion needs Triton"), (["compile"], "compile needs Triton")])
+def test_what_cannot_be_measured_gets_one_line(monkeypatch, capfd, words, told):
+    monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
+    code, out, err = call(bench.main, capfd, monkeypatch, *words)
+    assert (code, out) == (2, "") and err.startswith(f"error: {told}") and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("child, told", [
+    ("print('a\\nerror: b.png: no image\\n', file=sys.stderr); sys.exit(2)", "b.png: no image"),
+    ("sys.exit(3)", "ended with 3"), ("1 / 0", "ZeroDivisionError: division by zero")])
+def test_a_program_that_fails_is_told_in_one_line(child, told):
+    with pytest.raises(ValueError) as caught:
+        measure_alone("pass", child, "")
+    assert str(caught.value).endswith(told) and "\n" not in str(caught.value)
+
+
+def test_start_without_its_weights_gets_one_line(monkeypatch, capfd):
+    code, _, err = call(bench.main, capfd, monkeypatch, "start", "--weights", "none.safetensors", "--device", "cpu")
+    assert code == 2 and err.startswith("error: none.safetensors: there is no such") and len(err.splitlines()) == 1
