@@ -37,7 +37,7 @@ def clip_config(path):
     """The sizes of a CLIP: of a published one by its file's name, so that the file need not be there; else from the
     file. Raises WeightsError."""
     for name, config in CLIP_SIZES.items():
-        if Path(path).stem == name.replace("/", "-").replace("@", "-"):
+        if name != "tiny" and Path(path).stem == name.replace("/", "-").replace("@", "-"):
             return config
     return config_of(path, CLIPConfig, "a CLIP")
 

@@ -1,6 +1,7 @@
 """The table of the stages, --plan, the presets, and what each stage really trains."""
 
 import re
+import shutil
 from dataclasses import asdict, astuple, replace
 
 import pytest
@@ -9,8 +10,10 @@ from makers_training import NAMES, assert_one_line, run_script
 
 import train
 from hivg import weights
+from hivg.clip import CLIP_SIZES
 from hivg.lora import MODES, adapted_layers
 from hivg.losses import LossWeights
+from hivg.training.plan import clip_config
 from hivg.training.presets import PRESETS
 from train import Settings, stages
 
@@ -171,6 +174,12 @@ def test_what_has_a_gradient_is_what_changes(world, tiny, monkeypatch, mode):
     assert changed <= trained and len(changed) > 0.9 * len(trained), trained - changed
     stage = len(stages(s)) - 1
     assert any(name.endswith(".A.0" if mode == "shared" else f".A.{stage - 1}") for name in changed)
+
+
+def test_plan_of_a_file_called_tiny_is_of_what_is_in_it(clip_file, tmp_path):
+    """No published CLIP has this name."""
+    path = shutil.copy(clip_file, tmp_path / "tiny.safetensors")
+    assert clip_config(path) == weights.read(clip_file).config != CLIP_SIZES["tiny"]
 
 
 @pytest.mark.parametrize("flag, wanted", [("--clip", "a CLIP"), ("--finetune", "a HiVG")])
