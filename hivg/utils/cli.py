@@ -89,14 +89,17 @@ def choose_device(name):
 def choose_dtype(name, device):
     """"float32", "bfloat16", or "auto" -> the type of products, and of weights that are not trained.
 
-    auto: bfloat16 on a GPU, and on a CPU that multiplies it in hardware, where it halves a step. Raises ValueError.
+    auto: bfloat16 on a GPU or CPU that multiplies it in hardware, where it halves a step. Raises ValueError.
     """
     if name != "auto":
         if name not in DTYPES:
             raise ValueError(f"dtype must be auto, float32 or bfloat16, not {name!r}")
         return getattr(torch, name)
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # not in every version
-    fast = device.type == "cuda" or able.get("avx512_bf16") or able.get("amx_bf16")
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        able = getattr(torch.cpu, "get_capabilities", dict)()  # not in every version
+        fast = able.get("avx512_bf16") or able.get("amx_bf16")
     return torch.bfloat16 if fast else torch.float32
 
 

@@ -4,9 +4,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from makers import ROOT
 
-from hivg.utils.cli import run
+from hivg.utils.cli import choose_dtype, run
 
 
 def ended(capfd, main, **options):
@@ -40,6 +41,14 @@ def test_what_went_wrong_is_one_line(capfd):
 def test_an_error_of_the_program_keeps_its_traceback():
     with pytest.raises(KeyError):
         run(raising(KeyError("x")))
+
+
+@pytest.mark.parametrize("capability, wanted", [((7, 5), torch.float32), ((8, 0), torch.bfloat16),
+                                                ((10, 0), torch.bfloat16)])
+def test_a_gpu_that_does_not_multiply_bfloat16_gets_float32(monkeypatch, capability, wanted):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_dtype("auto", torch.device("cuda")) == wanted
+    assert choose_dtype("bfloat16", torch.device("cuda")) == torch.bfloat16
 
 
 @pytest.mark.parametrize("command", ["hivg.weights show weights/clip-tiny.safetensors", "hivg.ablate list"])
