@@ -59,7 +59,7 @@ class Settings:
     optimizer: str = setting("muon", "muon for matrices and adamw for the rest, or adamw for all",
                              choices=("muon", "adamw"))
     lr: float = setting(3e-3, "peak learning rate", low=0, high=1e30)
-    adamw_share: float = setting(1 / 3, "the learning rate of what AdamW trains, as a share of it", low=0, high=10)
+    adamw_share: float = setting(1 / 3, "the learning rate of AdamW beside Muon, as a share of it", low=0, high=10)
     warmup_steps: int = setting(100, "steps in which the learning rate rises", low=0, high=10**9)
     weight_decay: float = setting(1e-4, "of both optimizers", low=0, high=1)
     clip_grad: float = setting(1.0, "largest norm of the gradient", low=1e-12, high=float("inf"))
@@ -247,8 +247,8 @@ def pretrain(s: Settings):
     saved_at = time.monotonic()
     for step in range(first, steps):
         lr = learning_rate(step, steps, s.lr, s.warmup_steps)
-        set_learning_rate(optimizers[:-1], lr)
-        set_learning_rate(optimizers[-1:], lr * s.adamw_share)
+        set_learning_rate(optimizers, lr)
+        set_learning_rate(optimizers[1:], lr * s.adamw_share)  # AdamW beside Muon
         batch = to_device(next(batches), model.tokenizer, device)
         with autocast():
             terms = criterion(batch)

@@ -52,7 +52,9 @@ def test_every_word_of_shapes_is_a_token(run):
     assert {word for word in words if len(tokenizer.encode(word)) != 1} == set()
 
 
-def test_resumed_is_uninterrupted(run, tmp_path, monkeypatch):
+@pytest.fixture
+def folder(run, tmp_path, monkeypatch):
+    """An empty current folder, in which the same CLIP is begun with as in `run`."""
     monkeypatch.chdir(tmp_path)
     tokenizer = weights.load_clip(run / "clip.safetensors").tokenizer
 
@@ -62,12 +64,30 @@ def test_resumed_is_uninterrupted(run, tmp_path, monkeypatch):
         return clip
 
     monkeypatch.setattr(pretrain, "new_clip", new_clip)
+
+
+def test_resumed_is_uninterrupted(run, folder, monkeypatch):
     s = Settings(**torch.load(run / "state.pt", weights_only=True)["settings"])
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill(patch, pretrain, "to_device", 4)
         pretrain.pretrain(replace(s, save_minutes=0))
     pretrain.pretrain(replace(s, resume=True))
     assert_same_run(Path("runs/clip"), run)
+
+
+@pytest.mark.parametrize("optimizer, shares", [("muon", [1, 0.25]), ("adamw", [1])])
+def test_adamw_has_its_share_beside_muon_alone(folder, monkeypatch, optimizer, shares):
+    rates = []
+    step = pretrain.step_optimizers
+
+    def spy(optimizers):
+        rates.extend(optimizer.param_groups[0]["lr"] for optimizer in optimizers)
+        step(optimizers)
+
+    monkeypatch.setattr(pretrain, "step_optimizers", spy)
+    pretrain.pretrain(Settings(epochs=1, epoch_samples=8, val_images=64, batch_size=8, optimizer=optimizer,
+                               adamw_share=0.25, **ON_CPU))
+    assert rates == [share * log_of("runs/clip")[0]["lr"] for share in shares]
 
 
 def test_phrase_truth():
