@@ -186,7 +186,10 @@ def innermost_loop(code):
         start = places.get(branch_target(instruction), place)
         if start < place:
             loops.append(code[start:place + 1])
-    products = [loop for loop in loops if any(is_product(i) for i in loop)]
+    products = []
+    for loop in loops:
+        if any(is_product(i) for i in loop):
+            products.append(loop)
     if products:
         return min(products, key=len)
     return max(loops, key=lambda loop: sum(i.name.startswith(("FFMA", "FMUL")) for i in loop), default=[])

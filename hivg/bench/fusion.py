@@ -31,7 +31,9 @@ def make_tensors(case, device):
     """The arguments of adaptive_fusion, and dy. Under autocast all are float32, as in training."""
     D, DV = SIZES[case.size]
     x, P = TYPES[case.types]
-    K, B, T = case.K, case.B, case.T
+    K = case.K
+    B = case.B
+    T = case.T
     shapes = (K, B, T, D), (K, T, D), (DV, K * D), (DV,), (K, D), (K, D)
     torch.manual_seed(0)
     tensors = [torch.randn(shape, device=device).div_(shape[-1] ** 0.5).to(x).requires_grad_() for shape in shapes]

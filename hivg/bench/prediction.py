@@ -67,14 +67,18 @@ def predict(case, gpu):
     """-> us: {"tensor", "issue", "cache", "memory": the costs of the forward's main kernel; "statistics"; "forward" and
     "both", with the backward; "eager" and "compile": the forward by plain PyTorch}, and the tile and parts it takes."""
     D, DV = SIZES[case.size]
-    K, M = case.K, case.B * case.T
+    K = case.K
+    M = case.B * case.T
     x, P = TYPES[case.types]
     tile = kernels.choose_tile(M, DV, x, x, P, gpu.capability // 10, gpu.processors)
     tiles, parts, steps = kernels.split_sum(K, M, D, DV, tile, gpu.processors)
     found = compiled(case.types, tuple(tile.items()), gpu.capability, D, DV)
-    BM, BN, BD = tile["BM"], tile["BN"], tile["BD"]
+    BM = tile["BM"]
+    BN = tile["BN"]
+    BD = tile["BD"]
     rate = gpu.fma if case.types == "float32" else gpu.tensor
-    element, narrow = x.itemsize, P.itemsize  # bytes
+    element = x.itemsize  # bytes
+    narrow = P.itemsize
     states = K * M * D * element  # x
     weights = DV * K * D * narrow  # P
 

@@ -54,7 +54,15 @@ class Pairs(Dataset):
         rng = np.random.default_rng([self.seed, STREAM, index])
         scenes, expressions = draw_pair(rng)
         few = rng.permutation(len(scenes[0].objects))[:CAPTION_OBJECTS]
-        pixels, padding, captions, phrases, named, attributes, texts, kinds, targets = ([] for _ in range(9))
+        pixels = []
+        padding = []
+        captions = []
+        phrases = []
+        named = []
+        attributes = []
+        texts = []
+        kinds = []
+        targets = []
         for scene, said in zip(scenes, expressions):
             image, _ = draw(scene)
             letterbox = Letterbox(*image.size, self.image_size)

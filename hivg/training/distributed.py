@@ -69,7 +69,9 @@ def gather_rows(rows):
 def mean_of(parts):
     """Dicts {name: scalar tensor} of the parts of a step -> one such dict, averaged over the parts and the ranks."""
     names = list(parts[0])
-    rows = [torch.stack([part[name].detach().float() for name in names]) for part in parts]
+    rows = []
+    for part in parts:
+        rows.append(torch.stack([part[name].detach().float() for name in names]))
     values = torch.stack(rows).mean(0)  # (names,)
     if world() > 1:
         dist.all_reduce(values)

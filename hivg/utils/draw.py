@@ -98,7 +98,8 @@ def outline_mask(image, mask):
     size = [max(1, round(side * scale)) for side in image.size]
     inside = _layer(np.asarray(mask, dtype=np.float64), size, "mask").point(lambda level: 255 * (level > 127))
     for width, colour in ((5, "black"), (3, "white")):
-        larger, smaller = inside.filter(ImageFilter.MaxFilter(width)), inside.filter(ImageFilter.MinFilter(width))
+        larger = inside.filter(ImageFilter.MaxFilter(width))
+        smaller = inside.filter(ImageFilter.MinFilter(width))
         image.paste(colour, mask=ImageChops.subtract(larger, smaller).resize(image.size, Image.Resampling.BICUBIC))
     return image
 
