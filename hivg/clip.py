@@ -2,7 +2,8 @@
 
 Letters: B batch, N = 1 + P visual tokens ([CLS] + patches), T text positions, C width of a tower, E width of the
 shared embedding. Blocks are pre-norm; QuickGELU as in OpenAI's models; every layer norm has eps 1e-5. Parameter names
-are OpenAI's, except that the attention keeps q, k and v as three linear layers, so that LoRA can wrap each.
+are OpenAI's but for three things: blocks are `blocks`, not `transformer.resblocks`, the text tower's are below `text`,
+and the attention keeps q, k and v as three linear layers, so that LoRA can wrap each (weights/clip_names.py).
 """
 
 from dataclasses import dataclass

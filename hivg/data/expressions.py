@@ -66,10 +66,10 @@ FORMS = {  # of each kind, repeated by how often they are asked for
 
 @dataclass(frozen=True)
 class Expression:
-    """A text that is true of one object of its scene: `scene.objects[target]`. kind is one of KINDS."""
+    """A text that is true of one object of its scene: `scene.objects[target]`."""
     text: str
     target: int
-    kind: str
+    kind: str  # one of KINDS, or "place" (pairs.py)
 
 
 def the(rng, phrase, chance=0.5):

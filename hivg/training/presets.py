@@ -3,17 +3,17 @@
     python -m hivg.weights fetch ViT-B/16
     python train.py --preset refcoco-base --data_root DIR
 
-The released program steps on global batches of 7 GPUs x 80, 60, 60, 40 (base) or 7 x 32 (large) expressions. Here the
-same batches are accumulated on one GPU, or shared by several. Accumulation adds up gradients, not negatives: the
-contrastive loss sees `batch_size` expressions at a time (139 negatives for base, 55 for large, less those of the same
-image), however many processes there are, where the released program's sees one GPU's 80, 60, 40 or 32. On a GPU with
-less memory, take a part of --batch_size and as many times the --accumulate.
+The released program steps on global batches of 7 GPUs x 80, 60, 60, 40 (base; the mixture 64) or 7 x 32 (large)
+expressions. Here the same batches are accumulated on one GPU, or shared by several. Accumulation adds up gradients, not
+negatives: the contrastive loss sees `batch_size` expressions at a time (139 negatives for base, 111 for its mixture, 55
+for large, less those of the same image), however many processes there are, where the released program's sees one GPU's
+80, 64, 60, 40 or 32. On a GPU with less memory, take a part of --batch_size and as many times the --accumulate.
 
 Every stage starts from the best state of the one before (the released mixture, base, from its last).
 
 Every process takes an equal share of a batch. 1, 2, 4 or 7 divide all of them, 8 those of 112 and 56 but not 140: no
-batch size divides both into 8 shares and into the published 420. On 8 GPUs a base preset is refused until it is given
---batch_size 136 or 144, 3 % from the published steps.
+batch size divides both into 8 shares and into the published 420. On 8 GPUs a base preset but the mixture's is refused
+until it is given --batch_size 136 or 144, 3 % from the published steps.
 
 Masks are boxes filled (--masks box), as published; the data sets' outlines are for --masks segmentation.
 

@@ -1,4 +1,4 @@
-"""Line charts with Pillow alone: the curves of a training run, the bars of a benchmark."""
+"""Line charts with Pillow alone: the curves of a training run, the panels of a benchmark."""
 
 import math
 from dataclasses import dataclass
