@@ -12,7 +12,7 @@ import numpy as np
 from hivg.data.shapes import SIZES, SPLITS, Shapes
 
 EXPRESSED = list(SPLITS)
-COUNTS = {"train": 400, "val": 250, "test": 250, "testA": 150, "testB": 250, "compose": 300}
+COUNTS = {"train": 400, "val": 250, "test": 250, "testA": 150, "testB": 250, "compose": 300, "count": 250}
 
 
 @cache

@@ -37,6 +37,7 @@ SPLITS = {  # number of scenes, kinds of expressions. The order gives each split
     "testA": (500, {"attribute": 1.0}),
     "testB": (500, {"ordinal": 0.4, "relation": 0.6}),
     "compose": (500, MIXED),
+    "count": (500, {"counting": 1.0}),
 }
 
 
@@ -119,6 +120,7 @@ class Shapes:
     testA          2,000 by attributes alone
     testB          2,000 by relations and ordinals
     compose        2,000 that mean and name a pair of colour and shape that no other split shows (HELD_OUT)
+    count          2,000 ordinals among four or more, none of which means the last, so that they need counting
     """
 
     def __init__(self, split, seed=0, weights=None, captions=True):

@@ -79,9 +79,9 @@ def test_compose_means_and_names_a_held_out_pair():
 
 def test_lengths_and_bad_arguments():
     assert {split: 4 * len(Shapes(split)) for split in EXPRESSED[1:]} == {
-        "val": 1000, "test": 5000, "testA": 2000, "testB": 2000, "compose": 2000}
+        "val": 1000, "test": 5000, "testA": 2000, "testB": 2000, "compose": 2000, "count": 2000}
     assert len(Shapes("train")) >= 2**30
-    with pytest.raises(ValueError, match="'dev'.*train, val, test, testA, testB, compose"):
+    with pytest.raises(ValueError, match="'dev'.*train, val, test, testA, testB, compose, count"):
         Shapes("dev")
     for index in (-1, 250):
         with pytest.raises(IndexError, match=str(index)):

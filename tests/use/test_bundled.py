@@ -62,7 +62,7 @@ SCENES = {
         ("diamond", "green", "small", 0.1, 0.34),
     ),
 }
-missed = pytest.mark.xfail(strict=True, reason="an ordinal among four like hearts: weights/README.md")
+missed = pytest.mark.xfail(strict=True, reason="an ordinal that needs counting: weights/README.md")
 ASKED = [  # scene, expression, the object meant
     ("landscape", "the large red circle", 0),
     ("landscape", "the small red circle", 1),
