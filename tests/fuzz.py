@@ -141,11 +141,13 @@ def read_table(path):
 
 def read_annotations(path):
     """The samples, every line of the report, and the tensors of a few of them."""
-    dataset = path if path.suffix == ".jsonl" else "refcoco"
+    own = path.suffix == ".jsonl"
+    dataset = path if own else "refcoco"
+    annotations = None if own else path
     report = Report()
     try:
-        for split in splits_of(dataset, path.parent, path)[:2]:
-            samples = read_samples(path.parent, dataset, split, path, report)
+        for split in splits_of(dataset, path.parent, annotations)[-2:]:  # not train, which a file of no split has not
+            samples = read_samples(path.parent, dataset, split, annotations, report)
             tensors = SampleTensors(samples[:6], 32, masks="segmentation", augment=random.choice((None, Augment())))
             for i in range(len(samples[:6])):
                 tensors[i]
