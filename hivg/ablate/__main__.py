@@ -6,8 +6,8 @@
 
 `run` trains and evaluates what is missing in notebooks/ablations.jsonl: every arm in the short budget, then the most
 important ones in the long. Interrupt it with Ctrl-C at any time and start it again. Every arm sees the same expressions
-in the same order, as often, with the same optimizer; its learning rate is the best on `val`, with seed 0, of a grid
-that is the same for all, chosen in the short budget. Run it in the folder of train.py.
+in the same order, as often, with the same optimizer; its learning rate is the best on `val`, with seed 0, of the
+budget's grid, which is the same for all. Run it in the folder of train.py.
 """
 
 from importlib.util import find_spec

@@ -41,7 +41,7 @@ class Budget:
 
     epoch_samples: int
     epochs: tuple
-    lrs: tuple  # the grid of learning rates, upwards (`next_lr`); empty: the rate chosen in the short budget
+    lrs: tuple  # the grid of learning rates, upwards (`next_lr`)
     arms: tuple  # names; empty: all
     seeds: int  # at most
 
@@ -53,8 +53,9 @@ class Budget:
 BUDGETS = {
     # 12,288 expressions, a tenth of the default run's
     "short": Budget(2048, (1, 1, 1, 3), (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), (), 5),
-    "long": Budget(8192, (1, 1, 1, 12), (), ("base", "bridge none", "bridge constant", "lora vanilla", "lora none"),
-                   3),  # the default run's
+    # the default run's
+    "long": Budget(8192, (1, 1, 1, 12), (2e-3, 4e-3),
+                   ("base", "bridge none", "bridge constant", "lora vanilla", "lora none"), 3),
 }
 FAILED = "FAILED:"
 CHOICE_SEED = 0  # the seed on which the rates are chosen
@@ -249,8 +250,6 @@ def next_lr(found, lrs):
 
 def best_lr(rows, budget, arm):
     """The learning rate chosen for an arm; None if that needs further runs."""
-    if not BUDGETS[budget].lrs:
-        return best_lr(rows, "short", arm)
     found = accuracies(rows, budget, arm)
     if next_lr(found, BUDGETS[budget].lrs):
         return None
@@ -259,7 +258,7 @@ def best_lr(rows, budget, arm):
 
 def missing(rows, budget, names, seeds=None):
     """Keys of the runs that can be started now: of an arm whose rate is not chosen, the next one to try. Without seeds,
-    each arm has its own. Raises ValueError if a rate was to be chosen in the short budget first."""
+    each arm has its own."""
     keys = []
     for seed in seeds or range(BUDGETS[budget].seeds):
         for name in names:
@@ -267,8 +266,6 @@ def missing(rows, budget, names, seeds=None):
                 continue
             lr = best_lr(rows, budget, name)
             wanted = (budget, name, lr, seed)
-            if lr is None and not BUDGETS[budget].lrs:
-                raise ValueError(f"the {budget} budget takes its rate for {name!r} from the short one; run that first")
             if lr is None:
                 wanted = (budget, name, next_lr(accuracies(rows, budget, name), BUDGETS[budget].lrs), CHOICE_SEED)
             if wanted not in rows and wanted not in keys:
