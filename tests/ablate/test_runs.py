@@ -110,7 +110,7 @@ def test_an_arm_has_its_seeds_and_a_budget_its_rates(small):
     fake(small, {"base": 0.9, "no CLC": 0.9})
     rows = read_results(small)
     assert missing(rows, "short", names) == [("short", "base", 3e-3, 3), ("short", "base", 3e-3, 4)]
-    assert missing(rows, "long", ["base"]) == [("long", "base", runs.BUDGETS["long"].lrs[0], 0)]
+    assert missing(rows, "long", ["base"]) == [("long", "base", next_lr({}, runs.BUDGETS["long"].lrs), 0)]
 
 
 def test_a_rate_that_diverges_is_not_chosen_and_the_report_says_so(small, monkeypatch):
