@@ -146,7 +146,7 @@ def read_annotations(path):
     annotations = None if own else path
     report = Report()
     try:
-        for split in splits_of(dataset, path.parent, annotations)[-2:]:  # not train, which a file of no split has not
+        for split in splits_of(dataset, path.parent, annotations)[-2:]:  # not train: refused without a split
             samples = read_samples(path.parent, dataset, split, annotations, report)
             tensors = SampleTensors(samples[:6], 32, masks="segmentation", augment=random.choice((None, Augment())))
             for i in range(len(samples[:6])):

@@ -102,7 +102,7 @@ ARMS = [
         {"lora": "none"}, trick="train CLIP slowly", against="lora none"),
 ]
 BY_NAME = {arm.name: arm for arm in ARMS}
-COMPARED = [
+COMPARED = [  # every arm but the base with the arm it differs from, and two with another besides
     *ARMS[1:],
     replace(BY_NAME["lora vanilla"], differs="one stage instead of four", against="lora at once"),
     replace(BY_NAME["lora none"], differs="no adapters instead of plain ones", against="lora vanilla"),

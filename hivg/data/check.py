@@ -106,9 +106,11 @@ def leakage(name, images):
     """Lines on the training images of a data set that are in other splits too; none if it has no training images.
     images: {(name, split): image ids}."""
     train = images.get((name, "train"))
+    if not train:
+        return []
     lines = []
     for (other, split), ids in images.items():
-        if not train or split == "train":
+        if split == "train":
             continue
         both = train & ids
         example = f", for instance {shown(min(both), 80)}" if both else ""

@@ -72,7 +72,7 @@ def open_published(path):
 
 
 def upright_size(path):
-    """(width, height) of what `open_image` makes of a file, mostly from its header alone. Raises ImageError."""
+    """(width, height) of what `open_image` makes of a file, mostly without decoding it. Raises ImageError."""
     with _open_file(Path(path), shown(path, PATH)) as image:
         if image.format == "PNG":
             content = Path(path).read_bytes()
