@@ -119,7 +119,8 @@ def stages(s: Settings):
     if s.lora in ("vanilla", "none"):  # fair: the last stage gets the others' epochs
         epochs = (*epochs[: len(rows) - 1], sum(epochs[len(rows) - 1 :]))
     accumulate = s.accumulate * len(rows) if len(s.accumulate) == 1 else s.accumulate
-    if min(len(s.epochs), len(s.lr), len(accumulate)) < len(rows) or s.epochs[0] < 1:
+    numbers = {len(s.epochs), len(s.lr), len(accumulate)}
+    if min(numbers) < len(rows) or (max(numbers) > 4 + s.bridgeless and not s.finetune) or s.epochs[0] < 1:
         raise ValueError(f"--epochs and --lr need a number for each of {', '.join(row[0] for row in rows)}, --epochs 1 "
                          f"or more for the first, --accumulate 1 or as many; not {s.epochs}, {s.lr}, {s.accumulate}")
     return [Stage(*row, epochs[i], s.lr[i], s.batch_size, accumulate[i]) for i, row in enumerate(rows)]

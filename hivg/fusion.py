@@ -8,7 +8,7 @@ by channel with learned adaptive weights w^i (T, D_t), and all are projected tog
     f*^ml = concat_i[f*^i] W_proj^T + b          (B, T, K D_t) -> (B, T, D_v)
 
 `adaptive_fusion_reference` is the definition of right; `adaptive_fusion` is what the model calls. On a GPU that is one
-Triton kernel (fusion_triton.py).
+Triton kernel, after a small one for the norm's mean and deviation (fusion_triton.py).
 """
 
 from functools import cache
@@ -29,8 +29,8 @@ def adaptive_fusion_reference(text_states, adaptive_weights, proj_weight, proj_b
         f = f * norm_weight[:, None, None] + norm_bias[:, None, None]  # (K, B, T, D_t)
     # f*^i = w^i * n^i + n^i: the weights say how far to move away from the feature itself, so zero keeps it
     f = adaptive_weights[:, None] * f + f  # (K, B, T, D_t)
-    # concat_i[f*^i]: batch first throughout. The released code reshapes (T, B, ..) as (B, T, ..) here, which mixes
-    # the samples of a batch.
+    # concat_i[f*^i]: batch first throughout. The released code makes it (T, B, ..) after this, which its attention
+    # reads as (B, T, ..), so the samples of a batch are mixed.
     f = f.permute(1, 2, 0, 3).reshape(B, T, K * D_t)  # (B, T, K D_t)
     # f*^ml = concat_i[f*^i] W_proj^T + b
     return F.linear(f, proj_weight, proj_bias)  # (B, T, D_v)

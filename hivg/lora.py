@@ -21,7 +21,7 @@ Nothing else of CLIP is ever trained; the bridges, the grounding encoder and the
 The other modes, for comparison:
 
     shared    one pair a layer; stage j adds it to the layers l <= j L/G that lack it and trains all there are
-              (as the released program does)
+              (as the released program does, but there they are the first 5, 8 and 12, of 24 layers too)
     vanilla   all layers get their pair in stage 1, the only one
     none      no adapters
 """

@@ -35,8 +35,9 @@ def contrastive_loss(logits_per_text, image_ids=None):
         L = (CE(S) + CE(S^T)) / 2,   S_ij = min(exp(logit_scale), 100) cos(t_i, v_j)
 
     logits_per_text (B, B) is S: t_i is the text feature at the end token of expression i, v_j the feature of [CLS] of
-    image j, both in CLIP's shared space, and logit_scale is learned (`similarity` in clip.py). CE is the cross entropy
-    of each row with its own column as the right one. Under data parallelism B is the batch of all GPUs together.
+    image j, both in CLIP's shared space. logit_scale is CLIP's own, learned in its pre-training and left as it is
+    (`similarity` in clip.py). CE is the cross entropy of each row with its own column as the right one. Under data
+    parallelism B is the batch of all GPUs together.
 
     image_ids (B,): which image each row is of, None if all differ. Expressions of one image are not negatives of each
     other: that image is right for both. The released code takes them for negatives.

@@ -4,6 +4,7 @@ The released recipe (datasets/transforms.py of linhuixiao/HiVG, from TransVG), w
 - a crop keeps the object's centre and at least half of its box; there the centre is compared with the crop's upper left
   corner only, its x with the crop's y
 - more words forbid a crop, and "bright" does not
+- a crop keeps 0.6..1 of each side; there 384..600 pixels of an image whose short side is 400, 500 or 600
 - sizes are shares of the square; there they are 32..224 of 224 pixels in steps made for 640, where 448..640 are the
   0.7..1 of here
 There is never a flip: it would turn "left" into "right".
@@ -27,7 +28,7 @@ POSITIONAL = re.compile(r"""\b(
     | first | second | third | fourth | fifth | sixth | seventh | eighth | ninth | tenth | last | \d+(st|nd|rd|th)
 )\b""", re.VERBOSE)
 
-CROP = 0.6  # the least share of a side that a crop keeps; 384 of 640 pixels
+CROP = 0.6  # the least share of a side that a crop keeps
 CROP_TRIES = 20
 
 

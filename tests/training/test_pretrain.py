@@ -10,8 +10,8 @@ from makers_training import ON_CPU, Killed, assert_same_run, kill, log_of
 
 from hivg import weights
 from hivg.clip import CLIP, CLIPConfig
-from hivg.data.pairs import MAX_EXPRESSIONS, NO_PHRASE, NO_TARGET, Pairs, draw_pair, make_twins
-from hivg.data.shapes import HELD_OUT, Shapes
+from hivg.data.pairs import MAX_EXPRESSIONS, NO_PHRASE, NO_TARGET, STREAM, Pairs, draw_pair, make_twins
+from hivg.data.shapes import HELD_OUT, SPLITS, Shapes
 from hivg.tokenizer import split_words
 from hivg.training import pretrain
 from hivg.training.pretrain import Settings, phrase_truth
@@ -132,6 +132,10 @@ def test_items_depend_on_their_index_alone():
     assert first["expressions"] == again["expressions"] and torch.equal(first["pixels"], again["pixels"])
     assert pairs[8]["captions"] != first["captions"]
     assert (first["targets"] != NO_TARGET).sum() == len(first["expressions"]) > 0
+
+
+def test_no_split_draws_from_the_random_numbers_of_the_pairs():
+    assert STREAM not in {Shapes(split).number for split in SPLITS}
 
 
 # --- the contrast of expressions ---

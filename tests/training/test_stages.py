@@ -42,6 +42,15 @@ def test_bridgeless_stage_comes_first():
         ("lora2", "adaptive", 2, 4, 2), ("lora3", "adaptive", 3, 5, 1)]
 
 
+@pytest.mark.parametrize("changes", [
+    dict(epochs=(1, 1, 1, 12, 4)), dict(lr=(1e-3,) * 5), dict(accumulate=(1,) * 5), dict(epochs=(1, 1, 1)),
+    PRESETS["refcoco-large"] | dict(bridgeless=False),  # its first numbers are those of the stage without a bridge
+    dict(lora="vanilla", epochs=(1,) * 5)])
+def test_numbers_that_belong_to_no_stage_are_refused(changes):
+    with pytest.raises(ValueError, match="a number for each of warmup, lora1"):
+        Settings(**changes)
+
+
 # --- the published schedules (RELEASED, last table): epochs, learning rates, batches of 7 GPUs ---
 
 BASE = [560, 420, 420, 280]
