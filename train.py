@@ -145,9 +145,7 @@ def begin_stage(s: Settings, number, run):
     if number == 0:
         clip = weights.load_clip(s.clip)
         weights.need_tokenizer(clip, s.clip)
-        model = HiVG.from_clip(clip, first_config(s, clip.config))
-        model.tokenizer = clip.tokenizer
-        return model, -1.0
+        return HiVG.from_clip(clip, first_config(s, clip.config)), -1.0
     before = weights.load_hivg(run / f"{table[number - 1].name}.safetensors")  # the best state of the stage before
     model = grow(before, table[number])
     model.tokenizer = before.tokenizer

@@ -263,6 +263,8 @@ def at_end_token(x, token_ids):
 class CLIP(nn.Module):
     """The two towers, and the number that scales their similarity."""
 
+    tokenizer = None  # the one that it was trained with, if there is a merge table
+
     def __init__(self, config: CLIPConfig):
         super().__init__()
         self.config = config

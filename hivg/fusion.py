@@ -11,10 +11,11 @@ by channel with learned adaptive weights w^i (T, D_t), and all are projected tog
 Triton kernel, after a small one for the norm's mean and deviation (fusion_triton.py).
 """
 
-from functools import cache
 from importlib.util import find_spec
 
 import torch.nn.functional as F
+
+HAS_TRITON = find_spec("triton") is not None  # asked once: the model chooses at every bridge
 
 
 def adaptive_fusion_reference(text_states, adaptive_weights, proj_weight, proj_bias,
@@ -56,7 +57,6 @@ def adaptive_fusion(text_states, adaptive_weights, proj_weight, proj_bias,
     return fuse(text_states, adaptive_weights, proj_weight, proj_bias, norm_weight, norm_bias, eps)
 
 
-@cache  # the model asks at every bridge; the answer never changes
 def choose_backend(device_type):
     """The backend for a kind of device: "triton" on a GPU where Triton is installed, else "reference"."""
-    return "triton" if device_type == "cuda" and find_spec("triton") else "reference"
+    return "triton" if device_type == "cuda" and HAS_TRITON else "reference"

@@ -62,6 +62,8 @@ INTERPRETED = triton.knobs.runtime.interpret
 # product inside an `if` is waited for before anything else happens, so with those versions it is in one.
 SAFE_OVERLAP = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 9)
 
+PROGRAMS = 1024  # of the gradients kernel, at most, where samples are shared out to several
+
 # a * b + c as one instruction: the default up to Triton 3.9, but not of the next
 OPTIONS = dict(enable_fp_fusion=True)
 
@@ -83,7 +85,7 @@ def statistics_kernel(x, mean, rstd, M, T, stride_xk, stride_xb, stride_xt, eps,
     m = tl.program_id(0) * BM + tl.arange(0, BM)  # (BM,)
     d = tl.arange(0, BD)  # (BD,)
     # 64 bits: x may have more than 2^31 elements
-    at = i.to(tl.int64) * stride_xk + (m // T).to(tl.int64) * stride_xb + m % T * stride_xt  # (BM,)
+    at = i.to(tl.int64) * stride_xk + (m // T).to(tl.int64) * stride_xb + (m % T).to(tl.int64) * stride_xt  # (BM,)
     inside = (m < M)[:, None] & (d < D)[None, :]
     row = tl.load(x + at[:, None] + d[None, :], mask=inside, other=0.0).to(ACC)  # (BM, BD)
     row_mean = tl.sum(row, 1) / D  # (BM,)
@@ -113,7 +115,7 @@ def forward_kernel(x, mean, rstd, w, P, p, g, c, y, B, T, stride_xk, stride_xb, 
     t = rows // B  # position by position
     b = rows % B
     m = b * T + t  # the row in memory of y, mean and rstd
-    x_rows = x + (b.to(tl.int64) * stride_xb + t * stride_xt)[:, None]  # (BM, 1)
+    x_rows = x + (b.to(tl.int64) * stride_xb + t.to(tl.int64) * stride_xt)[:, None]  # (BM, 1)
     w_rows = w + (t * stride_wt)[:, None]  # (BM, 1)
     P_rows = P + (columns * (K * D))[None, :]  # (1, BN)
     tile = tl.zeros((BM, BN), ACC)
@@ -168,7 +170,7 @@ def gradients_kernel(x, mean, rstd, w, g, c, da, dx, dw, dg, dc, B, T, stride_xk
         b = (start + tl.arange(0, BB)).to(tl.int64)  # (BB,)
         inside = (b < B)[:, None] & in_d[None, :]
         row = (i * B + b) * T + t  # in mean, rstd and dx: layer by layer
-        x_at = x + (i.to(tl.int64) * stride_xk + b * stride_xb + t * stride_xt)[:, None] + d[None, :]
+        x_at = x + (i.to(tl.int64) * stride_xk + b * stride_xb + t.to(tl.int64) * stride_xt)[:, None] + d[None, :]
         x_hat = tl.load(x_at, mask=inside, other=0.0).to(ACC)  # (BB, BD)
         n = x_hat
         if NORM:
@@ -335,7 +337,7 @@ def backward(dy: torch.Tensor, x: torch.Tensor, mean: torch.Tensor | None, rstd:
     BD = triton.next_power_of_2(D)
     BB = max(1, min(triton.next_power_of_2(B), 2048 // BD))
     # a program takes one block of BB samples, or more where there would be thousands of programs
-    programs = max(1, min(triton.cdiv(B, BB), 1024 // (K * T)))
+    programs = max(1, min(triton.cdiv(B, BB), PROGRAMS // max(1, K * T)))
     samples = BB * max(1, triton.cdiv(B, BB * programs))
     parts = triton.cdiv(B, samples)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None  # contiguous, whatever x is

@@ -63,9 +63,9 @@ class LoRALinear(nn.Module):
         """Freeze the pairs there are and add a new, trainable one."""
         self.requires_grad_(False)  # W_0, b and the pairs of earlier stages
         out_features, in_features = self.weight.shape
-        A = torch.empty(self.rank, in_features, device=self.weight.device)
+        A = torch.empty(self.rank, in_features, device=self.weight.device, dtype=self.weight.dtype)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # the init of nn.Linear, as in the LoRA paper's code
-        B = torch.zeros(out_features, self.rank, device=self.weight.device)  # so B A = 0, and the output stays
+        B = A.new_zeros(out_features, self.rank)  # so B A = 0, and the output stays
         self.A.append(nn.Parameter(A))
         self.B.append(nn.Parameter(B))
         self.stages.append(stage)

@@ -129,7 +129,8 @@ def grounding_losses(output, batch, logits_per_text, image_ids, weights: LossWei
     masks (B, M, M) bool, to whose size the mask logits are resized; logits_per_text (n, n) and image_ids (n,) are those
     of all ranks -> {name: scalar tensor}; their sum is the loss."""
     targets = batch["boxes"]
-    boxes = output.boxes.float()  # in bfloat16 a GIoU is mostly rounding
+    # all in float32: in bfloat16 a GIoU is mostly rounding, and the sums of the dice losses lose digits
+    boxes = output.boxes.float()
     terms = {}
 
     if weights.box:
@@ -144,9 +145,9 @@ def grounding_losses(output, batch, logits_per_text, image_ids, weights: LossWei
         side = round(output.token_similarity.shape[1] ** 0.5)  # the grid is square, as the letterbox is
         on_grid = box_on_grid(targets, (side, side), batch["images"].shape[-1])  # (B, P)
     if weights.rtcc_focal:
-        terms["rtcc_focal"] = weights.rtcc_focal * focal_loss(output.token_similarity, on_grid)
+        terms["rtcc_focal"] = weights.rtcc_focal * focal_loss(output.token_similarity.float(), on_grid)
     if weights.rtcc_dice:
-        terms["rtcc_dice"] = weights.rtcc_dice * dice_loss(output.token_similarity, on_grid)
+        terms["rtcc_dice"] = weights.rtcc_dice * dice_loss(output.token_similarity.float(), on_grid)
 
     # Hints (ours)
     if weights.patch_box:
@@ -157,7 +158,7 @@ def grounding_losses(output, batch, logits_per_text, image_ids, weights: LossWei
     # Mask: the box or, where the data has one, the segmentation
     if weights.mask_focal or weights.mask_dice:
         masks = batch["masks"].flatten(1).float()  # (B, M M)
-        logits = F.interpolate(output.mask_logits, batch["masks"].shape[1:], mode="bilinear")  # (B, 1, M, M)
+        logits = F.interpolate(output.mask_logits.float(), batch["masks"].shape[1:], mode="bilinear")  # (B, 1, M, M)
         logits = logits.flatten(1)  # (B, M M)
     if weights.mask_focal:
         terms["mask_focal"] = weights.mask_focal * focal_loss(logits, masks)

@@ -59,8 +59,9 @@ class EncoderLayer(nn.Module):
         y = self.norm1(x) + position
         q = self.attn.split_heads(self.attn.q_proj(y[:, :1]))  # (B, heads, 1, D / heads)
         k = self.attn.split_heads(self.attn.k_proj(y))  # (B, heads, M, D / heads)
-        logits = q.float() @ k.float().mT / q.shape[-1] ** 0.5  # (B, heads, 1, M)
-        return logits.masked_fill(~mask, float("-inf")).log_softmax(-1)[:, :, 0]
+        with torch.autocast(q.device.type, enabled=False):  # it would make the product bfloat16 again
+            logits = q.float() @ k.float().mT / q.shape[-1] ** 0.5  # (B, heads, 1, M)
+            return logits.masked_fill(~mask, float("-inf")).log_softmax(-1)[:, :, 0]
 
     def forward(self, x, position, mask):
         """x (B, M, D), position (M, D), mask (B, 1, 1, M), True = may be attended to -> (B, M, D)."""
@@ -120,6 +121,8 @@ class HiVGConfig:
         self.check_layers("text_layers", 1, self.clip.text_layers)
         self.check_layers("visual_levels", 1, self.clip.vision_layers)
         self.check_layers("bridge_blocks", 0, self.clip.vision_layers - 1)
+        if self.normalization not in ("clip", "imagenet"):  # data.transforms.NORMALIZATION
+            raise ValueError(f"normalization must be clip or imagenet, not {self.normalization!r:.60}")
         if self.text_padding not in ("masked", "released"):
             raise ValueError(f"text_padding must be masked or released, not {self.text_padding!r:.60}")
 
@@ -159,9 +162,11 @@ class HiVGConfig:
 class HiVG(nn.Module):
     """The grounding model. CLIP's own weights are frozen from the start, and only they."""
 
+    tokenizer = None  # the one that CLIP was trained with, if there is a merge table
+
     def __init__(self, config: HiVGConfig):
         super().__init__()
-        self.config = config
+        self.config = replace(config, stage=0)  # `add_stage` counts up
         clip = config.clip
         D = config.width
         self.clip = CLIP(clip).requires_grad_(False)
@@ -207,6 +212,7 @@ class HiVG(nn.Module):
         visual projection, repeated once a level, so that the encoder starts from their sum in CLIP's space."""
         model = cls(config)
         model.clip.load_state_dict(clip.state_dict())
+        model.tokenizer = clip.tokenizer
         with torch.no_grad():
             # (D_v, E) -> (E, levels * D_v)
             model.levels_proj.weight.copy_(clip.visual.proj.T.repeat(1, len(config.visual_levels)))
@@ -370,9 +376,11 @@ class HiVG(nn.Module):
         return boxes, scores.tolist()
 
     def add_stage(self, stage):
-        """Begin Hi LoRA stage `stage` (1, 2, ..): new adapters in place, the earlier ones frozen. Which layers get
-        them: `adapted_layers` in lora.py."""
+        """Begin Hi LoRA stage `stage`, the next one (1, 2, ..): new adapters in place, the earlier ones frozen. Which
+        layers get them: `adapted_layers` in lora.py. Raises ValueError for another, as its file could not be read."""
         c = self.config
+        if stage != c.stage + 1:
+            raise ValueError(f"after stage {c.stage} comes stage {c.stage + 1}, not {stage}")
         settings = (c.lora_rank, c.lora_alpha, c.lora_dropout, c.lora)
         lora.add_stage(self.clip.visual.blocks, stage, c.lora_groups, *settings)
         lora.add_stage(self.clip.text.blocks, stage, lora.TEXT_GROUPS, *settings)
@@ -386,6 +394,7 @@ class HiVG(nn.Module):
             if name.startswith(("bridges.", "bridge_text_proj.")):
                 fresh[name] = tensor
         model.load_state_dict(fresh | self.state_dict())
+        model.tokenizer = self.tokenizer
         # as in __init__: CLIP is frozen; the stage before, `bridgeless`, has no adapters
         for name, p in model.named_parameters():
             p.requires_grad_(not name.startswith("clip."))

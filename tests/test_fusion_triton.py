@@ -89,6 +89,19 @@ def test_float64_is_exact(size, norm):
 
 
 @NORM
+def test_one_program_for_several_blocks_of_samples(norm, monkeypatch):
+    """As with twelve layers of 77 positions, where a program for each block would be too many."""
+    monkeypatch.setattr(fusion_triton, "PROGRAMS", 1)
+    size = (2, 37, 4, 70, 3)  # blocks of 16, 16 and 5 samples
+    tensors = make(*size, norm=norm)
+    dy = make_dy(*size)
+    ours = run(adaptive_fusion, tensors, dy, backend="triton")
+    exact = run(adaptive_fusion_reference, tensors, dy)
+    for name in exact:
+        assert_close(name, ours[name], exact[name], 1e-11)
+
+
+@NORM
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("size", ["primes", "no power of two", "larger than a block"])
 def test_error_is_at_most_twice_plain_pytorchs(size, norm, dtype):
@@ -120,7 +133,13 @@ def test_error_in_the_mix_of_autocast(size, norm, dtype):
 @pytest.mark.parametrize("processors", [1, 40])  # the largest tiles; tiles whose sums are split
 @pytest.mark.parametrize("types", ["narrow", "autocast"])
 @pytest.mark.parametrize("major", [8, 9] if DEVICE == "cpu" else [torch.cuda.get_device_capability()[0]])
-def test_every_tile(major, types, processors, monkeypatch):
+@pytest.mark.parametrize("overlap", [True, False])  # in the next operand's making, by Triton's version
+def test_every_tile(major, types, processors, overlap, monkeypatch):
+    if overlap and not (fusion_triton.INTERPRETED or fusion_triton.SAFE_OVERLAP):
+        pytest.skip("not safe with this Triton")
+    if major != 9 and not overlap:
+        pytest.skip("Hopper alone waits")
+    monkeypatch.setattr(fusion_triton, "SAFE_OVERLAP", overlap)
     monkeypatch.setattr(fusion_triton, "machine", lambda device: (major, processors))
     size = (2, 3, 45, 72, 260)  # more than a tile of rows and of columns, and neither a whole number of them
     tensors = make(*size, torch.float16 if types == "narrow" else torch.float32)
@@ -201,12 +220,13 @@ def test_inputs_with_gaps(change):
         assert_close(name, ours[name], exact[name], 1e-12)
 
 
-def test_rows_more_than_2_31_numbers_apart():
+@pytest.mark.parametrize("strides", [(2**30, 12, 4, 1), (12, 2**30, 4, 1), (12, 4, 2**30, 1)], ids="KBT")
+def test_rows_more_than_2_31_numbers_apart(strides):
     """Memory that nothing is written to costs nothing: 4 GiB are asked for, a few pages are used."""
-    x, *rest = make(3, 2, 2, 4, 3, torch.float16)
-    far = torch.empty(2**31 + 16, dtype=torch.float16, device=DEVICE).as_strided(x.shape, (2**30, 8, 4, 1))
+    x, *rest = make(3, 3, 3, 4, 3, torch.float16)
+    far = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE).as_strided(x.shape, strides)
     far.copy_(x.detach())
-    dy = make_dy(3, 2, 2, 4, 3, torch.float16)
+    dy = make_dy(3, 3, 3, 4, 3, torch.float16)
     near = run(adaptive_fusion, [x, *rest], dy, backend="triton")
     found = run(adaptive_fusion, [far.requires_grad_(), *rest], dy, backend="triton")
     assert all(torch.equal(near[name], found[name]) for name in near)
@@ -222,10 +242,11 @@ def test_a_slice_of_longer_weights_is_read_in_place():
     assert gradient[:, 4:].abs().max() == 0 and gradient[:, :4].abs().max() > 0
 
 
-def test_an_empty_batch():
-    tensors = make(2, 0, 3, 5, 4)
-    found = run(adaptive_fusion, tensors, make_dy(2, 0, 3, 5, 4), backend="triton")
-    assert found["output"].shape == (0, 3, 4)
+@pytest.mark.parametrize("B, T", [(0, 3), (2, 0)])
+def test_an_empty_batch(B, T):
+    tensors = make(2, B, T, 5, 4)
+    found = run(adaptive_fusion, tensors, make_dy(2, B, T, 5, 4), backend="triton")
+    assert found["output"].shape == (B, T, 4)
     for name, v in zip(NAMES, tensors):
         assert found[name].shape == v.shape and not found[name].any(), name
 
@@ -295,6 +316,21 @@ def test_torch_compile_makes_the_statistics_of_two_bridges_once(monkeypatch):
     assert torch.equal(found, expected)
     assert torch.equal(torch.autograd.grad(found.sum(), x)[0], gradient)
     assert len(launched) == 1
+
+
+def test_the_model_with_the_kernel_compiles_in_one_piece(monkeypatch):
+    """Under autocast, as it is trained on a GPU with --compile."""
+    monkeypatch.setattr(fusion, "choose_backend", lambda _: "triton")
+    model = make_hivg(stage=1, dtype=torch.float32).to(DEVICE)
+    batch = [v.to(DEVICE) for v in make_batch(["man", "red cup"], dtype=torch.float32)]
+    launched = []
+    Spy("forward_kernel", launched, monkeypatch)
+    torch.compiler.reset()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        plain = model(*batch)
+        found = torch.compile(model, backend="aot_eager", fullgraph=True)(*batch)
+    assert len(launched) == 2 * len(model.bridges)
+    assert_close("boxes", found.boxes, plain.boxes, 0.01)
 
 
 @NORM

@@ -38,6 +38,23 @@ def test_reg_attention_is_that_of_the_layer(batch):
     assert_close("shares", output.reg_attention[-1].exp(), share[:, :, 2 : 2 + P], 1e-5)
 
 
+def test_reg_attention_is_in_float32_under_autocast():
+    """A logarithm of shares in bfloat16 would be off by a percent."""
+    model = make_hivg(dtype=torch.float32)
+    layer = model.encoder[-1]
+    x = random(2, 9, model.config.width).float()
+    position = random(9, model.config.width, seed=1).float()
+    mask = torch.ones(2, 1, 1, 9, dtype=torch.bool)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer.norm1(x) + position
+        q = layer.attn.q_proj(y).unflatten(-1, (layer.attn.heads, -1)).transpose(1, 2)  # bfloat16
+        k = layer.attn.k_proj(y).unflatten(-1, (layer.attn.heads, -1)).transpose(1, 2)
+        found = layer.reg_attention(x, position, mask)
+    assert q.dtype == torch.bfloat16 and found.dtype == torch.float32
+    expected = (q.double() @ k.double().mT / q.shape[-1] ** 0.5).log_softmax(-1)[:, :, 0]
+    assert_close("log shares", found.double(), expected, 1e-5)
+
+
 def test_patch_box_loss():
     """In loops: the mean over the target's patches, then over the batch."""
     boxes = random(2, 5, 4).sigmoid()

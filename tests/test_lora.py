@@ -43,7 +43,7 @@ def test_second_pair_changes_nothing():
     x, linear = torch.randn(4, 7, dtype=torch.float64), randomise(make_linear(1))
     before = linear(x)
     linear.add_pair(2)
-    assert_close("with a new second pair", linear.double()(x), before, 1e-12)
+    assert_close("with a new second pair", linear(x), before, 1e-12)
 
 
 @pytest.mark.parametrize("pairs", [1, 2, 3])
@@ -203,12 +203,21 @@ def test_new_stage_changes_no_prediction(batch):
     for stage in (1, 2, 3):
         before = model(*batch, with_hints=True)
         model.add_stage(stage)
-        after = model.double()(*batch, with_hints=True)
+        after = model(*batch, with_hints=True)
         for name in ("boxes", "token_similarity", "mask_logits", "logits_per_text", "patch_boxes"):
             assert_close(f"{name}, stage {stage}", getattr(after, name), getattr(before, name), 1e-10)
         randomise(model, stage)
         assert not torch.allclose(model(*batch).boxes, before.boxes, atol=1e-4)
         assert model.config.stage == stage
+
+
+def test_stages_come_in_turn():
+    """Of others a file could be written and not be read."""
+    model = make_hivg(stage=1)
+    for stage in (0, 1, 3):
+        with pytest.raises(ValueError, match=f"after stage 1 comes stage 2, not {stage}"):
+            model.add_stage(stage)
+    model.add_stage(2)
 
 
 # --- merging ---

@@ -261,6 +261,7 @@ def test_with_bridge(batch):
     """All that was there stays, the new bridges change nothing yet, and what is trained is all but CLIP."""
     bare = make_hivg(bridge="none")
     model = bare.with_bridge("adaptive").double()
+    assert model.tokenizer is bare.tokenizer
     assert model.config == replace(bare.config, bridge="adaptive") and sorted(model.bridges) == ["0", "2"]
     assert not model.training and bare.train().with_bridge("constant").training
     assert_same(model(*batch), bare.eval()(*batch))

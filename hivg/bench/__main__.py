@@ -3,7 +3,7 @@
     python -m hivg.bench             all of: forward, data, start, load, read
     python -m hivg.bench forward     the model alone, for 1, 8 and 32 expressions, and for 32 about one image
     python -m hivg.bench data        the items of a training batch: drawn images, photographs
-    python -m hivg.bench start       ground.py from a cold start
+    python -m hivg.bench start       ground.py as a new process
     python -m hivg.bench load        weights files of CLIP's size, and the memory it takes
     python -m hivg.bench read        a data set of RefCOCO's size, and the memory it takes
 

@@ -124,14 +124,16 @@ def branch_target(instruction):
 
 def written(instruction):
     """The registers an instruction writes, as numbers."""
-    register = re.match(r"R(\d+)\b", instruction.operands)
-    # of these the first operand is no result
-    if not register or instruction.name.startswith(("ST", "LDGSTS", "RED", "BAR", "SYNCS")):
+    name = instruction.name
+    register = re.match(r"(?:U?P\w+, )*R(\d+)\b", instruction.operands)  # predicates may be written before it
+    # of these the first register is no result: what stores, and what writes predicates alone
+    kind = name.split(".")[0]
+    if not register or kind.startswith(("ST", "LDGSTS", "RED", "BAR", "SYNCS", "R2", "FCHK")) or "SETP" in kind:
         return range(0)
     width = 1
-    if ".64" in instruction.name or ".WIDE" in instruction.name:
+    if ".64" in name or ".WIDE" in name or kind in ("CS2R", "DADD", "DMUL", "DFMA") or name.endswith("88.2"):
         width = 2
-    if ".128" in instruction.name or instruction.name.endswith((".M88.4", ".MT88.4")):
+    if ".128" in name or kind == "HMMA" or name.endswith("88.4"):  # the last: LDSM
         width = 4
     return range(int(register[1]), int(register[1]) + width)
 

@@ -126,7 +126,9 @@ def measure_pass(function, device):
     before = energy(device)
     times = measure(function, REPEATS, device)
     after = energy(device)
-    joules = None if before is None or after is None else (after - before) / (WARM_UP + REPEATS)
+    joules = None
+    if before is not None and after is not None and after >= before:  # the counter may begin again from 0
+        joules = (after - before) / (WARM_UP + REPEATS)
     return times, peak_memory(device) / 2**20, joules
 
 
@@ -149,7 +151,7 @@ def measure_steps(config, sizes, device, dtype):
     optimizers = make_optimizers(model, "adamw", 1e-4)
 
     def train_step():
-        step(criterion, batch, device, dtype, clear=False)
+        step(criterion, batch, device, dtype)
         step_optimizers(optimizers)
 
     found = []

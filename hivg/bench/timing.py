@@ -55,8 +55,11 @@ def energy(device):
     """Joules used so far by the GPU, or by all processors of the machine; None where the machine does not tell."""
     if device.type == "cuda":
         return gpu_energy(torch.cuda.get_device_properties(device).uuid)
+    packages = []
     try:
-        packages = [int((package / "energy_uj").read_text()) for package in RAPL.glob("intel-rapl:?")]
+        for domain in RAPL.glob("intel-rapl:?"):
+            if (domain / "name").read_text().startswith("package"):  # "psys" has the packages and more
+                packages.append(int((domain / "energy_uj").read_text()))
     except OSError:  # many systems show it to root alone
         return None
     return sum(packages) / 1e6 if packages else None

@@ -21,6 +21,7 @@ from hivg.data.batches import SampleTensors, ShapesTensors
 from hivg.losses import LossWeights
 from hivg.model import HiVG, HiVGConfig
 from hivg.training.criterion import Criterion
+from hivg.training.optimizers import make_optimizers, step_optimizers
 from hivg.training.presets import preset_of
 from hivg.utils.cli import choose_device, choose_dtype
 
@@ -62,10 +63,16 @@ def bench_step(args):
           "tensors, counted", flush=True)
     model = preset_model(args.preset, name).to(device).train()
     criterion = Criterion(model, LossWeights(), "smooth_l1")
+    optimizers = make_optimizers(model, "adamw", 1e-4)
+
+    def train_step():
+        step(criterion, batch, device, dtype)
+        step_optimizers(optimizers)
+
     for n in args.batch_sizes:
         batch = random_batch(n, model.config.clip, device)
         reset_peak_memory(device)
-        times = measure(lambda: step(criterion, batch, device, dtype), 3, device)
+        times = measure(train_step, 3, device)
         peak = peak_memory(device)
         precision = str(dtype).removeprefix("torch.")
         show(f"{args.preset}, {name}, {n} together, {precision}, {peak / 2**30:.1f} GiB", times)
@@ -113,7 +120,7 @@ def count_memory(preset, clip_name, n, dtype=torch.bfloat16):
         batch = random_batch(n, model.config.clip, cpu)
         with TensorMemory() as memory:
             for _ in range(2):  # in the second the gradients of the first are there, as after an accumulated part
-                step(criterion, batch, cpu, dtype, clear=False)
+                step(criterion, batch, cpu, dtype)
     constant = 0  # what was there before, and stays
     for p in model.parameters():
         constant += p.nbytes
@@ -152,10 +159,8 @@ def random_batch(n, clip, device):
     return {key: value.to(device) for key, value in batch.items()}
 
 
-def step(criterion, batch, device, dtype, clear=True):
-    """Forward and backward, without the optimizer's step. clear: drop the gradients."""
+def step(criterion, batch, device, dtype):
+    """Forward and backward, without the optimizer's step."""
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         terms = criterion(batch)
     sum(terms.values()).backward()
-    if clear:
-        criterion.zero_grad()

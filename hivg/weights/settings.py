@@ -8,7 +8,6 @@ import math
 from dataclasses import fields
 
 from hivg.clip import CLIPConfig
-from hivg.data.transforms import NORMALIZATION
 from hivg.utils.quote import quoted
 
 MAX_SIZE = 10**7  # of any width, number of tokens, ..
@@ -73,8 +72,6 @@ def check_clip(clip):
 
 def check_hivg(config):
     check_divides("encoder_heads", config.encoder_heads, "width", config.width)
-    if config.normalization not in NORMALIZATION:
-        raise ValueError(f"normalization must be one of {', '.join(NORMALIZATION)}, not {quoted(config.normalization)}")
 
 
 def check_divides(name, part, whole_name, whole):

@@ -34,13 +34,17 @@ def test_a_write_after_the_wait_is_none():
 
 
 @pytest.mark.parametrize("write", ["MOV R4, R90", "MOV R7, R90", "LDS.64 R6, [R2]", "LDSM.16.M88.4 R4, [R2]",
+                                   "SHFL.BFLY PT, R4, R9, 0x1, 0x1f", "LOP3.LUT P0, R4, R9, R8, RZ, 0xc0, !PT",
+                                   "HMMA.16816.F32.BF16 R4, R8, R9, R90", "CS2R R6, SRZ", "DFMA R6, R8, R8, R90",
                                    "IMAD.WIDE.U32 R2, R9, R9, RZ"])
 def test_a_write_before_the_wait_is_found(write):
     found = hazards(SAFE.replace("MOV R8, R91", write))
     assert found == ({} if write.startswith("IMAD") else {0x20: {0x10}})  # R2 and R3 are not the product's
 
 
-@pytest.mark.parametrize("instruction", ["STS.128 [R4], R8", "FADD R8, R4, R5", "HGMMA.64x256x16 R24, gdesc[UR4], R24"])
+@pytest.mark.parametrize("instruction", [
+    "STS.128 [R4], R8", "FADD R8, R4, R5", "HGMMA.64x256x16 R24, gdesc[UR4], R24", "ISETP.GE.AND P0, PT, R4, R5, PT",
+    "R2P PR, R4, 0x7e", "R2UR UR4, R4", "LOP3.LUT P0, RZ, R4, R5, RZ, 0xc0, !PT"])
 def test_what_is_no_write(instruction):
     assert hazards(SAFE.replace("MOV R8, R91", instruction)) == {}
 

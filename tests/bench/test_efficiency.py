@@ -82,11 +82,14 @@ def test_tables_and_picture(monkeypatch, tmp_path, capsys):
 def test_energy_of_the_processors(monkeypatch, tmp_path):
     monkeypatch.setattr(timing, "RAPL", tmp_path / "none")
     assert timing.energy(torch.device("cpu")) is None
-    for name, microjoules in (("intel-rapl:0", 3_000_000), ("intel-rapl:1", 500_000), ("intel-rapl:0:0", 7)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "energy_uj").write_text(f"{microjoules}\n")
+    domains = [("intel-rapl:0", "package-0", 3_000_000), ("intel-rapl:1", "package-1", 500_000),
+               ("intel-rapl:0:0", "core", 7), ("intel-rapl:2", "psys", 9_000_000)]
+    for folder, name, microjoules in domains:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "name").write_text(f"{name}\n")
+        (tmp_path / folder / "energy_uj").write_text(f"{microjoules}\n")
     monkeypatch.setattr(timing, "RAPL", tmp_path)
-    assert timing.energy(torch.device("cpu")) == 3.5  # a part of a package does not count again
+    assert timing.energy(torch.device("cpu")) == 3.5  # a part of a package, and the whole machine, do not count again
     (tmp_path / "intel-rapl:1/energy_uj").unlink()
     assert timing.energy(torch.device("cpu")) is None
 
@@ -115,6 +118,9 @@ def test_energy_of_a_pass_is_that_of_one_call(monkeypatch):
     monkeypatch.setattr(efficiency, "energy", lambda device: next(told))
     _, _, joules = efficiency.measure_pass(lambda: None, torch.device("cpu"))
     assert joules == 2.0
+    told = iter([10.0, 1.0])  # the counter has begun again from 0
+    _, _, joules = efficiency.measure_pass(lambda: None, torch.device("cpu"))
+    assert joules is None
 
 
 def test_memory_counts_from_the_reset():

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hivg import weights
+from hivg.model import HiVG
 from hivg.tokenizer import Tokenizer
 
 LOADERS = {"clip": weights.load_clip, "hivg": weights.load_hivg}
@@ -82,6 +83,14 @@ def test_hivg_comes_back(tmp_path, changes):
     model.add_stage(1 + model.config.stage)
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert trained(loaded) == trained(model)
+
+
+def test_a_model_made_in_python_has_no_tokenizer_yet(tmp_path):
+    model = HiVG(make_hivg().config)
+    assert model.tokenizer is None
+    weights.save(tmp_path / "hivg.safetensors", model)
+    loaded = weights.load_hivg(tmp_path / "hivg.safetensors")
+    assert loaded.tokenizer is None and torch.equal(loaded.reg_token, model.reg_token)
 
 
 def test_merged_model_comes_back(tmp_path):
