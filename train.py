@@ -46,7 +46,7 @@ class Settings:
     preset: str = setting("", "a recipe of the paper, for a data set and a size of CLIP: hivg/training/presets.py")
     plan: bool = setting(False, "print the stages and exit; needs no data and no published CLIP's file", resumable=True)
     resume: bool = setting(False, "continue an interrupted run from its last state", resumable=True)
-    save_minutes: float = setting(2.0, "minutes of work that an interruption may cost", low=0, high=1e4, resumable=True)
+    save_minutes: float = setting(2.0, "minutes, or 50 steps, that a stop may cost", low=0, high=1e4, resumable=True)
     seed: int = setting(0, "seed of all random numbers", low=0, high=2**31)
 
     dataset: str = setting("shapes", "shapes, a data set of the paper, or your own .jsonl file", group="Data")

@@ -105,7 +105,7 @@ def _read_samples(data_root, dataset, split, annotations, report):
         try:
             samples.append(check.sample(row))
         except Problem as problem:
-            report.add(problem.kind, f"line {row.line}" if row.line else f"index {index}", problem.detail)
+            report.add(problem.kind, f"line {row.line}" if row.line else f"row {index} of {split}", problem.detail)
     if own:
         report.notes += notes(samples, check.dropped)
     if not given:

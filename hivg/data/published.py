@@ -63,7 +63,7 @@ DATASETS = {
     "mixup": Published(  # its rows say in which folder an image is
         names=("mixup",),
         image_folder="",
-        counts={"train": None, "val": None},
+        counts={"train": None, "val": None, "test": None},
     ),
 }
 

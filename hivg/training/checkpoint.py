@@ -57,6 +57,10 @@ def load_state(run):
         state = torch.load(path, map_location="cpu", weights_only=True)
         dict(state["settings"])
         return state
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error}); nothing of it is lost") from None
+    except MemoryError:
+        raise ValueError(f"{path}: not enough memory to read it; nothing of it is lost") from None
     except Exception:  # torch.load raises nearly anything
         raise ValueError(f"{path}: damaged, or not a state of this version of the program; "
                          "remove it and start the run without --resume") from None

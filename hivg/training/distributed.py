@@ -14,11 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 def start(device):
     """Join the other processes if torchrun started this one -> the device of this one."""
-    if "RANK" not in os.environ:
-        return device
-    if device.type == "cuda":
+    is_alone = "RANK" not in os.environ
+    if device.type == "cuda" and not is_alone:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # whose random numbers a checkpoint keeps
+    if is_alone:
+        return device
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device

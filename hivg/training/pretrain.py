@@ -147,11 +147,13 @@ class ContrastiveCriterion(torch.nn.Module):
         clip = self.model
         visual = clip.visual.project(clip.visual(batch["images"])[-1])  # (B, N, E), [CLS] first
         caption = clip.encode_text(batch["caption_ids"])  # (B, E)
-        logits = similarity(distributed.gather(caption), distributed.gather(visual[:, 0]), clip.logit_scale)  # (n, n)
         is_phrase = batch["named"][..., 0] != NO_PHRASE  # (B, 8): images of fewer objects have fewer phrases
         words = encode_phrases(clip, batch["phrase_ids"], is_phrase.flatten())  # (8 B, 2, E)
         expressions = clip.encode_text(batch["token_ids"])  # (M, E)
-        with torch.autocast(visual.device.type, enabled=False):  # in bfloat16 a cosine near 1 is a multiple of 1/256
+        with torch.autocast(visual.device.type, enabled=False):  # in bfloat16 cosines are multiples of 1/256
+            texts = distributed.gather(caption.float())  # (n, E)
+            images = distributed.gather(visual[:, 0].float())  # (n, E)
+            logits = similarity(texts, images, clip.logit_scale)  # (n, n)
             words = F.normalize(words.float(), dim=-1)
             patches = F.normalize(visual[:, 1:].float(), dim=-1)  # (B, P, E)
             expressions = F.normalize(expressions.float(), dim=-1)

@@ -87,7 +87,7 @@ def choose_device(name):
 
 
 def choose_dtype(name, device):
-    """"float32", "bfloat16", or "auto" -> the type of products, and of weights that are not trained.
+    """"float32", "bfloat16", or "auto" -> the type of products, and for prediction of weights.
 
     auto: bfloat16 on a GPU or CPU that multiplies it in hardware, where it halves a step. Raises ValueError.
     """

@@ -124,8 +124,7 @@ class Reader(pickle._Unpickler):
     def persistent_load(self, saved):
         """A reference to a storage, ("storage", type, key, device, size, ..) -> Storage."""
         is_storage = isinstance(saved, tuple) and len(saved) >= 3 and saved[0] == "storage"
-        if not is_storage or not isinstance(saved[1], torch.dtype) or not isinstance(saved[2], str) or (
-                self.storages is None):
+        if not is_storage or saved[1] not in DTYPES.values() or not isinstance(saved[2], str) or self.storages is None:
             raise ValueError("a reference that is not to a tensor")
         if isinstance(self.storages, StreamStorages):
             if saved[5:] not in ((), (None,)):
@@ -274,7 +273,7 @@ def _read_zip(path):
     folder = pickles[0].removesuffix("data.pkl")
     if archive.getinfo(pickles[0]).file_size > 2 * os.path.getsize(path) + 10**6:
         raise ValueError(f"{shown(pickles[0], 60)} in it is compressed")
-    return Reader(archive.read(pickles[0]), ZipStorages(archive, folder)).load()
+    return Reader(archive.read(pickles[0]), ZipStorages(archive, folder, os.path.getsize(path))).load()
 
 
 def _read_stream(data, reader):

@@ -9,6 +9,8 @@ import numpy as np
 
 from hivg.utils.quote import shown
 
+MAX_KEY = 100  # parts of a key that is a tuple
+
 
 class Dict(dict):
     """An OrderedDict or a Counter."""
@@ -105,11 +107,14 @@ def make_set(items=()):
 
 
 def check_key(key):
-    """The key of a dict or element of a set, if it is text, a number of 64 bits, or a flat tuple of these. Raises
-    ValueError for others: to look up tuples that share tuples, or huge numbers made to collide, takes forever."""
+    """The key of a dict or element of a set, if it is text, a number of 64 bits, or a short flat tuple of these. Raises
+    ValueError for others: to look up long tuples, or such that share tuples, or huge numbers made to collide, takes
+    forever."""
     if type(key) is str:  # nearly always
         return key
     parts = key if isinstance(key, tuple) else (key,)
+    if len(parts) > MAX_KEY:
+        raise ValueError(f"an entry under a name of {len(parts)} parts")
     for part in parts:
         if not isinstance(part, str | bytes | int | float | None) or (isinstance(part, int) and abs(part) >= 2**64):
             raise ValueError("an entry under a name that is neither text nor a number")

@@ -9,16 +9,36 @@ import torch
 
 from hivg.utils.quote import shown
 
+READINGS = 4  # how often all of a file may be read, in all: many tensors may be parts of one storage
 
-class ZipStorages:
-    """The numbers of tensors as files of an open zip, which is shared: its list of contents is read once."""
 
-    def __init__(self, archive, folder):
+class Storages:
+    """The numbers of the tensors of a file of `size` bytes."""
+
+    def __init__(self, size):
+        self.bytes_left = READINGS * size
+        self.last = None  # (key, numbers) of the storage read last, as its parts mostly follow each other
+
+    def read(self, key):
+        """-> bytearray, which must not be changed. Raises ValueError for a storage that is not there, or damaged."""
+        if self.last is None or self.last[0] != key:
+            data = self.read_file(key)
+            self.bytes_left -= len(data)
+            if self.bytes_left < 0:
+                raise ValueError("its tensors are larger than the file")
+            self.last = key, data
+        return self.last[1]
+
+
+class ZipStorages(Storages):
+    """As files of an open zip, which is shared: its list of contents is read once."""
+
+    def __init__(self, archive, folder, size):
+        super().__init__(size)
         self.archive = archive
         self.folder = folder  # where the tensors are in it
 
-    def read(self, key):
-        """-> bytearray. Raises ValueError for a storage that is not there, or damaged."""
+    def read_file(self, key):
         entry = f"{self.folder}data/{key}"
         try:
             info = self.archive.getinfo(entry)
@@ -34,10 +54,11 @@ class ZipStorages:
             raise ValueError(f"its part {shown(entry, 60)} is damaged ({shown(error, 80)})") from None
 
 
-class StreamStorages:
-    """The numbers of tensors behind the pickles of an older torch.save."""
+class StreamStorages(Storages):
+    """Behind the pickles of an older torch.save."""
 
     def __init__(self, data):
+        super().__init__(len(data))
         self.data = data  # the whole file
         self.types = {}  # key: the type of its numbers, as the pickle names them
         self.places = {}  # key: (start, end) in `data`, once `find` has been called
@@ -54,8 +75,7 @@ class StreamStorages:
             self.places[key] = (start + 8, end)
             start = end
 
-    def read(self, key):
-        """-> bytearray. Raises ValueError."""
+    def read_file(self, key):
         if key not in self.places:
             raise ValueError(f"the numbers of tensor {shown(key, 60)} are not in it")
         start, end = self.places[key]
@@ -66,7 +86,7 @@ class StreamStorages:
 class TensorOnDisk:
     """A tensor of a file, not read yet."""
 
-    storages: ZipStorages | StreamStorages
+    storages: Storages
     key: str  # of its storage
     dtype: torch.dtype
     offset: int  # of its first element in the storage, in elements
@@ -91,8 +111,8 @@ class TensorOnDisk:
             raise ValueError(f"its part {shown(self.key, 60)} is too short for a tensor of shape "
                              f"{shown(self.shape, 60)}")
         storage = torch.frombuffer(data, dtype=self.dtype)  # (count,)
-        tensor = storage.as_strided(self.shape, self.stride, self.offset)
-        return tensor.clone() if tensor.numel() < count else tensor  # a slice does not keep its storage
+        # a tensor of its own: the storage may be another's too, and a slice shall not keep all of it
+        return storage.as_strided(self.shape, self.stride, self.offset).clone()
 
 
 @dataclass

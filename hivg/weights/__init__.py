@@ -111,7 +111,7 @@ def read(path):
     except SafetensorError as error:
         raise WeightsError(f"{shown(path)}: not a whole .safetensors file ({shown(error)}); copy or download it again"
                            ) from None
-    except (ValueError, IndexError, RuntimeError, OverflowError) as error:  # all but the first: shapes that nobody has
+    except (ValueError, IndexError, RuntimeError, ArithmeticError) as error:  # most: shapes that nobody has
         raise WeightsError(f"{shown(path)}: cannot be read: {shown(error, 150)}; copy or download it again") from None
 
 
@@ -276,9 +276,9 @@ def find_tokenizer(folder, config):
 def need_tokenizer(model, path):
     """Raises WeightsError if there is no tokenizer to a model that was loaded from `path`."""
     if model.tokenizer is None:
-        raise WeightsError(f"{shown(path)}: no merge table was found for it; put CLIP's {TABLE}, or the merges.txt or "
-                           "tokenizer.json of a Hugging Face CLIP, beside it or into weights/ (`python -m hivg.weights "
-                           "fetch table` gets CLIP's)")
+        raise WeightsError(f"{shown(path)}: no merge table that fits was found; put CLIP's {TABLE}, or the merges.txt "
+                           "or tokenizer.json of a Hugging Face CLIP, beside it or into weights/ (`python -m "
+                           "hivg.weights fetch table` gets CLIP's)")
 
 
 # ---- loading

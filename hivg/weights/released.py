@@ -123,6 +123,9 @@ def read_settings(args):
         ffn=setting(args, "vl_dim_feedforward", int, 2048),
         dropout=setting(args, "vl_dropout", float, 0.1),
     )
+    if not setting(args, "normalize_before", bool, True):
+        raise NotThisKind("its args say normalize_before=False, an encoder that normalises after each part; those "
+                          "published normalise before")
     if settings.backbone not in BACKBONES:
         raise NotThisKind(f"its args say model={quoted(settings.backbone)}; known are {', '.join(BACKBONES)}")
     return settings
@@ -176,7 +179,7 @@ def split_parts(tensors):
     for name, tensor in tensors.items():
         if name.startswith("clip."):
             name = re.sub(r"^(base_model\.model\.)+", "", name.removeprefix("clip."))  # once for every wrapping by PEFT
-            clip[name] = tensor
+            clip[name.replace(".base_layer.", ".")] = tensor  # which PEFT calls an adapted layer's own, from 0.6 on
         else:
             heads[name] = tensor
     fold_adapters(clip)

@@ -8,6 +8,7 @@ import math
 from dataclasses import fields
 
 from hivg.clip import CLIPConfig
+from hivg.lora import TARGETS, TEXT_GROUPS, adapted_layers
 from hivg.utils.quote import quoted
 
 MAX_SIZE = 10**7  # of any width, number of tokens, ..
@@ -24,11 +25,26 @@ def check_config(config, n_tensors):
     clip = config if is_clip else config.clip
     check_clip(clip)
     layers = clip.vision_layers + clip.text_layers
+    adapters = 0
     if not is_clip:
-        check_hivg(config)
+        check_divides("encoder_heads", config.encoder_heads, "width", config.width)
         layers += config.encoder_layers
-    if layers > n_tensors:
-        raise ValueError(f"{layers} layers, but only {n_tensors} tensors")
+        adapters = n_adapters(config)
+    if layers + 2 * adapters > n_tensors:  # an adapter is a pair, A and B
+        raise ValueError(f"{layers} layers and {adapters} adapters, but only {n_tensors} tensors")
+
+
+def n_adapters(config):
+    """How many pairs of low rank a model of this configuration has."""
+    clip = config.clip
+    stages = range(1, config.stage + 1)
+    if config.lora == "shared":
+        stages = stages[-1:]  # the last one trains all there are
+    layers = 0
+    for stage in stages:
+        layers += len(adapted_layers(stage, clip.vision_layers, config.lora_groups, config.lora))
+        layers += len(adapted_layers(stage, clip.text_layers, TEXT_GROUPS, config.lora))
+    return layers * len(TARGETS)
 
 
 def check_types(kind, settings):
@@ -68,10 +84,6 @@ def check_clip(clip):
     check_divides("patch_size", clip.patch_size, "image_size", clip.image_size)
     check_divides("vision_heads", clip.vision_heads, "vision_width", clip.vision_width)
     check_divides("text_heads", clip.text_heads, "text_width", clip.text_width)
-
-
-def check_hivg(config):
-    check_divides("encoder_heads", config.encoder_heads, "width", config.width)
 
 
 def check_divides(name, part, whole_name, whole):

@@ -37,6 +37,14 @@ def assert_same_log(one, two, rel, abs):
             assert b[name] == (pytest.approx(value, rel=rel, abs=abs) if isinstance(value, float) else value), name
 
 
+@pytest.mark.parametrize("name, chosen", [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", [])])
+def test_alone_on_a_certain_gpu(monkeypatch, name, chosen):
+    """It becomes the current one: a checkpoint keeps the random numbers of that."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append(str(device)))
+    assert distributed.start(torch.device(name)) == torch.device(name) and seen == chosen
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path, clip_file):
     """Losses, gradient norms and validation of warm-up and a first LoRA stage, to 1e-5 of their size; the contrastive

@@ -138,7 +138,20 @@ def test_no_split_draws_from_the_random_numbers_of_the_pairs():
     assert STREAM not in {Shapes(split).number for split in SPLITS}
 
 
-# --- the contrast of expressions ---
+# --- the contrasts ---
+
+
+def test_contrast_of_bfloat16_features_is_in_float32(run, monkeypatch):
+    """In bfloat16 logits near 100 are multiples of 1/2."""
+    seen = []
+    whole = pretrain.contrastive_loss
+    monkeypatch.setattr(pretrain, "contrastive_loss", lambda logits: seen.append(logits) or whole(logits))
+    model = weights.load_clip(run / "clip.safetensors")
+    batch = next(iter(pretrain.training_batches(Pairs(32), 0, 4, 1, tokenizer=model.tokenizer)))
+    with torch.autocast("cpu", torch.bfloat16):
+        batch = pretrain.to_device(batch, model.tokenizer, torch.device("cpu"))
+        pretrain.ContrastiveCriterion(model)(batch)
+    assert seen[0].dtype == torch.float32 and seen[0].shape == (4, 4)
 
 
 def test_an_expression_is_contrasted_with_the_objects_of_its_image(run):

@@ -160,6 +160,20 @@ def test_state_holds_no_frozen_weights(whole):
     assert not [name for name in state["trained"] if name.startswith("clip.") and not re.search(r"\.[AB]\.\d$", name)]
 
 
+@pytest.mark.parametrize("error, told", [
+    (PermissionError(13, "Permission denied"), "cannot be read .Permission denied."),
+    (OSError(5, "Input/output error"), "cannot be read .Input/output error."), (MemoryError(), "not enough memory")])
+def test_a_state_that_cannot_be_read_is_not_called_damaged(begun, monkeypatch, error, told):
+    """The advice for a damaged one is to remove it."""
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(ValueError, match=told) as caught:
+        train.train(replace(begun, resume=True))
+    assert "remove" not in str(caught.value) and Path("runs/tiny/state.pt").exists()
+
+
 def test_another_number_of_processes_is_refused(begun, monkeypatch):
     monkeypatch.setattr(train.distributed, "world", lambda: 2)
     monkeypatch.setattr(train.distributed, "gather_rows", lambda rows: rows)

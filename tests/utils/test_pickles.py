@@ -77,11 +77,9 @@ def memo(index):
     return b"]r" + struct.pack("<I", index)
 
 
-TENSOR = name("torch._utils", "_rebuild_tensor_v2") + b"((" + text("storage") + name("torch", "FloatStorage") + (
-    text("0") + text("cpu") + number(4) + b"tQ" + number(0))
-
-
-def tensor(shape, stride):
+def tensor(shape, stride, kind="FloatStorage"):
+    TENSOR = name("torch._utils", "_rebuild_tensor_v2") + b"((" + text("storage") + name("torch", kind) + (
+        text("0") + text("cpu") + number(4) + b"tQ" + number(0))
     return b"}" + text("w") + TENSOR + shape + stride + b"\x89" + name("collections", "OrderedDict") + b")RtRs"
 
 
@@ -122,6 +120,10 @@ STEPS = {  # name: the steps of a pickle
         name("collections", "OrderedDict") + b"h\x01\x85R") * 1000 + b"e",
     "an old-style instance": b"(" + name("collections", "OrderedDict") + b"]o",
     "keys made to collide": b"}(" + b"".join(power_of_ten(30) + b"N" for i in range(3)) + b"u",
+    "a long tuple as a key again and again": b"}((" + number(1) * 10**5 + b"tq\x01N" + b"h\x01N" * 10**5 + b"u",
+    "a long tuple in a set again and again": b"\x8f((" + number(1) * 10**5 + b"tq\x01" + b"h\x01" * 10**5 + b"\x90",
+    "a tensor of quantised numbers": tensor(number(4) + b"\x85", number(1) + b"\x85", "qint8"),
+    "a tensor of half bytes": tensor(number(4) + b"\x85", number(1) + b"\x85", "quint4x2"),
     "a tensor of 10^30": tensor(power_of_ten(30) + b"\x85", number(1) + b"\x85"),
     "a tensor of one number for all": tensor(number(2**30) + b"\x85", number(0) + b"\x85"),
     "an empty tensor of 2^47": tensor(b"L" + str(2**47).encode() + b"L\n" + number(0) + b"\x86",

@@ -1,12 +1,14 @@
 """Small files that ask for a large model, or unfold to a large table: refused in the memory that they take up."""
 
 import argparse
+import dataclasses
 import gzip
 import json
 import struct
 
 import pytest
 import torch
+from makers import make_hivg
 from makers_limits import outcomes
 from makers_weights import make_published_clip, make_released, to_huggingface, to_openai, to_released
 from safetensors.torch import save_file
@@ -49,11 +51,39 @@ def write_views(path):
     torch.save({f"visual.conv1.{i}": whole for i in range(10_000)}, path)
 
 
+def write_small_views(path):
+    """Ten thousand tensors of one number each, all of the same 8 MB: read for each, 80 GB."""
+    whole = torch.zeros(2_000_000)
+    torch.save({f"visual.conv1.{i}": whole[i : i + 1] for i in range(10_000)}, path)
+
+
+def write_small_views_of_two(path):
+    """As before, in turn of two storages."""
+    wholes = [torch.zeros(2_000_000), torch.zeros(2_000_000)]
+    torch.save({f"visual.conv1.{i}": wholes[i % 2][:1] for i in range(10_000)}, path)
+
+
+def write_many_stages(path):
+    """Adapters of a hundred stages for as many layers as there are tensors for."""
+    config = dataclasses.asdict(make_hivg().config)
+    config |= {"stage": 100, "lora_groups": 1}
+    config["clip"] |= {"vision_layers": 1000, "text_layers": 1000}
+    metadata = {"format": "pt", "kind": "hivg", "config": json.dumps(config), "info": "{}", "tokenizer": ""}
+    save_file({f"a{i}": torch.zeros(0) for i in range(2100)}, path, metadata)
+
+
 def write_empty_adapter(path):
     checkpoint = to_released(make_released(), adapters=True)
     name = next(name for name in checkpoint["model"] if "lora_A" in name)
     checkpoint["model"][name] = torch.zeros(0, checkpoint["model"][name].shape[1])
     checkpoint["model"][name.replace("lora_A", "lora_B")] = torch.zeros(64, 0)
+    torch.save(checkpoint, path)
+
+
+def write_no_patch(path):
+    checkpoint = to_released(make_released())
+    name = next(name for name in checkpoint["model"] if name.endswith("patch_embedding.weight"))
+    checkpoint["model"][name] = checkpoint["model"][name][:, :, :0]
     torch.save(checkpoint, path)
 
 
@@ -73,6 +103,10 @@ BOMBS = {  # name: the writer
     "a million encoder layers in args": released_with(vl_enc_layers=10**6),
     "a huge encoder in args": released_with(vl_hidden_dim=2**22, vl_dim_feedforward=2**22),
     "many views of one storage": write_views,
+    "small views of one storage": write_small_views,
+    "small views of two storages": write_small_views_of_two,
+    "a hundred stages of adapters": write_many_stages,
+    "patches of no pixels in a released file": write_no_patch,
     "an adapter of no rank": write_empty_adapter,
     "an empty tensor of 10^15 columns": lambda path: write_safetensors(path, {"visual.conv1.weight": EMPTY}),
     "a shape beyond the file": lambda path: write_safetensors(

@@ -68,6 +68,28 @@ def test_released_adapters_are_folded(tmp_path, plain, write):
         assert_close(name, loaded[name], value, 1e-6)
 
 
+def test_released_with_the_names_of_later_peft(tmp_path, plain):
+    """From 0.6 on PEFT calls the layer under an adapter base_layer."""
+    checkpoint = to_released(plain, adapters=True)
+    model = {}
+    for name, value in checkpoint["model"].items():
+        layer, _, kind = name.rpartition(".")
+        is_adapted = f"{layer}.lora_A.default.weight" in checkpoint["model"]
+        model[f"{layer}.base_layer.{kind}" if is_adapted else name] = value
+    assert sum(".base_layer." in name for name in model) == 2 * 4 * (12 + 12 + 4)
+    torch.save(checkpoint | {"model": model}, tmp_path / "x.pth")
+    loaded = weights.load_released(tmp_path / "x.pth").state_dict()
+    for name, value in plain.state_dict().items():
+        assert_close(name, loaded[name], value, 1e-6)
+
+
+def test_released_with_norms_after_each_part(tmp_path, plain):
+    torch.save(to_released(plain, normalize_before=True), tmp_path / "before.pth")
+    assert_same_weights(weights.load_released(tmp_path / "before.pth"), plain)
+    torch.save(to_released(plain, normalize_before=False), tmp_path / "after.pth")
+    assert "normalize_before=False" in message_of(tmp_path / "after.pth")
+
+
 def test_an_adapter_that_does_not_fit_its_layer(tmp_path, plain):
     checkpoint = to_released(plain, adapters=True)
     name = next(name for name in checkpoint["model"] if "lora_A" in name)

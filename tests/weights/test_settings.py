@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from hivg import weights
 from hivg.model import HiVGConfig
-from hivg.weights.settings import check_config
+from hivg.weights.settings import check_config, n_adapters
 
 WRONG = [  # (setting, value, part of the message); of the CLIP where its name begins with "clip."
     ("clip.vision_heads", 5, "vision_heads 5 does not divide vision_width 64"),
@@ -24,8 +24,8 @@ WRONG = [  # (setting, value, part of the message); of the CLIP where its name b
     ("clip.vocab_size", None, "vocab"),
     ("clip.vision_layers", 10**6, "vision_layers must be a whole number in 1..1000"),
     ("clip.text_layers", 10**400, "text_layers must be a whole number in 1..1000, not a huge number"),
-    ("clip.text_layers", 999, "1004 layers, but only"),
-    ("encoder_layers", 999, " layers, but only"),
+    ("clip.text_layers", 999, "1004 layers and 4000 adapters, but only"),
+    ("encoder_layers", 999, "1004 layers and 12 adapters, but only"),
     ("clip", 3, "metadata is damaged"),
     ("stage", -1, "stage must be a whole number in 0..100"),
     ("stage", 10**6, "stage must be a whole number in 0..100"),
@@ -86,7 +86,12 @@ def test_messages_about_settings_are_short(setting):
 
 
 def test_what_we_write_is_right():
-    check_config(make_clip().config, 20)
-    for changes in ({}, {"bridge": "none"}, {"lora": "vanilla", "stage": 1}, {"dropout": 0, "text_norm": False}):
-        check_config(make_hivg(**changes).config, 20)
+    clip = make_clip()
+    check_config(clip.config, len(clip.state_dict()))
+    for changes in ({}, {"bridge": "none"}, {"dropout": 0, "text_norm": False}, {"lora": "vanilla", "stage": 1},
+                    {"lora": "shared", "stage": 3}, {"lora": "hierarchical", "stage": 3}):
+        model = make_hivg(**changes)
+        check_config(model.config, len(model.state_dict()))
+        pairs = sum(".A." in name for name in model.state_dict())
+        assert n_adapters(model.config) == pairs, changes
     assert weights.load(BUNDLED).config.stage == weights.read(BUNDLED).config.stage
