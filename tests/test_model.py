@@ -257,6 +257,16 @@ def test_compiles_in_one_piece(kind, text_padding, batch):
 # --- the configuration and the whole ---
 
 
+def test_sizes_of_the_paper():
+    base = HiVGConfig.for_clip(CLIP_SIZES["ViT-B/16"])
+    large = HiVGConfig.for_clip(CLIP_SIZES["ViT-L/14"])
+    assert (base.bridge_blocks, base.visual_levels, base.width) == ((0, 3, 7, 11), (1, 4, 8, 12), 512)
+    assert (large.bridge_blocks, large.visual_levels, large.width) == ((4, 10, 16, 22), (6, 12, 18, 24), 768)
+    for c in (base, large):
+        assert (c.encoder_layers, c.encoder_heads, c.encoder_ffn, c.dropout) == (6, 8, 2048, 0.1)
+        assert (c.lora_rank, c.lora_alpha, c.lora_dropout, c.lora_groups) == (32, 16, 0.1, 3)
+
+
 def test_with_bridge(batch):
     """All that was there stays, the new bridges change nothing yet, and what is trained is all but CLIP."""
     bare = make_hivg(bridge="none")

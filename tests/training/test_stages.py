@@ -88,6 +88,17 @@ def test_presets_hold_the_published_schedules(name):
     assert s.loss_weights == astuple(LossWeights()) and not LossWeights().need_hints
 
 
+@pytest.mark.parametrize("data, layers", [
+    ("refcoco", (12,)), ("refcoco+", (6, 12)), ("refcocog", (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)),
+    ("referit", (6, 12)), ("flickr", (12,)), ("mixup", (12,))])
+@pytest.mark.parametrize("size", ["base", "large"])
+def test_presets_hold_the_published_model(data, layers, size):
+    s = Settings(**PRESETS[f"{data}-{size}"])
+    assert s.dataset == data and s.text_layers == layers
+    assert s.bridge == ("projected" if data == "mixup" else "adaptive")
+    assert (s.lora, s.lora_rank, s.lora_alpha, s.box_loss) == ("hierarchical", 32, 16, "smooth_l1")
+
+
 # --- the plan ---
 
 

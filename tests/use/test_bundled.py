@@ -129,5 +129,5 @@ def test_accuracy(monkeypatch):
     dataset = ShapesTensors("test", model.config.clip.image_size, model.config.normalization)
     rows = evaluate.predict(model, evaluation_batches(dataset))
     moved = evaluate.predict(model, evaluation_batches(dataset), expressions=evaluate.shuffled(rows))
-    assert np.mean([row["iou"] >= 0.5 for row in rows]) >= 0.85
-    assert np.mean([row["iou"] >= 0.5 for row in moved]) <= 0.35
+    assert np.mean([row["iou"] >= 0.5 for row in rows]) >= 0.95  # 0.985 of all, give or take 0.01
+    assert np.mean([row["iou"] >= 0.5 for row in moved]) <= 0.27  # 0.179 of all, give or take 0.03

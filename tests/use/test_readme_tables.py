@@ -6,7 +6,7 @@ import re
 from makers import ROOT
 
 from hivg.ablate.report import comparisons, runs_of
-from hivg.ablate.runs import BUDGETS, RESULTS, read_results
+from hivg.ablate.runs import RESULTS, read_results
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TABLE = README.split("## In the paper, in the code")[1].split("\n## ")[0]
@@ -46,18 +46,68 @@ def test_every_row_leads_to_code():
             assert set(names) <= names_in(path), f"{path.name} has no {set(names) - names_in(path)}"
 
 
+def points(value):
+    return f"{value:+.1f}".replace("-", "−").replace("+0.0", "0.0").replace("−0.0", "0.0")
+
+
+def as_in_readme(sign, differences):
+    """One difference with its interval, or several with the half of the widest; sign: -1 where the README tells what is
+    gained by what the arm lacks."""
+    if len(differences) == 1:
+        low, high = sorted((sign * differences[0].low, sign * differences[0].high))
+        return f"{points(sign * differences[0].points)} ({points(low)} to {points(high)})".replace("(+", "(").replace(
+            "to +", "to ")
+    return ", ".join(points(sign * d.points) for d in differences) + f" (± {max(d.visible for d in differences):.1f})"
+
+
+SHORT = [  # the rows of README's table: in whose favour, and the comparisons (arm, against)
+    (-1, [("bridge none", "base")]),
+    (-1, [("bridge none, deeper", "base")]),
+    (-1, [("bridge constant", "base")]),
+    (-1, [("text last", "base")]),
+    (1, [("text all", "base")]),
+    (-1, [("weights zero", "base")]),
+    (-1, [("text last, no norm", "text last"), ("text last two, no norm", "text last two"),
+          ("text all, no norm", "text all")]),
+    (-1, [("level last", "base")]),
+    (-1, [("levels, no norm", "base"), ("level last, no norm", "level last")]),
+    (-1, [("lora vanilla", "base")]),
+    (-1, [("lora vanilla, wide", "base")]),
+    (-1, [("lora none", "base")]),
+    (-1, [("lora deep first", "base")]),
+    (-1, [("lora shared", "base")]),
+    (-1, [("lora at once", "lora shared")]),
+    (1, [("lora vanilla", "lora at once")]),
+    (-1, [("lora none", "lora vanilla")]),
+    (-1, [("no CLC", "base"), ("no RTCC", "base"), ("no mask", "base")]),
+    (-1, [("no hints", "base")]),
+    (1, [("padding seen", "base")]),
+    (1, [("mixed", "padding seen")]),
+    (1, [("mixed, all", "mixed"), ("mixed, all, no norm", "mixed, all")]),
+    (-1, [("CLIP trained", "lora none")]),
+    (-1, [("CLIP trained slowly", "lora none")]),
+]
+
+
+def differences_in_readme():
+    """The lines of its tables of differences, the header's left out."""
+    lines = README.split("## Does it help?")[1].split("\n## ")[0].splitlines()
+    return [line for line in lines if line.startswith("| ") and not line.startswith(("| claim", "| ---"))]
+
+
 def test_the_differences_are_of_the_results():
-    rows = read_results(ROOT / RESULTS)
-    measured = set()
-    for budget in BUDGETS:
-        for _, d in comparisons(runs_of(rows, budget)):
-            measured.update(f"{abs(value):.1f}" for value in (d.points, d.low, d.high, d.visible))
-    differences = README.split("## Does it help?")[1].split("\n## ")[0]
-    lines = [line for line in differences.splitlines() if line.startswith("| ")][2:]
-    assert len(lines) >= 20
-    for line in lines:
-        ours = set(re.findall(r"\d+\.\d", line.split("|")[3]))
-        assert ours and ours <= measured, f"not in the report: {ours - measured}, of {line}"
+    measured = {}
+    for arm, d in comparisons(runs_of(read_results(ROOT / RESULTS), "short")):
+        measured[arm.name, arm.against] = d
+    lines = differences_in_readme()[: len(SHORT)]
+    for line, (sign, compared) in zip(lines, SHORT, strict=True):
+        _, claim, _, ours, verdict, _ = map(str.strip, line.split("|"))
+        differences = [measured[names] for names in compared]
+        assert ours == as_in_readme(sign, differences), claim
+        if len(differences) == 1:
+            word = {0: "undecided", 1: "helps", -1: "hurts"}[
+                sign * {"better": 1, "worse": -1, "undecided": 0}[differences[0].verdict]]
+            assert verdict.startswith(word), claim
 
 
 def test_links_lead_to_files():
