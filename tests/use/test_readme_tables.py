@@ -3,6 +3,7 @@
 import ast
 import re
 
+import pytest
 from makers import ROOT
 
 from hivg.ablate.report import comparisons, runs_of
@@ -60,7 +61,8 @@ def as_in_readme(sign, differences):
     return ", ".join(points(sign * d.points) for d in differences) + f" (± {max(d.visible for d in differences):.1f})"
 
 
-SHORT = [  # the rows of README's table: in whose favour, and the comparisons (arm, against)
+# the rows of README's two tables: in whose favour, and the comparisons (arm, against)
+SHORT = [
     (-1, [("bridge none", "base")]),
     (-1, [("bridge none, deeper", "base")]),
     (-1, [("bridge constant", "base")]),
@@ -87,20 +89,27 @@ SHORT = [  # the rows of README's table: in whose favour, and the comparisons (a
     (-1, [("CLIP trained", "lora none")]),
     (-1, [("CLIP trained slowly", "lora none")]),
 ]
+LONG = [
+    (-1, [("bridge none", "base")]),
+    (-1, [("bridge constant", "base")]),
+    (-1, [("lora vanilla", "base")]),
+    (-1, [("lora none", "base")]),
+    (-1, [("lora none", "lora vanilla")]),
+]
 
 
-def differences_in_readme():
-    """The lines of its tables of differences, the header's left out."""
-    lines = README.split("## Does it help?")[1].split("\n## ")[0].splitlines()
-    return [line for line in lines if line.startswith("| ") and not line.startswith(("| claim", "| ---"))]
+def table_of_differences(number):
+    """The lines of one of README's tables of differences, without the header's."""
+    text = README.split("## Does it help?")[1].split("\n## ")[0]
+    return re.split(r"\| claim.*\n\| ---.*\n", text)[1 + number].split("\n\n")[0].splitlines()
 
 
-def test_the_differences_are_of_the_results():
+@pytest.mark.parametrize("number, budget, rows", [(0, "short", SHORT), (1, "long", LONG)])
+def test_the_differences_are_of_the_results(number, budget, rows):
     measured = {}
-    for arm, d in comparisons(runs_of(read_results(ROOT / RESULTS), "short")):
+    for arm, d in comparisons(runs_of(read_results(ROOT / RESULTS), budget)):
         measured[arm.name, arm.against] = d
-    lines = differences_in_readme()[: len(SHORT)]
-    for line, (sign, compared) in zip(lines, SHORT, strict=True):
+    for line, (sign, compared) in zip(table_of_differences(number), rows, strict=True):
         _, claim, _, ours, verdict, _ = map(str.strip, line.split("|"))
         differences = [measured[names] for names in compared]
         assert ours == as_in_readme(sign, differences), claim
