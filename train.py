@@ -147,9 +147,7 @@ def begin_stage(s: Settings, number, run):
         weights.need_tokenizer(clip, s.clip)
         return HiVG.from_clip(clip, first_config(s, clip.config)), -1.0
     before = weights.load_hivg(run / f"{table[number - 1].name}.safetensors")  # the best state of the stage before
-    model = grow(before, table[number])
-    model.tokenizer = before.tokenizer
-    return model, before.info["accuracy"]
+    return grow(before, table[number]), before.info["accuracy"]
 
 
 def open_split(s: Settings, model, split):

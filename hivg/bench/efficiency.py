@@ -20,12 +20,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hivg.bench.timing import WARM_UP, energy, measure, peak_memory, reset_peak_memory
-from hivg.bench.training import random_batch, step
+from hivg.bench.training import random_batch, train_step_of
 from hivg.clip import CLIP_SIZES
 from hivg.losses import LossWeights
 from hivg.model import HiVG, HiVGConfig
 from hivg.training.criterion import Criterion
-from hivg.training.optimizers import make_optimizers, step_optimizers
 from hivg.utils.charts import plot_panels
 from hivg.utils.cli import choose_device, choose_dtype
 
@@ -146,18 +145,11 @@ def measure_forward(config, sizes, device, dtype):
 
 def measure_steps(config, sizes, device, dtype):
     """As measure_forward, of a training step: forward, backward and AdamW's update."""
-    model = trained_model(config).to(device)
-    criterion = Criterion(model, LossWeights(), "smooth_l1")
-    optimizers = make_optimizers(model, "adamw", 1e-4)
-
-    def train_step():
-        step(criterion, batch, device, dtype)
-        step_optimizers(optimizers)
-
+    train_step = train_step_of(trained_model(config).to(device), device, dtype)
     found = []
     for n in sizes:
         batch = random_batch(n, config.clip, device)
-        found.append((n, *measure_pass(train_step, device)))
+        found.append((n, *measure_pass(lambda: train_step(batch), device)))
     return found
 
 

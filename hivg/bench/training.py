@@ -62,17 +62,11 @@ def bench_step(args):
     print(f"{args.preset}, {name}, {own} together, bfloat16: {count_memory(args.preset, name, own) / 2**30:.1f} GiB of "
           "tensors, counted", flush=True)
     model = preset_model(args.preset, name).to(device).train()
-    criterion = Criterion(model, LossWeights(), "smooth_l1")
-    optimizers = make_optimizers(model, "adamw", 1e-4)
-
-    def train_step():
-        step(criterion, batch, device, dtype)
-        step_optimizers(optimizers)
-
+    train_step = train_step_of(model, device, dtype)
     for n in args.batch_sizes:
         batch = random_batch(n, model.config.clip, device)
         reset_peak_memory(device)
-        times = measure(train_step, 3, device)
+        times = measure(lambda: train_step(batch), 3, device)
         peak = peak_memory(device)
         precision = str(dtype).removeprefix("torch.")
         show(f"{args.preset}, {name}, {n} together, {precision}, {peak / 2**30:.1f} GiB", times)
@@ -157,6 +151,18 @@ def random_batch(n, clip, device):
         "image_ids": torch.arange(n),
     }
     return {key: value.to(device) for key, value in batch.items()}
+
+
+def train_step_of(model, device, dtype):
+    """-> a function of a batch, that makes a training step: forward, backward and AdamW's update."""
+    criterion = Criterion(model, LossWeights(), "smooth_l1")
+    optimizers = make_optimizers(model, "adamw", 1e-4)
+
+    def train_step(batch):
+        step(criterion, batch, device, dtype)
+        step_optimizers(optimizers)
+
+    return train_step
 
 
 def step(criterion, batch, device, dtype):

@@ -7,8 +7,8 @@ layers of the CLIP that there are, are checked where they belong, in HiVGConfig.
 import math
 from dataclasses import fields
 
+from hivg import lora
 from hivg.clip import CLIPConfig
-from hivg.lora import TARGETS, TEXT_GROUPS, adapted_layers
 from hivg.utils.quote import quoted
 
 MAX_SIZE = 10**7  # of any width, number of tokens, ..
@@ -42,9 +42,9 @@ def n_adapters(config):
         stages = stages[-1:]  # the last one trains all there are
     layers = 0
     for stage in stages:
-        layers += len(adapted_layers(stage, clip.vision_layers, config.lora_groups, config.lora))
-        layers += len(adapted_layers(stage, clip.text_layers, TEXT_GROUPS, config.lora))
-    return layers * len(TARGETS)
+        layers += len(lora.adapted_layers(stage, clip.vision_layers, config.lora_groups, config.lora))
+        layers += len(lora.adapted_layers(stage, clip.text_layers, lora.TEXT_GROUPS, config.lora))
+    return layers * len(lora.TARGETS)
 
 
 def check_types(kind, settings):

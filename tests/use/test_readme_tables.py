@@ -47,8 +47,10 @@ def test_every_row_leads_to_code():
             assert set(names) <= names_in(path), f"{path.name} has no {set(names) - names_in(path)}"
 
 
-def points(value):
-    return f"{value:+.1f}".replace("-", "−").replace("+0.0", "0.0").replace("−0.0", "0.0")
+def points(value, sign="+"):
+    """sign: "+" to show it always, "-" where it is below 0 alone."""
+    text = f"{value:{sign}.1f}"
+    return "0.0" if float(text) == 0 else text.replace("-", "−")
 
 
 def as_in_readme(sign, differences):
@@ -56,8 +58,7 @@ def as_in_readme(sign, differences):
     gained by what the arm lacks."""
     if len(differences) == 1:
         low, high = sorted((sign * differences[0].low, sign * differences[0].high))
-        return f"{points(sign * differences[0].points)} ({points(low)} to {points(high)})".replace("(+", "(").replace(
-            "to +", "to ")
+        return f"{points(sign * differences[0].points)} ({points(low, '-')} to {points(high, '-')})"
     return ", ".join(points(sign * d.points) for d in differences) + f" (± {max(d.visible for d in differences):.1f})"
 
 
@@ -114,9 +115,8 @@ def test_the_differences_are_of_the_results(number, budget, rows):
         differences = [measured[names] for names in compared]
         assert ours == as_in_readme(sign, differences), claim
         if len(differences) == 1:
-            word = {0: "undecided", 1: "helps", -1: "hurts"}[
-                sign * {"better": 1, "worse": -1, "undecided": 0}[differences[0].verdict]]
-            assert verdict.startswith(word), claim
+            gain = {"better": sign, "worse": -sign, "undecided": 0}[differences[0].verdict]
+            assert verdict.startswith({1: "helps", -1: "hurts", 0: "undecided"}[gain]), claim
 
 
 def test_links_lead_to_files():

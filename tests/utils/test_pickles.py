@@ -78,9 +78,9 @@ def memo(index):
 
 
 def tensor(shape, stride, kind="FloatStorage"):
-    TENSOR = name("torch._utils", "_rebuild_tensor_v2") + b"((" + text("storage") + name("torch", kind) + (
+    described = name("torch._utils", "_rebuild_tensor_v2") + b"((" + text("storage") + name("torch", kind) + (
         text("0") + text("cpu") + number(4) + b"tQ" + number(0))
-    return b"}" + text("w") + TENSOR + shape + stride + b"\x89" + name("collections", "OrderedDict") + b")RtRs"
+    return b"}" + text("w") + described + shape + stride + b"\x89" + name("collections", "OrderedDict") + b")RtRs"
 
 
 def power_of_ten(n):
