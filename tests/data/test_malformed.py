@@ -26,7 +26,7 @@ def pickle_to(data, path, protocol=None):
 
 @pytest.mark.parametrize("write, arguments", [
     (pickle_to, {}), (pickle_to, {"protocol": 0}), (torch.save, {}),
-    (torch.save, {"_use_new_zipfile_serialization": False})], ids=str)
+    (torch.save, {"_use_new_zipfile_serialization": False})], ids=["pickle", "pickle 0", "torch", "torch, old"])
 def test_a_command_in_a_pickle_is_not_run(tmp_path, write, arguments):
     for name in ("refs(unc).p", "refcoco_train.pth"):
         write([Payload(tmp_path / "touched")], tmp_path / name, **arguments)
