@@ -16,7 +16,8 @@ def cxcywh_to_xyxy(boxes):
 def area(boxes):
     """(..., 4) xyxy -> (...) area; 0 for a box whose corners are swapped."""
     sides = boxes[..., 2:] - boxes[..., :2]  # (..., 2)
-    return sides.clamp(min=0).prod(-1)  # each side by itself: two negative sides would make a positive area
+    w, h = sides.clamp(min=0).unbind(-1)  # each side by itself: two negative sides would make a positive area
+    return w * h  # not `prod`, whose gradient makes a GPU's program wait to count the zeros
 
 
 def intersection_and_union(a, b):

@@ -39,7 +39,9 @@ class NoReading(TorchDispatchMode):
     values."""
 
     WAIT = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default,
-            torch.ops.aten.masked_select.default, torch.ops.aten.equal.default}
+            torch.ops.aten.masked_select.default, torch.ops.aten.equal.default,
+            # their gradients count the zeros, but not under such a mode as this
+            torch.ops.aten.prod.default, torch.ops.aten.prod.dim_int}
     INDEX = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -52,7 +54,8 @@ class NoReading(TorchDispatchMode):
 
 def test_reading_is_noticed():
     with NoReading():
-        for read in (lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: bool(x.any()), lambda x: x.nonzero()):
+        for read in (lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: bool(x.any()), lambda x: x.nonzero(),
+                     lambda x: x.prod(0)):
             with pytest.raises(AssertionError, match="waits"):
                 read(torch.ones(3))
 
