@@ -66,6 +66,15 @@ class MLP(nn.Module):
         return self.c_proj(x)  # (..., C)
 
 
+def to_autocast(x):
+    """x in the type of products under autocast, x itself without it. Each product would convert its operands by itself:
+    of a layer with adapters, the three projections the same x twice each."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # there are no products on "meta"
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
+
+
 class Attention(nn.Module):
     """Multi-head attention: softmax(q k^T / sqrt(C / heads)) v.
 
@@ -90,10 +99,9 @@ class Attention(nn.Module):
     def forward(self, query, key=None, value=None, mask=None, causal=False, dropout=0.0):
         """query (B, N, C); key and value (B, M, C), by default the query (self-attention) and the key;
         mask bool, broadcast to (B, heads, N, M), True = may attend -> (B, N, C)."""
-        if key is None:
-            key = query
-        if value is None:
-            value = key
+        query = to_autocast(query)
+        key = query if key is None else to_autocast(key)
+        value = key if value is None else to_autocast(value)
         q = self.split_heads(self.q_proj(query))  # (B, heads, N, C / heads)
         k = self.split_heads(self.k_proj(key))  # (B, heads, M, C / heads)
         v = self.split_heads(self.v_proj(value))  # (B, heads, M, C / heads)

@@ -77,7 +77,7 @@ class LoRALinear(nn.Module):
         A = torch.cat(list(self.A))  # (j r, in)
         B = torch.cat(list(self.B), dim=1)  # (out, j r)
         x = F.dropout(x, self.dropout, self.training)  # on the adapters' input only; W_0 sees all of x
-        return h + self.scale * F.linear(F.linear(x, A), B)
+        return h + F.linear(self.scale * F.linear(x, A), B)  # scaled where it is smallest, (..., j r)
 
     def merged(self):
         """A plain nn.Linear with the same output: W_0 + (alpha/r) sum_k B_k A_k. This module is left as it is."""
