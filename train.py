@@ -222,7 +222,7 @@ def train(s: Settings):
         loss_weights = LossWeights(*s.loss_weights)
         criterion = distributed.wrap(Criterion(model, loss_weights, s.box_loss), loss_weights.leave_a_head_out)
         if s.compile:
-            model.compile()
+            model.compile_blocks()
         saved_at = time.monotonic()
         for step in range(first, steps):
             end_of_epoch = (step + 1) % steps_per_epoch == 0

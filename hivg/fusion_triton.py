@@ -268,7 +268,7 @@ def dense_rows(x):
 @torch.library.custom_op("hivg::fusion_statistics", mutates_args=())
 def statistics(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """x (K, B, T, D) -> mean and rstd (K, B T), float64 for float64, else float32. An operator of its own, as it needs
-    no bridge's parameters: in training, torch.compile makes one call of those of all bridges of a model."""
+    no bridge's parameters: where torch.compile sees several bridges of a model, it makes one call of theirs."""
     K, B, T, D = x.shape
     x = dense_rows(x)
     mean = x.new_empty(K, B * T, dtype=torch.promote_types(x.dtype, torch.float32))

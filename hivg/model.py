@@ -386,6 +386,15 @@ class HiVG(nn.Module):
         lora.add_stage(self.clip.text.blocks, stage, lora.TEXT_GROUPS, *settings)
         self.config = replace(c, stage=stage)
 
+    def compile_blocks(self):
+        """torch.compile for each transformer block, in place. Blocks that differ in weights alone share a program,
+        so it takes a part of the time of the whole model, in which every block is compiled anew."""
+        # the programs of a block: with a bridge, with adapters, to train and to validate, in each stage. Beyond the
+        # usual limit of 8 the rest would silently stay as it is
+        torch._dynamo.config.recompile_limit = 128
+        for block in (*self.clip.visual.blocks, *self.clip.text.blocks, *self.encoder):
+            block.compile()
+
     def with_bridge(self, kind):
         """A new model with fresh bridges of this kind beside all there is in this one, which has none."""
         model = HiVG(replace(self.config, bridge=kind)).requires_grad_(False)
