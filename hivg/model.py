@@ -67,7 +67,7 @@ class EncoderLayer(nn.Module):
         """x (B, M, D), position (M, D), mask (B, 1, 1, M), True = may be attended to -> (B, M, D)."""
         y = self.norm1(x)
         # where a token is decides what it looks at, and is no part of what it tells the others
-        y = self.attn(y + position, y + position, y, mask=mask, dropout=self.rate)
+        y = self.attn(y + position, value=y, mask=mask, dropout=self.rate)
         x = x + self.dropout(y)
         y = self.dropout(F.relu(self.linear1(self.norm2(x))))  # (B, M, ffn)
         return x + self.dropout(self.linear2(y))

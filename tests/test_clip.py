@@ -63,6 +63,17 @@ def test_attention_dropout_is_for_training_only():
     assert not torch.equal(attention.train()(x, dropout=0.5), attention(x))
 
 
+def test_attention_converts_its_input_once_under_autocast():
+    attention = Attention(12, 2)
+    seen = []
+    for name in ("q_proj", "k_proj", "v_proj"):
+        getattr(attention, name).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        attention(torch.randn(1, 4, 12))
+    query, key, value = seen
+    assert query.dtype == torch.bfloat16 and query is key is value
+
+
 def test_quick_gelu():
     x = torch.linspace(-8, 8, 101, dtype=torch.float64)
     assert_close("QuickGELU", QuickGELU()(x), x * torch.sigmoid(1.702 * x), 1e-10)
