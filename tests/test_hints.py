@@ -28,10 +28,10 @@ def test_reg_attention_is_that_of_the_layer(batch):
     layer.attn.register_forward_hook(lambda module, args, kwargs, out: seen.update(args=args, **kwargs),
                                      with_kwargs=True)
     output = model(*batch, with_hints=True)
-    query, key, _ = seen["args"]
+    query, = seen["args"]  # the keys too
     attn = layer.attn
     q = attn.q_proj(query).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-    k = attn.k_proj(key).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    k = attn.k_proj(query).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
     logits = q @ k.mT / q.shape[-1] ** 0.5  # (B, heads, M, M)
     share = logits.masked_fill(~seen["mask"], float("-inf")).softmax(-1)[:, :, 0]  # (B, heads, M)
     P = output.token_similarity.shape[1]

@@ -22,9 +22,9 @@ def attention_by_hand(model, image, text):
     letterbox = Letterbox(*image.size, 64)
     model(letterbox.image(image)[None], letterbox.padding_mask()[None], model.tokenizer([text]))
     hook.remove()
-    query, key, _ = seen["args"]
+    query, = seen["args"]  # the keys too
     q = attn.q_proj(query).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-    k = attn.k_proj(key).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    k = attn.k_proj(query).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
     logits = q @ k.mT / q.shape[-1] ** 0.5  # (1, heads, M, M)
     share = logits.masked_fill(~seen["mask"], float("-inf")).softmax(-1)[0, :, 0].mean(0)  # (M,)
     return share[2 : 2 + 16].unflatten(0, (4, 4)).detach().numpy()
