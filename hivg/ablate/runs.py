@@ -54,8 +54,8 @@ BUDGETS = {
     # 12,288 expressions, a tenth of the default run's
     "short": Budget(2048, (1, 1, 1, 3), (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), (), 5),
     # the default run's
-    "long": Budget(8192, (1, 1, 1, 12), (1e-3, 2e-3, 4e-3),
-                   ("base", "bridge none", "bridge constant", "lora vanilla", "lora none"), 3),
+    "long": Budget(8192, (1, 1, 1, 12), (5e-4, 1e-3, 2e-3, 4e-3),
+                   ("base", "bridge none", "bridge constant", "lora vanilla", "lora none"), 5),
 }
 FAILED = "FAILED:"
 CHOICE_SEED = 0  # the seed on which the rates are chosen
