@@ -70,7 +70,7 @@ def to_autocast(x):
     """x in the type of products under autocast, x itself without it. Each product would convert its operands by itself:
     of a layer with adapters, the three projections the same x twice each."""
     kind = x.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):  # there are no products on "meta"
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # which autocast does not know
         return x
     return x.to(torch.get_autocast_dtype(kind))
 

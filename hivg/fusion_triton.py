@@ -55,6 +55,8 @@ import torch
 import triton
 import triton.language as tl
 
+from hivg.clip import to_autocast
+
 INTERPRETED = triton.knobs.runtime.interpret
 
 # On Hopper a product runs on while the operand of the next is made. Triton before 3.9 may make that in registers which
@@ -385,11 +387,8 @@ forward.register_autograd(differentiate, setup_context=remember)
 
 def adaptive_fusion(text_states, adaptive_weights, proj_weight, proj_bias, norm_weight=None, norm_bias=None, eps=1e-5):
     """fusion.adaptive_fusion by these kernels. Under autocast the product is in autocast's type."""
-    kind = text_states.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        proj_weight = proj_weight.to(dtype)
-        proj_bias = proj_bias.to(dtype)
+    proj_weight = to_autocast(proj_weight)
+    proj_bias = to_autocast(proj_bias)
     mean = rstd = None
     if norm_weight is not None:
         mean, rstd = statistics(text_states.detach(), eps)

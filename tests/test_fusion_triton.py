@@ -319,7 +319,7 @@ def test_torch_compile_makes_the_statistics_of_two_bridges_once(monkeypatch):
 
 
 def test_the_model_with_the_kernel_compiles_in_one_piece(monkeypatch):
-    """Under autocast, as it is trained on a GPU with --compile."""
+    """Under autocast, as it is trained on a GPU."""
     monkeypatch.setattr(fusion, "choose_backend", lambda _: "triton")
     model = make_hivg(stage=1, dtype=torch.float32).to(DEVICE)
     batch = [v.to(DEVICE) for v in make_batch(["man", "red cup"], dtype=torch.float32)]

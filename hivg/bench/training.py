@@ -54,13 +54,13 @@ def photo_sample(path):
 
 def bench_step(args):
     """A training step of a preset at several batch sizes: random weights and images, expressions of 20 tokens. Before,
-    the memory that it will take at most on one GPU at the preset's own batch."""
+    the memory that it would take on one device at the preset's own batch, as counted by `count_memory`."""
     device = choose_device(args.device)
     dtype = choose_dtype("auto", device)
     name = "ViT-L/14" if args.preset.endswith("large") else "ViT-B/16"
     own = preset_of(args.preset)["batch_size"]
     counted = count_memory(args.preset, name, own) / 2**30
-    print(f"{args.preset}, {name}, {own} together, bfloat16: at most {counted:.1f} GiB of tensors, counted", flush=True)
+    print(f"{args.preset}, {name}, {own} together, bfloat16: {counted:.1f} GiB counted, for a CPU", flush=True)
     model = preset_model(args.preset, name).to(device).train()
     train_step = train_step_of(model, device, dtype)
     for n in args.batch_sizes:

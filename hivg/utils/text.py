@@ -22,7 +22,7 @@ class Block(NamedTuple):
 
 @lru_cache(maxsize=64)
 def fonts_of_size(size):
-    """Pillow's own font (ASCII only), then those of the usual ones that this machine has."""
+    """Pillow's own font (hardly more than ASCII), then those of the usual ones that this machine has."""
     fonts = [ImageFont.load_default(size=size)]
     for name in FALLBACK_FONTS:
         try:

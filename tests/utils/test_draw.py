@@ -154,6 +154,11 @@ def test_the_font_that_has_the_characters(monkeypatch):
     assert [font_for(text, 12) for text in ("dog", "a 犬", "犬")] == ["Latin", "all", "all"]
 
 
+@pytest.mark.skipif(len(fonts_of_size(16)) == 1, reason="no font is installed here, and Pillow's own has no é")
+def test_what_an_installed_font_has_is_drawn():
+    assert drawable("left of the star, é?") == "left of the star, é?"
+
+
 def test_what_no_font_has_is_a_question_mark():
     missing = "\U0010ffff"  # of no font
     assert drawable("left of the star?") == "left of the star?"

@@ -121,7 +121,12 @@ def test_nothing_large_is_built(tmp_path):
     for name, write in BOMBS.items():
         paths.append(tmp_path / name)
         write(paths[-1])
-    lines = outcomes("from hivg.weights import load", "load(path)", paths, megabytes=400, seconds=60)
+    own_with()(tmp_path / "own.safetensors")
+    released_with()(tmp_path / "released.pt")
+    # good files first: what loading needs once, like the libraries of a CUDA build, does not count
+    imports = f"from hivg.weights import load\nload({str(tmp_path / 'own.safetensors')!r})\n"
+    imports += f"load({str(tmp_path / 'released.pt')!r})"
+    lines = outcomes(imports, "load(path)", paths, megabytes=200, seconds=60)
     assert "fine" not in lines, lines
 
 
