@@ -269,7 +269,10 @@ def main():
     if s.plan:
         print_plan(stages(s), hivg_config(s.finetune) if s.finetune else first_config(s, clip_config(s.clip)))
     else:
-        print(train(s))
+        path = train(s)
+        if distributed.rank() == 0:
+            print(path)
+        distributed.stop()
 
 
 if __name__ == "__main__":

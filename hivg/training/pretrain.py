@@ -281,7 +281,10 @@ def pretrain(s: Settings):
 
 
 def main():
-    print(pretrain(settings_from_flags(Settings, __doc__)))
+    path = pretrain(settings_from_flags(Settings, __doc__))
+    if distributed.rank() == 0:
+        print(path)
+    distributed.stop()
 
 
 if __name__ == "__main__":
