@@ -105,6 +105,13 @@ def test_bad_flags_get_one_line(world, clip_file, monkeypatch, capfd, args, word
     assert not list(world.glob("runs/*/state.pt"))
 
 
+@pytest.mark.parametrize("flag", ["--epochs", "--lr", "--accumulate"])
+def test_a_finetuning_is_one_stage(world, monkeypatch, capfd, flag):
+    """A second number would be left out without a word."""
+    result = run_script(monkeypatch, capfd, "--finetune", str(BUNDLED), flag, "3", "9")
+    assert_one_line(result, f"--finetune is one stage; give {flag} one number")
+
+
 def test_a_batch_is_of_whole_scenes(world, tiny):
     with pytest.raises(ValueError, match="multiple of 4"):
         train.train(replace(tiny, batch_size=6))
