@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from makers import ROOT, make_clip, make_hivg, make_tokenizer
+from makers import make_clip, make_hivg, make_tokenizer
 from makers_data import (
     make_scenes,
     write_list,
@@ -80,7 +80,7 @@ def test_the_mask_head_learns_the_masks_asked_for(tmp_path):
 def test_two_processes_train_as_one_on_files(tmp_path, clip_file):
     write_shapes(tmp_path, 4)
     path = write_shapes(tmp_path, 3, split="val", to="val")
-    command = [ROOT / "train.py", *COMMON, "--clip", clip_file, "--dataset", path, "--epoch_samples", 0, "--batch_size",
+    command = ["train", *COMMON, "--clip", clip_file, "--dataset", path, "--epoch_samples", 0, "--batch_size",
                8, "--lora", "none", "--epochs", 1, "--loss_weights", 2, 2, 1, 20, 2, 20, 2, 0, 0]
     one = run(tmp_path / "one", 1, *command)
     two = run(tmp_path / "two", 2, *command)

@@ -217,6 +217,7 @@ def test_numbers_must_be_finite(tmp_path, kind, value, dtype):
 
 
 def test_complex_numbers_are_not_cut_down(tmp_path):
+    pytest.importorskip("safetensors", minversion="0.7")  # older ones neither write nor read them
     path = tmp_path / "weights.safetensors"
     weights.save(path, make("clip"))
     tensors, metadata = read_parts(path)
