@@ -116,11 +116,12 @@ def settings_from_flags(settings, description, preset_of=None):
     for name, value in vars(parser.parse_args()).items():
         given[name] = tuple(value) if isinstance(value, list) else value
     new = sorted(given.keys() & names_with(settings, "of_model"))
-    if given.get("finetune") and new:
-        parser.error(f"--finetune keeps the model as it is in its file; leave out --{', --'.join(new)}")
-    for name, value in given.items():
-        if given.get("finetune") and name in ("epochs", "lr", "accumulate") and len(value) > 1:
-            parser.error(f"--finetune is one stage; give --{name} one number")
+    if given.get("finetune"):
+        if new:
+            parser.error(f"--finetune keeps the model as it is in its file; leave out --{', --'.join(new)}")
+        for name in ("epochs", "lr", "accumulate"):
+            if len(given.get(name, ())) > 1:
+                parser.error(f"--finetune is one stage; give --{name} one number")
     preset = preset_of(given["preset"]) if "preset" in given else {}
     if not given.get("resume"):
         return settings(**(preset | given))
