@@ -18,20 +18,20 @@ import torch
 from hivg import weights
 from hivg.bridge import KINDS as BRIDGE_KINDS
 from hivg.data.batches import MASKS, STAGE_ITEMS, evaluation_batches, open_dataset, to_device, training_batches
-from hivg.evaluate import predict
+from hivg.evaluate.metrics import accuracy, mean
+from hivg.evaluate.predict import predict
 from hivg.fusion import choose_backend
 from hivg.lora import MODES as LORA_MODES
 from hivg.losses import LossWeights
-from hivg.metrics import accuracy, mean
 from hivg.model import HiVG, HiVGConfig
 from hivg.training import distributed
 from hivg.training.checkpoint import open_run, restore, save_state
 from hivg.training.criterion import Criterion
-from hivg.training.flags import RUNS, check_settings, setting, settings_from_flags
 from hivg.training.log import LOG_STEPS, Log
 from hivg.training.optimizers import check_finite, learning_rate, make_optimizers, set_learning_rate, step_optimizers
-from hivg.training.plan import Stage, clip_config, columns_text, grow, hivg_config, print_plan, stage_column
 from hivg.training.presets import preset_of
+from hivg.training.settings import RUNS, check_settings, setting, settings_from_flags
+from hivg.training.stages import Stage, clip_config, columns_text, grow, hivg_config, print_plan, stage_column
 from hivg.utils.cli import DTYPES, choose_device, choose_dtype, run
 
 HINTED = astuple(LossWeights(clc=0.1, patch_box=2.0, reg_attention=0.5))  # the paper's but for CLC, and two hints

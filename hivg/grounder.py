@@ -13,16 +13,16 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from hivg import weights
-from hivg.calibration import calibrated, calibration_of
 from hivg.data.images import open_image
 from hivg.data.masks import run_lengths_of
 from hivg.data.transforms import Letterbox
+from hivg.evaluate.calibration import calibrated, calibration_of
 from hivg.tokenizer import split_words
 from hivg.utils.cli import choose_device, choose_dtype
 from hivg.utils.draw import draw_boxes
 from hivg.utils.files import save_image
-from hivg.utils.quote import quoted
-from hivg.utils.text import clean_text, drawable
+from hivg.utils.fonts import clean_text, drawable
+from hivg.utils.messages import quoted
 
 DEFAULT_WEIGHTS = weights.bundled("hivg-tiny.safetensors")
 BATCH = 32  # expressions that go through the model at once

@@ -20,7 +20,7 @@ import ftfy
 import regex
 import torch
 
-from hivg.utils.quote import quoted, shown
+from hivg.utils.messages import quoted, shown
 
 SOT = "<|startoftext|>"
 EOT = "<|endoftext|>"

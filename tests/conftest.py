@@ -23,7 +23,7 @@ if find_spec("triton"):
 from makers import make_batch, make_clip, make_hivg
 
 from hivg import weights
-from hivg.data.shapes import Shapes
+from hivg.data.drawn.scenes import Shapes
 from hivg.tokenizer import Tokenizer, learn_merges
 
 

@@ -27,11 +27,11 @@ import torch
 from fuzz_seeds import write_annotations, write_images, write_tables, write_weights
 
 from hivg import weights
-from hivg.data.annotations import Report, read_samples
 from hivg.data.augment import Augment
 from hivg.data.batches import SampleTensors
-from hivg.data.check import splits_of
 from hivg.data.images import open_image, open_published, upright_size
+from hivg.data.published.check import splits_of
+from hivg.data.published.reading import Report, read_samples
 from hivg.tokenizer import Tokenizer
 
 SECONDS = 20  # for one input, on a busy machine

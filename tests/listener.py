@@ -9,7 +9,7 @@ from functools import cache
 
 import numpy as np
 
-from hivg.data.shapes import SIZES, SPLITS, Shapes
+from hivg.data.drawn.scenes import SIZES, SPLITS, Shapes
 
 EXPRESSED = list(SPLITS)
 COUNTS = {"train": 400, "val": 250, "test": 250, "testA": 150, "testB": 250, "compose": 300, "count": 250}

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hivg.data.published import COCO
-from hivg.data.shapes import Shapes
+from hivg.data.drawn.scenes import Shapes
+from hivg.data.published.catalogue import COCO
 
 
 @dataclass(frozen=True)

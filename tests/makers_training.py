@@ -13,7 +13,7 @@ from makers import ROOT
 from safetensors import safe_open
 
 import train
-from hivg.data.shapes import SPLITS
+from hivg.data.drawn.scenes import SPLITS
 from train import Settings
 
 NAMES = ["warmup", "lora1", "lora2", "lora3"]

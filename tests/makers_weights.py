@@ -14,7 +14,7 @@ from makers import make_clip, make_tokenizer, randomise
 
 from hivg import weights
 from hivg.model import HiVG, HiVGConfig
-from hivg.utils.quote import shown
+from hivg.utils.messages import shown
 from hivg.weights import WeightsError
 
 BASE_MODEL = "base_model.model."  # in front of a name for every wrapping by PEFT

@@ -11,6 +11,7 @@ from makers import GOLDEN, assert_close, make_batch, make_hivg, needs_golden, ra
 from safetensors.torch import load_file
 
 from hivg.boxes import box_on_grid, cxcywh_to_xyxy, iou
+from hivg.evaluate.metrics import accuracy
 from hivg.losses import (
     LossWeights,
     box_loss,
@@ -20,7 +21,6 @@ from hivg.losses import (
     giou_loss,
     grounding_losses,
 )
-from hivg.metrics import accuracy
 
 
 def tensor(*rows):

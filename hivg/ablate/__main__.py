@@ -20,7 +20,7 @@ if find_spec("train") is None:
 from hivg.ablate.arms import ARMS, BY_NAME
 from hivg.ablate.report import report
 from hivg.ablate.runs import BUDGETS, FOLDER, RESULTS, run_missing, run_one
-from hivg.training.flags import RUNS
+from hivg.training.settings import RUNS
 
 
 def arguments():

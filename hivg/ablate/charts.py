@@ -8,10 +8,10 @@ from PIL import Image, ImageDraw
 
 from hivg.ablate.arms import CLAIMS
 from hivg.ablate.runs import MAPS_KEPT
-from hivg.data.shapes import EXPRESSIONS_PER_SCENE, Shapes
+from hivg.data.drawn.scenes import EXPRESSIONS_PER_SCENE, Shapes
 from hivg.data.transforms import Letterbox
 from hivg.utils.draw import FAINT, GREY, INK, contact_sheet, draw_boxes
-from hivg.utils.text import text_block, write_block
+from hivg.utils.fonts import text_block, write_block
 
 LINE = 44  # pixels a row, before the chart is reduced to half its size
 NAMES = 760  # pixels for the names on the left

@@ -9,9 +9,9 @@ from hivg.ablate.charts import plot_attention, plot_differences
 from hivg.ablate.runs import BUDGETS, best_lr, read_results, unpack
 from hivg.ablate.statistics import differences
 from hivg.clip import CLIP_SIZES
-from hivg.data.expressions import KINDS
-from hivg.data.shapes import EXPRESSIONS_PER_SCENE, Shapes
-from hivg.metrics import LENGTHS
+from hivg.data.drawn.expressions import KINDS
+from hivg.data.drawn.scenes import EXPRESSIONS_PER_SCENE, Shapes
+from hivg.evaluate.metrics import LENGTHS
 
 
 @dataclass(frozen=True)

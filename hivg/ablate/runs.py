@@ -21,11 +21,11 @@ from hivg import weights
 from hivg.ablate.arms import BY_NAME, patched
 from hivg.boxes import box_on_grid
 from hivg.data.batches import ShapesTensors, evaluation_batches, to_device
-from hivg.evaluate import predict
-from hivg.metrics import accuracy, mean
+from hivg.evaluate.metrics import accuracy, mean
+from hivg.evaluate.predict import predict
 from hivg.training.checkpoint import load_state
-from hivg.training.flags import RUNS
 from hivg.training.optimizers import Diverged
+from hivg.training.settings import RUNS
 from hivg.utils.cli import choose_device, choose_dtype
 
 RESULTS = Path("notebooks/ablations.jsonl")

@@ -11,7 +11,7 @@ import torch
 
 from hivg.bench.timing import measure_alone, show
 from hivg.clip import CLIP, CLIP_SIZES
-from hivg.data.published import COCO
+from hivg.data.published.catalogue import COCO
 
 EXPRESSIONS = 3  # of an object, in REFER's file
 
@@ -49,7 +49,7 @@ def bench_read(args):
         write_refer(Path(folder), objects, images=20_000)
         count = objects * EXPRESSIONS
         work = f"assert len(read_samples(sys.argv[1], 'refcoco', 'train')) == {count}"
-        times, most = measure_alone("from hivg.data.annotations import read_samples", work, folder)
+        times, most = measure_alone("from hivg.data.published.reading import read_samples", work, folder)
     show(f"{count:,} samples of REFER, at most {most / 1e9:.2f} GB", times)
 
 

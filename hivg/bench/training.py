@@ -15,9 +15,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from hivg.bench.timing import measure, peak_memory, reset_peak_memory, show
 from hivg.clip import CLIP, CLIP_SIZES
-from hivg.data.annotations import Sample
 from hivg.data.augment import Augment
 from hivg.data.batches import SampleTensors, ShapesTensors
+from hivg.data.published.reading import Sample
 from hivg.losses import LossWeights
 from hivg.model import HiVG, HiVGConfig
 from hivg.training.criterion import Criterion

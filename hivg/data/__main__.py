@@ -4,7 +4,7 @@ files, the problems in them, and whether training images are in another split to
 DATASET is a name (refcoco, refcoco+, refcocog, refcocog_google, referit, flickr, mixup) or a .jsonl file.
 """
 
-from hivg.data.check import check
+from hivg.data.published.check import check
 from hivg.utils.cli import Parser, run
 
 

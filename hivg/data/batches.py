@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from hivg.data.annotations import read_samples, refuse_annotations
 from hivg.data.augment import Augment
+from hivg.data.drawn.scenes import EXPRESSIONS_PER_SCENE, HARD_MIX, Shapes
 from hivg.data.images import ImageError, open_image, open_published
-from hivg.data.shapes import EXPRESSIONS_PER_SCENE, HARD_MIX, Shapes
+from hivg.data.published.reading import read_samples, refuse_annotations
 from hivg.data.transforms import Letterbox, normalise
-from hivg.utils.quote import shown
+from hivg.utils.messages import shown
 
 CPU = torch.device("cpu")
 MASKS = ("auto", "box", "segmentation")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from hivg.utils.quote import shown
+from hivg.utils.messages import shown
 
 PATH = 150  # characters of a path that messages show
 PNG_TEXTS = ("Raw profile type exif", "XML:com.adobe.xmp")  # that may say how an image is turned, as its EXIF chunk

@@ -6,7 +6,7 @@ pixels along an outline differ from it; run lengths are exact.
 
 import numpy as np
 
-from hivg.utils.quote import quoted
+from hivg.utils.messages import quoted
 
 MAX_POLYGONS = 1000  # of one object
 MAX_NUMBERS = 100_000  # in all its polygons

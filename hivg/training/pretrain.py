@@ -27,15 +27,15 @@ import torch.nn.functional as F
 from hivg import weights
 from hivg.clip import CLIP, CLIP_SIZES, at_end_token, bounded_logit_scale, similarity
 from hivg.data.batches import to_device, training_batches
-from hivg.data.pairs import NO_PHRASE, NO_TARGET, Pairs
-from hivg.data.shapes import Shapes
+from hivg.data.drawn.pairs import NO_PHRASE, NO_TARGET, Pairs
+from hivg.data.drawn.scenes import Shapes
 from hivg.losses import contrastive_loss
 from hivg.tokenizer import Tokenizer, learn_merges
 from hivg.training import distributed
 from hivg.training.checkpoint import open_run, restore, save_state
-from hivg.training.flags import RUNS, check_settings, setting, settings_from_flags
 from hivg.training.log import Log
 from hivg.training.optimizers import check_finite, learning_rate, make_optimizers, set_learning_rate, step_optimizers
+from hivg.training.settings import RUNS, check_settings, setting, settings_from_flags
 from hivg.utils.cli import DTYPES, choose_device, choose_dtype, run
 
 N_MERGES = 512  # of the tokenizer: enough for a token to every word of `shapes`

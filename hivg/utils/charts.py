@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 
 from hivg.utils.draw import FAINT, GREY, INK, colour_of
 from hivg.utils.files import save_image
-from hivg.utils.text import clean_text, font_for, fonts_of_size, text_block, write_block
+from hivg.utils.fonts import clean_text, font_for, fonts_of_size, text_block, write_block
 
 
 def plot_curves(curves, path=None, title="", x_label="", y_label="", boundaries=(), size=(900, 360)):

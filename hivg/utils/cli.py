@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from hivg.utils.quote import shown
+from hivg.utils.messages import shown
 
 DTYPES = ("auto", "float32", "bfloat16")  # of choose_dtype
 

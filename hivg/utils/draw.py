@@ -10,7 +10,7 @@ import math
 import numpy as np
 from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFilter
 
-from hivg.utils.text import clean_text, text_block, write_block
+from hivg.utils.fonts import clean_text, text_block, write_block
 
 # Okabe and Ito: told apart with any kind of colour vision. Vermillion, blue, green, orange, sky, purple, yellow
 COLOURS = ["#d55e00", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#f0e442"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from hivg.utils.quote import shown
+from hivg.utils.messages import shown
 
 TORCHS_OWN = ("[enforce fail", "PytorchStreamWriter", "basic_ios")  # how the errors of torch.save begin on a full disk
 

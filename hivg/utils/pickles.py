@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from hivg.utils.messages import shown
 from hivg.utils.plain import (
     Array,
     Attributes,
@@ -34,7 +35,6 @@ from hivg.utils.plain import (
     plain_text,
     scalar,
 )
-from hivg.utils.quote import shown
 from hivg.utils.storages import Storage, StreamStorages, TensorOnDisk, ZipStorages
 
 LEGACY = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # in the first pickle of an older torch.save

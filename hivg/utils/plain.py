@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 
-from hivg.utils.quote import shown
+from hivg.utils.messages import shown
 
 MAX_KEY = 100  # parts of a key that is a tuple
 

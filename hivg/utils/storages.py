@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hivg.utils.quote import shown
+from hivg.utils.messages import shown
 
 READINGS = 4  # how often all of a file may be read, in all: many tensors may be parts of one storage
 

@@ -22,11 +22,11 @@ from hivg.model import HiVG, HiVGConfig
 from hivg.tokenizer import Tokenizer
 from hivg.utils import pickles
 from hivg.utils.files import write_whole
-from hivg.utils.quote import quoted, shown
+from hivg.utils.messages import quoted, shown
+from hivg.weights.check_config import check_config, check_types
 from hivg.weights.clip_names import NotThisKind, huggingface_clip, kind_of, openai_clip
 from hivg.weights.download import TABLE
 from hivg.weights.released import looks_released, released_hivg
-from hivg.weights.settings import check_config, check_types
 
 KINDS = {
     "clip": "a CLIP",  # ours

@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 from hivg.model import HiVG
 from hivg.utils.cli import Parser, run
-from hivg.utils.quote import shown
+from hivg.utils.messages import shown
 from hivg.weights import FOLDER, KINDS, build, download, load, read, save
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hivg.utils.cli import Progress
-from hivg.utils.quote import quoted, shown
+from hivg.utils.messages import quoted, shown
 
 TABLE = "bpe_simple_vocab_16e6.txt.gz"
 MODELS = "https://openaipublic.azureedge.net/clip/models"

@@ -12,7 +12,7 @@ import torch
 
 from hivg.clip import resize_positions
 from hivg.model import LAYERS, HiVGConfig
-from hivg.utils.quote import quoted, shown
+from hivg.utils.messages import quoted, shown
 from hivg.weights.clip_names import NotThisKind, huggingface_clip, rename, split_in_proj, without
 
 # backbone -> layers of its ViT, which decide where bridges and visual levels are

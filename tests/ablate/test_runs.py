@@ -19,7 +19,7 @@ from hivg.ablate.arms import BY_NAME
 from hivg.ablate.charts import plot_attention, plot_differences
 from hivg.ablate.report import comparisons, report, runs_of
 from hivg.ablate.runs import RESULTS, Budget, best_lr, code_version, missing, next_lr, pack, read_results, unpack
-from hivg.data.shapes import SPLITS
+from hivg.data.drawn.scenes import SPLITS
 from hivg.training.optimizers import Diverged
 
 

@@ -13,7 +13,7 @@ from hivg.bench import __main__ as bench
 from hivg.bench import grounding, reading, training
 from hivg.bench.timing import measure, measure_alone
 from hivg.clip import CLIP, CLIP_SIZES, CLIPConfig
-from hivg.data.annotations import read_samples
+from hivg.data.published.reading import read_samples
 from hivg.losses import LossWeights
 from hivg.training.criterion import Criterion
 

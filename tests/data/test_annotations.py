@@ -22,12 +22,12 @@ from makers_data import (
 )
 from PIL import Image
 
-from hivg.data.annotations import Report, checked_segmentation, read_samples
 from hivg.data.batches import open_dataset
-from hivg.data.check import splits_of
-from hivg.data.formats import val_images
-from hivg.data.published import COCO, DATASETS, FLICKR, REFERIT, canonical
-from hivg.utils.quote import shown
+from hivg.data.published.catalogue import COCO, DATASETS, FLICKR, REFERIT, canonical
+from hivg.data.published.check import splits_of
+from hivg.data.published.formats import val_images
+from hivg.data.published.reading import Report, checked_segmentation, read_samples
+from hivg.utils.messages import shown
 
 WRITERS = {  # name: the function and its arguments
     "REFER, Python 2": (write_refer, {"dump": python2}),

@@ -8,7 +8,6 @@ from makers_data import make_scenes, write_list, write_own, write_shapes
 from PIL import Image
 
 from hivg.data import batches
-from hivg.data.annotations import Sample
 from hivg.data.augment import Augment
 from hivg.data.batches import (
     STAGE_ITEMS,
@@ -21,8 +20,9 @@ from hivg.data.batches import (
     to_device,
     training_batches,
 )
+from hivg.data.drawn.scenes import HARD_MIX, Shapes
 from hivg.data.masks import mask_of
-from hivg.data.shapes import HARD_MIX, Shapes
+from hivg.data.published.reading import Sample
 from hivg.data.transforms import NORMALIZATION
 
 ROWS = {  # the keys of a row: shape and type of the tensors, None for lists

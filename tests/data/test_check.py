@@ -11,8 +11,8 @@ from makers_use import call
 from PIL import Image
 
 from hivg.data.__main__ import main
-from hivg.data.check import check, splits_of
-from hivg.utils.quote import shown
+from hivg.data.published.check import check, splits_of
+from hivg.utils.messages import shown
 
 
 def test_counts_and_leakage(tmp_path):

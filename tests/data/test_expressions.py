@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 from listener import ADJECTIVES, EXPRESSED, NOUNS, Listener, expressions, scenes
 
-from hivg.data import shapes
-from hivg.data.expressions import KINDS
-from hivg.data.shapes import SIZES, Shapes
+from hivg.data.drawn import scenes as shapes
+from hivg.data.drawn.expressions import KINDS
+from hivg.data.drawn.scenes import SIZES, Shapes
 
 
 @pytest.mark.parametrize("split", EXPRESSED)

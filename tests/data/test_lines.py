@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from hivg.data.annotations import Report, read_samples
+from hivg.data.published.reading import Report, read_samples
 
 GOOD = {"image": "a.png", "expression": "cup", "bbox": [1, 1, 9, 9], "split": "train"}
 

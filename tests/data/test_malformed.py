@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hivg.data.annotations import Report, read_samples
-from hivg.data.published import COCO
+from hivg.data.published.catalogue import COCO
+from hivg.data.published.reading import Report, read_samples
 
 
 class Payload:

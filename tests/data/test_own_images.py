@@ -13,11 +13,11 @@ from makers_data import make_scenes, write_list
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from hivg.data.annotations import Report, read_samples
 from hivg.data.batches import open_dataset, training_batches
-from hivg.data.check import check
 from hivg.data.images import ImageError, open_image, open_published, upright_size
-from hivg.data.published import COCO
+from hivg.data.published.catalogue import COCO
+from hivg.data.published.check import check
+from hivg.data.published.reading import Report, read_samples
 
 TURNED = 6  # the value of EXIF's orientation for an image that lies on its side
 

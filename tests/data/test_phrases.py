@@ -6,8 +6,8 @@ from collections import Counter
 import numpy as np
 from listener import ADJECTIVES, NOUNS, Listener, scenes
 
-from hivg.data.phrases import caption, relate
-from hivg.data.shapes import SHAPES, Shapes
+from hivg.data.drawn.phrases import caption, relate
+from hivg.data.drawn.scenes import SHAPES, Shapes
 
 
 def test_captions():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from listener import EXPRESSED, expressions, scenes
 
-from hivg.data import shapes
-from hivg.data.shapes import COLOURS, HELD_OUT, SHAPES, SIZES, Shapes, boxes_of, draw
+from hivg.data.drawn import scenes as shapes
+from hivg.data.drawn.scenes import COLOURS, HELD_OUT, SHAPES, SIZES, Shapes, boxes_of, draw
 
 # ---- splits
 

@@ -12,8 +12,8 @@ from makers_training import assert_one_line, flags, ids, run_script
 
 import train
 from hivg import weights
-from hivg.training.flags import check_settings, help_text, setting, settings_from_flags
 from hivg.training.presets import preset_of
+from hivg.training.settings import check_settings, help_text, setting, settings_from_flags
 from hivg.utils.cli import Parser
 from train import Settings
 

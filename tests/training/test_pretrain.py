@@ -10,8 +10,8 @@ from makers_training import ON_CPU, Killed, assert_same_run, kill, log_of
 
 from hivg import weights
 from hivg.clip import CLIP, CLIPConfig
-from hivg.data.pairs import MAX_EXPRESSIONS, NO_PHRASE, NO_TARGET, STREAM, Pairs, draw_pair, make_twins
-from hivg.data.shapes import HELD_OUT, SPLITS, Shapes
+from hivg.data.drawn.pairs import MAX_EXPRESSIONS, NO_PHRASE, NO_TARGET, STREAM, Pairs, draw_pair, make_twins
+from hivg.data.drawn.scenes import HELD_OUT, SPLITS, Shapes
 from hivg.tokenizer import split_words
 from hivg.training import pretrain
 from hivg.training.pretrain import Settings, phrase_truth

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import train
 from hivg import weights
-from hivg.data.shapes import HARD_MIX, SPLITS
+from hivg.data.drawn.scenes import HARD_MIX, SPLITS
 from hivg.losses import LossWeights
 from hivg.training.optimizers import learning_rate
 from train import Settings, stages

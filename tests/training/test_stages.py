@@ -13,8 +13,8 @@ from hivg import weights
 from hivg.clip import CLIP_SIZES
 from hivg.lora import MODES, adapted_layers
 from hivg.losses import LossWeights
-from hivg.training.plan import clip_config
 from hivg.training.presets import PRESETS
+from hivg.training.stages import clip_config
 from train import Settings, stages
 
 

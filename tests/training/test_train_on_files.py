@@ -20,9 +20,10 @@ from PIL import Image
 from test_distributed import COMMON, assert_same_log, run
 
 import train
-from hivg import Grounder, evaluate, weights
-from hivg.data.annotations import read_samples
-from hivg.data.published import COCO, FLICKR, REFERIT
+from hivg import Grounder, weights
+from hivg.data.published.catalogue import COCO, FLICKR, REFERIT
+from hivg.data.published.reading import read_samples
+from hivg.evaluate import __main__ as evaluate
 from hivg.training.presets import PRESETS, preset_of
 from train import Settings
 

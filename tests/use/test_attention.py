@@ -9,7 +9,8 @@ import pytest
 from makers_use import TEXTS, make_image
 from PIL import Image
 
-from hivg import ground, weights
+from hivg import __main__ as ground
+from hivg import weights
 from hivg.data.transforms import Letterbox
 
 

@@ -11,10 +11,12 @@ from makers import BUNDLED, ROOT
 from makers_use import assert_inside, assert_same, make_scene
 from PIL import Image
 
-from hivg import Grounder, evaluate, ground, weights
+from hivg import Grounder, weights
+from hivg import __main__ as ground
 from hivg.boxes import iou
 from hivg.data.batches import ShapesTensors, evaluation_batches
-from hivg.data.shapes import SPLITS, boxes_of, draw
+from hivg.data.drawn.scenes import SPLITS, boxes_of, draw
+from hivg.evaluate import __main__ as evaluate
 
 
 @pytest.fixture(scope="module")

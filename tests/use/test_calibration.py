@@ -13,10 +13,11 @@ from makers_use import TEXTS, call, make_image
 from safetensors import safe_open
 
 import train
-from hivg import Grounder, evaluate, weights
-from hivg.calibration import calibrated, calibration_of, fit_calibration, reliability, reliability_lines
-from hivg.data.shapes import SPLITS
-from hivg.metrics import auroc
+from hivg import Grounder, weights
+from hivg.data.drawn.scenes import SPLITS
+from hivg.evaluate import __main__ as evaluate
+from hivg.evaluate.calibration import calibrated, calibration_of, fit_calibration, reliability, reliability_lines
+from hivg.evaluate.metrics import auroc
 
 
 def make_predictions(n, a, b, seed=0):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hivg.evaluate import compare
+from hivg.evaluate.compare import compare
 
 
 def write_rows(path, right):

@@ -10,9 +10,10 @@ from makers_training import ON_CPU, Killed, kill, log_of, shrink
 from makers_use import TEXTS, make_image
 
 import train
-from hivg import Grounder, evaluate, grounder, weights
+from hivg import Grounder, grounder, weights
 from hivg.data.batches import ShapesTensors, evaluation_batches
-from hivg.data.shapes import SPLITS
+from hivg.data.drawn.scenes import SPLITS
+from hivg.evaluate import __main__ as evaluate
 from train import Settings
 
 HAS_GPU = torch.cuda.is_available()

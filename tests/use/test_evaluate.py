@@ -13,10 +13,13 @@ import torch
 from makers import ROOT, make_clip, make_hivg
 from makers_use import call
 
-from hivg import evaluate, weights
+from hivg import weights
 from hivg.data.batches import ShapesTensors, evaluation_batches
-from hivg.data.expressions import KINDS
-from hivg.data.shapes import SPLITS, Shapes
+from hivg.data.drawn.expressions import KINDS
+from hivg.data.drawn.scenes import SPLITS, Shapes
+from hivg.evaluate import __main__ as evaluate
+from hivg.evaluate import report as reports
+from hivg.evaluate.predict import mask_iou
 
 SCENES = 6
 
@@ -105,11 +108,11 @@ def test_mask_iou():
     logits[0, 0, :, :2] = 0.1  # the left half
     masks = torch.zeros(1, 4, 4, dtype=torch.bool)
     masks[0, :2] = True  # the upper half
-    assert evaluate.mask_iou(logits, masks).tolist() == pytest.approx([4 / 12])
-    assert evaluate.mask_iou(logits, torch.zeros_like(masks)).tolist() == [0]
+    assert mask_iou(logits, masks).tolist() == pytest.approx([4 / 12])
+    assert mask_iou(logits, torch.zeros_like(masks)).tolist() == [0]
     masks[0, :, :2] = True
     masks[0, :, 2:] = False
-    assert evaluate.mask_iou(logits, masks).tolist() == [1]
+    assert mask_iou(logits, masks).tolist() == [1]
 
 
 def test_masks_are_asked_for(model):
@@ -232,15 +235,15 @@ def test_weights_that_are_damaged(model, monkeypatch, capfd, tmp_path):
 
 def test_sheet_shows_the_worst_first(model, monkeypatch):
     captions = []
-    monkeypatch.setattr(evaluate, "contact_sheet", lambda tiles, names: captions.extend(zip(tiles, names)))
+    monkeypatch.setattr(reports, "contact_sheet", lambda tiles, names: captions.extend(zip(tiles, names)))
     dataset = ShapesTensors("val", 64)
     rows = evaluate.predict(model, batches())
     evaluate.sheet(dataset, rows)
-    worst = sorted(rows, key=lambda row: row["iou"])[: evaluate.SHEET]
-    assert [name for _, name in captions[: evaluate.SHEET]] == [f"worst: {row['expression']}" for row in worst]
-    assert len(captions) == 2 * evaluate.SHEET
-    others = [name.removeprefix("random: ") for _, name in captions[evaluate.SHEET :]]
-    assert len(set(others)) == evaluate.SHEET and not set(others) & {row["expression"] for row in worst}
+    worst = sorted(rows, key=lambda row: row["iou"])[: reports.SHEET]
+    assert [name for _, name in captions[: reports.SHEET]] == [f"worst: {row['expression']}" for row in worst]
+    assert len(captions) == 2 * reports.SHEET
+    others = [name.removeprefix("random: ") for _, name in captions[reports.SHEET :]]
+    assert len(set(others)) == reports.SHEET and not set(others) & {row["expression"] for row in worst}
     for tile, name in captions:
         row = next(row for row in rows if row["expression"] == name.split(": ", 1)[1])
         assert tile.width >= dataset.shapes[row["image_id"]]["image"].width

@@ -15,7 +15,9 @@ from makers_data import make_scenes, write_list
 from makers_use import call, make_image
 from PIL import Image
 
-from hivg import evaluate, weights
+from hivg import weights
+from hivg.evaluate import __main__ as evaluate
+from hivg.evaluate import report
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +114,7 @@ def test_sheet_shows_images_upright(run):
     assert run("--dataset", "turned.jsonl", "--sheet", "sheet.png", "--per_sample", "rows.jsonl")[0] == 0
     dataset = evaluate.open_dataset("turned.jsonl", "val", 64)
     rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
-    tile = np.asarray(evaluate.sheet_tile(dataset, rows, 0))
+    tile = np.asarray(report.sheet_tile(dataset, rows, 0))
     upright = np.asarray(dataset.image(0))
     assert upright.shape == (200, 120, 3) and tile.shape[0] >= 200
     same = (tile[:200, :120] == upright).all(2)

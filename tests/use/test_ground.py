@@ -17,7 +17,8 @@ from makers import ROOT, make_clip, make_hivg
 from makers_use import BAD_IMAGES, TEXTS, assert_line, make_image, write_cut
 from PIL import Image, ImageFile
 
-from hivg import ground, weights
+from hivg import __main__ as ground
+from hivg import weights
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ def test_small_images_are_drawn_larger(grounder, size, factor):
 def test_an_expression_without_glyphs_has_its_number(grounder, image, monkeypatch):
     """Among all results, those not found included."""
     asked = []
-    monkeypatch.setattr("hivg.utils.text._lacks", lambda which, character: character > "z")
+    monkeypatch.setattr("hivg.utils.fonts._lacks", lambda which, character: character > "z")
     monkeypatch.setattr("hivg.grounder.draw_boxes", lambda image, boxes, labels, **_: asked.append(labels))
     results = grounder.ground(image, ["star", "红色的圆", "red 圆"])
     draw_results([replace(result, score=0.5 * i) for i, result in enumerate(results)], min_score=0.1)

@@ -29,8 +29,8 @@ def can_build():
 
 def test_every_package_is_named():
     packages = {"hivg"}
-    for init in (ROOT / "hivg").glob("*/__init__.py"):
-        packages.add(f"hivg.{init.parent.name}")
+    for init in (ROOT / "hivg").glob("*/**/__init__.py"):
+        packages.add(".".join(init.parent.relative_to(ROOT).parts))
     assert set(SETTINGS["packages"]) == packages - LEFT_OUT | {"hivg.bundled"}
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hivg.metrics import accuracy, auroc, by_length, interval, mcnemar, mean
+from hivg.evaluate.metrics import accuracy, auroc, by_length, interval, mcnemar, mean
 
 
 def test_accuracy_and_mean():

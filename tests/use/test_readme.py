@@ -18,11 +18,12 @@ import pytest
 from makers import BUNDLED, ROOT
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-from hivg import evaluate, ground
+from hivg import __main__ as ground
 from hivg.bench import __main__ as bench
-from hivg.data.shapes import SPLITS
+from hivg.data.drawn.scenes import SPLITS
+from hivg.evaluate import __main__ as evaluate
 from hivg.training import pretrain
-from hivg.training.flags import settings_from_flags
+from hivg.training.settings import settings_from_flags
 from hivg.weights import __main__ as weights_program
 from hivg.weights import download
 

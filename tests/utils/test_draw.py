@@ -16,7 +16,7 @@ from hivg.utils.draw import (
     overlay_heatmap,
     overlay_mask,
 )
-from hivg.utils.text import drawable, font_for, fonts_of_size, text_block
+from hivg.utils.fonts import drawable, font_for, fonts_of_size, text_block
 
 WORDS = "the giraffe left of the fence zebra man in a red shirt umbrella second person from right".split()
 
@@ -149,8 +149,8 @@ def test_lines_of_a_label_are_even():
 
 
 def test_the_font_that_has_the_characters(monkeypatch):
-    monkeypatch.setattr("hivg.utils.text.fonts_of_size", lambda size: ["Latin", "all"])
-    monkeypatch.setattr("hivg.utils.text._lacks", lambda which, character: which == 0 and character > "z")
+    monkeypatch.setattr("hivg.utils.fonts.fonts_of_size", lambda size: ["Latin", "all"])
+    monkeypatch.setattr("hivg.utils.fonts._lacks", lambda which, character: which == 0 and character > "z")
     assert [font_for(text, 12) for text in ("dog", "a 犬", "犬")] == ["Latin", "all", "all"]
 
 

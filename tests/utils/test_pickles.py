@@ -14,7 +14,7 @@ from makers_limits import outcomes
 from makers_weights import save_legacy
 
 from hivg.utils import pickles
-from hivg.utils.quote import quoted, shown
+from hivg.utils.messages import quoted, shown
 
 
 def text(value):
@@ -159,7 +159,7 @@ def test_nothing_crashes_hangs_or_fills_the_memory(tmp_path, write):
             paths.append(path)
     lines = outcomes("from hivg.weights import load", "load(path)", paths)
     assert "fine" not in lines
-    outcomes("from hivg.data.annotations import read_samples", "read_samples('.', 'refcoco', 'val', path)", paths)
+    outcomes("from hivg.data.published.reading import read_samples", "read_samples('.', 'refcoco', 'val', path)", paths)
 
 
 # --- a pickle that means well is read ---

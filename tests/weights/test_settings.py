@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from hivg import weights
 from hivg.model import HiVGConfig
-from hivg.weights.settings import check_config, n_adapters
+from hivg.weights.check_config import check_config, n_adapters
 
 WRONG = [  # (setting, value, part of the message); of the CLIP where its name begins with "clip."
     ("clip.vision_heads", 5, "vision_heads 5 does not divide vision_width 64"),

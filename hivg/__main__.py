@@ -19,7 +19,7 @@ from hivg.data.images import ImageError
 from hivg.grounder import DEFAULT_WEIGHTS, HEATMAPS, Grounder, draw_results
 from hivg.utils.cli import Parser, Progress, add_machine_flags, run
 from hivg.utils.files import save_image
-from hivg.utils.quote import shown
+from hivg.utils.messages import shown
 from hivg.weights import bundled
 
 EXAMPLE = bundled("example.png")

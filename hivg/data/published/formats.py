@@ -9,9 +9,9 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass
 
-from hivg.data.published import COCO, DATASETS, IMAGE_FOLDERS
+from hivg.data.published.catalogue import COCO, DATASETS, IMAGE_FOLDERS
 from hivg.utils import pickles
-from hivg.utils.quote import quoted, shown
+from hivg.utils.messages import quoted, shown
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_SIDE = 10**6  # pixels of an image

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 
-from hivg.data.phrases import (
+from hivg.data.drawn.phrases import (
     ALL,
     ANY_WORDS,
     COLOUR,

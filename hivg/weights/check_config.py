@@ -9,7 +9,7 @@ from dataclasses import fields
 
 from hivg import lora
 from hivg.clip import CLIPConfig
-from hivg.utils.quote import quoted
+from hivg.utils.messages import quoted
 
 MAX_SIZE = 10**7  # of any width, number of tokens, ..
 MAX_LAYERS = 1000

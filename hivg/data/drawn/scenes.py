@@ -13,9 +13,9 @@ from itertools import product
 
 import numpy as np
 
-from hivg.data.drawing import COLOURS, REACH, SHAPES, SIZES, TEXTURES, Background, Object, Scene, boxes_of, draw
-from hivg.data.expressions import express
-from hivg.data.phrases import ALL, COLOUR, FILL, SHAPE, SIZE, caption, object_phrases, pick
+from hivg.data.drawn.drawing import COLOURS, REACH, SHAPES, SIZES, TEXTURES, Background, Object, Scene, boxes_of, draw
+from hivg.data.drawn.expressions import express
+from hivg.data.drawn.phrases import ALL, COLOUR, FILL, SHAPE, SIZE, caption, object_phrases, pick
 
 # Pairs of colour and shape that only the split "compose" shows. No colour and no shape is in two of them, so each
 # is well known from other pairs.

@@ -14,10 +14,19 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from hivg.data.drawing import COLOURS, SHAPES, draw
-from hivg.data.expressions import Expression, express, the
-from hivg.data.phrases import ANY_WORDS, COLOUR_WORDS, FILL_WORDS, SIZE_WORDS, caption, object_phrases, pick, place
-from hivg.data.shapes import HELD_OUT, MAX_OBJECTS, attribute_ids, random_scene
+from hivg.data.drawn.drawing import COLOURS, SHAPES, draw
+from hivg.data.drawn.expressions import Expression, express, the
+from hivg.data.drawn.phrases import (
+    ANY_WORDS,
+    COLOUR_WORDS,
+    FILL_WORDS,
+    SIZE_WORDS,
+    caption,
+    object_phrases,
+    pick,
+    place,
+)
+from hivg.data.drawn.scenes import HELD_OUT, MAX_OBJECTS, attribute_ids, random_scene
 from hivg.data.transforms import Letterbox
 
 MIX = {"attribute": 0.1, "superlative": 0.2, "ordinal": 0.3, "relation": 0.28, "conjunction": 0.12}

@@ -2,12 +2,12 @@
 
 import os
 
-from hivg.data.annotations import Report, is_own, read_dataset, read_samples, refuse_annotations
+from hivg.data.drawn.scenes import SPLITS
 from hivg.data.images import ImageError, open_image, open_published
-from hivg.data.published import DATASETS, canonical, files_of
-from hivg.data.shapes import SPLITS
+from hivg.data.published.catalogue import DATASETS, canonical, files_of
+from hivg.data.published.reading import Report, is_own, read_dataset, read_samples, refuse_annotations
 from hivg.utils.cli import Progress
-from hivg.utils.quote import shown
+from hivg.utils.messages import shown
 
 
 def check(data_root, dataset, annotations=None, decode=False):

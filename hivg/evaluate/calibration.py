@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-from hivg.metrics import mean
-from hivg.utils.quote import quoted, shown
+from hivg.evaluate.metrics import mean
+from hivg.utils.messages import quoted, shown
 
 # Scores are calibrated as if they were at least so far from 0 and 1: half the step of float32 below 1.
 EDGE = 2**-25

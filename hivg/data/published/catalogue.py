@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from hivg.utils.quote import quoted, shown
+from hivg.utils.messages import quoted, shown
 
 # Image folders, relative to the data root.
 COCO = "other/images/mscoco/images/train2014"

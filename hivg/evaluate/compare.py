@@ -3,8 +3,8 @@
 
 import json
 
-from hivg.metrics import accuracy, mcnemar
-from hivg.utils.quote import shown
+from hivg.evaluate.metrics import accuracy, mcnemar
+from hivg.utils.messages import shown
 
 
 def compare(path_a, path_b):

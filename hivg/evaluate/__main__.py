@@ -14,175 +14,25 @@ as this split has it; where weights have them, how true the score is on the spli
 
 import json
 import os
-import random
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image
 
-from hivg.boxes import iou
-from hivg.calibration import calibrated, calibration_of, fit_calibration, reliability_lines
-from hivg.compare import compare
-from hivg.data.batches import evaluation_batches, open_dataset, to_device
-from hivg.data.check import splits_of
-from hivg.data.expressions import KINDS
-from hivg.data.shapes import EXPRESSIONS_PER_SCENE, boxes_of
-from hivg.metrics import accuracy, auroc, by_length, interval, mean
+from hivg.data.batches import evaluation_batches, open_dataset
+from hivg.data.published.check import splits_of
+from hivg.evaluate.calibration import calibrated, calibration_of, fit_calibration
+from hivg.evaluate.compare import compare
+from hivg.evaluate.metrics import accuracy
+from hivg.evaluate.predict import predict
+from hivg.evaluate.report import guessers, report, sheet, shuffled
 from hivg.utils.cli import Parser, Progress, add_machine_flags, choose_device, choose_dtype, fail, run
-from hivg.utils.draw import contact_sheet, draw_boxes
-from hivg.utils.quote import quoted, shown
+from hivg.utils.messages import quoted, shown
 from hivg.weights import build, bundled, load_hivg, need_tokenizer, read, save
 
 DEFAULT_SPLITS = ("test", "testA", "val")  # without --split, the first of these that the data set has
-SHEET = 8  # worst samples on a contact sheet, and as many at random
 
-
-# ---- predictions
-
-@torch.no_grad()
-def predict(model, batches, device="cpu", expressions=None, progress=None, masks=False):
-    """Ground every row of the batches: -> list of {"image", "expression", "kind", "image_id", "box", "target", "iou",
-    "score"}, boxes (xmin, ymin, xmax, ymax) in the original image's pixels, floats. The model is left in the mode it
-    was in.
-
-    expressions: as many texts to use instead of the batches' own, in their order. progress: called with the number of
-    rows done. masks: also "mask_iou", for the rows that have a mask, in the model's square. Raises ValueError for a
-    model whose boxes are not numbers.
-    """
-    rows = []
-    was_training = model.training
-    model.eval()
-    for batch in batches:
-        texts = batch["expressions"]
-        if expressions:
-            texts = expressions[len(rows) : len(rows) + len(texts)]
-        rows += predict_batch(model, batch, texts, device, masks)
-        if progress:
-            progress(len(rows))
-    model.train(was_training)
-    return rows
-
-
-def predict_batch(model, batch, texts, device, masks):
-    """The rows of `predict` for one batch."""
-    # tokenised here: the texts may be others than the batch's own
-    on_device = to_device(batch | {"token_ids": model.tokenizer(texts)}, model.tokenizer, device)
-    with_mask = masks and bool(batch["has_mask"].any())
-    output = model(on_device["images"], on_device["padding_mask"], on_device["token_ids"], with_mask=with_mask)
-    boxes, scores = model.boxes_and_scores(output)
-    if with_mask:
-        overlaps = mask_iou(output.mask_logits.float().cpu(), batch["masks"])  # (B,)
-    rows = []
-    for i, text in enumerate(texts):
-        box = batch["letterboxes"][i].boxes_to_image(boxes[i])  # (4,)
-        target = batch["pixel_boxes"][i]
-        row = {
-            "image": batch["image_names"][i],
-            "expression": text,
-            "kind": batch["kinds"][i],
-            "image_id": int(batch["image_ids"][i]),
-            "box": box.tolist(),
-            "target": target.tolist(),
-            "iou": iou(box, target).item(),
-            "score": scores[i],
-        }
-        if with_mask and batch["has_mask"][i]:
-            row["mask_iou"] = overlaps[i].item()
-        rows.append(row)
-    return rows
-
-
-def mask_iou(logits, masks):
-    """Logits (B, 1, h, w) against masks (B, S, S) bool -> IoU (B,).
-
-    As in the released code: (sigmoid - 0.5), not below 0, is resized to the mask's size; pixels above 0 count."""
-    found = (logits.sigmoid() - 0.5).clamp(min=0)
-    found = F.interpolate(found, masks.shape[1:], mode="bilinear")[:, 0] > 0  # (B, S, S)
-    both = (found & masks).flatten(1).sum(1)  # (B,)
-    either = (found | masks).flatten(1).sum(1)
-    return both / either.clamp(min=1)
-
-
-# ---- comparisons that need no grounding
-
-def guessers(shapes):
-    """Acc@0.5 of guessing without language on a split of `shapes`: -> {"largest object": of the object with the most
-    visible pixels, "random object": of any one of the image's objects, in expectation}."""
-    largest = []
-    at_random = []
-    for index in range(len(shapes)):
-        item = shapes[index]
-        n = int(item["labels"].max())
-        boxes = torch.from_numpy(boxes_of(item["labels"], range(n)))  # (n, 4)
-        visible = np.bincount(item["labels"].ravel())[1:]  # (n,) pixels; label 0 is the background
-        for target in torch.from_numpy(item["boxes"]):
-            right = iou(boxes, target) >= 0.5  # (n,)
-            largest.append(right[int(visible.argmax())].item())
-            at_random.append(right.float().mean().item())
-    return {"largest object": mean(largest), "random object": mean(at_random)}
-
-
-def shuffled(rows):
-    """The expressions of the rows of `shapes`, each moved to another image: half the split further."""
-    texts = [row["expression"] for row in rows]
-    scenes = len(texts) // EXPRESSIONS_PER_SCENE
-    shift = scenes // 2 * EXPRESSIONS_PER_SCENE  # by whole images, so that none keeps one of its own
-    return texts[shift:] + texts[:shift]
-
-
-# ---- the report
-
-def report(rows, is_calibrated=False):
-    """The text of an evaluation; rows: of `predict`. is_calibrated: whether to tell how true the scores are."""
-    ious = [row["iou"] for row in rows]
-    acc = accuracy(ious)
-    low, high = interval(acc, len(ious))
-    stricter = ", ".join(f"Acc@{t} {accuracy(ious, t):.4f}" for t in (0.6, 0.7, 0.8, 0.9))
-    masked = [row["mask_iou"] for row in rows if "mask_iou" in row]
-    if masked:
-        stricter += f", mask IoU {mean(masked):.4f} of {len(masked)}"
-    lines = [
-        f"Acc@0.5 {acc:.4f} (95 % interval {low:.4f} to {high:.4f}), mean IoU {mean(ious):.4f}, "
-        f"{len(rows)} expressions",
-        stricter,
-    ]
-    groups = by_length([row["expression"] for row in rows], ious)
-    for kind in KINDS:
-        group = [row["iou"] for row in rows if row["kind"] == kind]
-        groups[kind] = (len(group), accuracy(group), mean(group))
-    for name, (count, group_acc, group_iou) in groups.items():
-        if count:
-            lines.append(f"  {name:<14}{count:>6} expressions, Acc@0.5 {group_acc:.4f}, mean IoU {group_iou:.4f}")
-    if 0 < acc < 1:  # else there is nothing to tell apart
-        discrimination = auroc([row["score"] for row in rows], [overlap >= 0.5 for overlap in ious])
-        lines.append(f"score tells right from wrong boxes: AUROC {discrimination:.3f} (0.5 = not at all)")
-    if is_calibrated:
-        lines += reliability_lines([row["score"] for row in rows], [overlap >= 0.5 for overlap in ious])
-    return "\n".join(lines)
-
-
-def sheet(dataset, rows):
-    """The SHEET worst samples and as many random others as one PIL image: the box wanted and the box found."""
-    order = sorted(range(len(rows)), key=lambda number: rows[number]["iou"])
-    worst = order[:SHEET]
-    others = order[SHEET:]
-    at_random = random.Random(0).sample(others, min(SHEET, len(others)))
-    tiles = [sheet_tile(dataset, rows, number) for number in worst + at_random]
-    captions = [f"worst: {rows[number]['expression']}" for number in worst]
-    captions += [f"random: {rows[number]['expression']}" for number in at_random]
-    return contact_sheet(tiles, captions)
-
-
-def sheet_tile(dataset, rows, number):
-    row = rows[number]
-    return draw_boxes(dataset.image(number), [row["target"], row["box"]], ["wanted", f"found, IoU {row['iou']:.2f}"])
-
-
-# ---- the command line
 
 def arguments():
     parser = Parser(description=__doc__)

@@ -1,0 +1,330 @@
+"""The samples of a split, from the files of any published data set or people's own.
+
+    samples = read_samples("data", "refcoco", "val")
+
+Every row of a file is checked. Those with a problem are left out and counted, never silently.
+"""
+
+import gc
+import os
+import sys
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from hivg.data.images import ImageError, ImageTooLarge, most_pixels, upright_size
+from hivg.data.masks import check_polygons, check_size, mask_of, run_lengths
+from hivg.data.published.catalogue import canonical, files_of, find_file
+from hivg.data.published.formats import USUAL_SPLITS, read_rows
+from hivg.utils.messages import quoted, shown
+
+MAX_EXPRESSION = 10_000  # characters
+SLACK = 1.0  # pixels by which a box may reach out of its image; annotators' boxes do
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One expression with its image and the box of the region it means."""
+
+    image: Path
+    expression: str  # as written
+    box: tuple  # (xmin, ymin, xmax, ymax), floats in the image's pixels
+    segmentation: list | dict | None  # COCO polygons, or an RLE with size and counts
+    image_id: str  # the image's file name, which all published data sets have in common; its path in people's own data
+    own: bool = False  # of people's own data, whose images are read upright: pixels are those of the upright image
+
+    def mask(self, height, width):
+        """(height, width) bool array of the segmentation, or None. Raises ValueError (masks.mask_of)."""
+        return mask_of(self.segmentation, height, width)
+
+
+@dataclass
+class Report:
+    """Rows that were left out of a file, and why: the number and the first case of each kind of problem. Notes are
+    about rows that were not left out."""
+
+    source: str = ""
+    problems: Counter = field(default_factory=Counter)
+    first: dict = field(default_factory=dict)
+    notes: list = field(default_factory=list)
+
+    def add(self, kind, place, detail):
+        self.problems[kind] += 1
+        self.first.setdefault(kind, f"{place}: {shown(detail, 120)}")
+
+    def lines(self):
+        texts = [f"{count:,} left out, {kind} (first: {self.first[kind]})" for kind, count in self.problems.items()]
+        return [f"{shown(self.source, 90)}: {text}" for text in texts + self.notes]
+
+
+def read_samples(data_root, dataset, split, annotations=None, report=None):
+    """All samples of a split, a list of Sample in the order of the file.
+
+    data_root    the folder with the published layout (see the README)
+    dataset      a name (`refcoco`, `unc`, ...), or a .jsonl file of one's own. Its images are looked for below the data
+                 root and beside the file. Its split "validation", "valid" or "dev" is `val`, in capitals too; if its
+                 rows name no `split`, one image in ten is `val`, at least one of several, and the rest `train`
+    annotations  a file or folder, where they are not at a published place; REFER's `refs(..).p` needs `instances.json`
+                 beside it
+    report       a Report to fill; without one its lines are printed on stderr
+
+    Raises ValueError for a file that cannot be read, for a split that is not there, naming those that are, and for the
+    `train` of a file that would be any other split as well.
+    """
+    with uncollected():
+        return _read_samples(data_root, dataset, split, annotations, report)
+
+
+def _read_samples(data_root, dataset, split, annotations, report):
+    path, rows = read_dataset(data_root, dataset, split, annotations)
+    if not rows:
+        raise ValueError(f"{shown(path, 80)}: no row in it; there must be one for each expression")
+    own = is_own(dataset)
+    if split == "train" and not own and is_of_any_split(dataset, path, rows):
+        raise ValueError(f"{shown(path, 60)}: neither its name nor its rows say which split it is, so `val` would be "
+                         f"the same; call it {dataset}_train.pth and give --annotations the folder with it and val")
+    if own and all(row.split != split for row in rows):
+        split = USUAL_SPLITS.get(split.lower(), split)
+    rows_of_split = [row for row in rows if row.split in (None, split)]
+    if not rows_of_split:
+        splits = sorted({row.split for row in rows if row.split})
+        names = shown(", ".join(splits), 100)
+        hint = '; name it as the "split" of some rows' if own else ""
+        raise ValueError(f"{shown(path, 80)}: no split {quoted(split, 40)}; there are {names}{hint}")
+
+    given = report is not None
+    report = report if given else Report()
+    report.source = f"{path}, {split}"
+    check = RowCheck(Path(data_root), path, own)
+    samples = []
+    for index, row in enumerate(rows_of_split):
+        try:
+            samples.append(check.sample(row))
+        except Problem as problem:
+            report.add(problem.kind, f"line {row.line}" if row.line else f"row {index} of {split}", problem.detail)
+    if own:
+        report.notes += notes(samples, check.dropped)
+    if not given:
+        for line in report.lines():
+            print(line, file=sys.stderr)
+    return samples
+
+
+def notes(samples, dropped):
+    """Lines on what is odd in people's own data. dropped: the rows whose outline is none."""
+    lines = []
+    if dropped:
+        first = f"line {dropped[0].line}: {shown(dropped[0].file, 60)}: {quoted(dropped[0].segmentation, 40)}"
+        lines.append(f"{len(dropped):,} outlines dropped, neither polygons nor run lengths (first: {first})")
+    if samples and all(0 <= min(sample.box) and max(sample.box) <= 1 for sample in samples):
+        lines.append("all boxes lie in 0..1; boxes are in pixels")
+    return lines
+
+
+@contextmanager
+def uncollected():
+    """Python does not look for garbage meanwhile: millions of objects are made and none is thrown away, and to look at
+    all of them again and again takes a third of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def is_own(dataset):
+    """Whether a data set is a file of people's own, not a published one."""
+    return str(dataset).endswith(".jsonl")
+
+
+def read_dataset(data_root, dataset, split, annotations=None):
+    """(path, rows) of the annotation file of a split, which may hold other splits as well."""
+    if is_own(dataset):
+        refuse_annotations(dataset, annotations)
+        path = Path(dataset)
+        if not os.path.isfile(path):  # unlike path.is_file(), False for a name that no file can have
+            raise ValueError(f"{shown(path)}: there is no such file; give a .jsonl file or the name of a data set")
+    else:
+        dataset = canonical(dataset)
+        path = find_file(data_root, dataset, split, annotations)
+    return path, read_rows(path, dataset)
+
+
+def refuse_annotations(dataset, annotations):
+    """Raises ValueError for annotations that a data set which is not the paper's would ignore."""
+    if annotations:
+        raise ValueError(f"--annotations {shown(annotations, 60)} is for a data set of the paper, and "
+                         f"{shown(dataset, 60)} would ignore it; leave it out")
+
+
+def is_of_any_split(dataset, path, rows):
+    """Whether rows of a published data set's file are those of any split: neither its name nor they say which."""
+    _, whole = files_of("", canonical(dataset), path)
+    return whole is not None and any(row.split is None and not row.problem for row in rows)
+
+
+# ---- the checks of a row
+
+class Problem(Exception):
+    """A reason to leave a row out: the kind of problem, which is counted, and the detail of this case."""
+
+    def __init__(self, kind, detail):
+        super().__init__(kind)
+        self.kind = kind
+        self.detail = detail
+
+
+class RowCheck:
+    """Rows of one file to samples. It asks once for every folder what is in it: a question for each of a hundred
+    thousand images takes seconds."""
+
+    def __init__(self, data_root, source, own):
+        self.data_root = data_root
+        self.source = source
+        self.own = own
+        self.names = {}  # folder: the files in it
+        self.sizes = {}  # image: (width, height)
+        self.dropped = []  # rows whose outline is none
+        self.outlines = {}  # (id, size of the image): (segmentation, as checked); sentences about an object share it
+
+    def sample(self, row):
+        """A Row -> Sample. Raises Problem."""
+        if row.problem:
+            raise Problem("incomplete row", row.problem)
+        if not isinstance(row.file, str) or not row.file:
+            raise Problem("no image named", quoted(row.file))
+        file = row.file.replace("\\", "/")  # as Windows writes paths
+        named = shown(file, 60)
+        check_expression(row.expression, named)
+        image = self.image_path(file, row.image_folder)
+        folder, name = os.path.split(image)
+        if name not in self.names_in(folder):
+            raise Problem("missing image", image)
+        size = row.size or self.size_of(image)
+        box = checked_box(row.bbox, row.form, *size, named, self.own)
+        segmentation = self.segmentation(row.segmentation, size, named)
+        if self.own and row.segmentation and not segmentation:
+            self.dropped.append(row)
+        return Sample(image, row.expression, box, segmentation, str(image) if self.own else name, self.own)
+
+    def segmentation(self, value, size, file):
+        key = id(value), size
+        if key not in self.outlines:
+            # with the value itself, so that its id is not given to another
+            self.outlines[key] = value, checked_segmentation(value, *size, file)
+        return self.outlines[key][1]
+
+    def image_path(self, file, folder):
+        if folder is not None:
+            return self.data_root / folder / file
+        below_root = self.data_root / file
+        return below_root if os.path.isfile(below_root) else self.source.parent / file
+
+    def names_in(self, folder):
+        if folder not in self.names:
+            try:
+                with os.scandir(folder or ".") as entries:
+                    self.names[folder] = {entry.name for entry in entries if entry.is_file()}
+            except (OSError, ValueError):  # not there, or a name that no folder can have
+                self.names[folder] = set()
+        return self.names[folder]
+
+    def size_of(self, image):
+        if image not in self.sizes:
+            try:
+                self.sizes[image] = upright_size(image) if self.own else stored_size(image)
+            except ImageTooLarge:
+                raise Problem(f"image of more than {most_pixels()}", image) from None
+            except ImageError:
+                raise Problem("damaged image", image) from None
+        return self.sizes[image]
+
+
+def stored_size(image):
+    """(width, height) of an image as its file says them. Raises ImageError."""
+    try:
+        with Image.open(image) as opened:  # reads the header alone
+            return opened.size
+    except Image.DecompressionBombError as error:
+        raise ImageTooLarge(str(error)) from None
+    except Exception as error:  # Pillow's decoders raise nearly anything
+        raise ImageError(str(error)) from None
+
+
+def check_expression(expression, file):
+    """Raises Problem for what is no text, or too long a one."""
+    if expression is None:
+        raise Problem("no expression", file)
+    if not isinstance(expression, str):
+        raise Problem("expression that is not text", f"{file}: {quoted(expression, 40)}")
+    if not expression.strip():
+        raise Problem("empty expression", file)
+    if len(expression) > MAX_EXPRESSION:
+        raise Problem("endless expression", f"{file}: {quoted(expression, 40)}")
+
+
+def checked_box(bbox, form, width, height, file, own):
+    """Four numbers, xyxy or xywh -> (xmin, ymin, xmax, ymax), floats. Raises Problem.
+
+    In people's own data a text like "12" or `true` is no number; the released program takes them, so published lists
+    may have them."""
+    try:
+        if not isinstance(bbox, list | tuple) or own and any(isinstance(value, str | bool) for value in bbox):
+            raise TypeError
+        xmin, ymin, xmax, ymax = (float(value) for value in bbox)
+    except (TypeError, ValueError, OverflowError):  # the last: a whole number beyond all floats
+        raise Problem("box that is not four numbers", f"{file}: {quoted(bbox)}") from None
+    if form == "xywh":
+        xmax += xmin
+        ymax += ymin
+    box = (xmin, ymin, xmax, ymax)
+    if not (xmax > xmin and ymax > ymin):  # also for nan
+        hint = "; boxes are xmin ymin xmax ymax" if own else ""
+        raise Problem("box without area", f"{file}: {quoted(box, 40)}{hint}")
+    beyond = xmin < -SLACK or ymin < -SLACK or xmax > width + SLACK or ymax > height + SLACK
+    if beyond or xmin >= width or ymin >= height or xmax <= 0 or ymax <= 0:
+        raise Problem("box outside the image", f"{file} ({width} x {height}): {box}")
+    return box
+
+
+def checked_segmentation(value, width, height, file):
+    """COCO polygons or an RLE as plain numbers; None for anything else (mask file names, lists of attributes).
+    Raises Problem."""
+    try:
+        if isinstance(value, dict) and {"counts", "size"} <= value.keys():
+            rle = plain_rle(value)
+            check_size(rle, height, width)
+            run_lengths(rle)
+            return rle
+        if isinstance(value, list | tuple) and value:
+            polygons = [part.tolist() if isinstance(part, np.ndarray) else part for part in value]
+            if all(is_polygon(part) for part in polygons):
+                check_polygons(polygons)
+                return polygons
+    except (TypeError, ValueError, OverflowError) as error:
+        raise Problem("damaged segmentation", f"{file}: {error}") from None
+    return None
+
+
+def plain_rle(rle):
+    """An RLE with a size of ints and counts as text or a list of ints. Raises TypeError, ValueError or
+    OverflowError."""
+    size = [int(n) for n in rle["size"]]
+    counts = rle["counts"]
+    if isinstance(counts, bytes):
+        counts = counts.decode()
+    elif not isinstance(counts, str):
+        counts = [int(n) for n in counts]
+    return {"size": size, "counts": counts}
+
+
+def is_polygon(part):
+    """Whether it is a flat list of three or more x, y."""
+    return (isinstance(part, list | tuple) and len(part) >= 6 and len(part) % 2 == 0
+            and all(isinstance(value, int | float) for value in part))

@@ -1,0 +1,91 @@
+"""The report of an evaluation: its text, its sheet of samples, and the guessers that need no grounding."""
+
+import random
+
+import numpy as np
+import torch
+
+from hivg.boxes import iou
+from hivg.data.drawn.drawing import boxes_of
+from hivg.data.drawn.expressions import KINDS
+from hivg.data.drawn.scenes import EXPRESSIONS_PER_SCENE
+from hivg.evaluate.calibration import reliability_lines
+from hivg.evaluate.metrics import accuracy, auroc, by_length, interval, mean
+from hivg.utils.draw import contact_sheet, draw_boxes
+
+SHEET = 8  # worst samples on a contact sheet, and as many at random
+
+
+# ---- the report
+
+def report(rows, is_calibrated=False):
+    """The text of an evaluation; rows: of `predict`. is_calibrated: whether to tell how true the scores are."""
+    ious = [row["iou"] for row in rows]
+    acc = accuracy(ious)
+    low, high = interval(acc, len(ious))
+    stricter = ", ".join(f"Acc@{t} {accuracy(ious, t):.4f}" for t in (0.6, 0.7, 0.8, 0.9))
+    masked = [row["mask_iou"] for row in rows if "mask_iou" in row]
+    if masked:
+        stricter += f", mask IoU {mean(masked):.4f} of {len(masked)}"
+    lines = [
+        f"Acc@0.5 {acc:.4f} (95 % interval {low:.4f} to {high:.4f}), mean IoU {mean(ious):.4f}, "
+        f"{len(rows)} expressions",
+        stricter,
+    ]
+    groups = by_length([row["expression"] for row in rows], ious)
+    for kind in KINDS:
+        group = [row["iou"] for row in rows if row["kind"] == kind]
+        groups[kind] = (len(group), accuracy(group), mean(group))
+    for name, (count, group_acc, group_iou) in groups.items():
+        if count:
+            lines.append(f"  {name:<14}{count:>6} expressions, Acc@0.5 {group_acc:.4f}, mean IoU {group_iou:.4f}")
+    if 0 < acc < 1:  # else there is nothing to tell apart
+        discrimination = auroc([row["score"] for row in rows], [overlap >= 0.5 for overlap in ious])
+        lines.append(f"score tells right from wrong boxes: AUROC {discrimination:.3f} (0.5 = not at all)")
+    if is_calibrated:
+        lines += reliability_lines([row["score"] for row in rows], [overlap >= 0.5 for overlap in ious])
+    return "\n".join(lines)
+
+
+def sheet(dataset, rows):
+    """The SHEET worst samples and as many random others as one PIL image: the box wanted and the box found."""
+    order = sorted(range(len(rows)), key=lambda number: rows[number]["iou"])
+    worst = order[:SHEET]
+    others = order[SHEET:]
+    at_random = random.Random(0).sample(others, min(SHEET, len(others)))
+    tiles = [sheet_tile(dataset, rows, number) for number in worst + at_random]
+    captions = [f"worst: {rows[number]['expression']}" for number in worst]
+    captions += [f"random: {rows[number]['expression']}" for number in at_random]
+    return contact_sheet(tiles, captions)
+
+
+def sheet_tile(dataset, rows, number):
+    row = rows[number]
+    return draw_boxes(dataset.image(number), [row["target"], row["box"]], ["wanted", f"found, IoU {row['iou']:.2f}"])
+
+
+# ---- comparisons that need no grounding
+
+def guessers(shapes):
+    """Acc@0.5 of guessing without language on a split of `shapes`: -> {"largest object": of the object with the most
+    visible pixels, "random object": of any one of the image's objects, in expectation}."""
+    largest = []
+    at_random = []
+    for index in range(len(shapes)):
+        item = shapes[index]
+        n = int(item["labels"].max())
+        boxes = torch.from_numpy(boxes_of(item["labels"], range(n)))  # (n, 4)
+        visible = np.bincount(item["labels"].ravel())[1:]  # (n,) pixels; label 0 is the background
+        for target in torch.from_numpy(item["boxes"]):
+            right = iou(boxes, target) >= 0.5  # (n,)
+            largest.append(right[int(visible.argmax())].item())
+            at_random.append(right.float().mean().item())
+    return {"largest object": mean(largest), "random object": mean(at_random)}
+
+
+def shuffled(rows):
+    """The expressions of the rows of `shapes`, each moved to another image: half the split further."""
+    texts = [row["expression"] for row in rows]
+    scenes = len(texts) // EXPRESSIONS_PER_SCENE
+    shift = scenes // 2 * EXPRESSIONS_PER_SCENE  # by whole images, so that none keeps one of its own
+    return texts[shift:] + texts[:shift]
