@@ -2,16 +2,16 @@
 
     python train.py                        all stages on the bundled data set, from the bundled tiny CLIP
     python train.py --plan                 print the table of the stages and exit; works with all other flags
-    python train.py --name NAME --resume   resume after an interruption, on a CPU bit for bit
+    python train.py --name NAME --resume   resume after an interruption, bit for bit on a CPU
     python train.py --finetune FILE        train an existing HiVG further, in a single stage
 
 Writes runs/NAME/: the best weights of each stage, state.pt (to resume), log.jsonl, curves.png. Read this file from top
 to bottom: the settings, the stages as rows of a table, the start of a stage, and `train`, one loop for all stages.
 """
 
-import time
-from dataclasses import astuple, dataclass
-from functools import partial
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,132 +22,151 @@ from hivg.evaluate.metrics import accuracy, mean
 from hivg.evaluate.predict import predict
 from hivg.fusion import choose_backend
 from hivg.lora import MODES as LORA_MODES
-from hivg.losses import LossWeights
+from hivg.losses import DRAWN_WORLD, LossWeights
 from hivg.model import HiVG, HiVGConfig
 from hivg.training import distributed
-from hivg.training.checkpoint import open_run, restore, save_state
+from hivg.training.checkpoint import restore
 from hivg.training.criterion import Criterion
-from hivg.training.log import LOG_STEPS, Log
-from hivg.training.optimizers import check_finite, learning_rate, make_optimizers, set_learning_rate, step_optimizers
-from hivg.training.presets import preset_of
-from hivg.training.settings import RUNS, check_settings, setting, settings_from_flags
+from hivg.training.log import LOG_STEPS
+from hivg.training.optimizers import clip_and_step, learning_rate, make_optimizers, set_learning_rate
+from hivg.training.presets import defaults_of
+from hivg.training.run import Run
+from hivg.training.settings import RunSettings, setting, settings_from_flags
 from hivg.training.stages import Stage, clip_config, columns_text, grow, hivg_config, print_plan, stage_column
-from hivg.utils.cli import DTYPES, choose_device, choose_dtype, run
+from hivg.utils.cli import run
 
-HINTED = astuple(LossWeights(clc=0.1, patch_box=2.0, reg_attention=0.5))  # the paper's but for CLC, and two hints
 SHAPES_EPOCH = 8192  # expressions
 
 
 @dataclass
-class Settings:
-    """Every setting is a flag of the same name; `python train.py --help` prints them by group."""
+class Settings(RunSettings):
+    """Every setting is a flag of the same name; `python train.py --help` prints them by group. Those that every
+    training has are in RunSettings."""
 
     name: str = setting("shapes", "the run's folder under runs/", group="The run")
-    preset: str = setting("", "a recipe of the paper, for a data set and a size of CLIP: hivg/training/presets.py")
-    plan: bool = setting(False, "print the stages and exit; needs no data and no published CLIP's file", resumable=True)
-    resume: bool = setting(False, "continue an interrupted run from its last state", resumable=True)
-    save_minutes: float = setting(2.0, "minutes, or 50 steps, that a stop may cost", low=0, high=1e4, resumable=True)
-    seed: int = setting(0, "seed of all random numbers", low=0, high=2**31)
+    preset: str = setting("", "a recipe of the paper for a data set and a size of CLIP: hivg/training/presets.py",
+                          group="The run")
+    plan: bool = setting(False, "print the stages and exit; needs neither data nor a published CLIP", resumable=True)
 
     dataset: str = setting("shapes", "shapes, a data set of the paper, or your own .jsonl file", group="Data")
-    data_root: str = setting("data", "the folder that holds the data sets, laid out as published")
-    annotations: str = setting("", "annotation file or folder, if it is not in the published layout")
-    hard_mix: bool = setting(False, "ask for more ordinals and distances, which are learned last (shapes)")
-    epoch_samples: int = setting(0, "expressions in an epoch; 0: all, of the endless shapes 8192", low=0, high=10**9)
-    masks: str = setting("auto", "what the mask head learns; auto: box, in your own data segmentation", choices=MASKS)
-    workers: int = setting(-1, "processes that prepare the data; -1: by the machine", low=-1, high=256, resumable=True)
+    data_root: str = setting("data", "the folder with the data sets, laid out as published")
+    annotations: str = setting("", "annotation file or folder, if not in the published layout")
+    hard_mix: bool = setting(False, "draw more ordinals and distances, which are learned last (shapes only)")
+    epoch_samples: int = setting(0, "expressions in an epoch; 0 = all, or 8192 of the endless shapes", low=0,
+                                 high=10**9)
+    masks: str = setting("auto", "target of the mask head; auto = box, for your own data segmentation", choices=MASKS)
 
     clip: str = setting("weights/clip-tiny.safetensors", "the CLIP to start from", group="Model", of_model=True)
-    finetune: str = setting("", "a HiVG to train further, in one stage, instead of --clip")
-    bridge: str = setting("adaptive", "where the keys of the bridge come from", choices=BRIDGE_KINDS, of_model=True)
-    bridgeless: bool = setting(False, "begin with a stage without the bridge, as the large models", of_model=True)
-    text_layers: tuple[int, ...] = setting((), "text layers that are fused, from 1; without it the last, of tiny 2 4",
+    finetune: str = setting("", "a HiVG to train further, instead of --clip")
+    bridge: str = setting("adaptive", "what the bridge attends to", choices=BRIDGE_KINDS, of_model=True)
+    bridgeless: bool = setting(False, "begin with a stage without the bridge, as the paper's large models",
+                               of_model=True)
+    text_layers: tuple[int, ...] = setting((), "text layers to fuse, from 1; default: the last layer (tiny: 2 4)",
                                            low=1, high=99, of_model=True)
     text_norm: bool = setting(True, "a layer norm on each text layer before the fusion", of_model=True)
     level_norm: bool = setting(True, "a layer norm on each level of visual features", of_model=True)
-    lora: str = setting("hierarchical", "how adapters are added (hivg/lora.py)", choices=LORA_MODES, of_model=True)
-    lora_rank: int = setting(16, "rank r of an adapter", low=1, high=4096, of_model=True)
-    lora_alpha: float = setting(16.0, "an adapter is scaled by alpha / r", low=0, high=1e6, of_model=True)
+    lora: str = setting("hierarchical", "how adapters are added (hivg/lora.py); with --finetune the default is none",
+                        choices=LORA_MODES)
+    lora_rank: int = setting(16, "rank r of an adapter", low=1, high=4096)
+    lora_alpha: float = setting(16.0, "adapters are scaled by alpha / r", low=0, high=1e6)
+    clip_rate: float = setting(0.0, "train CLIP's own weights at this share of the learning rate; 0 = frozen, as in "
+                               "the paper", low=0, high=1)
+    recompute: bool = setting(False, "recompute the vision blocks in the backward pass: less memory, more time",
+                              resumable=True)
 
     epochs: tuple[int, ...] = setting((1, 1, 1, 12), "epochs of each stage", group="Optimization", low=0, high=10**6)
     lr: tuple[float, ...] = setting((3e-3, 3e-3, 3e-3, 2e-3), "peak learning rate of each stage", low=0, high=1e30)
-    optimizer: str = setting("muon", "muon and adamw together, or adamw alone", choices=("muon", "adamw"))
-    batch_size: int = setting(32, "expressions in memory at once, over all processes", low=1, high=10**6)
-    accumulate: tuple[int, ...] = setting((1,), "batches added up for a step, one number or more", low=1, high=10**6)
-    warmup_steps: int = setting(100, "steps in which the rate rises, at most half of a stage", low=0, high=10**9)
-    weight_decay: float = setting(1e-4, "weight decay of all trained parameters", low=0, high=1)
-    clip_grad: float = setting(1.0, "largest norm of the gradient", low=1e-12, high=float("inf"))
+    accumulate: tuple[int, ...] = setting((1,), "batches accumulated per step, for all stages or for each", low=1,
+                                          high=10**6)
     box_loss: str = setting("l1", "l1 (released program) or smooth_l1 (paper)", choices=("l1", "smooth_l1"))
-    loss_weights: tuple[float, ...] = setting(HINTED, f"of {', '.join(LossWeights.__dataclass_fields__)}; 0 leaves one "
-                                              "out", low=0, high=1e6, length=len(HINTED))
-
-    device: str = setting("auto", "auto, cpu or cuda", group="Machine", resumable=True)
-    dtype: str = setting("auto", "type of the matrix products; auto: bfloat16 where the machine is fast at it",
-                         choices=DTYPES)
-    recompute: bool = setting(False, "recompute the vision blocks in the backward to save memory", resumable=True)
-    compile: bool = setting(False, "speed the model up with torch.compile")
+    loss_weights: LossWeights = setting(DRAWN_WORLD, "weights of the loss terms; 0 leaves a term out", low=0, high=1e6)
 
     def __post_init__(self):
         """Raises ValueError, one line, for settings that do not fit."""
-        check_settings(self)
+        super().__post_init__()
         if self.hard_mix and self.dataset != "shapes":
-            raise ValueError("--hard_mix is a mix of the data set shapes; leave it out")
+            raise ValueError("--hard_mix is for the data set shapes; leave it out")
         if self.dataset == "shapes" and (self.masks != "auto" or self.annotations):
             raise ValueError("--masks and --annotations are for data sets from files, shapes is drawn; leave them out")
-        if not any(self.loss_weights):
+        if not any(vars(self.loss_weights).values()):
             raise ValueError("--loss_weights are all 0, so nothing would be learned; give one of them a weight")
         stages(self)
 
 
+@dataclass(frozen=True)
+class Hooks:
+    """What an experiment changes that is no setting (hivg/ablate/arms.py)."""
+
+    config: dict = field(default_factory=dict)  # fields of HiVGConfig
+    prepare: Callable = lambda model: None  # called with the model of each stage before its first step
+    one_stream: bool = False  # the stages see one stream of data, in the same order however many stages there are
+
+
+# Stages by --lora: the name, and j of Hi LoRA, which trains the adapters of vision layers 1 .. j L/3
+STAGES = {
+    "hierarchical": [("warmup", 0), ("lora1", 1), ("lora2", 2), ("lora3", 3)],
+    "shared": [("warmup", 0), ("lora1", 1), ("lora2", 2), ("lora3", 3)],
+    "vanilla": [("warmup", 0), ("lora1", 1)],  # the first adds adapters to all layers
+    "none": [("warmup", 0)],
+}
+
+
 def stages(s: Settings):
-    """The table of the stages. The bridge, the grounding encoder and the heads are trained in each of them."""
-    rows = [  # name, kind of bridge, Hi LoRA stage: the vision layers whose adapters it trains (lora.adapted_layers)
-        ("warmup", s.bridge, 0),  # none: CLIP stays as it is
-        ("lora1", s.bridge, 1),  # 1 .. L/3, and all text layers from here on
-        ("lora2", s.bridge, 2),  # 1 .. 2L/3
-        ("lora3", s.bridge, 3),  # 1 .. L
-    ]
-    if s.lora == "vanilla":
-        rows = rows[:2]  # the first brings adapters to all layers
-    if s.lora == "none":
-        rows = rows[:1]
-    if s.bridgeless:
+    """The table of the stages -> list of Stage. The bridge, the grounding encoder and the heads are trained in each."""
+    rows = [(name, s.bridge, lora_stage) for name, lora_stage in STAGES[s.lora]]
+    if s.finetune:  # there is nothing to warm up, and the bridge is the file's
+        rows = [(name, None, lora_stage) for name, _, lora_stage in rows[1:]] or [("finetune", None, 0)]
+    elif s.bridgeless:
         rows = [("bridgeless", "none", 0), *rows]
-    if s.finetune:
-        rows = [("finetune", None, 0)]  # the model as it is in its file
-    epochs = s.epochs
-    if s.lora in ("vanilla", "none"):  # fair: the last stage gets the others' epochs
-        epochs = (*epochs[: len(rows) - 1], sum(epochs[len(rows) - 1 :]))
-    accumulate = s.accumulate * len(rows) if len(s.accumulate) == 1 else s.accumulate
-    numbers = {len(s.epochs), len(s.lr), len(accumulate)}
-    if min(numbers) < len(rows) or (max(numbers) > 4 + s.bridgeless and not s.finetune) or s.epochs[0] < 1:
-        raise ValueError(f"--epochs and --lr need a number for each of {', '.join(row[0] for row in rows)}, --epochs 1 "
-                         f"or more for the first, --accumulate 1 or as many; not {s.epochs}, {s.lr}, {s.accumulate}")
-    return [Stage(*row, epochs[i], s.lr[i], s.batch_size, accumulate[i]) for i, row in enumerate(rows)]
+    names = [name for name, *_ in rows]
+    longest = len(STAGES["hierarchical"]) + s.bridgeless
+    epochs = values_of("epochs", s.epochs, names, longest)
+    if len(names) < len(epochs):  # fair: the last stage gets the epochs of the stages there are not
+        epochs = (*epochs[: len(names) - 1], sum(epochs[len(names) - 1 :]))
+    if epochs[0] < 1:
+        raise ValueError(f"--epochs: {epochs[0]} for {names[0]}, 1 or more needed for the first stage")
+    lr = values_of("lr", s.lr, names, longest)
+    accumulate = s.accumulate * len(names) if len(s.accumulate) == 1 else s.accumulate
+    accumulate = values_of("accumulate", accumulate, names, longest)
+    return [Stage(*row, epochs[i], lr[i], s.batch_size, accumulate[i]) for i, row in enumerate(rows)]
 
 
-def first_config(s: Settings, clip):
+def values_of(flag, values, names, longest):
+    """The values of a flag, if there is one for each of these stages, or for each of the longest schedule."""
+    if len(values) not in (len(names), longest):
+        raise ValueError(f"--{flag}: {len(values)} values, {len(names)} needed ({', '.join(names)})")
+    return values
+
+
+def first_config(s: Settings, clip, hooks=Hooks()):
     """The configuration of the model in the first stage, on a CLIP of these sizes."""
     layers = {"text_layers": s.text_layers} if s.text_layers else {}
     return HiVGConfig.for_clip(clip, bridge=stages(s)[0].bridge, text_norm=s.text_norm, level_norm=s.level_norm,
-                               lora=s.lora, lora_rank=s.lora_rank, lora_alpha=s.lora_alpha, **layers)
+                               lora=s.lora, lora_rank=s.lora_rank, lora_alpha=s.lora_alpha, **(layers | hooks.config))
 
 
-def begin_stage(s: Settings, number, run):
-    """-> the model as stage `number` starts with it, and its accuracy: -1 if it has learned nothing yet, None if that
-    is still to be measured."""
-    table = stages(s)
+def begin_stage(s: Settings, number, folder, hooks=Hooks()):
+    """-> the model as stage `number` starts with it, and its accuracy: -1 if it has learned nothing yet, None if it
+    has not been measured."""
+    stage = stages(s)[number]
     torch.manual_seed(s.seed + 1000 * (number + 1))
-    if s.finetune:
-        model = weights.load_hivg(s.finetune)
-        weights.need_tokenizer(model, s.finetune)
-        return model, None
-    if number == 0:
+    if number == 0 and not s.finetune:
         clip = weights.load_clip(s.clip)
         weights.need_tokenizer(clip, s.clip)
-        return HiVG.from_clip(clip, first_config(s, clip.config)), -1.0
-    before = weights.load_hivg(run / f"{table[number - 1].name}.safetensors")  # the best state of the stage before
-    return grow(before, table[number]), before.info["accuracy"]
+        model, best = HiVG.from_clip(clip, first_config(s, clip.config, hooks)), -1.0
+    elif number == 0:
+        model, best = weights.load_hivg(s.finetune), None
+        weights.need_tokenizer(model, s.finetune)
+        if s.lora != "none":
+            model.with_lora(s.lora, s.lora_rank, s.lora_alpha)
+        model = grow(model, stage)
+    else:
+        before = weights.load_hivg(folder / f"{stages(s)[number - 1].name}.safetensors")  # the best of that stage
+        model, best = grow(before, stage), before.info["accuracy"]
+    if s.clip_rate:
+        model.clip.requires_grad_(True)
+    hooks.prepare(model)
+    return model, best
 
 
 def open_split(s: Settings, model, split):
@@ -159,74 +178,81 @@ def open_split(s: Settings, model, split):
 
 
 def count_steps_per_epoch(s: Settings, stage, dataset):
-    global_batch = stage.batch_size * stage.accumulate
     whole = SHAPES_EPOCH if s.dataset == "shapes" else len(dataset) * dataset.rows
-    return max(1, (s.epoch_samples or whole) // global_batch)
+    return math.ceil((s.epoch_samples or whole) / (stage.batch_size * stage.accumulate))
+
+
+def first_item_of(s: Settings, table, number, rows, one_stream):
+    """The item of the endless data, of so many rows, that stage `number` begins at (Hooks.one_stream)."""
+    if one_stream:
+        return sum(stage.epochs for stage in table[:number]) * s.epoch_samples // rows
+    return number * STAGE_ITEMS
 
 
 @torch.no_grad()
 def validate(s: Settings, dataset, model, device):
     """-> {"accuracy": Acc@0.5 of `val`, which decides the state of a stage that is kept, "mean_iou": ..}."""
-    batches = evaluation_batches(dataset, 64, s.workers, *distributed.place(), device)
+    batches = evaluation_batches(dataset, 64, s.workers, distributed.rank(), distributed.world_size(), device)
     rows = distributed.gather_rows(predict(model, batches, device))  # every sample once, however many ranks
     ious = [row["iou"] for row in rows]
     return {"accuracy": accuracy(ious), "mean_iou": mean(ious)}
 
 
 def keep_best(s: Settings, dataset, model, device, path, best):
-    """Validate, and write the model to `path` if none so far was better -> (scores, best)."""
+    """Validate, and write the model to `path` unless an earlier one was better -> (scores, best)."""
     scores = validate(s, dataset, model, device)
     if scores["accuracy"] >= best and distributed.rank() == 0:
         weights.save(path, model, {"stage": path.stem, **scores})
     return scores, max(best, scores["accuracy"])
 
 
-def train(s: Settings):
+def train(s: Settings, hooks=Hooks()):
     """The whole training: every stage of the table, every step of a stage -> the file of the last stage's weights."""
-    run = RUNS / s.name
-    device = distributed.start(choose_device(s.device))
-    dtype = choose_dtype(s.dtype, device)
-    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
-    saved, lock = open_run(run, s.resume)  # saved is None for a new run; the lock is held as long as it is kept
-    log = Log(run, saved)
-    log.message(f"training on {device}, products in {dtype}, fusion by {choose_backend(device.type)}")
+    run = Run(s, "training")
+    device, log, saved = run.device, run.log, run.saved
+    log.message(f"fusion by {choose_backend(device.type)}")
+    table = stages(s)
 
-    for number, stage in enumerate(stages(s)):
+    for number, stage in enumerate(table):
         if saved and number < saved["stage"]:
             continue  # done before the interruption
-        model, best = begin_stage(s, number, run)
+        model, best = begin_stage(s, number, run.folder, hooks)
         model = model.to(device).train()
         distributed.seed_rank()
         model.clip.visual.recompute = s.recompute
-        optimizers = make_optimizers(model, s.optimizer, s.weight_decay)
+        clip_rates = {p: s.clip_rate for p in model.clip.parameters()} if s.clip_rate else {}
+        optimizers = make_optimizers(model, s.optimizer, s.weight_decay, clip_rates)
         dataset = open_split(s, model, "train")
         val = open_split(s, model, "val")  # here, so that a missing one is noticed before any work
         steps_per_epoch = count_steps_per_epoch(s, stage, dataset)
         steps = stage.epochs * steps_per_epoch
-        path = run / f"{stage.name}.safetensors"
+        path = run.folder / f"{stage.name}.safetensors"
         first = 0
         if saved and number == saved["stage"]:
             first, best = restore(saved, model, optimizers, log)
-        batches = training_batches(dataset, number * STAGE_ITEMS, stage.batch_size, steps * stage.accumulate,
-                                   first * stage.accumulate, s.workers, *distributed.place(), device, model.tokenizer)
+        first_item = first_item_of(s, table, number, dataset.rows, hooks.one_stream)
+        batches = training_batches(dataset, first_item, stage.batch_size, steps * stage.accumulate,
+                                   first * stage.accumulate, s.workers, distributed.rank(), distributed.world_size(),
+                                   device, model.tokenizer)
         if best is None:
-            with autocast():
+            with run.autocast():
                 scores = validate(s, val, model, device)
             best = scores["accuracy"]
             log.epoch(stage.name, 0, 0, scores, best)
         log.message(columns_text([stage_column(stage, model)]))
+        if stage.name == "finetune" and model.config.lora == "none":
+            log.message("CLIP is frozen and has no adapters to train; --lora vanilla or hierarchical adds them")
         if first == 0 and best >= 0 and distributed.rank() == 0:
             weights.save(path, model, {"stage": stage.name, "accuracy": best})  # kept if the stage never improves it
         if number == 0 and first == 0:
-            save_state(run, s, number, 0, best, model, optimizers, log)  # so that every run can be resumed
-        loss_weights = LossWeights(*s.loss_weights)
-        criterion = distributed.wrap(Criterion(model, loss_weights, s.box_loss), loss_weights.leave_a_head_out)
+            run.save(number, 0, best, model, optimizers)  # so that every run can be resumed
+        criterion = Criterion(model, s.loss_weights, s.box_loss)
+        criterion = distributed.wrap(criterion, criterion.has_unused_head())
         if s.compile:
             model.compile_blocks()
-        saved_at = time.monotonic()
         for step in range(first, steps):
             end_of_epoch = (step + 1) % steps_per_epoch == 0
-            # a GPU runs ahead of the program, which waits for its numbers at these steps only
+            # a GPU runs ahead of the program, which reads its results at these steps only
             may_wait = device.type == "cpu" or end_of_epoch or (step + 1) % LOG_STEPS == 0
             lr = learning_rate(step, steps, stage.lr, s.warmup_steps)
             set_learning_rate(optimizers, lr)
@@ -235,44 +261,40 @@ def train(s: Settings):
             parts = []
             for part in range(stage.accumulate):
                 batch = to_device(next(batches), model.tokenizer, device)
-                with autocast(), distributed.averaged(criterion, is_last=part + 1 == stage.accumulate):
+                with run.autocast(), distributed.no_sync(criterion, is_last=part + 1 == stage.accumulate):
                     terms = criterion(batch)
                 loss = sum(terms.values())
                 (loss / stage.accumulate).backward()
                 parts.append({"loss": loss.detach(), **terms})
 
             # clip, check and step
-            values = distributed.mean_of(parts)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip_grad)
-            if may_wait:
-                check_finite(f"step {step + 1} of {stage.name}", values, norm)
-            step_optimizers(optimizers)
+            values = distributed.mean(parts)
+            where = f"step {step + 1} of {stage.name}" if may_wait else None
+            norm = clip_and_step(model, optimizers, s.clip_grad, values, where)
             log.step(stage.name, step + 1, steps, lr, values | {"gradient_norm": norm})
 
             # validate, and keep the best
             if end_of_epoch:
-                with autocast():
+                with run.autocast():
                     scores, best = keep_best(s, val, model, device, path, best)
                 log.epoch(stage.name, step + 1, (step + 1) // steps_per_epoch, scores, best)
 
             # save the state
-            due = end_of_epoch or time.monotonic() - saved_at > 60 * s.save_minutes
-            if may_wait and distributed.any_rank(due, device):
-                save_state(run, s, number, step + 1, best, model, optimizers, log)
-                saved_at = time.monotonic()
-        distributed.wait()  # the next stage reads the file that the first rank wrote
+            if may_wait and run.save_is_due(end_of_epoch):
+                run.save(number, step + 1, best, model, optimizers)
+        distributed.barrier()  # the next stage reads the file that the first rank wrote
     return path
 
 
 def main():
-    s = settings_from_flags(Settings, __doc__, preset_of)
+    s = settings_from_flags(Settings, __doc__, defaults_of)
     if s.plan:
         print_plan(stages(s), hivg_config(s.finetune) if s.finetune else first_config(s, clip_config(s.clip)))
     else:
         path = train(s)
         if distributed.rank() == 0:
             print(path)
-        distributed.stop()
+        distributed.destroy()
 
 
 if __name__ == "__main__":

@@ -67,12 +67,22 @@ class MLP(nn.Module):
 
 
 def to_autocast(x):
-    """x in the type of products under autocast, x itself without it. Each product would convert its operands by itself:
-    of a layer with adapters, the three projections the same x twice each."""
+    """Cast x once to autocast's dtype; without autocast return x. Otherwise every matrix product that reads x would
+    cast it again: q, k and v, each with its adapters, six times."""
     kind = x.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):  # which autocast does not know
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # autocast does not know "meta"
         return x
     return x.to(torch.get_autocast_dtype(kind))
+
+
+def attend(q, k, v, mask, causal, dropout):
+    """softmax(q k^T / sqrt(head_dim)) v of q (B, heads, N, head_dim) and k, v (B, heads, M, head_dim)."""
+    if q.dtype != torch.bfloat16 or q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+    # the same in float32: on a CPU its bfloat16 gradient takes six times as long
+    with torch.autocast(q.device.type, enabled=False):
+        y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, dropout, is_causal=causal)
+    return y.to(q.dtype)
 
 
 class Attention(nn.Module):
@@ -105,15 +115,7 @@ class Attention(nn.Module):
         q = self.split_heads(self.q_proj(query))  # (B, heads, N, C / heads)
         k = self.split_heads(self.k_proj(key))  # (B, heads, M, C / heads)
         v = self.split_heads(self.v_proj(value))  # (B, heads, M, C / heads)
-        dropout = dropout if self.training else 0.0  # PyTorch's function does not know which mode this is
-        # softmax(q k^T / sqrt(C / heads)) v: (B, heads, N, C / heads)
-        if q.dtype == torch.bfloat16 and not q.is_cuda:
-            # on a CPU the gradient of this in bfloat16 takes six times as long as in float32
-            with torch.autocast(q.device.type, enabled=False):
-                y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, dropout, is_causal=causal)
-            y = y.to(q.dtype)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+        y = attend(q, k, v, mask, causal, dropout if self.training else 0.0)  # (B, heads, N, C / heads)
         y = y.transpose(1, 2).flatten(2)  # (B, heads, N, C / heads) -> (B, N, C)
         return self.out_proj(y)
 

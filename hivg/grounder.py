@@ -219,7 +219,7 @@ class Grounder:
         token_ids = self.model.tokenizer(texts)  # (B, T)
         # pixels (B or 1, 3, S, S): of one image what does not depend on the text is computed once
         output = self.model(pixels.to(self.device), padding.to(self.device), token_ids.to(self.device),
-                            with_hints=attention)
+                            with_reg_attention=attention)
 
         boxes, scores = self.model.boxes_and_scores(output)
         if self.calibration:

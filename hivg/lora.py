@@ -18,12 +18,15 @@ The layers that a stage trains (`adapted_layers`), in ViT-B, L = 12 and G = 3, a
 
 Nothing else of CLIP is ever trained; the bridges, the grounding encoder and the heads are trained in every stage.
 
-The other modes, for comparison:
+The other modes, for comparison (`lora` of the configuration):
 
     shared    one pair a layer; stage j adds it to the layers l <= j L/G that lack it and trains all there are
               (as the released program does, but there they are the first 5, 8 and 12, of 24 layers too)
     vanilla   all layers get their pair in stage 1, the only one
     none      no adapters
+
+and the other orders of the vision layers (`lora_order`): deep_first, stage j adapts those with l > L - j L/G;
+at_once, every stage adapts all of them.
 """
 
 import copy
@@ -34,6 +37,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 MODES = ("hierarchical", "shared", "vanilla", "none")
+ORDERS = ("shallow_first", "deep_first", "at_once")
 TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # the attention's four projections, nothing else
 TEXT_GROUPS = 1  # the text tower is one group: all its layers are adapted from stage 1
 
@@ -98,7 +102,7 @@ class LoRALinear(nn.Module):
         return linear.train(self.training)
 
 
-def adapted_layers(stage, n_layers, groups, mode="hierarchical"):
+def adapted_layers(stage, n_layers, groups, mode="hierarchical", order="shallow_first"):
     """The layers, counted from 1, whose adapters stage `stage` trains: those with l <= stage * n_layers / groups.
 
     groups: of the tower; `lora_groups` of the configuration for vision, TEXT_GROUPS for text. Stage 0 is the warm-up,
@@ -113,10 +117,14 @@ def adapted_layers(stage, n_layers, groups, mode="hierarchical"):
     else:
         # the largest l with l <= j L/G; the text tower, of one group, has all its layers from stage 1
         last = min(stage * n_layers // groups, n_layers)
+    if order == "at_once" and last:
+        last = n_layers
+    if order == "deep_first":
+        return list(range(n_layers - last + 1, n_layers + 1))
     return list(range(1, last + 1))
 
 
-def add_stage(blocks, stage, groups, rank=32, alpha=16, dropout=0.1, mode="hierarchical"):
+def add_stage(blocks, stage, groups, rank=32, alpha=16, dropout=0.1, mode="hierarchical", order="shallow_first"):
     """Give the transformer blocks (a list of modules with an `attn`) the adapters of one stage, in place.
 
     Call it for stage 1, 2, .. in turn. Afterwards exactly the pairs that this stage trains have requires_grad.
@@ -125,7 +133,7 @@ def add_stage(blocks, stage, groups, rank=32, alpha=16, dropout=0.1, mode="hiera
         if isinstance(module, LoRALinear):
             module.requires_grad_(False)  # what earlier stages trained
 
-    for layer in adapted_layers(stage, len(blocks), groups, mode):
+    for layer in adapted_layers(stage, len(blocks), groups, mode, order):
         attn = blocks[layer - 1].attn
         for name in TARGETS:
             linear = getattr(attn, name)

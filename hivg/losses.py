@@ -107,21 +107,12 @@ class LossWeights:
     rtcc_dice: float = 2.0
     mask_focal: float = 20.0
     mask_dice: float = 2.0
-    patch_box: float = 0.0  # the two hints, which are not in the paper
+    patch_box: float = 0.0  # ours: two hints for learning from little data
     reg_attention: float = 0.0
 
-    @property
-    def need_hints(self):
-        """Whether the model has to compute what the hints are about (`with_hints`)."""
-        return bool(self.patch_box or self.reg_attention)
 
-    @property
-    def leave_a_head_out(self):
-        """Whether a head of the model is without a loss, and so without gradients."""
-        has_box = self.box or self.giou or self.patch_box
-        has_rtcc = self.rtcc_focal or self.rtcc_dice
-        has_mask = self.mask_focal or self.mask_dice
-        return not (has_box and has_rtcc and has_mask)
+# What the drawn world is trained with: the paper's but for CLC, and the two hints
+DRAWN_WORLD = LossWeights(clc=0.1, patch_box=2.0, reg_attention=0.5)
 
 
 def grounding_losses(output, batch, logits_per_text, image_ids, weights: LossWeights, box_kind="smooth_l1"):
@@ -141,7 +132,7 @@ def grounding_losses(output, batch, logits_per_text, image_ids, weights: LossWei
         terms["clc"] = weights.clc * contrastive_loss(logits_per_text, image_ids)
 
     # RTCC: each patch should be similar to the text if, and only if, it lies in the box
-    if weights.rtcc_focal or weights.rtcc_dice or weights.need_hints:
+    if weights.rtcc_focal or weights.rtcc_dice or weights.patch_box or weights.reg_attention:
         side = round(output.token_similarity.shape[1] ** 0.5)  # the grid is square, as the letterbox is
         on_grid = box_on_grid(targets, (side, side), batch["images"].shape[-1])  # (B, P)
     if weights.rtcc_focal:

@@ -43,8 +43,8 @@ class EncoderLayer(nn.Module):
         self.rate = dropout
         self.dropout = nn.Dropout(dropout)
 
-    def start(self):
-        """The random start: Xavier-uniform, W ~ U(-b, b) with b = sqrt(6 / (in + out)), and no biases."""
+    def init_weights(self):
+        """Xavier-uniform, W ~ U(-b, b) with b = sqrt(6 / (in + out)); biases are zero."""
         for linear in (self.attn.q_proj, self.attn.k_proj, self.attn.v_proj):
             # as in DETR, TransVG and the released code q, k and v are one matrix, (3 D, D): b = sqrt(6 / (D + 3 D))
             nn.init.xavier_uniform_(linear.weight, gain=0.5**0.5)
@@ -83,8 +83,8 @@ class HiVGOutput:
     logits_per_text: torch.Tensor  # (B, B) scaled cosine of every expression with every image (CLC)
     text_features: torch.Tensor  # (B, E) pooled, not normalised
     image_features: torch.Tensor  # (B, E)
-    patch_boxes: torch.Tensor | None = None  # (B, P, 4) the box head on every patch, with hints
-    reg_attention: torch.Tensor | None = None  # (2, B, heads, P) log share of [REG]'s attention, with hints
+    patch_boxes: torch.Tensor | None = None  # (B, P, 4) the box head applied to every patch, on request
+    reg_attention: torch.Tensor | None = None  # (2, B, heads, P) log of [REG]'s attention in two layers, on request
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ class HiVGConfig:
     lora_alpha: float = 16
     lora_dropout: float = 0.1
     lora_groups: int = 3  # of the vision tower; the text tower is one group
+    lora_order: str = "shallow_first"  # or deep_first, at_once (lora.ORDERS)
     stage: int = 0  # Hi LoRA stages whose adapters are in place; 0 = warm-up
     normalization: str = "clip"  # mean and std of the images: clip, or imagenet (released checkpoints)
     text_padding: str = "masked"  # or released: the bridge masks nothing, the encoder all ids 0, see `find_text`
@@ -118,6 +119,8 @@ class HiVGConfig:
             raise ValueError(f"bridge must be one of {', '.join(KINDS)}, not {self.bridge!r:.60}")
         if self.lora not in lora.MODES:
             raise ValueError(f"lora must be one of {', '.join(lora.MODES)}, not {self.lora!r:.60}")
+        if self.lora_order not in lora.ORDERS:
+            raise ValueError(f"lora_order must be one of {', '.join(lora.ORDERS)}, not {self.lora_order!r:.60}")
         self.check_layers("text_layers", 1, self.clip.text_layers)
         self.check_layers("visual_levels", 1, self.clip.vision_layers)
         self.check_layers("bridge_blocks", 0, self.clip.vision_layers - 1)
@@ -178,7 +181,7 @@ class HiVG(nn.Module):
             self.bridges[str(block)] = Bridge(config.bridge, clip.text_width, len(config.text_layers),
                                               clip.vision_width, clip.vision_heads, clip.context_length,
                                               config.text_norm)
-        if config.bridge == "projected":
+        if config.bridge == "projected" and self.bridges:
             self.bridge_text_proj = nn.Linear(clip.embed_dim, clip.vision_width)
 
         # from the towers' widths to the encoder's
@@ -202,7 +205,7 @@ class HiVG(nn.Module):
         self.mask_convs = nn.ModuleList([nn.ConvTranspose2d(D, D, 2, stride=2, bias=False) for _ in range(3)])
 
         for layer in self.encoder:
-            layer.start()
+            layer.init_weights()
         for stage in range(1, config.stage + 1):
             self.add_stage(stage)
 
@@ -219,10 +222,11 @@ class HiVG(nn.Module):
             model.levels_proj.bias.zero_()
         return model
 
-    def forward(self, images, padding_mask, token_ids, with_mask=True, with_hints=False):
+    def forward(self, images, padding_mask, token_ids, with_mask=True, with_patch_boxes=False,
+                with_reg_attention=False):
         """images (B, 3, S, S) normalised letterboxes, padding_mask (B, S, S) bool, True = padding, token_ids (B, T)
-        long -> HiVGOutput. One image, (1, 3, S, S) with (1, S, S), may go with B texts: what does not depend on the
-        text is then computed once. with_mask: whether to compute the mask head. Raises ValueError for another S."""
+        long -> HiVGOutput. One image, (1, 3, S, S) with (1, S, S), may go with B texts: whatever does not depend on
+        the text is then computed once. with_*: whether the output has these fields. Raises ValueError for another S."""
         B = len(token_ids)
         size = self.config.clip.image_size
         if images.shape[-2:] != (size, size):
@@ -247,7 +251,7 @@ class HiVG(nn.Module):
 
         # Grounding encoder: [REG], visual and text tokens attend to each other
         is_visual = self.find_visual(padding_mask, grid).expand(B, -1)  # (B, N)
-        attention = [] if with_hints else None
+        attention = [] if with_reg_attention else None
         reg, patches, words = self.encode(visual, self.text_proj(text), is_visual, is_text, attention)
 
         # Heads: the box comes from [REG]; RTCC and the mask compare the patches with the end token, which has seen the
@@ -262,8 +266,9 @@ class HiVG(nn.Module):
         image_features = self.clip.visual.pool(visual_states[-1])  # (B, E)
         logits_per_text = similarity(text_features, image_features, self.clip.logit_scale)  # (B, B)
         output = HiVGOutput(boxes, token_similarity, mask_logits, logits_per_text, text_features, image_features)
-        if with_hints:  # for two losses of ours that a long training can do without (losses.py)
+        if with_patch_boxes:
             output.patch_boxes = self.box(patches)  # (B, P, 4)
+        if with_reg_attention:
             output.reg_attention = torch.stack(attention[-2:])  # (2, B, heads, P)
         return output
 
@@ -291,7 +296,7 @@ class HiVG(nn.Module):
         (B, T, E), the last one projected -> {block, from "0": (B, T, D_v)}."""
         levels = torch.stack([text_states[layer - 1] for layer in self.config.text_layers])  # (K, B, T, D_t)
         projected = None
-        if self.config.bridge == "projected":
+        if self.config.bridge == "projected" and self.bridges:
             projected = self.bridge_text_proj(text)  # (B, T, D_v), the same for every bridge
         return {block: bridge.keys(levels, projected) for block, bridge in self.bridges.items()}
 
@@ -381,7 +386,7 @@ class HiVG(nn.Module):
         c = self.config
         if stage != c.stage + 1:
             raise ValueError(f"after stage {c.stage} comes stage {c.stage + 1}, not {stage}")
-        settings = (c.lora_rank, c.lora_alpha, c.lora_dropout, c.lora)
+        settings = (c.lora_rank, c.lora_alpha, c.lora_dropout, c.lora, c.lora_order)
         lora.add_stage(self.clip.visual.blocks, stage, c.lora_groups, *settings)
         lora.add_stage(self.clip.text.blocks, stage, lora.TEXT_GROUPS, *settings)
         self.config = replace(c, stage=stage)
@@ -394,6 +399,15 @@ class HiVG(nn.Module):
         torch._dynamo.config.recompile_limit = 128
         for block in (*self.clip.visual.blocks, *self.clip.text.blocks, *self.encoder):
             block.compile()
+
+    def with_lora(self, mode, rank, alpha):
+        """Prepare a model without adapters for the stages of Hi LoRA, in place: `add_stage` adds the first. Raises
+        ValueError for a model that has adapters already."""
+        c = self.config
+        if c.stage:
+            raise ValueError(f"the model has adapters already ({c.lora}, stage {c.stage})")
+        self.config = replace(c, lora=mode, lora_rank=rank, lora_alpha=alpha)
+        return self
 
     def with_bridge(self, kind):
         """A new model with fresh bridges of this kind beside all there is in this one, which has none."""

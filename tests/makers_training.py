@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 import train
 from hivg.data.drawn.scenes import SPLITS
+from hivg.training import run
 from train import Settings
 
 NAMES = ["warmup", "lora1", "lora2", "lora3"]
@@ -71,9 +72,9 @@ class Killed(BaseException):
 
 def kill(monkeypatch, module, name, call):
     """Stop the process, as it were, when module.NAME is called for the call-th time; torch.save stops half way."""
-    owner = {"torch": torch, "os": os}.get(name.split(".")[0], module)
+    owner = {"torch": torch, "os": os, "Log": run}.get(name.split(".")[0], module)
     parts = name.split(".")
-    if owner is module:
+    if owner in (module, run):
         for part in parts[:-1]:
             owner = getattr(owner, part)
     function = getattr(owner, parts[-1])
@@ -93,12 +94,15 @@ def kill(monkeypatch, module, name, call):
 def flags(s, **changes):
     """The command line of these settings."""
     words = []
+    defaults = asdict(type(s)())
     for name, value in (asdict(s) | changes).items():
-        if value == getattr(type(s)(), name):
+        if value == defaults[name]:
             continue
         if isinstance(value, bool):
             words.append(f"--{'' if value else 'no-'}{name}")
         else:
+            if isinstance(value, dict):
+                value = tuple(f"{key}={number}" for key, number in value.items())
             words += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
     return words
 

@@ -177,11 +177,12 @@ def test_text_steers_the_image(kind):
 def test_what_follows_the_end_token_changes_nothing(kind):
     model = make_hivg(bridge=kind, stage=1)
     images, padding_mask, token_ids = make_batch()
-    before = model(images, padding_mask, token_ids, with_hints=True)
+    before = model(images, padding_mask, token_ids, with_patch_boxes=True, with_reg_attention=True)
     ends = token_ids.argmax(1, keepdim=True)
     behind = torch.arange(token_ids.shape[1]) > ends
     noise = torch.randint(0, 500, token_ids.shape, generator=torch.Generator().manual_seed(0))
-    after = model(images, padding_mask, torch.where(behind, noise, token_ids), with_hints=True)
+    token_ids = torch.where(behind, noise, token_ids)
+    after = model(images, padding_mask, token_ids, with_patch_boxes=True, with_reg_attention=True)
     for name in ("boxes", "token_similarity", "mask_logits", "logits_per_text", "patch_boxes"):
         assert_close(name, getattr(after, name), getattr(before, name), 1e-10)
 

@@ -11,7 +11,7 @@ from hivg.losses import LossWeights, patch_box_loss, reg_attention_loss
 def test_hints_are_extra(hivg, batch):
     """They change no other output, and are not computed unless they are asked for."""
     plain = hivg(*batch)
-    hinted = hivg(*batch, with_hints=True)
+    hinted = hivg(*batch, with_patch_boxes=True, with_reg_attention=True)
     assert plain.patch_boxes is None and plain.reg_attention is None
     for name in ("boxes", "token_similarity", "mask_logits", "logits_per_text"):
         assert torch.equal(getattr(plain, name), getattr(hinted, name)), name
@@ -27,7 +27,7 @@ def test_reg_attention_is_that_of_the_layer(batch):
     layer = model.encoder[-1]
     layer.attn.register_forward_hook(lambda module, args, kwargs, out: seen.update(args=args, **kwargs),
                                      with_kwargs=True)
-    output = model(*batch, with_hints=True)
+    output = model(*batch, with_patch_boxes=True, with_reg_attention=True)
     query, = seen["args"]  # the keys too
     attn = layer.attn
     q = attn.q_proj(query).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
@@ -89,7 +89,4 @@ def test_reg_attention_of_a_target_that_is_padding():
 
 
 def test_hints_are_off_for_the_paper():
-    assert not LossWeights().need_hints and LossWeights(reg_attention=1).need_hints
-    assert not LossWeights().leave_a_head_out
-    assert LossWeights(mask_focal=0, mask_dice=0).leave_a_head_out
-    assert not LossWeights(mask_focal=0).leave_a_head_out
+    assert LossWeights().patch_box == LossWeights().reg_attention == 0

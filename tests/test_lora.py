@@ -10,7 +10,7 @@ import torch.nn as nn
 from makers import assert_close, make_batch, make_hivg, randomise
 
 from hivg.clip import Block
-from hivg.lora import MODES, TARGETS, LoRALinear, adapted_layers, add_stage, merge
+from hivg.lora import MODES, ORDERS, TARGETS, LoRALinear, adapted_layers, add_stage, merge
 from hivg.losses import LossWeights, grounding_losses
 
 
@@ -147,6 +147,16 @@ def test_which_layers_hold_which_pairs(n_layers, groups, last, mode):
                 assert not isinstance(module, LoRALinear) or name.removeprefix("attn.") in TARGETS, name
 
 
+def test_orders_of_the_layers():
+    for stage in (1, 2, 3):
+        shallow = adapted_layers(stage, 12, 3)
+        assert adapted_layers(stage, 12, 3, order="deep_first") == sorted(13 - layer for layer in shallow)
+        assert adapted_layers(stage, 12, 3, order="at_once") == list(range(1, 13))
+    for order in ORDERS:
+        assert adapted_layers(1, 4, 1, order=order) == [1, 2, 3, 4]  # the text tower is one group
+        assert adapted_layers(0, 12, 3, order=order) == adapted_layers(1, 12, 3, "none", order) == []
+
+
 @pytest.mark.parametrize("mode", ["Hierarchical", "", "all"])
 def test_unknown_mode(mode):
     with pytest.raises(ValueError, match="hierarchical, shared, vanilla, none"):
@@ -201,9 +211,9 @@ def test_the_settings_reach_the_adapters():
 def test_new_stage_changes_no_prediction(batch):
     model = make_hivg(stage=0)
     for stage in (1, 2, 3):
-        before = model(*batch, with_hints=True)
+        before = model(*batch, with_patch_boxes=True, with_reg_attention=True)
         model.add_stage(stage)
-        after = model(*batch, with_hints=True)
+        after = model(*batch, with_patch_boxes=True, with_reg_attention=True)
         for name in ("boxes", "token_similarity", "mask_logits", "logits_per_text", "patch_boxes"):
             assert_close(f"{name}, stage {stage}", getattr(after, name), getattr(before, name), 1e-10)
         randomise(model, stage)

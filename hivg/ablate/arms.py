@@ -1,18 +1,12 @@
-"""The arms of the ablation: a model each, what is different in it, and the claim that it tests.
+"""The arms of the ablation: each is a model to train, what differs in it, and the claim it tests.
 
-Most arms are settings of train.py or fields of HiVGConfig. A few are tricks, patched in for the time of one run
-because nobody should train with them: neither the model nor train.py knows of them.
+An arm is settings of train.py and fields of HiVGConfig. Two things that nobody should train with are neither: they are
+TRICKS, done to the model at the start of each stage.
 """
 
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from unittest.mock import patch
 
-import train  # the training loop, in the folder that this is run from
-from hivg import lora
-from hivg.bridge import Bridge
-from hivg.data.batches import STAGE_ITEMS
-from hivg.losses import LossWeights
+from hivg.losses import DRAWN_WORLD
 
 CLAIMS = {  # name -> the claim as the paper, its program or a reader makes it
     "bridge": "the cross-modal bridge helps, and because of the text in it",
@@ -36,7 +30,7 @@ class Arm:
     differs: str  # in words
     settings: dict = field(default_factory=dict)  # of train.py
     config: dict = field(default_factory=dict)  # fields of HiVGConfig that train.py has no flag for
-    trick: str = ""  # of TRICKS
+    trick: str = ""  # a name in TRICKS
     against: str = "base"
 
     @property
@@ -48,9 +42,13 @@ class Arm:
         """All that makes the arm what it is, for the results file."""
         return {"settings": self.settings, "config": self.config, "trick": self.trick}
 
+    def prepare(self, model):
+        """Do the arm's trick to a model, in place."""
+        TRICKS[self.trick](model)
+
 
 def loss_weights(**changes):
-    return {"loss_weights": tuple(vars(replace(LossWeights(*train.HINTED), **changes)).values())}
+    return {"loss_weights": vars(replace(DRAWN_WORLD, **changes))}
 
 
 LAST = {"text_layers": (4,)}
@@ -81,10 +79,10 @@ ARMS = [
     Arm("lora shared", "Hi LoRA", "one pair a layer, added in stages, as released", {"lora": "shared"}),
     Arm("lora vanilla", "Hi LoRA", "all adapters at once, in one stage of as many epochs", {"lora": "vanilla"}),
     Arm("lora at once", "Hi LoRA", "all adapters from the first of the three stages on, through the same stages",
-        {"lora": "shared"}, trick="all at once", against="lora shared"),
+        {"lora": "shared"}, {"lora_order": "at_once"}, against="lora shared"),
     Arm("lora vanilla, wide", "Hi LoRA", "all at once, rank 38: as many parameters", VANILLA_WIDE),
     Arm("lora none", "Hi LoRA", "no adapters, one stage of as many epochs", {"lora": "none"}),
-    Arm("lora deep first", "Hi LoRA", "stages from deep to shallow", trick="deep first"),
+    Arm("lora deep first", "Hi LoRA", "stages from deep to shallow", config={"lora_order": "deep_first"}),
     Arm("no CLC", "losses", "without the contrastive loss", loss_weights(clc=0.0)),
     Arm("no RTCC", "losses", "without the region-text loss", loss_weights(rtcc_focal=0.0, rtcc_dice=0.0)),
     Arm("no mask", "losses", "without the mask losses", loss_weights(mask_focal=0.0, mask_dice=0.0)),
@@ -96,10 +94,10 @@ ARMS = [
     Arm("mixed, all", "batch mixing", "all four text layers", ALL, AS_RELEASED, trick="mix the batch", against="mixed"),
     Arm("mixed, all, no norm", "batch mixing", "no norm", ALL | NO_NORM, AS_RELEASED, trick="mix the batch",
         against="mixed, all"),
-    Arm("CLIP trained", "fine-tuning", "all of CLIP is trained, from the first step", {"lora": "none"},
-        trick="train CLIP", against="lora none"),
+    Arm("CLIP trained", "fine-tuning", "all of CLIP is trained, from the first step",
+        {"lora": "none", "clip_rate": 1.0}, against="lora none"),
     Arm("CLIP trained slowly", "slow fine-tuning", "all of CLIP is trained, at a tenth of the rate of what is new",
-        {"lora": "none"}, trick="train CLIP slowly", against="lora none"),
+        {"lora": "none", "clip_rate": 0.1}, against="lora none"),
 ]
 BY_NAME = {arm.name: arm for arm in ARMS}
 COMPARED = [  # every arm but the base with the arm it differs from, and two with another besides
@@ -111,92 +109,22 @@ COMPARED = [  # every arm but the base with the arm it differs from, and two wit
 
 # ---- tricks
 
-bridge_forward = Bridge.forward
-begin_stage = train.begin_stage
-first_config = train.first_config
-make_optimizers = train.make_optimizers
-training_batches = train.training_batches
+def mix_the_batch(model):
+    """As the released program: keys made as (T, B, D_v) are read as (B, T, D_v), so with 77 positions and 32 samples
+    each sample looks at two or three positions of every text of the batch. There is no mask."""
+
+    def mixed(bridge, args):
+        x, keys, _ = args  # what Bridge.forward takes
+        B, T, D_v = keys.shape
+        return x, keys.transpose(0, 1).reshape(B, T, D_v), None
+
+    for bridge in model.bridges.values():
+        bridge.register_forward_pre_hook(mixed)
 
 
-def mixed_forward(bridge, x, keys, is_key=None):
-    """Bridge.forward as released: keys that were made as (T, B, D_v) are read as (B, T, D_v), so with 77 positions and
-    32 samples each looks at two or three positions of every text of the batch; there is no mask."""
-    B, T, D_v = keys.shape
-    return bridge_forward(bridge, x, keys.transpose(0, 1).reshape(B, T, D_v))
-
-
-def deep_first(stage, n_layers, groups, mode="hierarchical"):
-    """`lora.adapted_layers` from the other end: the layers with l > L - j L/G."""
-    first = n_layers - min(stage * n_layers // groups, n_layers)
-    return list(range(first + 1, n_layers + 1))
-
-
-def all_at_once(stage, n_layers, groups, mode="hierarchical"):
-    """`lora.adapted_layers` without groups: every stage trains the adapters of all layers."""
-    return list(range(1, n_layers + 1))
-
-
-def begin_with_zero_weights(*args):
-    model, best = begin_stage(*args)
+def zero_weights(model):
     for bridge in model.bridges.values():
         bridge.adaptive_weights.requires_grad_(False)  # they start at zero
-    return model, best
 
 
-def begin_with_clip_trained(*args):
-    model, best = begin_stage(*args)
-    model.clip.requires_grad_(True)
-    return model, best
-
-
-def optimizers_with_slow_clip(model, *args):
-    """`make_optimizers`, in each of which CLIP's own weights are a group of their own."""
-    optimizers = make_optimizers(model, *args)
-    of_clip = set(model.clip.parameters())
-    for optimizer in optimizers:
-        [group] = optimizer.param_groups
-        slow = [p for p in group["params"] if p in of_clip]
-        group["params"] = [p for p in group["params"] if p not in of_clip]
-        optimizer.add_param_group({"params": slow, "share": 0.1})
-    return optimizers
-
-
-def set_shares_of_rate(optimizers, lr):
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("share", 1)
-
-
-TRAIN_CLIP = (train, "begin_stage", begin_with_clip_trained)
-TRICKS = {  # name -> what is replaced: (object, attribute, by what)
-    "": (),
-    "mix the batch": ((Bridge, "forward", mixed_forward),),
-    "deep first": ((lora, "adapted_layers", deep_first),),
-    "all at once": ((lora, "adapted_layers", all_at_once),),
-    "zero weights": ((train, "begin_stage", begin_with_zero_weights),),
-    "train CLIP": (TRAIN_CLIP,),
-    "train CLIP slowly": (TRAIN_CLIP, (train, "make_optimizers", optimizers_with_slow_clip),
-                          (train, "set_learning_rate", set_shares_of_rate)),
-}
-
-
-@contextmanager
-def patched(arm, settings):
-    """The time in which train.py and the model are as this arm has them, and every arm sees the same expressions in
-    the same order: without this, each stage would start at a place of its own in the endless data."""
-
-    def config_of_arm(*args):
-        return replace(first_config(*args), **arm.config)
-
-    def same_order(dataset, first_item, *others, **options):
-        number = first_item // STAGE_ITEMS  # of the stage: train.py counts so
-        epochs_before = sum(stage.epochs for stage in train.stages(settings)[:number])
-        first_item = epochs_before * settings.epoch_samples // dataset.rows
-        return training_batches(dataset, first_item, *others, **options)
-
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(train, "first_config", config_of_arm))
-        stack.enter_context(patch.object(train, "training_batches", same_order))
-        for owner, name, replacement in TRICKS[arm.trick]:
-            stack.enter_context(patch.object(owner, name, replacement))
-        yield
+TRICKS = {"": lambda model: None, "mix the batch": mix_the_batch, "zero weights": zero_weights}

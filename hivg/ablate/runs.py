@@ -18,7 +18,7 @@ import torch
 
 import train
 from hivg import weights
-from hivg.ablate.arms import BY_NAME, patched
+from hivg.ablate.arms import BY_NAME
 from hivg.boxes import box_on_grid
 from hivg.data.batches import ShapesTensors, evaluation_batches, to_device
 from hivg.evaluate.metrics import accuracy, mean
@@ -89,12 +89,12 @@ def run_one(arm, budget, lr, seed, results_file=RESULTS):
     settings = settings_of(arm, budget, lr, seed)
     resume = can_resume(settings)
     row = {"arm": arm.name, "budget": budget, "lr": lr, "seed": seed, **arm.definition(), "version": code_version()}
-    with patched(arm, settings):
-        row |= {"expressions": sum(stage.epochs for stage in train.stages(settings)) * settings.epoch_samples}
-        try:
-            row |= results(settings, train.train(replace(settings, resume=resume)))
-        except Diverged as error:
-            row |= {"diverged": str(error), "val": {"diverged": 0.0}}  # so that another rate is chosen
+    row["expressions"] = sum(stage.epochs for stage in train.stages(settings)) * settings.epoch_samples
+    hooks = train.Hooks(arm.config, arm.prepare, one_stream=True)  # every arm sees the same data in the same order
+    try:
+        row |= results(arm, settings, train.train(replace(settings, resume=resume), hooks))
+    except Diverged as error:
+        row |= {"diverged": str(error), "val": {"diverged": 0.0}}  # so that another rate is chosen
     row["minutes"] = None if resume else round((time.monotonic() - start) / 60, 2)
     append(results_file, row)
     shutil.rmtree(RUNS / settings.name)
@@ -108,12 +108,13 @@ def append(path, row):
         file.write("\n" * is_cut + json.dumps(row) + "\n")
 
 
-def results(settings, path):
+def results(arm, settings, path):
     """All that is kept of a trained run. path: of its last stage's weights."""
     device = choose_device("auto")
     row = {"parameters": {}, "val": {}, "attention": {}}
     for stage in train.stages(settings):
         model = weights.load_hivg(path.with_name(f"{stage.name}.safetensors"))
+        arm.prepare(model)
         row["val"][stage.name] = round(model.info["accuracy"], 4)
         row["attention"][stage.name] = attention(model, device)
         row["parameters"][stage.name] = sum(p.numel() for p in model.parameters())
@@ -163,7 +164,7 @@ def attention(model, device):
     on_target = []
     for batch in first_batches(model, 64):
         batch = to_device(batch, model.tokenizer, device)
-        output = model(batch["images"], batch["padding_mask"], batch["token_ids"], with_hints=True)
+        output = model(batch["images"], batch["padding_mask"], batch["token_ids"], with_reg_attention=True)
         shares = output.reg_attention[-1].exp().mean(1)  # (B, P)
         shares = shares / shares.sum(1, keepdim=True)
         wanted = box_on_grid(batch["boxes"], (model.side, model.side), model.config.clip.image_size)  # (B, P)

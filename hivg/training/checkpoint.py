@@ -93,9 +93,9 @@ def restore(state, model, optimizers, log):
 
     model: as its stage starts. Raises ValueError for a state of another number of processes.
     """
-    if len(state["random"]) != distributed.world():
+    if len(state["random"]) != distributed.world_size():
         raise ValueError(f"this run was trained by {len(state['random'])} process(es) and is resumed by "
-                         f"{distributed.world()}; resume it with as many as before")
+                         f"{distributed.world_size()}; resume it with as many as before")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if trained.keys() != state["trained"].keys():
         raise ValueError("the state is of a model with other trained parameters; train again under another --name")

@@ -1,4 +1,4 @@
-"""Data parallelism: the few calls that the training needs, each a plain identity when there is one process.
+"""Data parallelism: the few calls that training needs. With one process each of them does nothing.
 
 Started by torchrun, every process (rank) takes its share of each batch. Gradients are averaged by
 DistributedDataParallel; the contrastive loss sees the features of all ranks.
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 
-def start(device):
+def init(device):
     """Join the other processes if torchrun started this one -> the device of this one."""
     is_alone = "RANK" not in os.environ
     if device.type == "cuda" and not is_alone:
@@ -28,37 +28,32 @@ def start(device):
     return device
 
 
-def stop():
-    """Leave the other processes, when all work is done and what `wrap` returned is gone.
+def destroy():
+    """Leave the other processes, once all work is done and what `wrap` returned is gone.
 
-    This ends the threads of gloo. One that still lets go of a tensor while Python ends aborts the process, after all of
-    its work: one run in fourteen, on a busy machine.
+    This ends gloo's threads. One that still frees a tensor while Python exits aborts the process after all its work:
+    one run in fourteen on a busy machine.
     """
-    if has_started():
+    if is_initialized():
         dist.destroy_process_group()
 
 
-def has_started():
+def is_initialized():
     return dist.is_available() and dist.is_initialized()
 
 
 def rank():
-    return dist.get_rank() if has_started() else 0
+    return dist.get_rank() if is_initialized() else 0
 
 
-def world():
-    return dist.get_world_size() if has_started() else 1
-
-
-def place():
-    """-> rank, world: the number of this process, and how many there are."""
-    return rank(), world()
+def world_size():
+    return dist.get_world_size() if is_initialized() else 1
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(world())]
+        parts = [torch.empty_like(x) for _ in range(world_size())]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
@@ -66,34 +61,34 @@ class _Gather(torch.autograd.Function):
     def backward(ctx, gradient):
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)  # every rank's loss depends on this rank's x
-        return gradient.chunk(world())[rank()]
+        return gradient.chunk(world_size())[rank()]
 
 
 def gather(x):
-    """(B, ..) on every rank -> (world * B, ..), in the order of the ranks. Gradients flow back to every rank; every
-    rank must have the same B."""
-    return _Gather.apply(x) if world() > 1 else x
+    """(B, ..) on every rank -> (world_size * B, ..), in the order of the ranks. Gradients flow back to every rank. All
+    ranks must have the same B."""
+    return _Gather.apply(x) if world_size() > 1 else x
 
 
 def gather_rows(rows):
     """The lists of all ranks, joined in the order of the ranks."""
-    if world() == 1:
+    if world_size() == 1:
         return rows
-    lists = [None] * world()
+    lists = [None] * world_size()
     dist.all_gather_object(lists, rows)
     return sum(lists, [])
 
 
-def mean_of(parts):
+def mean(parts):
     """Dicts {name: scalar tensor} of the parts of a step -> one such dict, averaged over the parts and the ranks."""
     names = list(parts[0])
     rows = []
     for part in parts:
         rows.append(torch.stack([part[name].detach().float() for name in names]))
     values = torch.stack(rows).mean(0)  # (names,)
-    if world() > 1:
+    if world_size() > 1:
         dist.all_reduce(values)
-        values = values / world()
+        values = values / world_size()
     return dict(zip(names, values))
 
 
@@ -105,24 +100,24 @@ def seed_rank():
 
 def any_rank(flag, device):
     """True on every rank if `flag` is true on one, so that all save at the same step."""
-    if world() == 1:
+    if world_size() == 1:
         return flag
     flag = torch.tensor(float(flag), device=device)
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
 
 
-def wait():
-    if world() > 1:
+def barrier():
+    if world_size() > 1:
         dist.barrier()
 
 
 def wrap(module, find_unused=False):
     """The module as it is with one process; with several, wrapped so that their gradients are averaged."""
-    return DistributedDataParallel(module, find_unused_parameters=find_unused) if world() > 1 else module
+    return DistributedDataParallel(module, find_unused_parameters=find_unused) if world_size() > 1 else module
 
 
-def averaged(module, is_last):
-    """The context of a forward of `wrap`'s module. The gradients of a step's parts add up on each rank; the backward of
-    the last part averages them over the ranks."""
-    return nullcontext() if is_last or world() == 1 else module.no_sync()
+def no_sync(module, is_last):
+    """The context for the forward of one part of a step. The gradients of the parts add up on each rank; only the
+    backward of the last part averages them over the ranks."""
+    return nullcontext() if is_last or world_size() == 1 else module.no_sync()

@@ -66,30 +66,39 @@ def orthogonalise(x, steps=5):
     return x.mT if tall else x
 
 
-def make_optimizers(model, kind, weight_decay):
+def make_optimizers(model, kind, weight_decay, rate_of=None):
     """The optimizers of all trained parameters of a model, a list.
 
     kind: "adamw" for all parameters, as in the paper; or "muon" (Jordan et al. 2024), which makes the update of a
     matrix orthogonal, for the weights of linear layers and adapters, and AdamW for the rest. Muon's updates are scaled
-    to the size of AdamW's, so both take the same learning rate.
+    to the size of AdamW's, so both take the same learning rate. rate_of: {parameter: its share of the learning rate},
+    1 for those that are not in it.
     """
+    rate_of = rate_of or {}
+
+    def groups(parameters):
+        by_rate = {}
+        for p in parameters:
+            by_rate.setdefault(rate_of.get(p, 1.0), []).append(p)
+        return [{"params": parameters, "rate": rate} for rate, parameters in by_rate.items()]
+
     trained = [p for p in model.parameters() if p.requires_grad]
     if kind == "adamw":
-        return [torch.optim.AdamW(trained, weight_decay=weight_decay, fused=True)]
+        return [torch.optim.AdamW(groups(trained), weight_decay=weight_decay, fused=True)]
     linear = set()
     for module in model.modules():
         if isinstance(module, (torch.nn.Linear, LoRALinear)):
             linear.update(module.parameters())
     matrices = [p for p in trained if p in linear and p.ndim == 2]
     rest = [p for p in trained if p not in linear or p.ndim != 2]
-    return [Muon(matrices, weight_decay=weight_decay),
-            torch.optim.AdamW(rest, weight_decay=weight_decay, fused=True)]
+    return [Muon(groups(matrices), weight_decay=weight_decay),
+            torch.optim.AdamW(groups(rest), weight_decay=weight_decay, fused=True)]
 
 
 def set_learning_rate(optimizers, lr):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["rate"]
 
 
 def step_optimizers(optimizers):
@@ -97,6 +106,16 @@ def step_optimizers(optimizers):
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+
+def clip_and_step(model, optimizers, clip_grad, values, where=None):
+    """Clip the gradients to the norm `clip_grad` and step -> their norm before, a scalar tensor. where: the step in
+    words, to check the loss and this norm first (`check_finite`), for which a GPU has to wait; None to skip that."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+    if where:
+        check_finite(where, values, norm)
+    step_optimizers(optimizers)
+    return norm
 
 
 class Diverged(ValueError):

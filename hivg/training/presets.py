@@ -22,13 +22,15 @@ Expect (Acc@0.5, paper, from a CLIP fine-tuned on COCO detection; from OpenAI's 
 has been run.
 """
 
-from dataclasses import astuple
+from dataclasses import fields
 
+from hivg.clip import CLIP_SIZES
 from hivg.losses import LossWeights
+from hivg.training.stages import hivg_config
 
-# The released program clips no gradient and has no warm-up steps; nor do these.
-PAPER = dict(optimizer="adamw", clip_grad=float("inf"), warmup_steps=0, lora_rank=32, lora_alpha=16.0,
-             box_loss="smooth_l1", loss_weights=astuple(LossWeights()))
+# As the released program: no gradient clipping, no warm-up steps, plain L1 (the paper: smooth L1), no level norm.
+PAPER = dict(optimizer="adamw", clip_grad=float("inf"), warmup_steps=0, lora_rank=32, lora_alpha=16.0, box_loss="l1",
+             level_norm=False, loss_weights=LossWeights())
 # stages: warm-up, Hi LoRA 1, 2, 3
 BASE = PAPER | dict(clip="weights/ViT-B-16.pt", epochs=(60, 20, 20, 20), lr=(2.5e-4, 1e-4, 5e-5, 2.5e-5),
                     batch_size=140, accumulate=(4, 3, 3, 2))
@@ -58,9 +60,33 @@ PRESETS = {
 
 
 def preset_of(name):
-    """The settings of a row, {setting: value}, its name that of the run; none for "". Raises ValueError."""
-    if not name:
-        return {}
+    """The settings of a row, {setting: value}, and its name as that of the run. Raises ValueError."""
     if name not in PRESETS:
-        raise ValueError(f"no preset is called {name!r:.40}; there are {', '.join(PRESETS)}")
+        raise ValueError(f"--preset: {name!r:.40} is none of {', '.join(PRESETS)}")
     return PRESETS[name] | {"name": name}
+
+
+def finetune_defaults(path, lora):
+    """The defaults of --finetune PATH, a stage as it is or, with --lora, the stages that add adapters. The tiny model
+    keeps train.py's own, which suit the drawn world; any other gets the paper's. Raises WeightsError."""
+    n_stages = 3 if lora in ("hierarchical", "shared") else 1
+    defaults = {"lora": "none", "epochs": (1,) * n_stages, "lr": (3e-3,) * n_stages}
+    if hivg_config(path).clip.vision_layers != CLIP_SIZES["tiny"].vision_layers:
+        defaults |= PAPER | {"lr": (2.5e-5,) * n_stages}  # the rate of the paper's last stage
+    return defaults
+
+
+def defaults_of(given, settings):
+    """The defaults that --preset and --finetune bring along. given: {flag: value}. settings: the class of the settings.
+    Raises ValueError."""
+    defaults = {}
+    if given.get("finetune"):
+        new = [f.name for f in fields(settings) if f.metadata["of_model"] and f.name in given]
+        if new:
+            raise ValueError(f"--finetune keeps the model of its file; leave out --{', --'.join(new)}")
+        defaults = finetune_defaults(given["finetune"], given.get("lora", "none"))
+    if given.get("preset"):
+        preset = preset_of(given["preset"])
+        own = ("epochs", "lr", "accumulate", "lora") if defaults else ()  # schedules of a preset are for all its stages
+        defaults |= {name: value for name, value in preset.items() if name not in own}
+    return defaults

@@ -1,7 +1,7 @@
 """Make the tiny CLIP that the bundled HiVG starts from: contrastive pre-training on images and texts of `shapes`.
 
     python -m hivg.training.pretrain                         runs/clip/clip.safetensors
-    python -m hivg.training.pretrain --name NAME --resume    resume after an interruption, on a CPU bit for bit
+    python -m hivg.training.pretrain --name NAME --resume    resume after an interruption, bit for bit on a CPU
     python train.py --clip runs/clip/clip.safetensors        train HiVG on it
 
 This is not in the paper, which starts from OpenAI's CLIP. Three contrasts are learned, without any box:
@@ -17,9 +17,8 @@ The third teaches the text tower all words of the expressions, and the patches w
 rank, what they are next to.
 """
 
-import time
+import math
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -32,45 +31,27 @@ from hivg.data.drawn.scenes import Shapes
 from hivg.losses import contrastive_loss
 from hivg.tokenizer import Tokenizer, learn_merges
 from hivg.training import distributed
-from hivg.training.checkpoint import open_run, restore, save_state
-from hivg.training.log import Log
-from hivg.training.optimizers import check_finite, learning_rate, make_optimizers, set_learning_rate, step_optimizers
-from hivg.training.settings import RUNS, check_settings, setting, settings_from_flags
-from hivg.utils.cli import DTYPES, choose_device, choose_dtype, run
+from hivg.training.checkpoint import restore
+from hivg.training.optimizers import clip_and_step, learning_rate, make_optimizers, set_learning_rate
+from hivg.training.run import Run
+from hivg.training.settings import RunSettings, setting, settings_from_flags
+from hivg.utils.cli import run
 
-N_MERGES = 512  # of the tokenizer: enough for a token to every word of `shapes`
+N_MERGES = 512  # of the tokenizer: enough to give every word of `shapes` a token
 SHARPNESS = 20.0  # of the soft maximum over the patches
 
 
 @dataclass
-class Settings:
-    """Every setting is a flag of the same name."""
+class Settings(RunSettings):
+    """Every setting is a flag of the same name. Those that every training has are in RunSettings."""
 
     name: str = setting("clip", "the run's folder under runs/", group="The run")
-    resume: bool = setting(False, "continue an interrupted run from its last state", resumable=True)
-    save_minutes: float = setting(2.0, "minutes of work that an interruption may cost", low=0, high=1e4, resumable=True)
-    seed: int = setting(0, "seed of all random numbers", low=0, high=2**31)
-    workers: int = setting(-1, "processes that draw the images; -1: by the machine", low=-1, high=256, resumable=True)
-
-    epochs: int = setting(6, "epochs", low=1, high=10**6, group="Optimization")
+    epochs: int = setting(6, "number of epochs", low=1, high=10**6, group="Optimization")
     epoch_samples: int = setting(8192, "images in an epoch", low=1, high=10**9)
     val_images: int = setting(1984, "images to validate on, in batches of 64", low=64, high=10**9)
     batch_size: int = setting(32, "images in a batch, over all processes; even, for twins", low=2, high=10**6)
-    optimizer: str = setting("muon", "muon for matrices and adamw for the rest, or adamw for all",
-                             choices=("muon", "adamw"))
     lr: float = setting(3e-3, "peak learning rate", low=0, high=1e30)
-    adamw_share: float = setting(1 / 3, "the learning rate of AdamW beside Muon, as a share of it", low=0, high=10)
-    warmup_steps: int = setting(100, "steps in which the learning rate rises", low=0, high=10**9)
-    weight_decay: float = setting(1e-4, "of both optimizers", low=0, high=1)
-    clip_grad: float = setting(1.0, "largest norm of the gradient", low=1e-12, high=float("inf"))
-
-    device: str = setting("auto", "auto, cpu or cuda", group="Machine", resumable=True)
-    dtype: str = setting("auto", "type of the matrix products; auto: bfloat16 where the machine is fast at it",
-                         choices=DTYPES)
-    compile: bool = setting(False, "speed the model up with torch.compile")
-
-    def __post_init__(self):
-        check_settings(self)
+    adamw_share: float = setting(1 / 3, "AdamW's learning rate as a share of Muon's", low=0, high=10)
 
 
 # ---- data
@@ -128,7 +109,8 @@ def encode_phrases(clip, phrase_ids, is_phrase):
 
 
 def mean_count(rows):
-    """How many rows the ranks have on average: sums divided by it average over all rows, wherever they are."""
+    """How many rows a rank has on average. A rank's sum divided by it, averaged over the ranks, is the mean over all
+    rows."""
     count = torch.tensor([float(len(rows))], device=rows.device)
     return distributed.gather(count).mean()
 
@@ -218,65 +200,56 @@ def validate(criterion, s: Settings, device):
 
 def pretrain(s: Settings):
     """The whole pre-training -> the file of the best weights."""
-    run = RUNS / s.name
-    path = run / "clip.safetensors"
-    device = distributed.start(choose_device(s.device))
-    dtype = choose_dtype(s.dtype, device)
-    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
-    saved, lock = open_run(run, s.resume)  # the lock is held as long as it is kept
-    log = Log(run, saved)
-    log.message(f"pre-training on {device}, {distributed.world()} process(es), products in {dtype}")
+    run = Run(s, "pre-training")
+    device, log, saved = run.device, run.log, run.saved
+    path = run.folder / "clip.safetensors"
 
     torch.manual_seed(s.seed)
     model = new_clip(s.seed).to(device).train()
     optimizers = make_optimizers(model, s.optimizer, s.weight_decay)
-    steps_per_epoch = max(1, s.epoch_samples // s.batch_size)
+    for group in [group for optimizer in optimizers[1:] for group in optimizer.param_groups]:
+        group["rate"] = s.adamw_share  # of AdamW beside Muon
+    steps_per_epoch = math.ceil(s.epoch_samples / s.batch_size)
     steps = s.epochs * steps_per_epoch
     first = 0
     best = -1.0
     if saved:
         first, best = restore(saved, model, optimizers, log)
     dataset = Pairs(model.config.image_size, s.seed)
-    batches = training_batches(dataset, 0, s.batch_size, steps, first, s.workers, *distributed.place(), device,
-                               model.tokenizer)
+    batches = training_batches(dataset, 0, s.batch_size, steps, first, s.workers, distributed.rank(),
+                               distributed.world_size(), device, model.tokenizer)
     if not saved:
-        save_state(run, s, 0, 0, best, model, optimizers, log)  # so that every run can be resumed
+        run.save(0, 0, best, model, optimizers)  # so that every run can be resumed
     bare = ContrastiveCriterion(model)
     criterion = distributed.wrap(bare)
     if s.compile:
         model.visual.compile()
         model.text.compile()
-    saved_at = time.monotonic()
     for step in range(first, steps):
         lr = learning_rate(step, steps, s.lr, s.warmup_steps)
         set_learning_rate(optimizers, lr)
-        set_learning_rate(optimizers[1:], lr * s.adamw_share)  # AdamW beside Muon
         batch = to_device(next(batches), model.tokenizer, device)
-        with autocast():
+        with run.autocast():
             terms = criterion(batch)
         meant = terms.pop("meant")
         meant = meant.sum() / mean_count(meant)
         loss = sum(terms.values())
         loss.backward()
-        values = distributed.mean_of([{"loss": loss, **terms, "meant": meant}])
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip_grad)
-        check_finite(f"step {step + 1} of the pre-training", values, norm)
-        step_optimizers(optimizers)
+        values = distributed.mean([{"loss": loss, **terms, "meant": meant}])
+        norm = clip_and_step(model, optimizers, s.clip_grad, values, f"step {step + 1} of the pre-training")
         log.step("pretrain", step + 1, steps, lr, values | {"gradient_norm": norm})
 
         end_of_epoch = (step + 1) % steps_per_epoch == 0
         if end_of_epoch:
-            with autocast():
+            with run.autocast():
                 scores = validate(bare, s, device)
             if scores["accuracy"] >= best:
                 best = scores["accuracy"]
                 if distributed.rank() == 0:
                     weights.save(path, model, {"stage": "pretrain", **scores})
             log.epoch("pretrain", step + 1, (step + 1) // steps_per_epoch, scores, best)
-        due = end_of_epoch or time.monotonic() - saved_at > 60 * s.save_minutes
-        if distributed.any_rank(due, device):
-            save_state(run, s, 0, step + 1, best, model, optimizers, log)
-            saved_at = time.monotonic()
+        if run.save_is_due(end_of_epoch):
+            run.save(0, step + 1, best, model, optimizers)
     return path
 
 
@@ -284,7 +257,7 @@ def main():
     path = pretrain(settings_from_flags(Settings, __doc__))
     if distributed.rank() == 0:
         print(path)
-    distributed.stop()
+    distributed.destroy()
 
 
 if __name__ == "__main__":

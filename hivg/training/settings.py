@@ -1,94 +1,124 @@
-"""Settings that are flags: a setting is declared once, with its default, a sentence of help, its choices or its range.
+"""Settings that are flags: each is declared once, with its default, its help, and its choices or range.
 
     @dataclass
-    class Settings:
-        batch_size: int = setting(32, "images in a batch", low=1, high=4096, group="optimization")
+    class Settings(RunSettings):
+        patience: int = setting(3, "epochs without progress before it stops", low=1, group="Optimization")
 
-    s = settings_from_flags(Settings, __doc__)   # --batch_size 64; --help prints them by group
+    s = settings_from_flags(Settings, __doc__)   # --patience 5; --help prints the flags by group
 """
 
 import argparse
-from dataclasses import MISSING, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import get_args
 
 from hivg.training.checkpoint import load_state
-from hivg.utils.cli import Parser
+from hivg.utils.cli import DTYPES, Parser
 
 RUNS = Path("runs")  # every run has a folder in here, named by its --name
+GROUPS = ("The run", "Data", "Model", "Optimization", "Machine")  # the headings of --help, in their order
 
 
-def setting(default, text, *, choices=None, low=None, high=None, length=None, group=None, resumable=False,
-            of_model=False):
+def setting(default, text, *, group=None, choices=None, low=None, high=None, resumable=False, of_model=False):
     """A field of a settings dataclass.
 
-    default: its value when the flag is not given; the type of the field says what the flag takes. text: its help.
-    choices: the only values allowed. low, high: the range of a number, or of each number of a tuple, both included.
-    length: how many numbers a tuple must have.
-    group: the heading in --help from this setting on. resumable: a resumed run may change it. of_model: a property of a
-    new model, which a model loaded from a file brings with it.
+    default: its value without the flag. Where that is a dataclass, the flag takes NAME=VALUE pairs for its fields.
+    text: the help. group: one of GROUPS, from this setting on. choices: the only values allowed. low, high: the range
+    of a number, or of each of several, both included. resumable: --resume may change it. of_model: a property of a new
+    model, so it does not go with --finetune.
     """
-    metadata = {"text": text, "choices": choices, "low": low, "high": high, "length": length, "group": group,
-                "resumable": resumable, "of_model": of_model}
+    metadata = {"text": text, "group": group, "choices": choices, "low": low, "high": high, "resumable": resumable,
+                "of_model": of_model}
     return field(default=default, metadata=metadata)
 
 
-def names_with(settings, key):
-    """The names of the settings declared with this property ("resumable" or "of_model")."""
-    return {f.name for f in fields(settings) if f.metadata[key]}
+@dataclass
+class RunSettings:
+    """The settings that every training has."""
 
+    name: str = setting("run", "the run's folder under runs/", group="The run")
+    resume: bool = setting(False, "continue an interrupted run from its last saved state", resumable=True)
+    save_minutes: float = setting(2.0, "save the state every so many minutes", low=0, high=1e4, resumable=True)
+    seed: int = setting(0, "seed of all random numbers", low=0, high=2**31)
 
-def check_settings(settings):
-    """Refuse at once what would fail hours later, or be ignored. Raises ValueError, one line with the flag."""
-    if not settings.name:
-        raise ValueError("--name is empty; give the run a name, that of its folder under runs/")
-    for f in fields(settings):
-        value = getattr(settings, f.name)
-        choices = f.metadata["choices"]
-        if choices and value not in choices:
-            raise ValueError(f"--{f.name} must be one of {', '.join(map(str, choices))}, not {value!r:.60}")
-        length = f.metadata["length"]
-        if length and len(value) != length:
-            raise ValueError(f"--{f.name} needs {length} numbers, not {len(value)}; --help names them")
-        for number in value if isinstance(value, tuple) else (value,):
-            if not in_range(number, f.metadata["low"], f.metadata["high"]):
-                raise ValueError(f"--{f.name} must be {range_text(f)}, not {number}")
+    workers: int = setting(-1, "processes that prepare the data; -1 = automatic", low=-1, high=256, group="Data",
+                           resumable=True)
 
+    optimizer: str = setting("muon", "muon (for matrices, adamw for the rest) or adamw", choices=("muon", "adamw"),
+                             group="Optimization")
+    batch_size: int = setting(32, "samples in a batch, over all processes", low=1, high=10**6)
+    warmup_steps: int = setting(100, "steps in which the learning rate rises, at most half of a stage", low=0,
+                                high=10**9)
+    weight_decay: float = setting(1e-4, "weight decay of all trained parameters", low=0, high=1)
+    clip_grad: float = setting(1.0, "largest norm of the gradient; inf = no clipping", low=1e-12, high=float("inf"))
 
-def in_range(number, low, high):
-    """Whether low <= number <= high, where a bound that is None bounds nothing. NaN is in no range."""
-    if low is None and high is None:
-        return True
-    return (low is None or number >= low) and (high is None or number <= high)
+    device: str = setting("auto", "auto, cpu or cuda", group="Machine", resumable=True)
+    dtype: str = setting("auto", "dtype of the matrix products; auto = bfloat16 where the hardware has it",
+                         choices=DTYPES)
+    compile: bool = setting(False, "speed the model up with torch.compile")
+
+    def __post_init__(self):
+        """Refuse at once what would fail hours later, or be ignored. Raises ValueError, one line with the flag."""
+        if not self.name:
+            raise ValueError("--name is empty; name the run's folder under runs/")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if is_dataclass(f.default) and isinstance(value, dict):  # from a saved state
+                value = type(f.default)(**value)
+                setattr(self, f.name, value)
+            choices = f.metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(f"--{f.name} must be one of {', '.join(choices)}, not {value!r:.60}")
+            numbers = vars(value).values() if is_dataclass(value) else value if isinstance(value, tuple) else [value]
+            for number in numbers:
+                if range_text(f) and not f.metadata["low"] <= number <= f.metadata["high"]:  # NaN is in no range
+                    raise ValueError(f"--{f.name} must be {range_text(f)}, not {number}")
 
 
 def range_text(f):
-    """The range of a setting in words: "from 1 to 8", "1 or more", or ""."""
+    """The range of a setting in words: "from 1 to 8", "1 or more", or "" for one without."""
     low = f.metadata["low"]
     high = f.metadata["high"]
-    if low is None and high is None:
+    if low is None:
         return ""
-    if high is None or high >= 10**6:  # such a bound only keeps nonsense out
-        return f"{low:g} or more"
-    return f"from {low:g} to {high:g}"
+    return f"{low:g} or more" if high >= 10**6 else f"from {low:g} to {high:g}"  # a bound so large only stops nonsense
 
 
 def help_text(f):
     """A setting's help: its sentence, its range, its default."""
     if f.type is bool:
         return f.metadata["text"]
-    default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else str(f.default)
-    notes = [range_text(f), f"default: {default or 'none'}"]
-    return f"{f.metadata['text']} ({'; '.join(note for note in notes if note)})"
+    default = f.default
+    if is_dataclass(default):
+        default = [f"{name}={value:g}" for name, value in vars(default).items()]
+    if isinstance(default, list | tuple):
+        default = " ".join(map(str, default))
+    notes = [range_text(f), f"default: {default}" if str(default) else ""]
+    notes = "; ".join(note for note in notes if note)
+    return f"{f.metadata['text']} ({notes})" if notes else f.metadata["text"]
+
+
+def pair_of(kind):
+    """A parser of NAME=VALUE for the fields of a dataclass of numbers -> (name, value)."""
+    def pair(text):
+        name, _, value = text.partition("=")
+        if name not in kind.__dataclass_fields__:
+            raise argparse.ArgumentTypeError(f"{text!r:.60} is none of {', '.join(kind.__dataclass_fields__)}=NUMBER")
+        try:
+            return name, float(value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r:.60} gives {name} no number; write {name}=1") from None
+    return pair
 
 
 def add_flags(parser, settings):
     """Give the parser a flag for every setting of the dataclass, under the headings of their groups."""
-    group = parser
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
+    title = GROUPS[0]
     for f in fields(settings):
         assert f.default is not MISSING, f"{f.name} has no default"
-        if f.metadata["group"]:
-            group = parser.add_argument_group(f.metadata["group"])
+        title = f.metadata["group"] or title
+        group = groups[title]
         options = {"dest": f.name, "default": argparse.SUPPRESS}
         if f.type is bool:  # --x and --no_x; the help shows the one that is not the default
             yes_help = argparse.SUPPRESS if f.default else help_text(f)
@@ -96,43 +126,54 @@ def add_flags(parser, settings):
             group.add_argument(f"--{f.name}", action="store_true", help=yes_help, **options)
             group.add_argument(f"--no_{f.name}", action="store_false", help=no_help, **options)
             continue
-        is_tuple = isinstance(f.default, tuple)
-        options["type"] = get_args(f.type)[0] if is_tuple else f.type
-        options["metavar"] = "|".join(f.metadata["choices"]) if f.metadata["choices"] else options["type"].__name__
-        if is_tuple:
-            options["nargs"] = "+"
+        if is_dataclass(f.default):
+            options |= {"type": pair_of(f.type), "metavar": "NAME=VALUE", "nargs": "+"}
+        elif isinstance(f.default, tuple):
+            options |= {"type": get_args(f.type)[0], "metavar": get_args(f.type)[0].__name__, "nargs": "+"}
+        else:
+            options |= {"type": f.type, "metavar": "|".join(f.metadata["choices"] or [f.type.__name__])}
         group.add_argument(f"--{f.name}", help=help_text(f), **options)
 
 
-def settings_from_flags(settings, description, preset_of=None):
+def settings_from_flags(settings, description, defaults_of=None):
     """Settings from the command line. A resumed run takes its settings from its state and refuses others.
 
-    settings: the dataclass. preset_of: a function of the --preset given that returns its settings, {name: value}. Ends
-    the program with one line for flags that are unknown or do not fit.
+    settings: the dataclass. defaults_of: None, or a function of the flags given, {name: value}, and the dataclass that
+    returns the defaults they bring along, as a --preset does. Ends the program with one line for flags that are unknown
+    or do not fit.
     """
     parser = Parser(description=description)
     add_flags(parser, settings)
     given = {}
     for name, value in vars(parser.parse_args()).items():
         given[name] = tuple(value) if isinstance(value, list) else value
-    new = sorted(given.keys() & names_with(settings, "of_model"))
-    if given.get("finetune"):
-        if new:
-            parser.error(f"--finetune keeps the model as it is in its file; leave out --{', --'.join(new)}")
-        for name in ("epochs", "lr", "accumulate"):
-            if len(given.get(name, ())) > 1:
-                parser.error(f"--finetune is one stage; give --{name} one number")
-    preset = preset_of(given["preset"]) if "preset" in given else {}
+    defaults = {f.name: f.default for f in fields(settings)}
+    if defaults_of and not (given.get("resume") and "name" in given):
+        defaults |= defaults_of(given, settings)
     if not given.get("resume"):
-        return settings(**(preset | given))
+        return settings(**with_flags(defaults, given))
 
-    run = RUNS / (preset | given).get("name", settings.name)
-    saved = load_state(run)["settings"]
-    if saved.keys() != {f.name for f in fields(settings)}:
+    run = RUNS / given.get("name", defaults["name"])
+    try:
+        saved = asdict(settings(**load_state(run)["settings"]))
+    except TypeError:  # a setting that is unknown
+        saved = {}
+    if saved.keys() != defaults.keys():
         raise ValueError(f"{run}/state.pt: a state of another version of the program; train again under another --name")
-    free = names_with(settings, "resumable")
-    changed = [f"--{name} {value} (was {saved.get(name)})" for name, value in given.items()
-               if name not in free and value != saved.get(name)]
+    wanted = with_flags(saved, given)
+    free = {f.name for f in fields(settings) if f.metadata["resumable"]}
+    changed = [f"--{name} {given[name]} (was {saved[name]})" for name in given
+               if name not in free and wanted[name] != saved[name]]
     if changed:
         parser.error(f"--resume continues {run} with its own settings; it cannot change {', '.join(changed)}")
-    return settings(**(saved | {name: value for name, value in given.items() if name in free}))
+    return settings(**wanted)
+
+
+def with_flags(values, given):
+    """The values with those of the flags in their place; pairs NAME=VALUE replace some fields of theirs."""
+    values = dict(values)
+    for name, value in given.items():
+        if is_dataclass(values[name]):
+            value = replace(values[name], **dict(value))
+        values[name] = value
+    return values

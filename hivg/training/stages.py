@@ -1,4 +1,4 @@
-"""A stage of the training: the parts it adds to the model, and its description for --plan and at its start."""
+"""A stage of the training: what it adds to the model, and the table that --plan and the start of a stage print."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,8 @@ class Stage:
 
 
 def grow(model, stage):
-    """The model of the stage before with the bridges and adapters that `stage` adds. Neither changes an
-    output yet: a new bridge's last layer and a new adapter's B start at zero."""
+    """The model of the stage before with the bridges and adapters that `stage` adds. Neither changes an output
+    yet: a new bridge's last layer and a new adapter's B start at zero."""
     if stage.bridge and model.config.bridge != stage.bridge:
         model = model.with_bridge(stage.bridge)
     if stage.lora_stage:
@@ -55,8 +55,8 @@ def config_of(path, kind, wanted):
 
 
 def print_plan(table, config):
-    """Print every stage of the table as a column. config: that of the model in the first one. The models are built
-    without their numbers."""
+    """Print every stage of the table as a column. config: of the first stage's model. The models are built on the meta
+    device."""
     columns = []
     with torch.device("meta"):
         model = HiVG(config)
@@ -70,7 +70,8 @@ def stage_column(stage, model):
     """{row: text} of a stage and the model as it starts with it: schedule, bridge, adapters, trained parameters."""
     config = model.config
     has_bridge = config.bridge != "none"
-    vision_layers = lora.adapted_layers(config.stage, config.clip.vision_layers, config.lora_groups, config.lora)
+    vision_layers = lora.adapted_layers(config.stage, config.clip.vision_layers, config.lora_groups, config.lora,
+                                        config.lora_order)
     text_layers = lora.adapted_layers(config.stage, config.clip.text_layers, lora.TEXT_GROUPS, config.lora)
     column = {
         "stage": stage.name,

@@ -42,7 +42,8 @@ def n_adapters(config):
         stages = stages[-1:]  # the last one trains all there are
     layers = 0
     for stage in stages:
-        layers += len(lora.adapted_layers(stage, clip.vision_layers, config.lora_groups, config.lora))
+        layers += len(lora.adapted_layers(stage, clip.vision_layers, config.lora_groups, config.lora,
+                                          config.lora_order))
         layers += len(lora.adapted_layers(stage, clip.text_layers, lora.TEXT_GROUPS, config.lora))
     return layers * len(lora.TARGETS)
 

@@ -1,26 +1,33 @@
 """The arms: each is what it says, and all see the same expressions."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from makers import assert_close, make_batch, make_hivg
 
 import train
-from hivg.ablate.arms import ARMS, BY_NAME, CLAIMS, COMPARED, Arm, deep_first, mixed_forward, patched
+from hivg.ablate.arms import ARMS, BY_NAME, CLAIMS, COMPARED, TRICKS
 from hivg.ablate.runs import BUDGETS, settings_of
 from hivg.bridge import Bridge
 from hivg.clip import CLIPConfig
-from hivg.lora import adapted_layers
 from hivg.model import HiVG
 
 TINY = CLIPConfig(image_size=32, patch_size=16, vision_width=32, vision_layers=6, vision_heads=2, text_width=32,
                   text_layers=4, text_heads=2, embed_dim=32, context_length=24, vocab_size=100)
 
 
+def model_of(arm, clip=TINY, stages=None):
+    """The model of an arm in its first stage, or after its first so many stages."""
+    settings = settings_of(arm, "short", 1e-3, 0)
+    model = HiVG(train.first_config(settings, clip, train.Hooks(arm.config)))
+    for stage in train.stages(settings)[1:stages]:
+        model.add_stage(stage.lora_stage)
+    arm.prepare(model)
+    return model
+
+
 def test_the_table_is_whole():
     assert len(BY_NAME) == len(ARMS) and {arm.name for arm in COMPARED} == BY_NAME.keys() - {"base"}
-    assert {arm.claim for arm in ARMS} == {"", *CLAIMS}
+    assert {arm.claim for arm in ARMS} == {"", *CLAIMS} and {arm.trick for arm in ARMS} == TRICKS.keys()
     for arm in ARMS:
         assert arm.against in BY_NAME
     for arm in COMPARED:
@@ -32,31 +39,21 @@ def test_the_table_is_whole():
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
 def test_an_arm_can_be_trained_and_sees_as_many_expressions(arm):
     settings = settings_of(arm, "short", 1e-3, 0)
-    with patched(arm, settings):
-        config = train.first_config(settings, TINY)
-        HiVG(config)
+    config = model_of(arm, stages=1).config
     assert sum(stage.epochs for stage in train.stages(settings)) == sum(BUDGETS["short"].epochs)
     for name, value in arm.config.items():
         assert getattr(config, name) == value
-    assert train.first_config(settings, TINY) == replace(config, **{name: getattr(train.first_config(settings, TINY),
-                                                                                  name) for name in arm.config})
 
 
 @pytest.mark.slow
 def test_equal_capacity_is_equal():
     """No bridge but a deeper encoder; plain adapters of a higher rank: about as many parameters as the base."""
+    clip = CLIPConfig(image_size=64, patch_size=8, vision_width=128, vision_layers=6, vision_heads=4, text_width=128,
+                      text_layers=4, text_heads=4, embed_dim=128, context_length=77, vocab_size=600)
     counts = {}
     for name in ("base", "bridge none", "bridge none, deeper", "lora vanilla", "lora vanilla, wide"):
-        arm = BY_NAME[name]
-        settings = settings_of(arm, "short", 1e-3, 0)
-        with patched(arm, settings), torch.device("meta"):
-            clip = CLIPConfig(image_size=64, patch_size=8, vision_width=128, vision_layers=6, vision_heads=4,
-                              text_width=128, text_layers=4, text_heads=4, embed_dim=128, context_length=77,
-                              vocab_size=600)
-            model = HiVG(train.first_config(settings, clip))
-            for stage in train.stages(settings)[1:]:
-                model.add_stage(stage.lora_stage)
-        counts[name] = sum(p.numel() for p in model.parameters())
+        with torch.device("meta"):
+            counts[name] = sum(p.numel() for p in model_of(BY_NAME[name], clip).parameters())
     assert counts["bridge none, deeper"] == pytest.approx(counts["base"], rel=0.02)
     assert counts["lora vanilla, wide"] == pytest.approx(counts["base"], rel=0.005)
     assert counts["bridge none"] < 0.85 * counts["base"]
@@ -75,105 +72,51 @@ def test_mixing_is_the_released_reshape():
         for t in range(4):
             number = b * 4 + t
             mixed[b, t] = keys[number % 3, number // 3]
-    assert_close("mixed", mixed_forward(bridge, x, keys, None), bridge(x, mixed), 1e-6)
-    assert_close("one sample", mixed_forward(bridge, x[:1], keys[:1], None), bridge(x[:1], keys[:1]), 1e-6)
+    expected = bridge(x, mixed), bridge(x[:1], keys[:1])
+    is_key = torch.zeros(3, 4, dtype=torch.bool)  # would mask everything
+    model = torch.nn.Module()
+    model.bridges = {"0": bridge}
+    BY_NAME["mixed"].prepare(model)
+    assert_close("mixed", bridge(x, keys, is_key), expected[0], 1e-6)
+    assert_close("one sample", bridge(x[:1], keys[:1], is_key), expected[1], 1e-6)
 
 
-def test_mixed_predictions_depend_on_the_batch():
-    model = make_hivg(stage=2)
+def test_mixed_predictions_depend_on_the_batch_also_after_merging():
     images, padding, ids = make_batch()
-    with patched(BY_NAME["mixed"], settings_of(BY_NAME["mixed"], "short", 1e-3, 0)):
+    for name, depends in (("mixed", True), ("base", False)):
+        model = make_hivg(stage=2)
+        BY_NAME[name].prepare(model)
+        model = model.for_prediction("cpu", torch.float32)
         whole = model(images, padding, ids).boxes
         part = model(images[:2], padding[:2], ids[:2]).boxes
-        assert (whole[:2] - part).abs().max() > 1e-6
-    whole = model(images, padding, ids).boxes
-    part = model(images[:2], padding[:2], ids[:2]).boxes
-    assert_close("without the trick", whole[:2], part, 1e-9)
-
-
-def test_deep_first_is_the_other_end():
-    for stage in (1, 2, 3):
-        mirrored = sorted(13 - layer for layer in adapted_layers(stage, 12, 3))
-        assert deep_first(stage, 12, 3) == mirrored
-    assert deep_first(1, 4, 1) == [1, 2, 3, 4]  # the text tower is one group
+        assert ((whole[:2] - part).abs().max() > 1e-6) == depends
 
 
 def test_all_at_once_trains_one_pair_a_layer_through_all_stages():
     arm = BY_NAME["lora at once"]
-    settings = settings_of(arm, "short", 1e-3, 0)
-    assert [stage.name for stage in train.stages(settings)] == ["warmup", "lora1", "lora2", "lora3"]
-    counts = []
-    with patched(arm, settings):
-        model = HiVG(train.first_config(settings, TINY))
-        for stage in train.stages(settings)[1:]:
-            model.add_stage(stage.lora_stage)
-            counts.append(sum(p.numel() for p in model.clip.parameters() if p.requires_grad))
-    plain = HiVG(replace(train.first_config(settings, TINY), lora="vanilla"))
-    plain.add_stage(1)
-    assert set(counts) == {sum(p.numel() for p in plain.clip.parameters() if p.requires_grad)}
+    names = [stage.name for stage in train.stages(settings_of(arm, "short", 1e-3, 0))]
+    assert names == ["warmup", "lora1", "lora2", "lora3"]
+    counts = set()
+    for model in (*(model_of(arm, stages=n) for n in (2, 3, 4)), model_of(BY_NAME["lora vanilla"])):
+        counts.add(sum(p.numel() for p in model.clip.parameters() if p.requires_grad))
+    assert len(counts) == 1
 
 
-def test_every_arm_sees_the_same_expressions(monkeypatch):
+def test_every_arm_sees_the_same_expressions():
     """The items of all stages one after the other: the same whatever the stages are, and none twice."""
-    class Data:
-        rows = 4
-
-    seen = []
-    monkeypatch.setattr("hivg.ablate.arms.training_batches", lambda data, first, _, n, *more: seen.append((first, n)))
     orders = []
     for name in ("base", "lora vanilla", "lora none"):
-        arm = BY_NAME[name]
-        settings = settings_of(arm, "short", 1e-3, 0)
-        seen.clear()
-        with patched(arm, settings):
-            for number, stage in enumerate(train.stages(settings)):
-                steps = stage.epochs * settings.epoch_samples // 32
-                train.training_batches(Data, number * 2**32, 32, steps, 0, 0)
+        settings = settings_of(BY_NAME[name], "short", 1e-3, 0)
         items = []
-        for first, n in seen:
-            items += range(first, first + n * 32 // Data.rows)
+        table = train.stages(settings)
+        for number, stage in enumerate(table):
+            first = train.first_item_of(settings, table, number, 4, one_stream=True)
+            items += range(first, first + stage.epochs * settings.epoch_samples // 4)
         orders.append(items)
     assert orders[0] == orders[1] == orders[2] == list(range(sum(BUDGETS["short"].epochs) * 2048 // 4))
 
 
-def test_frozen_and_trained():
-    """What a stage trains, with the tricks that change it."""
-    def begin(*args):
-        return make_hivg(fresh=True), None
-
-    for name, frozen, trained in (("weights zero", "adaptive_weights", "bridges.0.proj"),
-                                  ("CLIP trained", None, "clip.text.token_embedding")):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("hivg.ablate.arms.begin_stage", begin)
-            with patched(BY_NAME[name], settings_of(BY_NAME[name], "short", 1e-3, 0)):
-                model, _ = train.begin_stage()
-        parameters = dict(model.named_parameters())
-        assert any(p.requires_grad for key, p in parameters.items() if key.startswith(trained)), name
-        if frozen:
-            assert not any(p.requires_grad for key, p in parameters.items() if key.endswith(frozen)), name
-
-
-@pytest.mark.parametrize("kind", ["muon", "adamw"])
-def test_clip_trained_slowly_has_a_tenth_of_the_rate(kind):
-    model = make_hivg(fresh=True)
-    model.clip.requires_grad_(True)
-    of_clip = set(model.clip.parameters())
-    arm = BY_NAME["CLIP trained slowly"]
-    with patched(arm, settings_of(arm, "short", 1e-3, 0)):
-        optimizers = train.make_optimizers(model, kind, 0.1)
-        train.set_learning_rate(optimizers, 2e-3)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
-    for group in groups:
-        assert group["lr"] == pytest.approx(2e-4 if of_clip.issuperset(group["params"]) else 2e-3)
-        assert of_clip.issuperset(group["params"]) or of_clip.isdisjoint(group["params"])
-
-
-def test_the_tricks_end_with_the_run():
-    before = (Bridge.forward, train.begin_stage, train.first_config, train.training_batches)
-    with pytest.raises(KeyError), patched(BY_NAME["mixed"], settings_of(BY_NAME["mixed"], "short", 1e-3, 0)):
-        assert Bridge.forward is mixed_forward
-        raise KeyError
-    assert before == (Bridge.forward, train.begin_stage, train.first_config, train.training_batches)
-    with pytest.raises(KeyError), patched(Arm("x", "", "", trick="no such"), settings_of(ARMS[0], "short", 1e-3, 0)):
-        pass
+def test_zero_weights_stay_zero_and_the_bridge_is_trained():
+    parameters = dict(model_of(BY_NAME["weights zero"]).named_parameters())
+    frozen = [name for name, p in parameters.items() if name.startswith("bridges.") and not p.requires_grad]
+    assert frozen and all(name.endswith("adaptive_weights") for name in frozen)

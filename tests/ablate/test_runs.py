@@ -116,7 +116,7 @@ def test_an_arm_has_its_seeds_and_a_budget_its_rates(small):
 
 
 def test_a_rate_that_diverges_is_not_chosen_and_the_report_says_so(small, monkeypatch):
-    def diverge(settings):
+    def diverge(settings, hooks):
         (runs.RUNS / settings.name).mkdir(parents=True)
         raise Diverged("the loss is nan")
 

@@ -72,6 +72,12 @@ def test_a_step_waits_for_no_number(optimizer):
             set_learning_rate(optimizers, 1e-3)
             terms = loss(batch)
             sum(terms.values()).backward()
-            distributed.mean_of([terms])
+            distributed.mean([terms])
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             step_optimizers(optimizers)
+
+
+def test_data_parallelism_is_told_of_a_head_without_a_loss():
+    for weights, unused in ((LossWeights(), False), (LossWeights(mask_focal=0), False),
+                            (LossWeights(mask_focal=0, mask_dice=0), True), (LossWeights(box=0, giou=0), True)):
+        assert Criterion(torch.nn.Identity(), weights, "l1").has_unused_head() == unused

@@ -13,7 +13,7 @@ from hivg.clip import CLIP, CLIPConfig
 from hivg.data.drawn.pairs import MAX_EXPRESSIONS, NO_PHRASE, NO_TARGET, STREAM, Pairs, draw_pair, make_twins
 from hivg.data.drawn.scenes import HELD_OUT, SPLITS, Shapes
 from hivg.tokenizer import split_words
-from hivg.training import pretrain
+from hivg.training import optimizers, pretrain
 from hivg.training.pretrain import Settings, phrase_truth
 
 SMALL = CLIPConfig(32, 16, 32, 6, 2, 32, 4, 2, 32)
@@ -78,13 +78,13 @@ def test_resumed_is_uninterrupted(run, folder, monkeypatch):
 @pytest.mark.parametrize("optimizer, shares", [("muon", [1, 0.25]), ("adamw", [1])])
 def test_adamw_has_its_share_beside_muon_alone(folder, monkeypatch, optimizer, shares):
     rates = []
-    step = pretrain.step_optimizers
+    step = optimizers.step_optimizers
 
     def spy(optimizers):
         rates.extend(optimizer.param_groups[0]["lr"] for optimizer in optimizers)
         step(optimizers)
 
-    monkeypatch.setattr(pretrain, "step_optimizers", spy)
+    monkeypatch.setattr(optimizers, "step_optimizers", spy)
     pretrain.pretrain(Settings(epochs=1, epoch_samples=8, val_images=64, batch_size=8, optimizer=optimizer,
                                adamw_share=0.25, **ON_CPU))
     assert rates == [share * log_of("runs/clip")[0]["lr"] for share in shares]

@@ -175,7 +175,7 @@ def test_a_state_that_cannot_be_read_is_not_called_damaged(begun, monkeypatch, e
 
 
 def test_another_number_of_processes_is_refused(begun, monkeypatch):
-    monkeypatch.setattr(train.distributed, "world", lambda: 2)
+    monkeypatch.setattr(train.distributed, "world_size", lambda: 2)
     monkeypatch.setattr(train.distributed, "gather_rows", lambda rows: rows)
     with pytest.raises(ValueError, match="trained by 1 process.* resumed by 2"):
         train.train(replace(begun, resume=True))

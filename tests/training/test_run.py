@@ -1,6 +1,6 @@
 """A run: what it writes and keeps, and that every setting of the optimization does what it says."""
 
-from dataclasses import astuple, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ import train
 from hivg import weights
 from hivg.data.drawn.scenes import HARD_MIX, SPLITS
 from hivg.losses import LossWeights
+from hivg.training import optimizers
 from hivg.training.optimizers import learning_rate
 from train import Settings, stages
 
@@ -95,7 +96,7 @@ def test_accumulation_counts_steps(world, tiny, accumulate):
 def gradients(monkeypatch):
     """The gradient of each step of a run, flattened, as the optimizers get it."""
     seen = []
-    step = train.step_optimizers
+    step = optimizers.step_optimizers
 
     def spy(optimizers):
         parts = []
@@ -104,7 +105,7 @@ def gradients(monkeypatch):
         seen.append(torch.cat(parts))
         step(optimizers)
 
-    monkeypatch.setattr(train, "step_optimizers", spy)
+    monkeypatch.setattr(optimizers, "step_optimizers", spy)
     return seen
 
 
@@ -113,7 +114,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(world, tiny, monkeyp
     shrink(monkeypatch, dropout=0.0)
     for batch_size, accumulate in ((16, 1), (8, 2), (4, 4)):
         train.train(replace(tiny, name=f"{batch_size}", lora="none", epochs=(1,), epoch_samples=16,
-                            batch_size=batch_size, accumulate=(accumulate,), loss_weights=astuple(LossWeights(clc=0))))
+                            batch_size=batch_size, accumulate=(accumulate,), loss_weights=LossWeights(clc=0)))
     whole, *parts = gradients
     assert len(parts) == 2 and whole.norm() > 0.1
     for part in parts:
@@ -169,7 +170,7 @@ def test_box_loss_is_the_one_asked_for(world, tiny):
 
 
 def test_a_loss_of_weight_zero_is_left_out(world, tiny):
-    train.train(replace(tiny, lora="none", epochs=(1,), epoch_samples=8, loss_weights=(1, 0, 0, 0, 3, 0, 0, 0, 0)))
+    train.train(replace(tiny, lora="none", epochs=(1,), epoch_samples=8, loss_weights=LossWeights(1, 0, 0, 0, 3, 0, 0)))
     assert log_of("runs/tiny")[0].keys() == {"stage", "step", "lr", "loss", "box", "rtcc_dice", "gradient_norm"}
 
 
@@ -228,6 +229,7 @@ def test_an_epoch_is_the_whole_data_set_by_default():
     assert train.count_steps_per_epoch(Settings(dataset="a.jsonl", epoch_samples=64), stage, Rows(samples)) == 2
     assert train.count_steps_per_epoch(Settings(), stage, None) == train.SHAPES_EPOCH // 32
     assert train.count_steps_per_epoch(Settings(dataset="a.jsonl"), stage, Rows([None])) == 1
+    assert train.count_steps_per_epoch(Settings(dataset="a.jsonl"), stage, Rows([None] * 63)) == 2  # not half of them
 
 
 class Rows(list):
@@ -255,7 +257,7 @@ def test_hard_mix_is_of_the_training_alone():
 @pytest.mark.slow
 def test_finetune(whole, world, tiny, monkeypatch):
     """One stage that trains the parameters the last one trained; and it can be resumed."""
-    s = replace(tiny, name="more", finetune=str(whole / "lora3.safetensors"), epochs=(2,), lr=(1e-3,))
+    s = replace(tiny, name="more", finetune=str(whole / "lora3.safetensors"), lora="none", epochs=(2,), lr=(1e-3,))
     path = train.train(s)
     assert path == Path("runs/more/finetune.safetensors")
     before = weights.load_hivg(s.finetune)
@@ -277,7 +279,7 @@ def test_finetune_keeps_its_start_if_it_gets_worse(whole, world, tiny, monkeypat
     """Measured before the first step, for the accuracy in the file may be of another data set."""
     scores = iter([0.5, 0.4, 0.45])
     monkeypatch.setattr(train, "validate", lambda *args: {"accuracy": next(scores)})
-    path = train.train(replace(tiny, finetune=str(whole / "lora3.safetensors"), epochs=(2,)))
+    path = train.train(replace(tiny, finetune=str(whole / "lora3.safetensors"), lora="none", epochs=(2,)))
     assert [(row["epoch"], row["accuracy"]) for row in log_of("runs/tiny") if "epoch" in row] == [
         (0, 0.5), (1, 0.4), (2, 0.45)]
     kept = weights.load_hivg(path)

@@ -82,7 +82,7 @@ def test_two_processes_train_as_one_on_files(tmp_path, clip_file):
     write_shapes(tmp_path, 4)
     path = write_shapes(tmp_path, 3, split="val", to="val")
     command = ["train", *COMMON, "--clip", clip_file, "--dataset", path, "--epoch_samples", 0, "--batch_size",
-               8, "--lora", "none", "--epochs", 1, "--loss_weights", 2, 2, 1, 20, 2, 20, 2, 0, 0]
+               8, "--lora", "none", "--epochs", 1, "--loss_weights", "clc=1", "patch_box=0", "reg_attention=0"]
     one = run(tmp_path / "one", 1, *command)
     two = run(tmp_path / "two", 2, *command)
     assert_same_log(one, two, rel=1e-5, abs=2e-5)
