@@ -1,21 +1,19 @@
 """Timings: medians, with the 20 % and 80 % quantiles. Run them on an otherwise idle machine.
 
     python -m hivg.bench             all of: forward, data, start, load, read
-    python -m hivg.bench forward     the model alone, for 1, 8 and 32 expressions, and for 32 about one image
+    python -m hivg.bench forward     the model alone: 1, 8 and 32 expressions, and 32 about one image
     python -m hivg.bench data        the items of a training batch: drawn images, photographs
     python -m hivg.bench start       ground.py as a new process
-    python -m hivg.bench load        weights files of CLIP's size, and the memory it takes
-    python -m hivg.bench read        a data set of RefCOCO's size, and the memory it takes
+    python -m hivg.bench load        loading weights files of CLIP's size: time and memory
+    python -m hivg.bench read        reading a data set of RefCOCO's size: time and memory
 
-and, only when named:
+and only on request:
 
     python -m hivg.bench step --preset refcoco-base --batch_sizes 8 16 32     time and memory of a training step
     python -m hivg.bench efficiency --size ViT-B/16 --output FOLDER     parameters, operations by part, time and memory
                                      by batch, as tables and a chart in FOLDER (the paper's Figure 4)
     python -m hivg.bench fusion --output FOLDER     the Triton kernel beside plain PyTorch and torch.compile, on a GPU:
                                      a table and a chart in FOLDER, within five minutes
-    python -m hivg.bench compile     the kernels compiled without a GPU: registers, shared memory, spills, hazards, and
-                                     a model of their time, for each case of `fusion`
 """
 
 from importlib.util import find_spec
@@ -33,14 +31,9 @@ from hivg.utils.cli import Parser, choose_device, fail, run
 
 
 def bench_fusion(args):
-    from hivg.bench import fusion  # Triton is only needed here
+    from hivg.bench import fusion  # here, as only this needs Triton
+
     fusion.bench_fusion(choose_device(args.device), args.output)
-
-
-def bench_compile(args):
-    from hivg.bench import compile, prediction
-    compile.bench_compile()
-    prediction.bench_prediction()
 
 
 DEFAULT = {
@@ -54,7 +47,6 @@ ON_REQUEST = {
     "step": bench_step,
     "efficiency": bench_efficiency,
     "fusion": bench_fusion,
-    "compile": bench_compile,
 }
 BENCHES = DEFAULT | ON_REQUEST
 
@@ -72,8 +64,8 @@ def arguments():
     for name in args.names:
         if name not in BENCHES:
             fail(f"no benchmark is called {name!r}; there are {', '.join(BENCHES)}")
-        if name in ("fusion", "compile") and find_spec("triton") is None:
-            fail(f"{name} needs Triton, which is not installed here; on Linux, install it with requirements.txt")
+        if name == "fusion" and find_spec("triton") is None:
+            fail("fusion needs Triton, which is not installed here; on Linux, install it with requirements.txt")
     if min(args.batch_sizes) < 1:
         fail(f"--batch_sizes must be 1 or more, not {min(args.batch_sizes)}")
     return args

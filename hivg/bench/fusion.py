@@ -1,21 +1,21 @@
 """The fusion kernel on a GPU, beside plain PyTorch and torch.compile: python -m hivg.bench fusion --output FOLDER
 
-For each case of hivg/bench/prediction.py and each way: is it right (output and gradients, against float64; an error of
-more than twice plain PyTorch's ends the row), then how long it takes. Times come in two kinds, with launches as a
-program makes them, and by CUDA graphs, which leave out what the CPU does in between and find x in the cache if it fits
-there: at small batch the first is the CPU's time, the second the GPU's. It stops by itself after LIMIT seconds and says
-what is left. FOLDER gets fusion.md, the table, and fusion.png.
+For each of CASES and each way to compute it: is it right (output and gradients, against float64; an error of more than
+twice plain PyTorch's ends the row), and how long does it take? Times come in two kinds: with launches, as a program
+makes them, and by CUDA graphs, without what the CPU does in between. At a small batch the first is the CPU's time, the
+second the GPU's. It stops after LIMIT seconds and says what is left out. FOLDER gets fusion.md, the table, and
+fusion.png.
 """
 
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
 from triton.testing import do_bench, do_bench_cudagraph
 
 from hivg.bench.compile import TYPES
-from hivg.bench.prediction import CASES, GPUS, SIZES, predict
 from hivg.bench.timing import peak_memory, reset_peak_memory
 from hivg.fusion import adaptive_fusion_reference
 from hivg.fusion_triton import INTERPRETED, adaptive_fusion, count
@@ -23,8 +23,26 @@ from hivg.utils.charts import plot_panels
 
 LIMIT = 270  # seconds, less than five minutes with what is under way
 WAYS = ("eager", "compile", "ours")
-COLUMNS = ("case", "pass", "way", "error", "20 % ms", "median ms", "80 % ms", "by graph, ms", "model ms", "peak MB",
-           "TFLOP/s", "of the product rate")
+COLUMNS = ("case", "pass", "way", "error", "20 % ms", "median ms", "80 % ms", "by graph, ms", "peak MB", "TFLOP/s",
+           "of the product rate")
+SIZES = {"ViT-B": (512, 768), "ViT-L": (768, 1024)}  # D_t, D_v
+
+
+class Case(NamedTuple):
+    size: str
+    K: int
+    T: int
+    B: int
+    types: str
+
+    def __str__(self):
+        return f"{self.size} K {self.K} T {self.T} B {self.B} {self.types}"
+
+
+# the paper's settings for RefCOCOg first, then the largest, ViT-L, short expressions, and one image
+CASES = [Case(*sizes, types) for sizes in (("ViT-B", 12, 77, 64), ("ViT-B", 12, 77, 256), ("ViT-L", 12, 77, 64),
+                                           ("ViT-B", 2, 16, 64), ("ViT-B", 12, 77, 1), ("ViT-B", 1, 16, 1))
+         for types in ("bfloat16", "autocast")] + [Case("ViT-B", 12, 77, 64, "float32")]
 
 
 def make_tensors(case, device):
@@ -108,7 +126,7 @@ def copy_rate(device):
     return 2 * source.nbytes / do_bench(lambda: target.copy_(source), return_mode="median") / 1e6
 
 
-def measure_case(case, device, rates, gpu):
+def measure_case(case, device, rates):
     """-> rows of the table, one for each way and pass, and whether all were right."""
     tensors, dy = make_tensors(case, device)
     _, P = TYPES[case.types]
@@ -131,9 +149,8 @@ def measure_case(case, device, rates, gpu):
             peak = memory_of(function, device)
             low, median, high = do_bench(function, warmup=10, rep=50, quantiles=[0.2, 0.5, 0.8])
             graph = time_by_graph(function)
-            model = predict(case, gpu)[name] / 1000 if way == "ours" and gpu else None
             rate = share * operations / (graph or median)
-            rows.append([str(case), name, way, f"{max(found):.1e}", low, median, high, graph, model, f"{peak:.1f}",
+            rows.append([str(case), name, way, f"{max(found):.1e}", low, median, high, graph, f"{peak:.1f}",
                          f"{rate:.0f}", f"{rate / rates[P]:.2f}"])
     return rows, right
 
@@ -163,15 +180,13 @@ def bench_fusion(device, output):
     """All cases: a table on stdout and in the folder `output`, with a chart. Raises ValueError where there is no GPU,
     and at the end if ours is wrong somewhere."""
     if device.type != "cuda":
-        raise ValueError("the fusion kernel is measured on a GPU; this machine has none that PyTorch sees. "
-                         "`python -m hivg.bench compile` predicts its times without one")
+        raise ValueError("the fusion kernel is measured on a GPU, and PyTorch sees none here")
     if INTERPRETED:
         raise ValueError("under Triton's interpreter there is nothing to measure; unset TRITON_INTERPRET")
     start = time.perf_counter()
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     name = torch.cuda.get_device_name(device)
-    gpu = next((gpu for known, gpu in GPUS.items() if known in name), None)
     rates = {dtype: product_rate(dtype, device) for dtype in (torch.bfloat16, torch.float32)}
     lines = [f"{name}, torch {torch.__version__}, Triton {triton.__version__}; a large copy: {copy_rate(device):.0f} "
              f"GB/s; a large product: {rates[torch.bfloat16]:.0f} TFLOP/s in bfloat16, {rates[torch.float32]:.0f} in "
@@ -185,7 +200,7 @@ def bench_fusion(device, output):
             lines.append(f"\n{case}: left out, {LIMIT} seconds had passed.")
             print(lines[-1], flush=True)
             continue
-        rows, right = measure_case(case, device, rates, gpu)
+        rows, right = measure_case(case, device, rates)
         if not right:
             wrong.append(str(case))
         measured += rows
