@@ -158,7 +158,7 @@ def begin_stage(s: Settings, number, folder, hooks=Hooks()):
         model, best = weights.load_hivg(s.finetune), None
         weights.need_tokenizer(model, s.finetune)
         if s.lora != "none":
-            model.with_lora(s.lora, s.lora_rank, s.lora_alpha)
+            model.config = model.config.with_lora(s.lora, s.lora_rank, s.lora_alpha)
         model = grow(model, stage)
     else:
         before = weights.load_hivg(folder / f"{stages(s)[number - 1].name}.safetensors")  # the best of that stage
@@ -289,7 +289,10 @@ def train(s: Settings, hooks=Hooks()):
 def main():
     s = settings_from_flags(Settings, __doc__, defaults_of)
     if s.plan:
-        print_plan(stages(s), hivg_config(s.finetune) if s.finetune else first_config(s, clip_config(s.clip)))
+        config = hivg_config(s.finetune) if s.finetune else first_config(s, clip_config(s.clip))
+        if s.finetune and s.lora != "none":
+            config = config.with_lora(s.lora, s.lora_rank, s.lora_alpha)
+        print_plan(stages(s), config)
     else:
         path = train(s)
         if distributed.rank() == 0:

@@ -154,6 +154,12 @@ class HiVGConfig:
             settings |= dict(dropout=0.0, lora_dropout=0.0)  # the drawn data has no end: nothing to regularise
         return cls(clip=clip, **(settings | changes))
 
+    def with_lora(self, mode, rank, alpha):
+        """The configuration for `add_stage` to add adapters to a model that has none. Raises ValueError if it has."""
+        if self.stage:
+            raise ValueError(f"the model has adapters already ({self.lora}, stage {self.stage}); leave out --lora")
+        return replace(self, lora=mode, lora_rank=rank, lora_alpha=alpha)
+
     @classmethod
     def from_dict(cls, settings):
         """From `dataclasses.asdict`, also after it has been through JSON, which makes lists of tuples."""
@@ -399,15 +405,6 @@ class HiVG(nn.Module):
         torch._dynamo.config.recompile_limit = 128
         for block in (*self.clip.visual.blocks, *self.clip.text.blocks, *self.encoder):
             block.compile()
-
-    def with_lora(self, mode, rank, alpha):
-        """Prepare a model without adapters for the stages of Hi LoRA, in place: `add_stage` adds the first. Raises
-        ValueError for a model that has adapters already."""
-        c = self.config
-        if c.stage:
-            raise ValueError(f"the model has adapters already ({c.lora}, stage {c.stage})")
-        self.config = replace(c, lora=mode, lora_rank=rank, lora_alpha=alpha)
-        return self
 
     def with_bridge(self, kind):
         """A new model with fresh bridges of this kind beside all there is in this one, which has none."""

@@ -158,7 +158,7 @@ def to_released(model, /, adapters=False, prefix=BASE_MODEL, **changes):
     for name in ("ml_text_feat_perceiver.weight", "ml_text_feat_perceiver.bias", "reg_pos_embed.weight",
                  "condition_text_pos_embed.weight"):
         out[name] = torch.zeros(3, 3)  # in every file, used by nothing
-    if model.config.bridge != "projected":
+    if "condition_text_proj.weight" not in out:
         out["condition_text_proj.weight"] = torch.zeros(3, 3)
         out["condition_text_proj.bias"] = torch.zeros(3)
     if adapters:

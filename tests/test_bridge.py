@@ -216,6 +216,16 @@ def test_projected_text():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_without_bridges_every_parameter_has_a_gradient(kind, batch):
+    """Data parallelism stops for a parameter that is in no output, such as a projection for bridges that are not."""
+    model = make_hivg(bridge=kind, bridge_blocks=())
+    output = model(*batch)
+    terms = (output.boxes, output.token_similarity, output.mask_logits, output.image_features)
+    sum(term.sum() for term in terms).backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_checkpointing_changes_no_gradient(kind):
     """The blocks, bridges and all, run twice and give what they gave at once, dropout included."""
     model = make_hivg(bridge=kind, stage=1).train()

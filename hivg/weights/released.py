@@ -278,7 +278,8 @@ def identity_bridges(config):
 
 def head_tensors(settings, heads):
     """Encoder, heads and projections under our names."""
-    unused = UNUSED if settings.mixed else UNUSED | UNUSED_UNLESS_MIXED
+    is_projected = settings.mixed and not settings.warmup  # without bridges there is nothing to project for
+    unused = UNUSED if is_projected else UNUSED | UNUSED_UNLESS_MIXED
     heads = without(heads, unused)
     token = heads.pop("reg_token.weight", None)  # (1, D)
     ours = split_in_proj(rename(heads, HEADS))

@@ -12,7 +12,8 @@ from makers_training import assert_one_line, flags, ids, run_script
 
 import train
 from hivg import weights
-from hivg.losses import LossWeights
+from hivg.losses import DRAWN_WORLD, LossWeights
+from hivg.model import HiVG, HiVGConfig
 from hivg.training.presets import defaults_of, preset_of
 from hivg.training.settings import RunSettings, help_text, setting, settings_from_flags
 from hivg.utils.cli import Parser
@@ -115,6 +116,23 @@ def test_a_finetuning_is_one_stage(world, monkeypatch, capfd, flag):
     """A second number would be left out without a word."""
     result = run_script(monkeypatch, capfd, "--finetune", str(BUNDLED), flag, "3", "9")
     assert_one_line(result, f"{flag}: 2 values, 1 needed (finetune)")
+
+
+def test_a_finetuning_of_another_model_takes_the_papers_losses(monkeypatch, tmp_path):
+    """The tiny model keeps what suits the drawn world, Muon and the hints."""
+    path = tmp_path / "deep.safetensors"
+    clip = make_clip(dtype=torch.float32, vision_layers=12, text_layers=12)
+    config = HiVGConfig.for_clip(clip.config, width=16, encoder_layers=1, encoder_ffn=16, rtcc_hidden=16)
+    weights.save(path, HiVG(config))
+    s = parsed(monkeypatch, "--finetune", str(path), "--lora", "hierarchical", "--lr", "1e-4", "1e-4", "5e-5")
+    assert (s.optimizer, s.loss_weights, s.warmup_steps, s.lora_rank) == ("adamw", LossWeights(), 0, 32)
+    assert [(row.name, row.epochs, row.lr) for row in train.stages(s)] == [
+        ("lora1", 1, 1e-4), ("lora2", 1, 1e-4), ("lora3", 1, 5e-5)]
+    assert [row.lr for row in train.stages(parsed(monkeypatch, "--finetune", str(path)))] == [2.5e-5]
+    s = parsed(monkeypatch, "--finetune", str(BUNDLED))
+    assert (s.optimizer, s.loss_weights, s.lora, s.lr) == ("muon", DRAWN_WORLD, "none", (3e-3,))
+    preset = parsed(monkeypatch, "--finetune", str(path), "--preset", "flickr-base")
+    assert (preset.dataset, preset.epochs, preset.name) == ("flickr", (1,), "flickr-base")
 
 
 def test_a_batch_is_of_whole_scenes(world, tiny):

@@ -286,3 +286,17 @@ def test_finetune_keeps_its_start_if_it_gets_worse(whole, world, tiny, monkeypat
     before = weights.load_hivg(whole / "lora3.safetensors").state_dict()
     assert kept.info["accuracy"] == 0.5
     assert all(torch.equal(tensor, before[name]) for name, tensor in kept.state_dict().items())
+
+
+def test_finetune_adds_adapters_to_a_model_without(whole, world, tiny, capfd):
+    """A released checkpoint has its adapters folded: the start says so, and --lora adds some."""
+    weights.save("folded.safetensors", (folded := weights.load_hivg(whole / "lora3.safetensors").merged()), folded.info)
+    s = replace(tiny, finetune="folded.safetensors", lora="none", epochs=(1,), epoch_samples=8)
+    train.train(s)
+    assert "no adapters to train; --lora" in capfd.readouterr().err
+    path = train.train(replace(s, name="adapted", lora="vanilla", lora_rank=3, lora_alpha=6.0))
+    config = weights.load_hivg(path).config
+    assert (path.stem, config.lora, config.stage, config.lora_rank, config.lora_alpha) == ("lora1", "vanilla", 1, 3, 6)
+    assert "no adapters" not in capfd.readouterr().err
+    with pytest.raises(ValueError, match="has adapters already"):
+        train.train(replace(s, name="twice", finetune=str(path), lora="vanilla"))

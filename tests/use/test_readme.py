@@ -1,4 +1,4 @@
-"""Every command and every Python block of README.md and weights/README.md, run in a folder of its own.
+"""Every command and every Python block of the READMEs, run in a folder of its own.
 
 Files that a command names and that are not there are made small: a bundled image, the bundled weights, two evaluations.
 Commands that need data, a GPU, the network or hours are only parsed: by --plan (train.py), or by the parser of the
@@ -19,6 +19,7 @@ from makers import BUNDLED, ROOT
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from hivg import __main__ as ground
+from hivg import weights
 from hivg.bench import __main__ as bench
 from hivg.data.drawn.scenes import SPLITS
 from hivg.evaluate import __main__ as evaluate
@@ -28,7 +29,7 @@ from hivg.weights import __main__ as weights_program
 from hivg.weights import download
 
 pytestmark = pytest.mark.slow
-PAGES = ["README.md", "weights/README.md"]
+PAGES = ["README.md", "weights/README.md", "notebooks/README.md", "hivg/data/README.md", "hivg/bench/README.md"]
 SMALL = 4  # scenes of a split of `shapes`
 
 
@@ -230,10 +231,13 @@ def make_image(path):
 
 
 def make_weights(name):
-    """The bundled HiVG under a name, unless there is such a file."""
+    """The bundled HiVG under a name, unless there is such a file. As a .pth its adapters are folded, as released."""
     if name and not Path(name).exists():
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(BUNDLED, name)
+        if name.endswith(".pth"):
+            model = weights.load_hivg(BUNDLED)
+            weights.save(name, model.merged(), model.info)
 
 
 def make_clip(name):
@@ -279,7 +283,6 @@ def test_commands(page, folder):
 def test_python_blocks(page, folder):
     """All in one namespace, in their order."""
     blocks = blocks_of((ROOT / page).read_text(encoding="utf-8"), "python")
-    assert blocks
     names = {}
     for block in blocks:
         for path in re.findall(r'"([\w/.-]+\.safetensors)"', block):

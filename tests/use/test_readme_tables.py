@@ -1,4 +1,4 @@
-"""The README's table "In the paper, in the code" leads to code that is there, and "Does it help?" is of the results."""
+"""The READMEs: "In the paper, in the code" leads to code, "Does it help?" is of the results, links lead somewhere."""
 
 import ast
 import re
@@ -10,6 +10,7 @@ from hivg.ablate.report import comparisons, runs_of
 from hivg.ablate.runs import RESULTS, read_results
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / folder / "README.md" for folder in (".", "weights", "notebooks", "hivg/data", "hivg/bench")]
 TABLE = README.split("## In the paper, in the code")[1].split("\n## ")[0]
 CLAIMS = ("f^i", "f*^i", "f*^ml", "FFN(CrossAttention", "vision blocks with a bridge", "multi-level visual features",
           "grounding encoder", "CLC", "RTCC", "B_k A_k", "layers that stage j trains")
@@ -62,7 +63,7 @@ def as_in_readme(sign, differences):
     return ", ".join(points(sign * d.points) for d in differences) + f" (± {max(d.visible for d in differences):.1f})"
 
 
-# the rows of README's two tables: in whose favour, and the comparisons (arm, against)
+# the rows of the two tables: in whose favour, and the comparisons (arm, against)
 SHORT = [
     (-1, [("bridge none", "base")]),
     (-1, [("bridge none, deeper", "base")]),
@@ -99,19 +100,21 @@ LONG = [
 ]
 
 
-def table_of_differences(number):
-    """The lines of one of README's tables of differences, without the header's."""
-    text = README.split("## Does it help?")[1].split("\n## ")[0]
+def table_of_differences(page, number):
+    """The lines of one of a page's tables of differences, without the header's."""
+    text = (ROOT / page).read_text(encoding="utf-8").split("## Does it help?")[1].split("\n## ")[0]
     return re.split(r"\| claim.*\n\| ---.*\n", text)[1 + number].split("\n\n")[0].splitlines()
 
 
-@pytest.mark.parametrize("number, budget, rows", [(0, "short", SHORT), (1, "long", LONG)])
-def test_the_differences_are_of_the_results(number, budget, rows):
+@pytest.mark.parametrize("page, number, budget, rows", [
+    ("README.md", 0, "long", LONG), ("notebooks/README.md", 0, "short", SHORT),
+    ("notebooks/README.md", 1, "long", LONG)])
+def test_the_differences_are_of_the_results(page, number, budget, rows):
     measured = {}
     for arm, d in comparisons(runs_of(read_results(ROOT / RESULTS), budget)):
         measured[arm.name, arm.against] = d
-    for line, (sign, compared) in zip(table_of_differences(number), rows, strict=True):
-        _, claim, _, ours, verdict, _ = map(str.strip, line.split("|"))
+    for line, (sign, compared) in zip(table_of_differences(page, number), rows, strict=True):
+        claim, *_, ours, verdict = map(str.strip, line.strip("|").split("|"))
         differences = [measured[names] for names in compared]
         assert ours == as_in_readme(sign, differences), claim
         if len(differences) == 1:
@@ -119,13 +122,20 @@ def test_the_differences_are_of_the_results(number, budget, rows):
             assert verdict.startswith({1: "helps", -1: "hurts", 0: "undecided"}[gain]), claim
 
 
-def test_links_lead_to_files():
-    for target in re.findall(r"\]\((?!https?://|#)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\((?!https?://|#)([^)]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
 
 
-def test_anchors_lead_to_headings():
-    headings = re.findall(r"^## (.+)$", README, re.M)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "LOG.md"], ids=lambda page: str(page.relative_to(ROOT)))
+def test_anchors_lead_to_headings(page):
+    text = page.read_text(encoding="utf-8")
+    headings = re.findall(r"^##+ (.+)$", text, re.M)
     anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    for anchor in re.findall(r"\]\(#([^)]+)\)", README):
+    for anchor in re.findall(r"\]\(#([^)]+)\)", text):
         assert anchor in anchors, anchor
+
+
+def test_the_front_page_is_short():
+    assert len(README.splitlines()) <= 200 and len(README.split()) <= 2000
