@@ -32,17 +32,17 @@ def arguments():
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="images or folders of images")
     parser.add_argument("-e", "--expression", action="append", metavar="TEXT", help="what to find; may be repeated")
     parser.add_argument("--weights", default=DEFAULT_WEIGHTS, metavar="FILE", help="a HiVG weights file")
-    parser.add_argument("--output", metavar="PATH", help="the drawn image (grounded.png); for several images, or "
-                        "with a / at its end, a folder (grounded/)")
-    parser.add_argument("--heatmap", choices=HEATMAPS, help="draw a heat map of the first expression as well: "
-                        "tokens, the token map, also if no name follows; attention, where the token of the box looks")
-    parser.add_argument("--mask", action="store_true", help="draw the mask of the first expression as well")
-    parser.add_argument("--save_masks", metavar="FOLDER", help="write the mask of each expression as a PNG, white "
-                        "where it is: NAME-1.png, NAME-2.png for the expressions of NAME.jpg")
-    parser.add_argument("--min_score", type=float, default=0.0, metavar="S", help="0 to 1: below this score nothing "
-                        "counts as found, so no box and no mask; a heat map is drawn all the same")
-    parser.add_argument("--json", action="store_true", help="a JSON object a line on stdout; draws only with --output")
-    parser.add_argument("--rle", action="store_true", help="with --json: masks too, as COCO's compressed run lengths")
+    parser.add_argument("--output", metavar="PATH", help="the drawn image (default: grounded.png); for several images, "
+                        "or ending in /, a folder (default: grounded/)")
+    parser.add_argument("--heatmap", choices=HEATMAPS, help="also draw a heat map of the first expression: tokens, "
+                        "the default, is the token map; attention, where the token of the box looks")
+    parser.add_argument("--mask", action="store_true", help="also draw the mask of the first expression")
+    parser.add_argument("--save_masks", metavar="FOLDER", help="write each expression's mask as a black and white PNG: "
+                        "NAME-1.png, NAME-2.png for the expressions of NAME.jpg")
+    parser.add_argument("--min_score", type=float, default=0.0, metavar="S", help="0 to 1; below this score nothing "
+                        "counts as found: no box and no mask")
+    parser.add_argument("--json", action="store_true", help="print a JSON object per line; draw only with --output")
+    parser.add_argument("--rle", action="store_true", help="with --json: add masks, as COCO's compressed run lengths")
     add_machine_flags(parser)
     args = parser.parse_args(with_heatmap_named(sys.argv[1:]))
     if args.expression and not args.images:
@@ -62,7 +62,7 @@ def arguments():
 
 
 def short_path(path):
-    """As seen from the current folder, where there is such a path: not between two drives of Windows."""
+    """Relative to the current folder, where there is such a path: not between two drives of Windows."""
     try:
         return os.path.relpath(path)
     except ValueError:
@@ -70,16 +70,13 @@ def short_path(path):
 
 
 def with_heatmap_named(words):
-    """The command line with the token map named where --heatmap has no name after it, but an image, say."""
-    named = list(words)
-    for i, word in enumerate(words):
-        if word == "--heatmap" and "".join(words[i + 1 : i + 2]) not in HEATMAPS:
-            named[i] = "--heatmap=tokens"
-    return named
+    """The command line, with the token map named where --heatmap is followed by something else, such as an image."""
+    bare = [word == "--heatmap" and after not in HEATMAPS for word, after in zip(words, [*words[1:], ""])]
+    return ["--heatmap=tokens" if is_bare else word for word, is_bare in zip(words, bare)]
 
 
 def list_images(names):
-    """Files as they are, folders as their images, sorted by name. Raises ImageError for a folder without any."""
+    """Files, and the images of folders, sorted by name. Raises ImageError for a folder without any."""
     kinds = Image.registered_extensions()  # {suffix: kind}
     suffixes = {suffix for suffix, kind in kinds.items() if kind in Image.OPEN and kind not in UNREADABLE}
     paths = []
@@ -98,14 +95,21 @@ def list_images(names):
 
 
 def drawing_paths(args, images, several):
-    """A file for the drawing of each image; None for each with --json and no --output."""
+    """The file for the drawing of each image; None with --json and no --output."""
     if args.json and not args.output:
         return [None] * len(images)
     output = args.output or ("grounded/" if several else "grounded.png")
     if not several and not os.path.isdir(output) and not output.endswith(("/", os.sep)):
         return [Path(output)]
-    folder = Path(output)
-    return [folder / f"{name}.png" for name in names_of(images)]
+    return [Path(output, f"{name}.png") for name in names_of(images)]
+
+
+def mask_paths(args, images):
+    """For each image, the file for the mask of each expression; none without --save_masks."""
+    if not args.save_masks:
+        return [[]] * len(images)
+    numbers = range(1, len(args.expression) + 1)
+    return [[Path(args.save_masks, f"{name}-{number}.png") for number in numbers] for name in names_of(images)]
 
 
 def names_of(images):
@@ -113,28 +117,16 @@ def names_of(images):
     names = {}  # {name: image}
     numbers = {}  # {name without its number: the last number}
     for image in images:
-        stem = Path(image).stem
-        name = stem
-        while name in names:  # two images of one name, say a.jpg and a.png
+        stem = name = Path(image).stem
+        while name in names:  # two images of one name, such as a.jpg and a.png
             numbers[stem] = numbers.get(stem, 1) + 1
             name = f"{stem}-{numbers[stem]}"
         names[name] = image
     return list(names)
 
 
-def mask_paths(args, images):
-    """For each image a file for the mask of each expression; none for each without --save_masks."""
-    if not args.save_masks:
-        return [[]] * len(images)
-    numbers = range(1, len(args.expression) + 1)
-    paths = []
-    for name in names_of(images):
-        paths.append([Path(args.save_masks, f"{name}-{number}.png") for number in numbers])
-    return paths
-
-
 def refuse_to_overwrite(images, targets):
-    """Raises ValueError if a file to be written is one of the images, or two are one."""
+    """Raises ValueError if a file to be written is one of the images, or two of them are the same file."""
     targets = [target for target in targets if target]
     if len({os.path.abspath(target) for target in targets}) < len(targets):
         raise ValueError("a drawing would replace a mask; give --output and --save_masks different folders")
@@ -147,7 +139,7 @@ def refuse_to_overwrite(images, targets):
 
 
 def place_of(path):
-    """Where a file lies, (device, number on it), the same by whatever path; None if there is none."""
+    """(device, inode) of a file, the same by whatever path; None if there is none."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):  # the latter: a name that no file can have
@@ -164,10 +156,8 @@ def report(args, image, results):
             entry = result.to_dict()
             if args.rle:
                 entry["mask"] = result.mask_rle()
-            if result.score < args.min_score:  # nothing is found
-                entry["box"] = None
-                if args.rle:
-                    entry["mask"] = None
+            if result.score < args.min_score:
+                entry |= {name: None for name in ("box", "mask") if name in entry}  # nothing is found
             entries.append(entry)
         print(json.dumps({"image": image, "width": width, "height": height, "results": entries}), flush=True)
         return
@@ -178,31 +168,30 @@ def report(args, image, results):
         print(f"  {shown(result.expression, 1000)}: {found}, score {result.score:.2f}", flush=True)
 
 
-def save_drawing(args, results, target):
-    drawing = draw_results(results, args.heatmap, args.mask, args.min_score)
-    save_image(drawing, target, "make room, or give another --output")
-    print(f"drawn in {shown(target, 1000)}", file=sys.stderr)
-
-
-def save_masks(args, results, targets):
-    for result, target in zip(results, targets):
-        result.save_mask(target, args.min_score)
+def write_files(args, results, drawing, masks):
+    """Write the drawing of one image, unless it is None, and its masks."""
+    for result, path in zip(results, masks):
+        result.save_mask(path, args.min_score)
+    if drawing:
+        image = draw_results(results, args.heatmap, args.mask, args.min_score)
+        save_image(image, drawing, "make room, or give another --output")
+        print(f"drawn in {shown(drawing, 1000)}", file=sys.stderr)
 
 
 def main():
     """-> the exit code: 0, or 1 if an image of several could not be read."""
     args = arguments()
-    sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may have no letters for an expression
+    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack an expression's letters
     images = list_images(args.images)
     grounder = Grounder.from_pretrained(args.weights, args.device, args.dtype)
     several = len(images) > 1 or os.path.isdir(args.images[0])
-    targets = drawing_paths(args, images, several)
+    drawings = drawing_paths(args, images, several)
     masks = mask_paths(args, images)
-    refuse_to_overwrite(images, [*targets, *chain.from_iterable(masks)])
+    refuse_to_overwrite(images, [*drawings, *chain.from_iterable(masks)])
     progress = Progress("grounded", len(images))
+    warnings = chain.from_iterable(grounder.warnings(expression) for expression in dict.fromkeys(args.expression))
     code = 0
-    warned = False
-    for number, image in enumerate(images, 1):
+    for number, image in enumerate(images):
         try:
             results = grounder.ground(image, args.expression, attention=args.heatmap == "attention")
         except ImageError as error:
@@ -211,17 +200,12 @@ def main():
             print(f"error: {error}", file=sys.stderr)
             code = 1
             continue
-        if not warned:
-            warned = True
-            for expression in dict.fromkeys(args.expression):
-                for line in grounder.warnings(expression):
-                    print(f"warning: {line}", file=sys.stderr)
+        for line in warnings:  # all of them with the first image
+            print(f"warning: {line}", file=sys.stderr)
         report(args, image, results)
-        save_masks(args, results, masks[number - 1])
-        if targets[number - 1]:
-            save_drawing(args, results, targets[number - 1])
+        write_files(args, results, drawings[number], masks[number])
         if several:
-            progress(number)
+            progress(number + 1)
     return code
 
 

@@ -26,8 +26,8 @@ from hivg.utils.messages import quoted
 
 DEFAULT_WEIGHTS = weights.bundled("hivg-tiny.safetensors")
 BATCH = 32  # expressions that go through the model at once
-DRAWN = 200  # pixels: a drawing is a whole number of times larger than its image, as long as no side exceeds this
-HEATMAPS = ("tokens", "attention")  # heat maps that can be drawn: the token map, the attention of [REG]
+DRAWN = 200  # pixels: a small image is drawn a whole number of times larger, up to this long side
+HEATMAPS = ("tokens", "attention")  # the token map, [REG]'s attention
 
 
 @dataclass
@@ -36,9 +36,9 @@ class Result:
 
     expression: str
     box: tuple  # (xmin, ymin, xmax, ymax), floats in pixels of the image, which is upright after EXIF rotation
-    score: float  # 0..1: how much of the token map lies in the box; if `Grounder.calibration` is there, the chance that
-    # the box is right (IoU of 0.5 or more) on data like those it was fitted on
-    image: Image.Image = field(repr=False, compare=False)  # the image it was found in, RGB
+    score: float  # 0..1: how much of the token map lies in the box (`HiVG.score`); with `Grounder.calibration`, the
+    # probability that the box is right (IoU of 0.5 or more) on data like that it was fitted on
+    image: Image.Image = field(repr=False, compare=False)  # RGB, upright
     letterbox: Letterbox = field(repr=False, compare=False)
     # maps on the patch grid of the padded square
     token_map: np.ndarray = field(repr=False, compare=False)  # (h, w), 0..1
@@ -48,54 +48,41 @@ class Result:
     @property
     def heatmap(self):
         """(H, W) float32 in 0..1: the token map, how much each pixel belongs to the region meant."""
-        return self.letterbox.map_to_image(self._token_square())
+        return self.letterbox.map_to_image(self.square("tokens"))
 
     @property
     def mask(self):
         """(H, W) float32 in 0..1: the segmentation head's probability of each pixel."""
-        return self.letterbox.map_to_image(self._mask_square())
+        return self.letterbox.map_to_image(self.square("mask"))
 
     @property
     def attention(self):
         """(H, W) float32 in 0..1: where [REG], from which the box comes, looks in the last layer of the grounding
-        encoder, mean over the heads, as a share of what the patch has that it looks at most. `attention_map` has the
-        shares themselves, of all tokens; text and [CLS] have the rest. Raises ValueError if it was not asked for."""
-        return self.letterbox.map_to_image(self._attention_square())
+        encoder, mean over the heads, relative to the patch it looks at most. `attention_map` has the shares themselves;
+        text and [CLS] have the rest. Raises ValueError if it was not asked for."""
+        return self.letterbox.map_to_image(self.square("attention"))
 
-    def _token_square(self):
-        """(S, S) float32 in 0..1: the token map on the pixels of the model's square."""
-        h = len(self.token_map)
-        patch = self.letterbox.size // h  # pixels
-        # RTCC's target says of a patch whether its first pixel is in the box (`box_on_grid`), so that pixel gets the
-        # patch's value; the pixels in between are interpolated, those behind the last patch's first pixel repeat
-        inside = (h - 1) * patch + 1
-        square = torch.from_numpy(self.token_map)[None, None]  # (1, 1, h, w)
-        square = F.interpolate(square, (inside, inside), mode="bicubic", align_corners=True)
-        square = F.pad(square, (0, patch - 1, 0, patch - 1), mode="replicate")  # (1, 1, S, S)
-        return square[0, 0].clamp(0, 1).numpy()  # bicubic can leave 0..1
-
-    def _mask_square(self):
-        """(S, S) float32 in 0..1: the mask on the pixels of the model's square."""
-        return self._stretched(self.mask_map)
-
-    def _attention_square(self):
-        """(S, S) float32 in 0..1: the attention on the pixels of the model's square."""
-        if self.attention_map is None:
+    def square(self, name):
+        """A map on the pixels of the model's square, (S, S) float32 in 0..1. name: mask, or one of HEATMAPS."""
+        S = self.letterbox.size
+        if name == "tokens":
+            # RTCC's target says of a patch whether its first pixel is in the box (`box_on_grid`), so that pixel gets
+            # the patch's value, and those behind the last patch's first pixel repeat it
+            h = len(self.token_map)
+            inside = (h - 1) * (S // h) + 1
+            square = torch.from_numpy(self.token_map)[None, None]  # (1, 1, h, w)
+            square = F.interpolate(square, (inside, inside), mode="bicubic", align_corners=True)
+            square = F.pad(square, (0, S - inside, 0, S - inside), mode="replicate")  # (1, 1, S, S)
+        elif name == "mask":
+            square = F.interpolate(torch.from_numpy(self.mask_map)[None, None], (S, S), mode="bicubic")
+        elif name != "attention":
+            raise ValueError(f"heatmap must be one of {', '.join(HEATMAPS)}, not {name!r:.40}")
+        elif self.attention_map is None:
             raise ValueError("the attention was not asked for; give ground or ground_pairs attention=True")
-        largest = max(self.attention_map.max(), 1e-9)  # all 0 in an image so narrow that it fills half of no patch
-        return self._stretched(self.attention_map / largest)
-
-    def _stretched(self, values):
-        """(h, w) in 0..1, cells that fill the square -> (S, S), the cells' values at their middles."""
-        size = (self.letterbox.size, self.letterbox.size)
-        square = F.interpolate(torch.from_numpy(values)[None, None], size, mode="bicubic")  # (1, 1, S, S)
-        return square[0, 0].clamp(0, 1).numpy()
-
-    def _heat_square(self, heatmap):
-        """(S, S) of the heat map of this name (HEATMAPS)."""
-        if heatmap not in HEATMAPS:
-            raise ValueError(f"heatmap must be one of {', '.join(HEATMAPS)}, not {heatmap!r:.40}")
-        return self._attention_square() if heatmap == "attention" else self._token_square()
+        else:
+            shares = self.attention_map / max(self.attention_map.max(), 1e-9)  # all 0 in a very narrow image
+            square = F.interpolate(torch.from_numpy(shares)[None, None], (S, S), mode="bicubic")
+        return square[0, 0].clamp(0, 1).numpy()  # bicubic can leave 0..1
 
     def save_mask(self, path, min_score=0.0):
         """Write the mask as a black image of the same size, white where its probability is above 0.5; all black if the
@@ -120,11 +107,11 @@ class Result:
 
 
 def draw_results(results, heatmap=False, mask=False, min_score=0.0):
-    """Draw the results of one image together -> PIL RGB image. Heat map and mask (see Result.draw) are those of the
-    first result. A result that scores less than min_score has neither its box nor its mask drawn.
+    """Draw the results of one image together -> PIL RGB image. Heat map and mask (see Result.draw) are the first
+    result's. Neither box nor mask of a result that scores less than min_score is drawn.
 
-    An image of at most 100 pixels a side is drawn two or more times as large (DRAWN). An expression that no font here
-    has the letters for, Chinese or emoji, say, is labelled with its number among the results: #1."""
+    An image of at most 100 pixels a side is enlarged (DRAWN). An expression that no font here has the letters for,
+    such as Chinese or emoji, is labelled with its number among the results: #1."""
     first = results[0]
     window = first.letterbox.window  # maps as small as they are: the image may have many more pixels
     factor = max(1, DRAWN // max(first.image.size))
@@ -136,13 +123,13 @@ def draw_results(results, heatmap=False, mask=False, min_score=0.0):
             labels.append(drawable(clean_text(result.expression), f"#{number}"))
     heat = None
     if heatmap:
-        heat = first._heat_square("tokens" if heatmap is True else heatmap)[window]
+        heat = first.square("tokens" if heatmap is True else heatmap)[window]
     return draw_boxes(
         ImageOps.scale(first.image, factor, Image.Resampling.NEAREST),
         boxes,
         labels,
         heatmap=heat,
-        mask=first._mask_square()[window] if mask and first.score >= min_score else None,
+        mask=first.square("mask")[window] if mask and first.score >= min_score else None,
     )
 
 
@@ -150,20 +137,19 @@ class Grounder:
     """A HiVG model ready for use: adapters merged, in evaluation mode, on its device."""
 
     def __init__(self, model, device="auto", dtype="auto"):
-        """model: a HiVG with its tokenizer, which stays as it is. device: auto, cpu or cuda. dtype: of the weights and
-        products: float32, or bfloat16, which moves boxes by some thousandths of the side; auto takes it where the
-        machine is fast at it. Boxes and scores are in float32. Raises ValueError."""
+        """model: a HiVG with its tokenizer, left unchanged. device: auto, cpu or cuda. dtype of weights and products:
+        float32, or bfloat16, which moves boxes by some thousandths of the side; auto = bfloat16 where the hardware has
+        it. Boxes and scores are float32. Raises ValueError."""
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
         self.model = model.for_prediction(self.device, self.dtype)
         self.clip = self.model.config.clip
-        self.calibration = calibration_of(getattr(model, "info", {}))  # (a, b) of the score, None: not calibrated
+        self.calibration = calibration_of(getattr(model, "info", {}))  # (a, b) of the score; None = not calibrated
 
     @classmethod
     def from_pretrained(cls, path=DEFAULT_WEIGHTS, device="auto", dtype="auto"):
-        """Raises hivg.weights.WeightsError for a file that cannot be used, ValueError for a device that is not
-        there."""
-        choose_device(device)  # before the time is spent on loading
+        """Raises hivg.weights.WeightsError for a file that cannot be used, ValueError for a device that is missing."""
+        choose_device(device)  # before time is spent on loading
         model = weights.load_hivg(path)
         weights.need_tokenizer(model, path)
         calibration_of(model.info, path)  # raises the error that names the file
@@ -172,9 +158,9 @@ class Grounder:
     @torch.inference_mode()
     def ground(self, image, expression, attention=False):
         """image: a path, a PIL image, an open file or an array (hivg.data.images.open_image); expression: text ->
-        Result, or a list of texts about the image -> list of Result. attention: whether the results have an
-        `attention`, which takes a little longer. Raises hivg.data.images.ImageError for the image, ValueError for an
-        expression that is empty or no text and for a model that gives no numbers."""
+        Result, or a list of texts about the image -> list of Result. attention: whether results have `attention`, which
+        takes a little longer. Raises hivg.data.images.ImageError for the image, ValueError for an expression that is
+        empty or not text, and for a model whose boxes are not finite."""
         texts = texts_of(expression)
         image = open_image(image)
         results = []
@@ -184,8 +170,8 @@ class Grounder:
 
     @torch.inference_mode()
     def ground_pairs(self, images, expressions, attention=False):
-        """A list of n images, each with its expression of a list of n -> list of n Result, computed in batches of at
-        most BATCH. Raises as `ground` does, and ValueError for lists of different lengths."""
+        """n images, each with its expression of a list of n -> list of n Result, in batches of at most BATCH. Raises
+        as `ground` does, and ValueError for lists of different lengths."""
         lists = hasattr(images, "__len__") and hasattr(expressions, "__len__") and not isinstance(expressions, str)
         if not lists or len(images) != len(expressions):
             raise ValueError("ground_pairs needs a list of images and a list of as many expressions")
@@ -197,15 +183,15 @@ class Grounder:
         return results
 
     def warnings(self, expression):
-        """Reasons why the model may not understand an expression, a list of lines, mostly empty."""
+        """Reasons why the model may misunderstand an expression: a list of lines, usually empty."""
         lines = []
         tokenizer = self.model.tokenizer
-        room = tokenizer.context_length - 2  # beside the start and the end token
+        room = tokenizer.context_length - 2  # without the start and the end token
         n = len(tokenizer.encode(expression))
         if n > room:
             lines.append(f"the expression has {n} tokens and is cut to its first {room}; make it shorter")
         for word in dict.fromkeys(split_words(expression)):
-            # mostly letter by letter, where a word that is known is one token or two
+            # nearly letter by letter; a known word is one token or two
             if len(word) >= 3 and word.isalpha() and 2 * len(tokenizer.encode(word)) > len(word):
                 lines.append(f"the tokenizer has no token for {word!r:.40} and spells it; the model may not know it")
         return lines
@@ -217,7 +203,7 @@ class Grounder:
         pixels = torch.stack([box.image(image, normalization) for box, image in zip(letterboxes, images)])
         padding = torch.stack([box.padding_mask() for box in letterboxes])  # (B or 1, S, S)
         token_ids = self.model.tokenizer(texts)  # (B, T)
-        # pixels (B or 1, 3, S, S): of one image what does not depend on the text is computed once
+        # pixels (B or 1, 3, S, S): for one image whatever does not depend on the text is computed once
         output = self.model(pixels.to(self.device), padding.to(self.device), token_ids.to(self.device),
                             with_reg_attention=attention)
 
@@ -241,14 +227,14 @@ class Grounder:
 
 
 def texts_of(expression):
-    """A text, or texts in whatever can be listed -> list of texts. Raises ValueError."""
+    """A text, or an iterable of texts -> list of texts. Raises ValueError."""
     is_one = isinstance(expression, str | bytes) or not hasattr(expression, "__iter__")
     texts = [expression] if is_one else list(expression)
     if not texts:
         raise ValueError("the list of expressions is empty; give one or more")
     for text in texts:
         if not isinstance(text, str):
-            raise ValueError(f"the expression {quoted(text)} is no text; give a string, or a list of strings")
+            raise ValueError(f"the expression {quoted(text)} is not text; give a string or a list of strings")
         if not text.strip():
             raise ValueError("the expression is empty; say in words what to find")
     return texts

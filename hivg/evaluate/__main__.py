@@ -6,10 +6,10 @@
     python -m hivg.evaluate --compare A.jsonl B.jsonl         two files of --per_sample
 
 Prints Acc@0.5 with its 95 % interval, Acc@0.6 to 0.9, mean IoU, mask IoU where there are masks, and all by expression
-length. IoU is of float boxes in the original image's pixels, every sample counted once. For the bundled data set it
-also prints the accuracy of guessing the largest or a random object, and of the model with the expressions shuffled
-among the images. --calibrate writes the weights with two numbers that make their score the chance that a box is right,
-as this split has it; where weights have them, how true the score is on the split is printed as well.
+length. IoU is of float boxes in the original image's pixels; every sample counts once. For the drawn data set it also
+prints the accuracy of guessing the largest or a random object, and of the model with the expressions shuffled among
+the images. --calibrate writes the weights with a calibration, which makes their score the probability that a box is
+right, as on this split; with calibrated weights the calibration error on the split is printed too.
 """
 
 import json
@@ -42,19 +42,18 @@ def arguments():
                         f"{', '.join(DEFAULT_SPLITS)} that the data set has, with --calibrate val")
     parser.add_argument("--data_root", metavar="DIR", help="default: data")
     parser.add_argument("--annotations", metavar="FILE", help="a file or folder, if not at a published place")
-    parser.add_argument("--per_sample", metavar="FILE.jsonl", help="write a JSON object a line for every expression")
-    parser.add_argument("--sheet", metavar="FILE.png", help="draw the worst and some random samples")
-    parser.add_argument("--calibrate", metavar="OUT.safetensors", help="write the weights with their score calibrated "
-                        "on this split")
+    parser.add_argument("--per_sample", metavar="FILE.jsonl", help="write a JSON object per expression")
+    parser.add_argument("--sheet", metavar="FILE.png", help="draw the worst samples and some random ones")
+    parser.add_argument("--calibrate", metavar="OUT.safetensors", help="write the weights, calibrated on this split")
     parser.add_argument("--compare", nargs=2, metavar=("A.jsonl", "B.jsonl"), help="two files of --per_sample")
-    parser.add_argument("--batch_size", type=int, default=64, help="expressions at once; default: 64")
-    parser.add_argument("--workers", type=int, default=-1, help="processes that read images; default: by the machine")
+    parser.add_argument("--batch_size", type=int, default=64, help="expressions per batch; default: 64")
+    parser.add_argument("--workers", type=int, default=-1, help="processes that read images (default: automatic)")
     add_machine_flags(parser)
     args = parser.parse_args()
     if not 1 <= args.batch_size <= 4096:
         parser.error(f"--batch_size must be from 1 to 4096, not {quoted(args.batch_size)}")
     if not -1 <= args.workers <= 256:
-        parser.error(f"--workers must be from 0 to 256, or -1 to choose by the machine, not {quoted(args.workers)}")
+        parser.error(f"--workers must be from -1 (automatic) to 256, not {quoted(args.workers)}")
     if args.data_root and not os.path.isdir(args.data_root):
         parser.error(f"--data_root {shown(args.data_root)}: there is no such folder; name the one with the data sets")
     args.data_root = args.data_root or "data"
@@ -70,14 +69,13 @@ def arguments():
 
 
 def check_outputs(args):
-    """End with one line, before any work, if a file cannot be written or is one that is read."""
+    """Before any work: exit with one line if an output cannot be written, or is one of the inputs."""
     inputs = [args.dataset, args.annotations, args.weights]
     outputs = [path for path in (args.per_sample, args.sheet, args.calibrate) if path]
     for path in outputs:
         try:
             is_new = not os.path.exists(path)
-            with open(path, "ab"):  # leaves what is in it
-                pass
+            open(path, "ab").close()  # keeps the content
             if is_new:
                 os.unlink(path)
         except OSError as error:
@@ -88,7 +86,7 @@ def check_outputs(args):
             fail(f"{shown(path)}: is there already; name a new file, or that of --weights")
         for other in inputs:
             if other == args.weights and path == args.calibrate:
-                continue  # it may take the place of the weights
+                continue  # it may replace the weights
             if other and os.path.exists(other) and os.path.exists(path) and os.path.samefile(other, path):
                 fail(f"{shown(path)}: would be replaced while it is read; name another file to write")
     if args.sheet and Image.registered_extensions().get(Path(args.sheet).suffix.lower()) not in Image.SAVE:
@@ -96,7 +94,7 @@ def check_outputs(args):
 
 
 def choose_split(args):
-    """A split that the data set has, where none is given; it is said on stderr. Raises ValueError."""
+    """The split to evaluate where none is given, told on stderr. Raises ValueError."""
     splits = splits_of(args.dataset, args.data_root, args.annotations)
     if not splits:
         raise ValueError(f"{shown(args.dataset, 150)}: no expression in it; `python -m hivg.data check` says why")
@@ -150,8 +148,7 @@ def evaluate(args, model, dataset, device, dtype):
 
 
 def save_calibrated(args, calibration, count):
-    """Write --weights to --calibrate with the two numbers, in the type that they are stored in. Raises ValueError and
-    OSError."""
+    """Write --weights to --calibrate with the calibration, in their stored dtype. Raises ValueError and OSError."""
     file = read(args.weights)
     dtypes = {tensor.dtype for tensor in file.tensors.values()}
     model = build(args.weights, file)
@@ -173,7 +170,7 @@ def save_rows(path, rows):
 
 def main():
     args = arguments()
-    sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may have no letters for an expression
+    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack an expression's letters
     if args.compare:
         print(compare(*args.compare))
         return

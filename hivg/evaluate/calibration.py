@@ -1,4 +1,4 @@
-"""The score as a chance of being right: Platt's scaling, fitted on a split and stored with the weights."""
+"""The score as the probability of being right: Platt scaling, fitted on a split and stored with the weights."""
 
 import math
 
@@ -7,23 +7,21 @@ import numpy as np
 from hivg.evaluate.metrics import mean
 from hivg.utils.messages import quoted, shown
 
-# Scores are calibrated as if they were at least so far from 0 and 1: half the step of float32 below 1.
-EDGE = 2**-25
-MAX_CALIBRATION = 1e6  # of its two numbers; those of a trained model are below 10
+EDGE = 2**-25  # scores are kept this far from 0 and 1: half the spacing of float32 just below 1
+MAX_CALIBRATION = 1e6  # bound of a and b; those of a trained model are below 10
 
 
 def calibrated(score, a, b):
-    """A score in 0..1 -> the chance that the box is right, sigmoid(a logit(score) + b); it rises with the score as a
-    is above 0, so that it tells right from wrong as well as before."""
+    """A score in 0..1 -> the probability that the box is right, sigmoid(a logit(score) + b). As a > 0 it rises with the
+    score, so the AUROC stays the same."""
     return float(_sigmoid(a * _logit(score) + b))
 
 
 def fit_calibration(scores, right):
-    """Platt's scaling: the a and b whose `calibrated` scores say best how often predictions are right.
+    """Platt scaling (Platt 1999): the a and b of `calibrated` that maximise the likelihood.
 
-    scores: n numbers in 0..1; right: n bools. Platt 1999: logistic regression by Newton's method on targets drawn in
-    from 0 and 1 as if one more right and one more wrong prediction had been seen. Raises ValueError where the score
-    does not rise with the chance of being right.
+    scores: n numbers in 0..1; right: n bools. Logistic regression by Newton's method, on targets smoothed as if one
+    more right and one more wrong prediction had been seen. Raises ValueError unless the score rises with accuracy.
     """
     right = np.array(right, dtype=bool)  # (n,)
     x = np.stack([_logit(scores), np.ones(len(right))], 1)  # (n, 2)
@@ -37,7 +35,7 @@ def fit_calibration(scores, right):
         gradient = x.T @ (p - targets)  # (2,)
         hessian = (x.T * (p * (1 - p))) @ x + 1e-9 * np.eye(2)  # (2, 2)
         step = np.linalg.solve(hessian, gradient)
-        while _cross_entropy(x @ (ab - step), targets) > loss:  # far from the minimum a whole step can be too long
+        while _cross_entropy(x @ (ab - step), targets) > loss:  # a full step can overshoot
             step = step / 2
         ab = ab - step
         loss = _cross_entropy(x @ ab, targets)
@@ -51,13 +49,12 @@ def fit_calibration(scores, right):
 
 
 def calibration_of(info, path="the weights"):
-    """The a and b of `calibrated` that stand in a weights file's `info`, None if there are none. Raises ValueError for
-    anything but two finite numbers, the first above 0."""
+    """The a and b of `calibrated` in a weights file's `info`, or None. Raises ValueError for anything but two finite
+    numbers, the first above 0."""
     ab = info.get("score_calibration")
     if ab is None:
         return None
     is_pair = isinstance(ab, list) and len(ab) == 2 and all(type(value) in (int, float) for value in ab)
-    # as large as a float can be is finite, and yet no sensible number
     if not is_pair or not all(abs(value) < MAX_CALIBRATION for value in ab) or ab[0] <= 0:
         raise ValueError(f"{shown(path)}: its score calibration {quoted(ab)} is not two finite numbers, the first "
                          "above 0; calibrate it again (python -m hivg.evaluate --calibrate)")
@@ -65,9 +62,8 @@ def calibration_of(info, path="the weights"):
 
 
 def reliability(scores, right):
-    """How far a score is the chance of being right -> rows (low, high, count, mean score, accuracy) of the tenths of
-    0..1, and the expected calibration error: the mean of |mean score - accuracy| over all predictions' tenths. Empty
-    tenths have nan."""
+    """Reliability diagram -> rows (low, high, count, mean score, accuracy) of ten equal bins of the score, nan where
+    empty, and the expected calibration error: |mean score - accuracy| of the bins, weighted by their counts."""
     groups = [[] for _ in range(10)]
     for score, is_right in zip(scores, right):
         groups[min(int(10 * score), 9)].append((score, is_right))
@@ -83,9 +79,9 @@ def reliability(scores, right):
 
 
 def reliability_lines(scores, right):
-    """The table of `reliability` as lines of text."""
+    """`reliability` as lines of text."""
     tenths, error = reliability(scores, right)
-    lines = [f"score as the chance of being right: expected calibration error {error:.4f}"]
+    lines = [f"score as the probability of being right: expected calibration error {error:.4f}"]
     for low, high, count, mean_score, share_right in tenths:
         means = f", mean score {mean_score:.3f}, Acc@0.5 {share_right:.3f}" if count else ""
         lines.append(f"  {low:.1f} to {high:.1f}    {count:>6} expressions{means}")

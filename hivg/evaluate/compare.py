@@ -1,5 +1,4 @@
-"""Where two models differ on the same samples, and whether chance explains it: two files of `hivg.evaluate
---per_sample`."""
+"""Where two models differ on the same samples, and whether it is significant: two files of --per_sample."""
 
 import json
 
@@ -13,23 +12,16 @@ def compare(path_a, path_b):
     b = rows_of(path_b)
     if not a or samples_of(a) != samples_of(b):
         raise ValueError(f"{shown(path_a, 80)} ({len(a):,} rows) and {shown(path_b, 80)} ({len(b):,}) are not of the "
-                         "same samples; evaluate both on one split")
-    only_a = []  # pairs of rows that the first alone has right
-    only_b = []
-    for x, y in zip(a, b):
-        x_right = x["iou"] >= 0.5
-        y_right = y["iou"] >= 0.5
-        if x_right and not y_right:
-            only_a.append((x, y))
-        if y_right and not x_right:
-            only_b.append((x, y))
-    chance = mcnemar(len(only_a), len(only_b))
-    verdict = "more than chance explains" if chance < 0.05 else "chance explains it"
+                         "same samples; evaluate both on the same split")
+    only_a = [(x, y) for x, y in zip(a, b) if x["iou"] >= 0.5 > y["iou"]]
+    only_b = [(x, y) for x, y in zip(a, b) if y["iou"] >= 0.5 > x["iou"]]
+    p = mcnemar(len(only_a), len(only_b))
+    verdict = "significant at 5 %" if p < 0.05 else "not significant at 5 %"
     lines = [
         f"Acc@0.5 {accuracy(row['iou'] for row in a):.4f} {shown(path_a, 300)}",
         f"Acc@0.5 {accuracy(row['iou'] for row in b):.4f} {shown(path_b, 300)}",
-        f"{len(a)} samples: {len(only_a)} right in the first alone, {len(only_b)} in the second alone; the chance of a "
-        f"difference as large between equals is {chance:.3g} (McNemar): {verdict}",
+        f"{len(a)} samples: {len(only_a)} right in the first alone, {len(only_b)} in the second alone; McNemar's p "
+        f"{p:.3g}: {verdict}",
     ]
     for name, pairs in (("first", only_a), ("second", only_b)):
         for x, y in pairs:
@@ -59,13 +51,11 @@ def rows_of(path):
 
 
 def is_row(row):
-    """Whether a JSON value is a row as --per_sample writes it, as far as --compare reads it."""
-    if not isinstance(row, dict) or not row.keys() >= {"image", "expression", "target", "iou"}:
+    """Whether a JSON value has what --compare reads of a row that --per_sample wrote."""
+    if not isinstance(row, dict) or not isinstance(row.get("image"), str) or not isinstance(row.get("expression"), str):
         return False
-    if not isinstance(row["image"], str) or not isinstance(row["expression"], str):
-        return False
-    target = row["target"]
+    target = row.get("target")
     if not isinstance(target, list) or len(target) != 4:
         return False
-    # neither bools nor NaN, nor whole numbers beyond all floats
-    return all(type(value) in (int, float) and abs(value) < 1e9 for value in (*target, row["iou"]))
+    # neither bools nor NaN, nor integers beyond all floats
+    return all(type(value) in (int, float) and abs(value) < 1e9 for value in (*target, row.get("iou")))

@@ -2,7 +2,7 @@
 
 import math
 
-# class -> fewest and most words
+# class: fewest and most words
 LENGTHS = {"1-5 words": (1, 5), "6-7 words": (6, 7), "8-10 words": (8, 10), "11+ words": (11, 10**9)}
 
 
@@ -38,11 +38,10 @@ def by_length(expressions, ious):
 
 
 def mcnemar(only_a, only_b):
-    """McNemar's test of two predictors on the same samples -> p, the chance of a difference as large if neither were
-    better.
+    """McNemar's p for two predictors on the same samples, two-sided.
 
-    only_a, only_b: how many samples the first alone and the second alone has right. Two-sided; exact up to 1,000 such
-    samples, above by the normal distribution with a continuity correction.
+    only_a, only_b: how many samples only the first and only the second has right. Exact up to 1,000 such samples, above
+    that by the normal approximation with continuity correction.
     """
     n = only_a + only_b
     if n > 1000:
@@ -52,11 +51,11 @@ def mcnemar(only_a, only_b):
 
 
 def auroc(scores, right):
-    """How well a score tells right from wrong: the chance that a right prediction scores higher than a wrong one, ties
-    counting half. 0.5 = not at all; nan where all are right or all wrong. Raises ValueError for a score that is nan."""
+    """Area under the ROC curve: the probability that a right prediction scores higher than a wrong one, ties counting
+    half. 0.5 = chance; nan where all are right or all wrong. Raises ValueError for a score that is nan."""
     order = sorted(zip(scores, right))
     if any(math.isnan(score) for score, _ in order):
-        raise ValueError("a score is not a number (NaN); the weights that gave it are damaged")
+        raise ValueError("a score is NaN; the weights are damaged")
     wrong = 0  # wrong predictions so far
     below = 0.0  # pairs so far in which the wrong one scores lower
     start = 0

@@ -1,4 +1,4 @@
-"""The predictions of a model on a data set, a row for each expression: what accuracies and comparisons are made of."""
+"""The predictions of a model on a data set, a row for each expression."""
 
 import torch
 import torch.nn.functional as F
@@ -9,13 +9,12 @@ from hivg.data.batches import to_device
 
 @torch.no_grad()
 def predict(model, batches, device="cpu", expressions=None, progress=None, masks=False):
-    """Ground every row of the batches: -> list of {"image", "expression", "kind", "image_id", "box", "target", "iou",
-    "score"}, boxes (xmin, ymin, xmax, ymax) in the original image's pixels, floats. The model is left in the mode it
-    was in.
+    """Ground every row of the batches -> list of {"image", "expression", "kind", "image_id", "box", "target", "iou",
+    "score"}, boxes (xmin, ymin, xmax, ymax) in the original image's pixels, floats. The model keeps its mode.
 
-    expressions: as many texts to use instead of the batches' own, in their order. progress: called with the number of
-    rows done. masks: also "mask_iou", for the rows that have a mask, in the model's square. Raises ValueError for a
-    model whose boxes are not numbers.
+    expressions: texts to use instead of the batches' own, in their order. progress: called with the number of rows
+    done. masks: add "mask_iou", in the model's square, to the rows that have a mask. Raises ValueError for a model
+    whose boxes are not finite.
     """
     rows = []
     was_training = model.training
@@ -63,7 +62,7 @@ def predict_batch(model, batch, texts, device, masks):
 def mask_iou(logits, masks):
     """Logits (B, 1, h, w) against masks (B, S, S) bool -> IoU (B,).
 
-    As in the released code: (sigmoid - 0.5), not below 0, is resized to the mask's size; pixels above 0 count."""
+    As in the released code: (sigmoid - 0.5) clipped at 0 is resized to the mask's size, and pixels above 0 count."""
     found = (logits.sigmoid() - 0.5).clamp(min=0)
     found = F.interpolate(found, masks.shape[1:], mode="bilinear")[:, 0] > 0  # (B, S, S)
     both = (found & masks).flatten(1).sum(1)  # (B,)

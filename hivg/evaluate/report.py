@@ -1,4 +1,4 @@
-"""The report of an evaluation: its text, its sheet of samples, and the guessers that need no grounding."""
+"""The report of an evaluation: its text, its sheet of samples, and baselines that need no grounding."""
 
 import random
 
@@ -39,9 +39,9 @@ def report(rows, is_calibrated=False):
     for name, (count, group_acc, group_iou) in groups.items():
         if count:
             lines.append(f"  {name:<14}{count:>6} expressions, Acc@0.5 {group_acc:.4f}, mean IoU {group_iou:.4f}")
-    if 0 < acc < 1:  # else there is nothing to tell apart
+    if 0 < acc < 1:  # otherwise AUROC is undefined
         discrimination = auroc([row["score"] for row in rows], [overlap >= 0.5 for overlap in ious])
-        lines.append(f"score tells right from wrong boxes: AUROC {discrimination:.3f} (0.5 = not at all)")
+        lines.append(f"score tells right from wrong boxes: AUROC {discrimination:.3f} (0.5 = chance)")
     if is_calibrated:
         lines += reliability_lines([row["score"] for row in rows], [overlap >= 0.5 for overlap in ious])
     return "\n".join(lines)
@@ -67,8 +67,8 @@ def sheet_tile(dataset, rows, number):
 # ---- comparisons that need no grounding
 
 def guessers(shapes):
-    """Acc@0.5 of guessing without language on a split of `shapes`: -> {"largest object": of the object with the most
-    visible pixels, "random object": of any one of the image's objects, in expectation}."""
+    """Acc@0.5 of guessing without language on a split of `shapes` -> {"largest object": the one with the most visible
+    pixels, "random object": any object of the image, in expectation}."""
     largest = []
     at_random = []
     for index in range(len(shapes)):
@@ -84,8 +84,8 @@ def guessers(shapes):
 
 
 def shuffled(rows):
-    """The expressions of the rows of `shapes`, each moved to another image: half the split further."""
+    """The expressions of the rows of `shapes`, each moved to another image, half a split away."""
     texts = [row["expression"] for row in rows]
     scenes = len(texts) // EXPRESSIONS_PER_SCENE
-    shift = scenes // 2 * EXPRESSIONS_PER_SCENE  # by whole images, so that none keeps one of its own
+    shift = scenes // 2 * EXPRESSIONS_PER_SCENE  # whole images, so that none keeps an expression of its own
     return texts[shift:] + texts[:shift]

@@ -14,6 +14,7 @@ from hivg import Grounder, grounder, weights
 from hivg.data.batches import ShapesTensors, evaluation_batches
 from hivg.data.drawn.scenes import SPLITS
 from hivg.evaluate import __main__ as evaluate
+from hivg.training import run
 from train import Settings
 
 HAS_GPU = torch.cuda.is_available()
@@ -99,10 +100,10 @@ def test_training(clip_file, device, monkeypatch, tmp_path, optimizer):
     s = Settings(name="cpu", clip=str(clip_file), epochs=(1, 1, 1, 1), epoch_samples=16, batch_size=8, warmup_steps=1,
                  optimizer=optimizer, **ON_CPU)
     train.train(s)
-    monkeypatch.setattr(train, "choose_device", lambda name: device)
+    monkeypatch.setattr(run, "choose_device", lambda name: device)
     there = Settings(**vars(s) | {"name": "there"})
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill(patch, train, "check_finite", 4)
+        kill(patch, train, "clip_and_step", 4)
         train.train(there)
     last = train.train(Settings(**vars(there) | {"resume": True}))
     for a, b in zip(log_of("runs/there"), log_of("runs/cpu"), strict=True):

@@ -188,7 +188,7 @@ def test_report():
         "  attribute          2 expressions, Acc@0.5 1.0000, mean IoU 0.6500",
         "  ordinal            1 expressions, Acc@0.5 0.0000, mean IoU 0.0000",
         "  relation           1 expressions, Acc@0.5 0.0000, mean IoU 0.3000",
-        "score tells right from wrong boxes: AUROC 0.750 (0.5 = not at all)"]
+        "score tells right from wrong boxes: AUROC 0.750 (0.5 = chance)"]
     assert "AUROC" not in evaluate.report(rows[:2])  # both are right, so there is nothing to tell apart
     rows[0]["mask_iou"] = 0.25
     rows[2]["mask_iou"] = 0.75

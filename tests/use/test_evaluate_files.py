@@ -163,8 +163,8 @@ def test_rows_of_before_stay_if_the_work_fails(run):
 
 
 @pytest.mark.parametrize("flags, word", [
-    (["--workers", "-2"], "--workers must be from 0 to 256"),
-    (["--workers", "100000"], "--workers must be from 0 to 256"),
+    (["--workers", "-2"], "--workers must be from -1"),
+    (["--workers", "100000"], "--workers must be from -1"),
     (["--workers", "1e3"], "--workers"),
     (["--batch_size", "0"], "--batch_size must be from 1 to 4096"),
     (["--batch_size", "-64"], "--batch_size must be from 1 to 4096"),

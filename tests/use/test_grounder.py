@@ -316,8 +316,8 @@ def test_what_is_wrong_with_an_array(grounder, array, message):
 
 @pytest.mark.parametrize("expression, message", [
     ("", "expression is empty"), ("  \n", "expression is empty"), (["star", ""], "expression is empty"),
-    ([], "list of expressions is empty"), (["star", None], "None is no text"), (None, "None is no text"),
-    (3, "3 is no text"), (b"x", "b'x' is no text"),
+    ([], "list of expressions is empty"), (["star", None], "None is not text"), (None, "None is not text"),
+    (3, "3 is not text"), (b"x", "b'x' is not text"),
 ], ids=repr)
 def test_bad_expressions(grounder, image, expression, message):
     with pytest.raises(ValueError, match=message) as caught:
@@ -331,7 +331,7 @@ def test_bad_pairs(grounder, image):
             grounder.ground_pairs(images, expressions)
     with pytest.raises(ValueError, match="the list of expressions is empty"):
         grounder.ground_pairs([], [])
-    with pytest.raises(ValueError, match="None is no text"):
+    with pytest.raises(ValueError, match="None is not text"):
         grounder.ground_pairs([image], [None])
 
 
