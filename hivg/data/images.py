@@ -15,10 +15,10 @@ from hivg.utils.messages import shown
 
 PATH = 150  # characters of a path that messages show
 PNG_TEXTS = ("Raw profile type exif", "XML:com.adobe.xmp")  # that may say how an image is turned, as its EXIF chunk
-ROWS = 256  # of an image of more than 8 bits that are scaled at once
+ROWS = 256  # of a 16-bit image that are scaled at a time
 
-# libtiff, below Pillow, prints lines of its own on stderr about damaged files; ours says it once
-with suppress(OSError, AttributeError):  # a Pillow without it, or built otherwise
+# libtiff, which Pillow uses, prints its own lines on stderr about damaged files; our error says it once
+with suppress(OSError, AttributeError):  # a Pillow without libtiff, or built differently
     ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 
 
@@ -27,11 +27,11 @@ class ImageError(ValueError):
 
 
 class ImageTooLarge(ImageError):
-    """An image of more pixels than Pillow reads; one could fill the memory."""
+    """An image of more pixels than Pillow reads; it could fill the memory."""
 
 
 def most_pixels():
-    """The most that Pillow reads, as text."""
+    """The largest image that Pillow reads, as text."""
     return f"{2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels"
 
 
@@ -39,7 +39,7 @@ def open_image(image):
     """An image in any form -> upright PIL RGB image. Forms: a path, a PIL image of any mode, a file open for reading
     bytes, or an array, (H, W) or (H, W, 1) grey, (H, W, 3) RGB or (H, W, 4) RGBA, of uint8 or of floats in 0..1.
 
-    EXIF rotation is applied, the first frame of an animation taken, transparency laid on white, 16 bits scaled to 8.
+    EXIF rotation is applied; of an animation the first frame is taken; transparency becomes white; 16 bits become 8.
     Raises ImageError.
     """
     if isinstance(image, (str, os.PathLike)):
@@ -76,11 +76,11 @@ def upright_size(path):
     with _open_file(Path(path), shown(path, PATH)) as image:
         if image.format == "PNG":
             content = Path(path).read_bytes()
-            late = content[content.find(b"IDAT"):]  # what Pillow finds only when it reads the pixels
+            late = content[content.find(b"IDAT"):]  # what Pillow finds only while reading the pixels
             if any(mark.encode() in late for mark in ("eXIf", *PNG_TEXTS)):
                 return open_image(path).size
             if not {"exif", "xmp", *PNG_TEXTS} & image.info.keys():
-                return image.size  # to ask for its EXIF would read its pixels
+                return image.size  # asking for its EXIF would read its pixels
         if image.format in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP"):
             try:
                 is_turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by 90 degrees
@@ -93,7 +93,7 @@ def upright_size(path):
 def _upright(image, name):
     """A PIL image of any mode -> upright PIL RGB image. name: for messages. Raises ImageError."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Pillow's, about what is odd in a file and yet read
+        warnings.simplefilter("ignore")  # Pillow's, about oddities in files that it reads all the same
         try:
             return _to_rgb(ImageOps.exif_transpose(image))
         except Exception as error:  # damaged data make Pillow's decoders raise nearly anything
@@ -130,8 +130,8 @@ def _identified(file, name):
         raise ImageError(f"{name}: cannot be opened ({shown(problem, 80)}); check the file") from None
     except Exception as error:
         raise _damaged(name, error) from None
-    if image.format == "EPS":  # a program, which Pillow would have another program run
-        raise ImageError(f"{name}: not an image of pixels (EPS); convert it to PNG or JPEG")
+    if image.format == "EPS":  # a program, which Pillow would run
+        raise ImageError(f"{name}: EPS is a program, not pixels; convert it to PNG or JPEG")
     return image
 
 
@@ -175,11 +175,7 @@ def _to_8_bits(image):
         whites = (255, 65535)
     else:
         whites = (65535,)
-    white = largest  # brighter than all that is usual
-    for usual in whites:
-        if largest <= usual:
-            white = usual
-            break
+    white = next((white for white in whites if largest <= white), largest)
     scaled = np.empty(values.shape, dtype=np.uint8)
     for start in range(0, len(values), ROWS):  # not all at once, in eight times the bytes
         rows = slice(start, start + ROWS)

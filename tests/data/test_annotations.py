@@ -153,7 +153,7 @@ def test_a_file_is_not_both_train_and_val(tmp_path, name):
         try:
             read.append((split, found(read_samples(tmp_path, "unc", split, file))))
         except ValueError as error:
-            hint = "neither its name nor its rows say which split.*; call it unc_train.pth" if "rows" in name else split
+            hint = "neither its name nor its rows say which split.*; name it unc_train.pth" if "rows" in name else split
             assert re.search(hint, str(error)) and len(str(error)) < 290
     assert read == [("train" if name == "train.pth" else "val", expected(tmp_path, scenes))]
 

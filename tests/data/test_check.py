@@ -77,7 +77,7 @@ def test_without_training_images_nothing_leaks(tmp_path):
                                                 (3, {"split": "validation"}, True)])
 def test_own_data_without_val_are_told(tmp_path, n, fields, has_val):
     path = write_own(tmp_path, n, **fields)
-    assert (f"{path}: no val: train.py needs one; " in check(tmp_path, path)) == (not has_val)
+    assert (f"{path}: it has no val, which train.py needs; " in check(tmp_path, path)) == (not has_val)
 
 
 def test_dropped_outlines_and_boxes_of_0_to_1_are_told(tmp_path):

@@ -53,7 +53,7 @@ def test_lines_are_counted_as_editors_do(tmp_path):
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"", "no row in it; there must be one for each expression"),
+    (b"", "it has no rows; there must be one for each expression"),
     (ROW.encode("utf-16"), "cannot be read as annotations: not text in UTF-8; save it with that encoding"),
     (ROW.replace("cup", "café").encode("latin1").replace(b"\\u00e9", b"\xe9"), "not text in UTF-8"),
     (ROW.replace("train", "\x1b[31m" * 100), "not a JSON object"),
@@ -100,7 +100,7 @@ BAD_ROWS = {  # name: (changes of a good row, the problem it is counted as)
     "a name of lists": ({"image": [["a.png"]]}, "no image named"),
     "a number for a text": ({"expression": 5}, "expression that is not text"),
     "nothing for a text": ({"expression": None}, "no expression"),
-    "an endless text": ({"expression": "cup " * 10_000}, "endless expression"),
+    "an endless text": ({"expression": "cup " * 10_000}, "expression of more than 10,000 characters"),
     "a text of blanks": ({"expression": "\u2028 \n"}, "empty expression"),
     "nested brackets": ('{"image": ' + "[" * 100_000, "incomplete row"),
     "a number of 5,000 digits": ('{"image": "a.png", "bbox": [' + "9" * 5000 + "]}", "incomplete row"),

@@ -114,7 +114,7 @@ MALFORMED = {  # the writer; how many samples it gives, None for an error; a par
     "ids as text": (ref(ann_id="7", image_id="3"), 1, ""),
     "no ann_id": (ref(without="ann_id"), None, "'ann_id'"),
     "sentences of text": (ref(sentences=["cup"]), None, "cannot be read"),
-    "no sentence": (ref(sentences=[]), None, "no row in it"),
+    "no sentence": (ref(sentences=[]), None, "it has no rows"),
     "instances cut short": (ref(instances='{"annotations": [{"id": 7'), None, "cannot be read"),
     "instances a list": (ref(instances="[]"), None, "cannot be read"),
     "unicode": (ref(sentences=[GOOD_SENTENCE | {"sent": "das Café \U0001f431 左"}]), 1, ""),

@@ -1,4 +1,4 @@
-"""The paper's five data sets and their mixture as they are published: names, sizes, image folders, annotation files."""
+"""The paper's five data sets and their mixture, as published: names, sizes, image folders, annotation files."""
 
 import os
 from contextlib import suppress
@@ -16,55 +16,28 @@ IMAGE_FOLDERS = {"coco": COCO, "referit": REFERIT, "flickr": FLICKR}
 
 @dataclass(frozen=True)
 class Published:
-    """One data set. `counts` is the number of expressions by split, None where it is not published."""
+    """One data set. counts: the number of expressions by split, None where it is not published."""
 
     names: tuple
     image_folder: str
     counts: dict
-    refer_files: tuple = ()  # REFER's name of the file, and other places where it is found
+    refer_files: tuple = ()  # REFER's name for the file, and other places where it may be
 
 
 DATASETS = {
-    "refcoco": Published(
-        names=("refcoco", "unc"),
-        image_folder=COCO,
-        counts={"train": 120624, "val": 10834, "testA": 5657, "testB": 5095},
-        refer_files=("refs(unc).p",),
-    ),
-    "refcoco+": Published(
-        names=("refcoco+", "unc+", "refcocoplus"),
-        image_folder=COCO,
-        counts={"train": 120191, "val": 10758, "testA": 5726, "testB": 4889},
-        refer_files=("refs(unc).p",),
-    ),
-    "refcocog": Published(
-        names=("refcocog", "gref_umd", "refcocog_umd"),
-        image_folder=COCO,
-        counts={"train": 80512, "val": 4896, "test": 9602},
-        refer_files=("refs(umd).p",),
-    ),
-    "refcocog_google": Published(
-        names=("refcocog_google", "gref"),
-        image_folder=COCO,
-        counts={"train": 85474, "val": 9536},
-        refer_files=("refs(google).p", "refcocog/refs(google).p", "refer/refcocog/refs(google).p"),
-    ),
-    "referit": Published(
-        names=("referit", "refclef"),
-        image_folder=REFERIT,
-        counts={"train": 54127, "val": 5842, "test": 60103},
-        refer_files=("refs(berkeley).p", "refs(unc).p"),
-    ),
-    "flickr": Published(
-        names=("flickr", "flickr30k"),
-        image_folder=FLICKR,
-        counts={"train": 427193, "val": 14433, "test": 14481},
-    ),
-    "mixup": Published(  # its rows say in which folder an image is
-        names=("mixup",),
-        image_folder="",
-        counts={"train": None, "val": None, "test": None},
-    ),
+    "refcoco": Published(("refcoco", "unc"), COCO, {"train": 120624, "val": 10834, "testA": 5657, "testB": 5095},
+                         ("refs(unc).p",)),
+    "refcoco+": Published(("refcoco+", "unc+", "refcocoplus"), COCO,
+                          {"train": 120191, "val": 10758, "testA": 5726, "testB": 4889}, ("refs(unc).p",)),
+    "refcocog": Published(("refcocog", "gref_umd", "refcocog_umd"), COCO, {"train": 80512, "val": 4896, "test": 9602},
+                          ("refs(umd).p",)),
+    "refcocog_google": Published(("refcocog_google", "gref"), COCO, {"train": 85474, "val": 9536},
+                                 ("refs(google).p", "refcocog/refs(google).p", "refer/refcocog/refs(google).p")),
+    "referit": Published(("referit", "refclef"), REFERIT, {"train": 54127, "val": 5842, "test": 60103},
+                         ("refs(berkeley).p", "refs(unc).p")),
+    "flickr": Published(("flickr", "flickr30k"), FLICKR, {"train": 427193, "val": 14433, "test": 14481}),
+    # its rows say which folder an image is in
+    "mixup": Published(("mixup",), "", {"train": None, "val": None, "test": None}),
 }
 
 
@@ -82,9 +55,9 @@ def canonical(dataset):
 def find_file(data_root, dataset, split, annotations=None):
     """The annotation file of a split.
 
-    dataset: a key of DATASETS. annotations: the file itself, or a folder to look in, with the files in it or in a
-    folder for each data set, as the lists are published; without it all published places under data_root are tried.
-    Raises ValueError, naming the splits that are there.
+    dataset: a key of DATASETS. annotations: the file itself, or a folder that holds the files, or a folder for each
+    data set, as the lists are published; without it, all published places under data_root are tried. Raises ValueError,
+    naming the splits that exist.
     """
     if annotations and os.path.isfile(annotations):  # unlike Path.is_file, False for a name that no file can have
         splits, _ = files_of(data_root, dataset, annotations)
@@ -112,8 +85,8 @@ def find_file(data_root, dataset, split, annotations=None):
 
 
 def places(root, dataset, annotations=None):
-    """The folders that may hold the annotations, likeliest first: those below the data root as they are published, or
-    `annotations` and the same below it."""
+    """The folders that may hold the annotations, most likely first: the published ones below the data root, or
+    `annotations` and the same ones below it."""
     top = Path(annotations or root)
     folders = []
     for name in DATASETS[dataset].names:
@@ -130,10 +103,8 @@ def file_patterns(dataset):
 
 
 def files_of(data_root, dataset, annotations=None):
-    """What files there are of a data set -> the splits that have a file of their own, a set, and the path of a file
-    that may hold several splits, or None.
-
-    Arguments as of `find_file`. Raises ValueError for a file that is another data set's by its name."""
+    """-> the set of splits that have a file of their own, and the path of a file that may hold several splits, or
+    None. Arguments as in `find_file`. Raises ValueError for a file whose name is another data set's."""
     root = Path(data_root)
     if annotations and os.path.isfile(annotations):
         file = Path(annotations)
@@ -153,15 +124,13 @@ def files_of(data_root, dataset, annotations=None):
 
 
 def splits_by_name(file_name, dataset):
-    """The split of a data set that a file is of by its name, a set of one, or empty."""
-    splits = set()
-    for pattern in file_patterns(dataset)[:-1]:  # the last fits anything
-        splits |= split_of(file_name, pattern)
-    return splits
+    """The split that a file holds by its name: a set of one, or empty."""
+    patterns = file_patterns(dataset)[:-1]  # the last one matches anything
+    return set().union(*(split_of(file_name, pattern) for pattern in patterns))
 
 
 def splits_in(folders, patterns, root):
-    """The splits that have a file in these folders, a set."""
+    """The set of splits that have a file in these folders."""
     splits = set()
     for folder in folders:
         for pattern in patterns:
@@ -174,8 +143,8 @@ def splits_in(folders, patterns, root):
 
 
 def split_of(file_name, pattern):
-    """The split that a file is of by its name, a set of one; empty if the name does not fit, or fits a data set with a
-    longer name as well: gref_umd_val.pth is `val` of gref_umd, not `umd_val` of gref."""
+    """The split that a file holds by its name, a set of one; empty if the name does not match, or matches a data set
+    with a longer name: gref_umd_val.pth is `val` of gref_umd, not `umd_val` of gref."""
     head, tail = pattern.split("{}")
     if not (file_name.startswith(head) and file_name.endswith(tail)):
         return set()

@@ -13,19 +13,19 @@ from hivg.utils.messages import shown
 def check(data_root, dataset, annotations=None, decode=False):
     """The text of the report. Raises ValueError if there is nothing to report on.
 
-    For each split the number of expressions beside the published one, and the rows that are left out, with the reason;
-    then the training images that are in another split too, for the mixture also in the splits of its parts; and whether
-    people's own data have no `val`.
+    For each split the number of expressions beside the published one, and the rows left out, with the reason; then
+    the training images that are in another split too (of the mixture: also in the splits of its parts), and whether
+    people's own data lack a `val`.
 
-    decode: read the pixels of every image, too, and list the damaged ones; takes minutes for a hundred thousand.
+    decode: also read the pixels of every image and list the damaged ones, minutes for a hundred thousand.
     """
     if dataset == "shapes":
         raise ValueError("shapes is drawn as it is needed; there are no files to check")
     names = [dataset] if is_own(dataset) else [canonical(dataset)]
-    if names == ["mixup"] and not (annotations and os.path.isfile(annotations)):  # one file is of the mixture alone
+    if names == ["mixup"] and not (annotations and os.path.isfile(annotations)):  # a single file is the mixture's alone
         names = ["mixup", *(name for name in DATASETS if name != "mixup")]
     lines = []
-    problems = []  # those of the lines that say why rows or splits are left out
+    problems = []  # the lines that say why rows or splits are left out
     images = {}  # (name, split): the ids of its images
     for name in names:
         for split, count in counts_by_split(data_root, name).items():
@@ -46,26 +46,26 @@ def check(data_root, dataset, annotations=None, decode=False):
             if decode:
                 lines += decoded(f"{shown(name)} {shown(split, 40)}", samples)
     if not any(images.values()):
-        raise ValueError(problems[0] if problems else f"{shown(dataset)}: no expression in it")
+        raise ValueError(problems[0] if problems else f"{shown(dataset)}: it has no expressions")
     lines += leakage(names[0], images)
     if is_own(dataset) and (dataset, "val") not in images:
-        lines.append(f'{shown(dataset)}: no val: train.py needs one; write "split": "val" in the rows of some images, '
-                     '"train" in the others')
+        lines.append(f'{shown(dataset)}: it has no val, which train.py needs; write "split": "val" in the rows of some '
+                     'images, "train" in the others')
     return "\n".join(lines)
 
 
 def counts_by_split(data_root, name):
-    """{split: published number of expressions or None}; the splits of people's own data are those in the file."""
+    """{split: published number of expressions, or None}; people's own data have the splits in the file."""
     if not is_own(name):
         return DATASETS[name].counts
     return dict.fromkeys(splits_of(name, data_root) or ["train"])
 
 
 def splits_of(dataset, data_root="data", annotations=None):
-    """The splits that the files of a data set have, a list in the order in which they are published, others after them.
+    """The splits that a data set's files have, a list in the published order, others after them.
 
-    dataset: "shapes" (whose endless splits are left out), a name of a data set or a .jsonl file. Raises ValueError for
-    a file that cannot be read, and if there is none.
+    dataset: "shapes" (without its endless splits), the name of a data set, or a .jsonl file. Raises ValueError for a
+    file that cannot be read, and if there is none.
     """
     if dataset == "shapes":
         refuse_annotations(dataset, annotations)
@@ -79,7 +79,7 @@ def splits_of(dataset, data_root="data", annotations=None):
     if whole:
         _, rows = read_dataset(data_root, dataset, published[0], whole)
         if any(row.split is None for row in rows):
-            return published  # one split, and it does not say which
+            return published  # one split, unnamed
         splits |= {row.split for row in rows if isinstance(row.split, str)}
     if not splits:
         read_dataset(data_root, dataset, published[0], annotations)  # raises the error that says what is missing
@@ -87,7 +87,7 @@ def splits_of(dataset, data_root="data", annotations=None):
 
 
 def decoded(name, samples):
-    """Read every image of the samples -> lines: how many cannot be read, and one for each of these."""
+    """Read every image of the samples -> lines: how many cannot be read, and which."""
     own = {sample.image: sample.own for sample in samples}
     progress = Progress(f"{name}, images read", len(own))
     problems = []
@@ -103,8 +103,8 @@ def decoded(name, samples):
 
 
 def leakage(name, images):
-    """Lines on the training images of a data set that are in other splits too; none if it has no training images.
-    images: {(name, split): image ids}."""
+    """Lines on the training images that are in other splits too; none without training images. images: {(name, split):
+    image ids}."""
     train = images.get((name, "train"))
     if not train:
         return []

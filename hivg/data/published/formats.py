@@ -1,4 +1,4 @@
-"""The four formats of annotation files, each to the same rows, not checked yet.
+"""The four formats of annotation files, all to the same rows, not checked yet.
 
 A file's format is recognised by its content. Pickles are read as plain data (hivg/utils/pickles.py).
 """
@@ -16,12 +16,12 @@ from hivg.utils.messages import quoted, shown
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_SIDE = 10**6  # pixels of an image
 USUAL_SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
-                "test": "test"}  # what people call a split, in lower case, and what it is called here
+                "test": "test"}  # {what people call a split, in lower case: our name for it}
 
 
 @dataclass(slots=True)
 class Row:
-    """One expression as a file says it; only `form` and `image_folder` are certain to be right."""
+    """One expression as a file has it; only `form` and `image_folder` can be trusted."""
 
     file: object = None
     expression: object = None
@@ -31,34 +31,35 @@ class Row:
     segmentation: object = None
     split: str | None = None  # None: the file holds one split
     size: tuple | None = None  # (width, height) of the image, where the file says it
-    problem: str | None = None  # why there is no complete row
-    line: int | None = None  # its number in a file of lines, from 1 on
+    problem: str | None = None  # why the row is incomplete
+    line: int | None = None  # of a file of lines, from 1
 
 
 def read_rows(path, dataset):
     """All rows of an annotation file, a list.
 
-    dataset: a key of published.DATASETS; anything else stands for people's own data, whose file is JSON lines. Raises
-    ValueError.
+    dataset: a key of catalogue.DATASETS; anything else stands for people's own data in JSON lines. Raises ValueError.
     """
     try:
         line = first_line(path)
         if dataset not in DATASETS or "image" in (json_object(line) or {}):
             return lines_rows(path, dataset)
         if line[:1] not in (b"{", b"["):
-            return pickled_rows(path, dataset)
+            data = pickles.read(path)
+            if not isinstance(data, list) or not data:
+                raise ValueError("it holds no list of rows")
+            return refer_rows(path, data, dataset) if isinstance(data[0], dict) else list_rows(data, dataset)
         data = json.loads(read_text(path))
         if isinstance(data, dict) and {"images", "annotations"} <= data.keys():
             return mdetr_rows(data)
-        raise ValueError("JSON, but neither MDETR's (images and annotations) nor a line for each expression with its "
-                         "image, expression and bbox")
+        raise ValueError("JSON, but neither MDETR's (images and annotations) nor lines with image, expression and bbox")
     except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"no {error} in it" if isinstance(error, KeyError) else shown(error, 170)
+        reason = f"{error} is missing" if isinstance(error, KeyError) else shown(error, 170)
         raise ValueError(f"{shown(path, 80)}: cannot be read as annotations: {reason}") from None
 
 
 def first_line(path):
-    """The first line that is not blank, as bytes without blanks around it; at most 1 MB of it."""
+    """The first line that is not blank, as stripped bytes; at most 1 MB of it."""
     with open(path, "rb") as file:
         if file.read(3) != BYTE_ORDER_MARK:
             file.seek(0)
@@ -76,25 +77,16 @@ def read_text(path):
         raise ValueError("not text in UTF-8; save it with that encoding") from None
 
 
-def pickled_rows(path, dataset):
-    data = pickles.read(path)
-    if not isinstance(data, list) or not data:
-        raise ValueError("no list of rows in it")
-    if isinstance(data[0], dict):
-        return refer_rows(path, data, dataset)
-    return list_rows(data, dataset)
-
-
 def refer_rows(path, refs, dataset):
-    """REFER: a list of objects, each with its sentences, whose boxes are in instances.json beside it."""
+    """REFER: a list of objects, each with its sentences; their boxes are in instances.json beside it."""
     beside = path.with_name("instances.json")
     if not beside.is_file():
-        raise ValueError(f"a REFER file needs {beside.name} beside it, which holds its boxes")
+        raise ValueError(f"a REFER file needs {beside.name} beside it, which has the boxes")
     instances = json.loads(read_text(beside))
     annotations = {id_of(annotation, "id"): annotation for annotation in instances["annotations"]}
     images = {id_of(image, "id"): image for image in instances.get("images", [])}
     rows = []
-    most = path.stat().st_size  # a pickle may name one list of sentences many times
+    most = path.stat().st_size  # a pickle may refer to one list of sentences many times
     for ref in refs:
         annotation = annotations.get(id_of(ref, "ann_id"), {})
         image = images.get(id_of(ref, "image_id"), {})
@@ -105,23 +97,16 @@ def refer_rows(path, refs, dataset):
             problem = f"ann_id {quoted(ref['ann_id'])} of ref_id {quoted(ref.get('ref_id'))} is not in {beside.name}"
         bbox = annotation["bbox"] if annotation else None
         if len(rows) + len(ref["sentences"]) > most:
-            raise ValueError("more sentences than a file of its size holds")
+            raise ValueError("more sentences than a file of this size can hold")
         for sentence in ref["sentences"]:
-            rows.append(Row(
-                file=file,
-                expression=sentence.get("sent") or sentence.get("raw"),
-                bbox=bbox,
-                image_folder=DATASETS[dataset].image_folder,
-                segmentation=annotation.get("segmentation"),
-                split=ref["split"],
-                size=stated_size(image),
-                problem=problem,
-            ))
+            rows.append(Row(file, sentence.get("sent") or sentence.get("raw"), bbox, "xywh",
+                            DATASETS[dataset].image_folder, annotation.get("segmentation"), ref["split"],
+                            stated_size(image), problem))
     return rows
 
 
 def id_of(record, name):
-    """An id as text: it is a number in one file and text in another. Raises ValueError."""
+    """An id as text, as it is a number in one file and text in another. Raises ValueError."""
     value = record[name]
     if not isinstance(value, int | str):
         raise ValueError(f"{name} is {quoted(value)}, not a number")
@@ -147,15 +132,9 @@ def list_rows(data, dataset):
         image_folder = DATASETS[dataset].image_folder
         if dataset == "mixup":
             image_folder = IMAGE_FOLDERS.get(second, COCO) if isinstance(second, str) else COCO
-        rows.append(Row(
-            file=pickles.plain_text(file),
-            expression=pickles.plain_text(phrase),
-            bbox=bbox,
-            form="xyxy" if dataset in ("referit", "flickr") else "xywh",
-            image_folder=image_folder,
-            segmentation=fifth,
-            size=stated_size(second),
-        ))
+        form = "xyxy" if dataset in ("referit", "flickr") else "xywh"
+        rows.append(Row(pickles.plain_text(file), pickles.plain_text(phrase), bbox, form, image_folder, fifth,
+                        size=stated_size(second)))
     return rows
 
 
@@ -167,19 +146,14 @@ def mdetr_rows(data):
     rows = []
     for image in data["images"]:
         annotation = annotations.get(image["id"], {})
-        rows.append(Row(
-            file=image["file_name"],
-            expression=image["caption"],
-            bbox=annotation["bbox"] if annotation else None,
-            segmentation=annotation.get("segmentation"),
-            size=stated_size(image),
-            problem=None if annotation else f"image {quoted(image['id'])} has no annotation",
-        ))
+        problem = None if annotation else f"image {quoted(image['id'])} has no annotation"
+        rows.append(Row(image["file_name"], image["caption"], annotation["bbox"] if annotation else None,
+                        segmentation=annotation.get("segmentation"), size=stated_size(image), problem=problem))
     return rows
 
 
 def lines_rows(path, dataset):
-    """JSON lines: {"image", "expression", "bbox": [xmin, ymin, xmax, ymax]}, if wanted "segmentation" and "split"."""
+    """JSON lines: {"image", "expression", "bbox": [xmin, ymin, xmax, ymax]}, optionally "segmentation" and "split"."""
     published = DATASETS.get(dataset)
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines() also splits at U+2028, within a text
@@ -193,23 +167,15 @@ def lines_rows(path, dataset):
         if split is not None and (not isinstance(split, str) or not split.strip()):
             rows.append(Row(problem=f"the split {quoted(split)} is not a name", line=number))
             continue
-        rows.append(Row(
-            file=record.get("image"),
-            expression=record.get("expression"),
-            bbox=record.get("bbox"),
-            form="xyxy",
-            image_folder=published.image_folder if published else None,
-            segmentation=record.get("segmentation"),
-            split=split,
-            line=number,
-        ))
+        rows.append(Row(record.get("image"), record.get("expression"), record.get("bbox"), "xyxy",
+                        published.image_folder if published else None, record.get("segmentation"), split, line=number))
     if not published:
         name_splits(rows)
     return rows
 
 
 def name_splits(rows):
-    """Give the rows of people's own data the splits as they are called here, and by their image where none says one."""
+    """Give the rows of people's own data our names of their splits; if none names a split, split them by image."""
     usual = usual_splits({row.split for row in rows if row.split})
     if not usual:
         val = val_images(row.file for row in rows if isinstance(row.file, str))
@@ -224,16 +190,16 @@ def name_splits(rows):
 
 
 def usual_splits(names):
-    """The splits that a file names, a set -> {name: what it is called here}: "val" for "Validation". Names that would
-    become one, as "val" and "dev", stay two."""
+    """The splits that a file names, a set -> {name: our name}: "Validation" becomes "val". Names that would become the
+    same, such as "val" and "dev", stay as they are."""
     usual = {name: USUAL_SPLITS.get(name.strip().lower(), name) for name in names}
     count = Counter(usual.values())
     return {name: split if count[split] == 1 else name for name, split in usual.items()}
 
 
 def val_images(files):
-    """File names -> the set of those that are "val", by their hash: one in ten, with all the expressions of an image.
-    Two images or more are never all in one split: the one with the smallest hash is "val" then, the others "train"."""
+    """File names -> the set of those that are "val": one in ten by their hash, so all expressions of an image stay
+    together. If all of two or more images fell into one split, the one with the smallest hash alone is "val"."""
     hashes = {file: zlib.crc32(file.encode(errors="replace")) for file in files}
     val = {file for file, number in hashes.items() if number % 10 == 0}
     if len(hashes) > 1 and len(val) in (0, len(hashes)):
@@ -242,7 +208,7 @@ def val_images(files):
 
 
 def json_object(line):
-    """The JSON object that is this line, or None."""
+    """The JSON object in this line, or None."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -251,7 +217,7 @@ def json_object(line):
 
 
 def stated_size(record):
-    """(width, height) of an image if a record says them, else None."""
+    """(width, height) of an image if a record has them, else None."""
     if not isinstance(record, dict):
         return None
     size = record.get("width"), record.get("height")

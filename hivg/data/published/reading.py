@@ -2,7 +2,7 @@
 
     samples = read_samples("data", "refcoco", "val")
 
-Every row of a file is checked. Those with a problem are left out and counted, never silently.
+Every row of a file is checked. Rows with a problem are left out, counted and reported.
 """
 
 import gc
@@ -34,8 +34,8 @@ class Sample:
     expression: str  # as written
     box: tuple  # (xmin, ymin, xmax, ymax), floats in the image's pixels
     segmentation: list | dict | None  # COCO polygons, or an RLE with size and counts
-    image_id: str  # the image's file name, which all published data sets have in common; its path in people's own data
-    own: bool = False  # of people's own data, whose images are read upright: pixels are those of the upright image
+    image_id: str  # the image's file name, shared by the published data sets; in people's own data its path
+    own: bool = False  # people's own data: pixels are those of the upright image (EXIF)
 
     def mask(self, height, width):
         """(height, width) bool array of the segmentation, or None. Raises ValueError (masks.mask_of)."""
@@ -44,8 +44,8 @@ class Sample:
 
 @dataclass
 class Report:
-    """Rows that were left out of a file, and why: the number and the first case of each kind of problem. Notes are
-    about rows that were not left out."""
+    """Rows that were left out of a file: the number and the first case of each kind of problem. Notes are about rows
+    that were kept."""
 
     source: str = ""
     problems: Counter = field(default_factory=Counter)
@@ -64,16 +64,15 @@ class Report:
 def read_samples(data_root, dataset, split, annotations=None, report=None):
     """All samples of a split, a list of Sample in the order of the file.
 
-    data_root    the folder with the published layout (see the README)
-    dataset      a name (`refcoco`, `unc`, ...), or a .jsonl file of one's own. Its images are looked for below the data
-                 root and beside the file. Its split "validation", "valid" or "dev" is `val`, in capitals too; if its
-                 rows name no `split`, one image in ten is `val`, at least one of several, and the rest `train`
-    annotations  a file or folder, where they are not at a published place; REFER's `refs(..).p` needs `instances.json`
-                 beside it
+    data_root    the folder with the published layout (hivg/data/README.md)
+    dataset      a name (`refcoco`, `unc`, ...) or your own .jsonl file, whose images are looked for below the data root
+                 and beside the file. "validation", "valid" and "dev" are `val`, in any case; if no row names a split,
+                 one image in ten is `val`, at least one of several, and the rest `train`
+    annotations  a file or folder, if not at a published place; REFER's `refs(..).p` needs `instances.json` beside it
     report       a Report to fill; without one its lines are printed on stderr
 
-    Raises ValueError for a file that cannot be read, for a split that is not there, naming those that are, and for the
-    `train` of a file that would be any other split as well.
+    Raises ValueError for a file that cannot be read, for a missing split, naming those that exist, and for the `train`
+    of a file that would be every other split as well.
     """
     with uncollected():
         return _read_samples(data_root, dataset, split, annotations, report)
@@ -82,11 +81,11 @@ def read_samples(data_root, dataset, split, annotations=None, report=None):
 def _read_samples(data_root, dataset, split, annotations, report):
     path, rows = read_dataset(data_root, dataset, split, annotations)
     if not rows:
-        raise ValueError(f"{shown(path, 80)}: no row in it; there must be one for each expression")
+        raise ValueError(f"{shown(path, 80)}: it has no rows; there must be one for each expression")
     own = is_own(dataset)
     if split == "train" and not own and is_of_any_split(dataset, path, rows):
         raise ValueError(f"{shown(path, 60)}: neither its name nor its rows say which split it is, so `val` would be "
-                         f"the same; call it {dataset}_train.pth and give --annotations the folder with it and val")
+                         f"the same; name it {dataset}_train.pth and give --annotations the folder with it and val")
     if own and all(row.split != split for row in rows):
         split = USUAL_SPLITS.get(split.lower(), split)
     rows_of_split = [row for row in rows if row.split in (None, split)]
@@ -115,7 +114,7 @@ def _read_samples(data_root, dataset, split, annotations, report):
 
 
 def notes(samples, dropped):
-    """Lines on what is odd in people's own data. dropped: the rows whose outline is none."""
+    """Lines on oddities in people's own data. dropped: the rows whose outline cannot be used."""
     lines = []
     if dropped:
         first = f"line {dropped[0].line}: {shown(dropped[0].file, 60)}: {quoted(dropped[0].segmentation, 40)}"
@@ -127,8 +126,8 @@ def notes(samples, dropped):
 
 @contextmanager
 def uncollected():
-    """Python does not look for garbage meanwhile: millions of objects are made and none is thrown away, and to look at
-    all of them again and again takes a third of the time."""
+    """Without the garbage collector: millions of objects are made and none is freed, and looking at all of them again
+    and again takes a third of the time."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -139,12 +138,12 @@ def uncollected():
 
 
 def is_own(dataset):
-    """Whether a data set is a file of people's own, not a published one."""
+    """Whether a data set is people's own file, not a published one."""
     return str(dataset).endswith(".jsonl")
 
 
 def read_dataset(data_root, dataset, split, annotations=None):
-    """(path, rows) of the annotation file of a split, which may hold other splits as well."""
+    """(path, rows) of the annotation file of a split, which may hold other splits too."""
     if is_own(dataset):
         refuse_annotations(dataset, annotations)
         path = Path(dataset)
@@ -157,14 +156,14 @@ def read_dataset(data_root, dataset, split, annotations=None):
 
 
 def refuse_annotations(dataset, annotations):
-    """Raises ValueError for annotations that a data set which is not the paper's would ignore."""
+    """Raises ValueError for annotations that would be ignored, as the data set is not one of the paper's."""
     if annotations:
         raise ValueError(f"--annotations {shown(annotations, 60)} is for a data set of the paper, and "
                          f"{shown(dataset, 60)} would ignore it; leave it out")
 
 
 def is_of_any_split(dataset, path, rows):
-    """Whether rows of a published data set's file are those of any split: neither its name nor they say which."""
+    """Whether neither the name nor the rows of a published data set's file say which split it is."""
     _, whole = files_of("", canonical(dataset), path)
     return whole is not None and any(row.split is None and not row.problem for row in rows)
 
@@ -172,7 +171,7 @@ def is_of_any_split(dataset, path, rows):
 # ---- the checks of a row
 
 class Problem(Exception):
-    """A reason to leave a row out: the kind of problem, which is counted, and the detail of this case."""
+    """Why a row is left out: the kind of problem, which is counted, and the detail of this case."""
 
     def __init__(self, kind, detail):
         super().__init__(kind)
@@ -181,8 +180,8 @@ class Problem(Exception):
 
 
 class RowCheck:
-    """Rows of one file to samples. It asks once for every folder what is in it: a question for each of a hundred
-    thousand images takes seconds."""
+    """Rows of one file to samples. It lists each folder once: asking for each of a hundred thousand images takes
+    seconds."""
 
     def __init__(self, data_root, source, own):
         self.data_root = data_root
@@ -190,8 +189,8 @@ class RowCheck:
         self.own = own
         self.names = {}  # folder: the files in it
         self.sizes = {}  # image: (width, height)
-        self.dropped = []  # rows whose outline is none
-        self.outlines = {}  # (id, size of the image): (segmentation, as checked); sentences about an object share it
+        self.dropped = []  # rows whose outline cannot be used
+        self.outlines = {}  # {(id, size of the image): (segmentation, checked)}; sentences about an object share it
 
     def sample(self, row):
         """A Row -> Sample. Raises Problem."""
@@ -216,7 +215,7 @@ class RowCheck:
     def segmentation(self, value, size, file):
         key = id(value), size
         if key not in self.outlines:
-            # with the value itself, so that its id is not given to another
+            # the value too, so that its id is not reused
             self.outlines[key] = value, checked_segmentation(value, *size, file)
         return self.outlines[key][1]
 
@@ -247,9 +246,9 @@ class RowCheck:
 
 
 def stored_size(image):
-    """(width, height) of an image as its file says them. Raises ImageError."""
+    """(width, height) from an image file's header. Raises ImageError."""
     try:
-        with Image.open(image) as opened:  # reads the header alone
+        with Image.open(image) as opened:
             return opened.size
     except Image.DecompressionBombError as error:
         raise ImageTooLarge(str(error)) from None
@@ -258,7 +257,7 @@ def stored_size(image):
 
 
 def check_expression(expression, file):
-    """Raises Problem for what is no text, or too long a one."""
+    """Raises Problem for what is not text, or is too long."""
     if expression is None:
         raise Problem("no expression", file)
     if not isinstance(expression, str):
@@ -266,19 +265,17 @@ def check_expression(expression, file):
     if not expression.strip():
         raise Problem("empty expression", file)
     if len(expression) > MAX_EXPRESSION:
-        raise Problem("endless expression", f"{file}: {quoted(expression, 40)}")
+        raise Problem(f"expression of more than {MAX_EXPRESSION:,} characters", f"{file}: {quoted(expression, 40)}")
 
 
 def checked_box(bbox, form, width, height, file, own):
-    """Four numbers, xyxy or xywh -> (xmin, ymin, xmax, ymax), floats. Raises Problem.
-
-    In people's own data a text like "12" or `true` is no number; the released program takes them, so published lists
-    may have them."""
+    """Four numbers, xyxy or xywh -> (xmin, ymin, xmax, ymax), floats. Raises Problem. Text like "12", or `true`, is not
+    a number in people's own data; published lists may have such, as the released program accepts them."""
     try:
         if not isinstance(bbox, list | tuple) or own and any(isinstance(value, str | bool) for value in bbox):
             raise TypeError
         xmin, ymin, xmax, ymax = (float(value) for value in bbox)
-    except (TypeError, ValueError, OverflowError):  # the last: a whole number beyond all floats
+    except (TypeError, ValueError, OverflowError):  # the last: an integer beyond all floats
         raise Problem("box that is not four numbers", f"{file}: {quoted(bbox)}") from None
     if form == "xywh":
         xmax += xmin
