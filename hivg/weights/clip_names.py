@@ -2,7 +2,7 @@
 
 `openai_clip` and `huggingface_clip` take {their name: tensor} and give (CLIPConfig, {our name: tensor}). Every size is
 read off the shapes, and a tensor keeps the type it was saved in. Tensors that a kind always holds and we do not need
-are left out by name. Anything else that is unknown keeps its own name, so that `weights.check_keys` reports it as left
+are left out by name. Anything else that is unknown keeps its own name, so that `loading.compare` reports it as left
 over.
 """
 

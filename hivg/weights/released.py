@@ -196,7 +196,7 @@ def fold_adapters(tensors, alpha=LORA_ALPHA):
         name_B = f"{layer}.lora_B.default.weight"
         name_W = f"{layer}.weight"
         if name_B not in tensors or name_W not in tensors:
-            continue  # check_keys reports the A that is left over
+            continue  # loading.compare reports the A that is left over
         W = tensors[name_W].double()  # (out, in)
         A = tensors.pop(name).double()  # (r, in)
         B = tensors.pop(name_B).double()  # (out, r)

@@ -156,7 +156,7 @@ def test_table_beside_the_weights(tmp_path, table):
 
 
 def test_table_in_the_weights_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "FOLDER", tmp_path / "weights")
+    monkeypatch.setattr("hivg.weights.reading.FOLDER", tmp_path / "weights")
     (tmp_path / "weights").mkdir()
     save_table(tmp_path / "weights" / download.TABLE)
     save_file(to_huggingface(make_published_clip()), tmp_path / "model.safetensors")

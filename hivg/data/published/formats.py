@@ -99,7 +99,7 @@ def refer_rows(path, refs, dataset):
         annotation = annotations.get(id_of(ref, "ann_id"), {})
         image = images.get(id_of(ref, "image_id"), {})
         # REFER's own file names end in _<number of the object>
-        file = image.get("file_name") or re.sub(r"_\d+(\.\w+)$", r"\1", ref["file_name"])
+        file = image.get("file_name") or re.sub(r"_\d+(\.\w+)$", r"\1", pickles.plain_text(ref["file_name"]))
         problem = None
         if not annotation:
             problem = f"ann_id {quoted(ref['ann_id'])} of ref_id {quoted(ref.get('ref_id'))} is not in {beside.name}"
@@ -109,7 +109,7 @@ def refer_rows(path, refs, dataset):
         for sentence in ref["sentences"]:
             rows.append(Row(
                 file=file,
-                expression=sentence.get("sent") or sentence.get("raw"),
+                expression=pickles.plain_text(sentence.get("sent") or sentence.get("raw")),
                 bbox=bbox,
                 image_folder=DATASETS[dataset].image_folder,
                 segmentation=annotation.get("segmentation"),
