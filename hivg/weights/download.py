@@ -16,20 +16,18 @@ from hivg.utils.cli import Progress
 from hivg.utils.messages import quoted, shown
 
 TABLE = "bpe_simple_vocab_16e6.txt.gz"
-MODELS = "https://openaipublic.azureedge.net/clip/models"
-# name -> (address, sha256)
-FILES = {
-    "ViT-B/32": (f"{MODELS}/40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
-                 "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
-    "ViT-B/16": (f"{MODELS}/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
-                 "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
-    "ViT-L/14": (f"{MODELS}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
-                 "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
-    "ViT-L/14@336px": (f"{MODELS}/3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02/ViT-L-14-336px.pt",
-                       "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
-    "table": (f"https://github.com/openai/CLIP/raw/main/clip/{TABLE}",
-              "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"),
+HASHES = {
+    "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+    "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+    "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+    "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
 }
+FILES = {}  # name -> (address, sha256)
+for name, sha256 in HASHES.items():
+    file = name.replace("/", "-").replace("@", "-")
+    FILES[name] = (f"https://openaipublic.azureedge.net/clip/models/{sha256}/{file}.pt", sha256)
+FILES["table"] = (f"https://github.com/openai/CLIP/raw/main/clip/{TABLE}",
+                  "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")
 CHUNK = 1 << 20  # bytes read at once
 
 

@@ -80,19 +80,19 @@ STAND_INS = {
     "a module's class": name("__torch__.a", "b"),
     "an array's class": name("numpy", "ndarray"),
     "a function": name("_codecs", "encode"),
-    "a dtype": name("torch", "float32"),
-    "a tensor": tensor(number(4) + b"\x85", number(1) + b"\x85")[6:-1],
+    "a type": name("torch", "float32"),
+    "a tensor": tensor(number(4) + b"\x85", number(1) + b"\x85")[7:-1],
     "a list": b"]",
 }
 STEPS = {  # name: the steps of a pickle
     "an array of objects": array("O8", b"\x10" * 8, 1),
     "an array of objects, by a forged dtype": EMPTY_ARRAY + b"(" + number(1) * 2 + b"\x85" + (
-        name("argparse", "Namespace") + b")\x81}" + text("dtype") + text("O") + b"sb\x89" + data_of(b"\x10" * 8) + b"tb"),
+        name("argparse", "Namespace") + b")\x81}" + text("dtype") + text("O") + b"sb\x89") + data_of(b"\x10" * 8) + b"tb",
     "an array larger than its bytes": array("f8", b"\0" * 8, 2**20),
     "an array of no elements and no type": EMPTY_ARRAY + b"(" + number(1) + b")NNNtb",
     "text of four gigabytes": array("U999999999", b"\0" * 8, 1),
     "a dtype of fields": DTYPE + text("f8,O8") + b"\x89\x88\x87R",
-    "the state of a dtype": DTYPE + text("f8") + b"\x89\x88\x87R(" + number(3) + text("O") + b"NNNttb",
+    "the state of a dtype": DTYPE + text("f8") + b"\x89\x88\x87R(" + number(3) + text("O") + b"NNNtb",
     **{f"the state of {called}": state_of(what) for called, what in STAND_INS.items()},
     **{f"the slots of {called}": state_of(what, slots=True) for called, what in STAND_INS.items()},
     "elements of a class": name("argparse", "Namespace") + number(1) + b"a",
@@ -126,9 +126,8 @@ STEPS = {  # name: the steps of a pickle
 }
 
 
-HARMLESS = {"a deep tuple", "a deep tuple as a key", "a deep tuple as an element", "a deep tuple in a set", "a deep list",
-            "modules that share modules", "a tensor of one number for all", "an empty tensor of 2^47",
-            "the state of a list"}
+HARMLESS = {"a deep tuple", "a deep tuple as a key", "a deep tuple as an element", "a deep tuple in a set",
+            "a deep list", "modules that share modules", "a tensor of one number for all", "an empty tensor of 2^47"}
 
 
 def write_bare(path, steps):
