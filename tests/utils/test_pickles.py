@@ -1,4 +1,4 @@
-"""Pickles that would crash the process, make it hang or fill its memory: each gets a line, in a process of its own."""
+"""Pickles that would crash the process or fill its memory: each gets a line, in a process of its own."""
 
 import argparse
 import collections
@@ -49,11 +49,10 @@ def array(dtype, values, count):
 def shared_modules(levels):
     """A TorchScript module with twice the same module under two names, `levels` deep."""
     module = name("__torch__", "M") + b")\x81"
-    steps = b"(" + module + b"q\x64"
-    for level in range(100, 100 + levels):
-        before = b"h" + bytes([level])
-        steps += module + b"}(" + text("a") + before + text("b") + before + b"ubq" + bytes([level + 1])
-    return steps + b"l"
+    steps = module + b"q\0"
+    for level in range(levels):
+        steps = module + b"}(" + text("a") + steps + text("b") + b"h" + bytes([level]) + b"ubq" + bytes([level + 1])
+    return steps
 
 
 def state_of(what, slots=False):
@@ -86,8 +85,8 @@ STAND_INS = {
 }
 STEPS = {  # name: the steps of a pickle
     "an array of objects": array("O8", b"\x10" * 8, 1),
-    "an array of objects, by a forged dtype": EMPTY_ARRAY + b"(" + number(1) * 2 + b"\x85" + (
-        name("argparse", "Namespace") + b")\x81}" + text("dtype") + text("O") + b"sb\x89") + data_of(b"\x10" * 8) + b"tb",
+    "an array of objects, by a forged dtype": EMPTY_ARRAY + b"(" + number(1) * 2 + b"\x85" + name(
+        "argparse", "Namespace") + b")\x81}" + text("dtype") + text("O") + b"sb\x89" + data_of(b"\x10" * 8) + b"tb",
     "an array larger than its bytes": array("f8", b"\0" * 8, 2**20),
     "an array of no elements and no type": EMPTY_ARRAY + b"(" + number(1) + b")NNNtb",
     "text of four gigabytes": array("U999999999", b"\0" * 8, 1),
@@ -142,7 +141,7 @@ def write_zip(path, steps):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("write", [write_bare, write_zip])
-def test_nothing_crashes_hangs_or_fills_the_memory(tmp_path, write):
+def test_nothing_crashes_or_fills_the_memory(tmp_path, write):
     """Read as weights and as annotations, with what each does afterwards."""
     paths = []
     for i, (case, steps) in enumerate(STEPS.items()):

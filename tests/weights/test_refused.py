@@ -65,7 +65,8 @@ def save_like_torchscript(data, path):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-@pytest.mark.parametrize("save", [torch.save, save_legacy, save_bare, partial(save_bare, protocol=2), save_zip, save_like_torchscript])
+@pytest.mark.parametrize("save", [torch.save, save_legacy, save_bare, partial(save_bare, protocol=2), save_zip,
+                                  save_like_torchscript])
 @pytest.mark.parametrize("inside", [False, True], ids=["alone", "in a checkpoint"])
 def test_a_command_is_refused_and_not_run(tmp_path, suffix, save, inside):
     path = tmp_path / f"file{suffix}"
