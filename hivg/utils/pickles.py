@@ -43,13 +43,12 @@ class RefusedError(ValueError):
 # ---- the steps of a pickle
 
 TUPLES = {b"t", b"\x85", b"\x86", b"\x87"}
+# a text, bytes or huge integer: how many bytes give its length
 TEXTS = {b"U": 1, b"X": 4, b"\x8c": 1, b"T": 4, b"B": 4, b"C": 1, b"\x8a": 1, b"\x8b": 4, b"\x8d": 8, b"\x8e": 8}
-
-
-STEPS = re.compile(b"(?s:" + b"|".join([  # as many steps as possible; `check_steps` takes those in between
+STEPS = re.compile(b"(?s:" + b"|".join([  # the bulk of the steps; `check_steps` takes those in between
     rb"[(NQRab}\])edlsu\x81\x88\x89\x8f\x90\x91\x93\x94]",  # without an argument
     rb"[hq].|j.{4}|r..[\x00-\x0f]\x00|g[^\n]*\n|p\d{1,6}\n",  # the memo, up to 2^20
-    rb"K.|M..|J.{4}|G.{8}|[FILSV][^\n]*\n|c[^\n]*\n[^\n]*\n|\x80.|\x95.{8}",  # numbers, lines, names, headers
+    rb"K.|M..|J.{4}|G.{8}|[FILSV][^\n]*\n|c[^\n]*\n[^\n]*\n|\x80.|\x95.{8}",  # numbers, lines, names, frames
     *(re.escape(s + n.to_bytes(TEXTS[s], "little")) + b".{%d}" % n for s in (b"U", b"X", b"\x8c") for n in range(64)),
 ]) + b")*+")
 
@@ -170,7 +169,7 @@ class TensorOnDisk:
 
 
 def make_tensor(storage, offset, shape, stride, *_):
-    """torch._utils._rebuild_tensor_v2"""
+    """What `torch._utils._rebuild_tensor_v2` would do -> TensorOnDisk."""
     are_sizes = all(type(n) is int and 0 <= n < 2**48 for n in (offset, *shape[:9], *stride[:9]))
     if not isinstance(storage, TensorOnDisk) or not are_sizes or not len(shape) == len(stride) < 9:
         raise ValueError("a tensor that is not described as PyTorch does")
@@ -194,7 +193,7 @@ class Reader(pickle.Unpickler):
             "_codecs.encode": lambda text, _: self.spend(text).encode("latin1"),
             "numpy.dtype": DType,
             "numpy.core.multiarray._reconstruct": lambda *_: Array(self.spend),
-            "numpy.core.multiarray.scalar": lambda dtype, data: values(dtype, data),
+            "numpy.core.multiarray.scalar": values,
             "torch._utils._rebuild_tensor_v2": make_tensor,
         }
         for name in ("_utils._rebuild_parameter", "Size", "device", "jit._pickle.build_intlist",
@@ -226,6 +225,8 @@ class Reader(pickle.Unpickler):
         if self.read_storage is None or not isinstance(saved, tuple) or saved[5:] not in ((), (None,)):
             raise ValueError("a reference that is not to a tensor of PyTorch 0.4 or later")
         _, storage_type, key, *_ = saved
+        if not isinstance(key, str):
+            raise ValueError("a storage without a name")
         self.dtypes[key] = DTYPES[storage_type]
         return TensorOnDisk(self.read_storage, key, DTYPES[storage_type])
 
@@ -289,6 +290,8 @@ def read_legacy(data):
     for _ in range(4):
         value, end, dtypes = unpickle(data, end, lambda key: bytearray(memoryview(data)[slice(*parts[key])]))
     keys, end, _ = unpickle(data, end) if dtypes else ([], end, None)
+    if not all(isinstance(key, str) for key in keys):
+        raise ValueError("no list of its tensors in it")
     for key in keys:
         start = end + 8  # behind the number of elements
         end = start + int.from_bytes(data[end:start], "little") * dtypes[key].itemsize

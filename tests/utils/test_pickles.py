@@ -144,11 +144,14 @@ def write_zip(path, steps):
 def test_nothing_crashes_or_fills_the_memory(tmp_path, write):
     """Read as weights and as annotations, with what each does afterwards."""
     paths = []
+    (tmp_path / "instances.json").write_text('{"annotations": []}')
     for i, (case, steps) in enumerate(STEPS.items()):
         args = b"}(" + text("model") + b"}" + text("args") + name("argparse", "Namespace") + b")\x81}" + (
             text("model") + steps + b"sbu")
         outline = b"](" + b"(" + text("a.jpg") + b"}" + b"](NNNNe" + text("cup") + b"](" + steps + b"ete"
-        for kind, wrapped in (("alone", steps), ("args", args), ("outline", outline)):
+        ref = b"](}(" + text("ann_id") + number(1) + text("image_id") + number(1) + (
+            text("file_name") + text("a.jpg") + text("sentences") + b"](}" + text("sent") + text("cup") + b"se" + text("split") + steps + b"ue")
+        for kind, wrapped in (("alone", steps), ("args", args), ("outline", outline), ("ref", ref)):
             path = tmp_path / f"{i} {kind} {case}"
             write(path, wrapped)
             paths.append(path)

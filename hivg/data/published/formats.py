@@ -104,6 +104,9 @@ def refer_rows(path, refs, dataset):
         if not annotation:
             problem = f"ann_id {quoted(ref['ann_id'])} of ref_id {quoted(ref.get('ref_id'))} is not in {beside.name}"
         bbox = annotation["bbox"] if annotation else None
+        split = pickles.plain_text(ref["split"])
+        if not isinstance(split, str | None):
+            raise ValueError(f"the split {quoted(split)} is not a name")
         if len(rows) + len(ref["sentences"]) > most:
             raise ValueError("more sentences than a file of its size holds")
         for sentence in ref["sentences"]:
@@ -113,7 +116,7 @@ def refer_rows(path, refs, dataset):
                 bbox=bbox,
                 image_folder=DATASETS[dataset].image_folder,
                 segmentation=annotation.get("segmentation"),
-                split=ref["split"],
+                split=split,
                 size=stated_size(image),
                 problem=problem,
             ))
