@@ -174,7 +174,7 @@ def test_convert_replaces_nothing(tmp_path):
     (tmp_path / "link.safetensors").symlink_to(path)
     (tmp_path / "lost.safetensors").symlink_to(tmp_path / "nothing")
     for target in ("model", "link", "lost"):
-        with pytest.raises(ValueError, match=f"{target}.safetensors: there is a file of this name"):
+        with pytest.raises(ValueError, match=f"{target}.safetensors: exists; give OUT another name"):
             convert(str(path), str(tmp_path / f"{target}.safetensors"))
     assert path.read_bytes() == b"theirs" and len(list(tmp_path.iterdir())) == 3
 
