@@ -1,307 +1,327 @@
-"""Files that PyTorch saved, read without running any of their content.
+"""Files that `torch.save`, `torch.jit.save` or `pickle` wrote, read as plain data; nothing in them is executed.
 
-A pickle is a program: it names functions, and unpickling calls them. The reader here looks every name up in a short
-table of its own, whose entries all build plain data, and refuses a file that names anything else. A file cannot make
-it hang, crash or fill the memory either: nothing is built that is much larger than the file. A tensor comes as
-`TensorOnDisk`, which reads its numbers only when asked, so the optimiser's state beside a model costs nothing.
+A pickle is a program: its steps name functions and call them. Two guards make the standard library's unpickler safe:
 
-Four containers are known: the zip of `torch.save`; the zip of `torch.jit.save` (TorchScript), whose code is never
-looked at and whose modules become plain objects with attributes; the older torch.save, one stream of pickles with the
-tensors behind them; and a bare pickle.
+- `check_steps` walks over the steps first. It allows only those that real files contain, and no length or memo index
+  for which the unpickler would allocate more than the file warrants.
+- `Reader.find_class` answers each known name with a stand-in that builds plain data, and refuses all others. The pickle
+  cannot change a stand-in; the `__setstate__` methods below are the only ones it can call.
+
+A crafted file cannot crash the process, nor use more memory than a constant times its size. It can waste time: hashing
+a dict key made of tuples that share tuples takes time exponential in their depth.
 """
 
+import functools
 import io
-import os
+import math
 import pickle
+import re
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from hivg.utils.messages import shown
-from hivg.utils.plain import (
-    Array,
-    Attributes,
-    Dict,
-    DType,
-    Module,
-    Namespace,
-    check_key,
-    encode,
-    first,
-    make_set,
-    new_array,
-    no_bytes,
-    plain_text,
-    scalar,
-)
-from hivg.utils.storages import Storage, StreamStorages, TensorOnDisk, ZipStorages
 
-LEGACY = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # in the first pickle of an older torch.save
-COPIES = 2  # elements that a file's calls may copy, for each byte of it; honest files stay below 1
-MAX_DIMENSIONS = 8
+LEGACY = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # in the first pickle of torch.save before 1.6
+COPIES = 4  # elements that calls may copy, per byte of the pickle; real files stay below 2
+MAX_TUPLES = 10_000  # that may be nested on an ordinary stack
+DTYPES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
+          "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32,
+          "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
+          "BoolStorage": torch.bool}
 
 
 class RefusedError(ValueError):
-    """The file asks for more than data; nothing of it was run. The message names what it asks for."""
-
-    def __init__(self, name):
-        super().__init__(f"holds {shown(name, 60)}, which is not plain data and could run a command; nothing of it was "
-                         "run; get the file from a source you trust, as a state dict or .safetensors")
+    """The file names something that is not plain data."""
 
 
-# Storage types by name, which says the type of the numbers
-DTYPES = {
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "DoubleStorage": torch.float64,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
-PLAIN = {  # (module, name) in the pickle -> what is called for it; `Reader.find_class` adds tensors
-    ("collections", "OrderedDict"): Dict,
-    ("collections", "Counter"): Dict,
-    ("argparse", "Namespace"): Namespace,
-    ("builtins", "set"): make_set,
-    ("builtins", "frozenset"): make_set,
-    ("builtins", "bytes"): no_bytes,
-    ("__builtin__", "set"): make_set,
-    ("__builtin__", "frozenset"): make_set,
-    ("__builtin__", "bytes"): no_bytes,
-    ("torch", "Size"): first,
-    ("torch", "device"): first,
-    ("torch._utils", "_rebuild_parameter"): first,
-    ("torch.jit._pickle", "restore_type_tag"): first,
-    ("torch.jit._pickle", "build_intlist"): first,
-    ("torch.jit._pickle", "build_doublelist"): first,
-    ("torch.jit._pickle", "build_boollist"): first,
-    ("torch.jit._pickle", "build_tensorlist"): first,
-    ("numpy", "ndarray"): Array,
-    ("numpy", "dtype"): DType,
-    ("numpy.core.multiarray", "_reconstruct"): new_array,
-    ("numpy._core.multiarray", "_reconstruct"): new_array,
-    ("numpy.core.multiarray", "scalar"): scalar,
-    ("numpy._core.multiarray", "scalar"): scalar,
-    ("_codecs", "encode"): encode,
-}
+# ---- the steps of a pickle
+
+TUPLES = {b"t", b"\x85", b"\x86", b"\x87"}
+# a text, bytes or huge integer: how many bytes give its length
+TEXTS = {b"U": 1, b"X": 4, b"\x8c": 1, b"T": 4, b"B": 4, b"C": 1, b"\x8a": 1, b"\x8b": 4, b"\x8d": 8, b"\x8e": 8}
+STEPS = re.compile(b"(?s:" + b"|".join([  # the bulk of the steps; `check_steps` takes those in between
+    rb"[(NQRab}\])edlsu\x81\x88\x89\x8f\x90\x91\x93\x94]",  # without an argument
+    rb"[hq].|j.{4}|r..[\x00-\x0f]\x00|g[^\n]*\n|p\d{1,6}\n",  # the memo, up to 2^20
+    rb"K.|M..|J.{4}|G.{8}|[FILSV][^\n]*\n|c[^\n]*\n[^\n]*\n|\x80.|\x95.{8}",  # numbers, lines, names, frames
+    *(re.escape(s + n.to_bytes(TEXTS[s], "little")) + b".{%d}" % n for s in (b"U", b"X", b"\x8c") for n in range(64)),
+]) + b")*+")
 
 
-# ---- reading
+def check_steps(data, start):
+    """Walk over the pickle that begins at `start` -> where it ends, how many tuples it builds. Raises ValueError."""
+    at = start
+    n_tuples = 0
+    while True:
+        at = STEPS.match(data, at).end()
+        step = data[at : at + 1]
+        at += 1
+        if step in TUPLES:
+            n_tuples += 1
+        elif step in TEXTS:
+            at += TEXTS[step] + int.from_bytes(data[at : at + TEXTS[step]], "little")
+        elif step == b"r" and int.from_bytes(data[at : at + 4], "little") < len(data):
+            at += 4
+        elif step == b"p" and (line := re.match(rb"\d{1,10}\n", data[at : at + 11])) and int(line[0]) < len(data):
+            at += line.end()
+        elif step == b".":
+            return at, n_tuples
+        else:
+            raise ValueError("cut short" if at > len(data) else "holds a step that no PyTorch or annotation file has")
 
-class Reader(pickle._Unpickler):
-    """An unpickler that can call nothing but what `find_class` returns, set the state of nothing but what the table
-    builds, and look nothing up by nested keys. It is Python's own in Python: in the one in C these steps are out of
-    reach, and some of them end the process.
 
-    data: bytes, from `start` on. storages: where its tensors are; None for a pickle without tensors.
-    """
+# ---- what they may build
 
-    def __init__(self, data, storages=None, encoding="utf-8", start=0):
-        self.file = io.BytesIO(data)  # which never reads more than there is, whatever length a pickle asks for
-        self.file.seek(start)
-        super().__init__(self.file, encoding=encoding)
-        self.storages = storages
+class Call:
+    """Stands in for a function or class."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *args):
+        return self.function(*args)
+
+    def __setstate__(self, state):
+        raise ValueError("changes a function")
+
+
+class Attributes:
+    """A TorchScript module or argparse.Namespace, reduced to its attributes."""
+
+    def __setstate__(self, state):
+        self.__dict__ = state  # no copy: a short file may give one state to many objects
+
+
+class Dict(dict):
+    """An OrderedDict or Counter."""
+
+    def __setstate__(self, state):
+        pass  # PyTorch keeps the versions of its modules here
+
+
+class DType:
+    """A numpy dtype of numbers or text; arrays of objects would hold addresses."""
+
+    def __init__(self, name, *_):
+        if not re.fullmatch(r"b1|[iu][1248]|f[248]|[SU]\d{1,6}", name):
+            raise ValueError(f"a numpy array of the type {shown(name, 60)}; only numbers and text can be read")
+        self.dtype = np.dtype(name)
+
+    def __setstate__(self, state):
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class Array(list):
+    """A numpy array as nested lists."""
+
+    def __init__(self, spend):
+        self.spend = spend
+
+    def __setstate__(self, state):
+        _, shape, dtype, by_columns, data = state
+        if 0 not in shape:  # a shape (10^9, 0) would make as many lists
+            self[:] = values(dtype, self.spend(data), shape, "F" if by_columns else "C")
+        del self.spend
+
+
+def values(dtype, data, shape=(), order="C"):
+    """bytes -> numbers or texts, in nested lists."""
+    if not isinstance(dtype, DType):
+        raise ValueError("a numpy array without a type")
+    data = data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data  # Python 2's: see plain_text
+    return np.ndarray(shape, dtype.dtype, data, order=order).tolist()
+
+
+@dataclass(frozen=True)
+class TensorOnDisk:
+    """A tensor of a file, not read yet, so that the optimizer state beside a model costs nothing."""
+
+    read_storage: object  # key -> bytearray; raises ValueError
+    key: str  # of its storage
+    dtype: torch.dtype
+    offset: int = 0  # of its first element in the storage, in elements
+    shape: tuple = ()
+    stride: tuple = ()  # in elements
+
+    def __setstate__(self, state):
+        raise ValueError("changes a tensor")
+
+    @property
+    def nbytes(self):
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self):
+        """-> the tensor on the CPU, in the dtype it was saved in. Raises ValueError if the file does not hold it."""
+        if math.prod(self.shape) == 0:
+            return torch.empty(self.shape, dtype=self.dtype)
+        data = self.read_storage(self.key)
+        count, rest = divmod(len(data), self.dtype.itemsize)
+        last = self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.stride))
+        if rest or last >= count or math.prod(self.shape) > count:  # with a stride of 0, one element is many
+            raise ValueError(f"its part {shown(self.key, 60)} is too short for a tensor of {shown(self.shape, 60)}")
+        storage = torch.frombuffer(data, dtype=self.dtype)  # (count,)
+        return storage.as_strided(self.shape, self.stride, self.offset).clone()  # not a view that keeps all of it
+
+
+def make_tensor(storage, offset, shape, stride, *_):
+    """What `torch._utils._rebuild_tensor_v2` would do -> TensorOnDisk."""
+    are_sizes = all(type(n) is int and 0 <= n < 2**48 for n in (offset, *shape[:9], *stride[:9]))
+    if not isinstance(storage, TensorOnDisk) or not are_sizes or not len(shape) == len(stride) < 9:
+        raise ValueError("a tensor that is not described as PyTorch does")
+    return replace(storage, offset=offset, shape=tuple(shape), stride=tuple(stride))
+
+
+class Reader(pickle.Unpickler):
+    """Unpickles what `check_steps` has checked. read_storage: see TensorOnDisk; None for a pickle without tensors."""
+
+    def __init__(self, data, read_storage):
+        super().__init__(io.BytesIO(data), encoding="utf-8", errors="surrogateescape")  # of Python 2: see plain_text
+        self.read_storage = read_storage
+        self.dtypes = {}  # of the storages, by key
         self.copies_left = COPIES * len(data)
+        self.calls = {
+            "collections.OrderedDict": lambda items=(): Dict(self.spend(items)),
+            "collections.Counter": lambda items=(): Dict(self.spend(items)),
+            "builtins.set": lambda items=(): set(self.spend(items)),
+            "builtins.frozenset": lambda items=(): set(self.spend(items)),
+            "builtins.bytes": lambda: b"",  # how Python 3 writes b"" for Python 2, and in the next line other bytes
+            "_codecs.encode": lambda text, _: self.spend(text).encode("latin1"),
+            "numpy.dtype": DType,
+            "numpy.core.multiarray._reconstruct": lambda *_: Array(self.spend),
+            "numpy.core.multiarray.scalar": values,
+            "torch._utils._rebuild_tensor_v2": make_tensor,
+        }
+        for name in ("_utils._rebuild_parameter", "Size", "device", "jit._pickle.build_intlist",
+                     "jit._pickle.build_doublelist", "jit._pickle.build_boollist", "jit._pickle.build_tensorlist",
+                     "jit._pickle.restore_type_tag"):
+            self.calls[f"torch.{name}"] = lambda value, *_: value
 
-    def find_class(self, module, name):
-        if (module, name) in PLAIN:
-            return PLAIN[module, name]
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return self.tensor
-        if module == "torch" and name in DTYPES:
-            return DTYPES[name]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if module.startswith("__torch__"):  # a class of the archive's own code, which is not looked at
-            return Module
-        raise RefusedError(f"{module}.{name}")
-
-    def persistent_load(self, saved):
-        """A reference to a storage, ("storage", type, key, device, size, ..) -> Storage."""
-        is_storage = isinstance(saved, tuple) and len(saved) >= 3 and saved[0] == "storage"
-        if not is_storage or saved[1] not in DTYPES.values() or not isinstance(saved[2], str) or self.storages is None:
-            raise ValueError("a reference that is not to a tensor")
-        if isinstance(self.storages, StreamStorages):
-            if saved[5:] not in ((), (None,)):
-                raise ValueError("tensors as PyTorch saved them before 0.4; save them again with a later one")
-            self.storages.types[saved[2]] = saved[1]
-        return Storage(saved[2], saved[1])
-
-    def tensor(self, storage, offset, shape, stride, *_):
-        """In place of `torch._utils._rebuild_tensor_v2` -> TensorOnDisk."""
-        sizes = (offset, *shape, *stride)
-        are_sizes = all(type(n) is int and 0 <= n < 2**48 for n in sizes)
-        if not isinstance(storage, Storage) or len(shape) != len(stride) or not are_sizes:
-            raise ValueError("a tensor that is not described as PyTorch does")
-        if len(shape) > MAX_DIMENSIONS:
-            raise ValueError(f"a tensor of {len(shape)} dimensions")
-        return TensorOnDisk(self.storages, storage.key, storage.dtype, offset, tuple(shape), tuple(stride))
-
-    def spend(self, values):
-        """Count the elements that a call is about to copy: a short file can ask for the same copy a million times."""
-        self.copies_left -= 1
-        for value in values:
-            self.copies_left -= len(value) if isinstance(value, (str, bytes, list, tuple, dict)) else 1
+    def spend(self, items):
+        """-> items, which a call copies: a short file can ask for the same copy a million times."""
+        self.copies_left -= len(items)
         if self.copies_left < 0:
             raise ValueError("holds far less data than it unfolds to")
+        return items
 
-    # the steps of a pickle that need a check; `dispatch` puts them in the place of Python's own
+    def find_class(self, module, name):
+        name = f"{module}.{name}".replace("__builtin__", "builtins").replace("numpy._core", "numpy.core")
+        if name == "argparse.Namespace" or module.startswith("__torch__"):  # a class of the archive's own code
+            return Attributes
+        if name in self.calls:
+            return Call(self.calls[name])
+        last = name.removeprefix("torch.")
+        if last in DTYPES or name == "numpy.ndarray" or isinstance(vars(torch).get(last), torch.dtype):
+            return last  # as text: a type that is named, not called
+        raise RefusedError(f"holds {shown(name, 60)}, which is not plain data and could run a command; nothing of it "
+                           "was run; get the file from a source you trust, as a state dict or .safetensors")
 
-    def load_reduce(self):
-        if not isinstance(self.stack[-1], tuple):
-            raise ValueError("a call without arguments")
-        self.spend(self.stack[-1])
-        super().load_reduce()
+    def persistent_load(self, saved):
+        """("storage", type, key, device, size, ..) -> TensorOnDisk of its first element; `make_tensor` says more."""
+        if self.read_storage is None or not isinstance(saved, tuple) or saved[5:] not in ((), (None,)):
+            raise ValueError("a reference that is not to a tensor of PyTorch 0.4 or later")
+        _, storage_type, key, *_ = saved
+        if not isinstance(key, str):
+            raise ValueError("a storage without a name")
+        self.dtypes[key] = DTYPES[storage_type]
+        return TensorOnDisk(self.read_storage, key, DTYPES[storage_type])
 
-    def load_build(self):
-        state = self.stack.pop()
-        instance = self.stack[-1]
-        if not isinstance(instance, (Dict, Attributes, Array, DType)):
-            raise ValueError(f"sets the state of a {shown(type(instance).__name__, 60)}")
-        self.spend(state if isinstance(state, tuple) else [state])
-        instance.__setstate__(state)
 
-    def load_setitem(self):
-        value = self.stack.pop()
-        key = self.stack.pop()
-        self.set_items([key, value])
-
-    def load_setitems(self):
-        self.set_items(self.pop_mark())
-
-    def load_dict(self):
-        items = self.pop_mark()
-        self.append({})
-        self.set_items(items)
-
-    def set_items(self, items):
-        """Put [key, value, key, value, ..] into the dict on top of the stack."""
-        target = self.stack[-1]
-        if not isinstance(target, dict):
-            raise ValueError("named entries of something that is not a dict")
-        for i in range(0, len(items), 2):
-            target[check_key(items[i])] = items[i + 1]
-
-    def load_append(self):
-        value = self.stack.pop()
-        self.extend([value])
-
-    def load_appends(self):
-        self.extend(self.pop_mark())
-
-    def extend(self, items):
-        """Add items to the list on top of the stack."""
-        if not isinstance(self.stack[-1], list):
-            raise ValueError("elements of something that is not a list")
-        self.stack[-1].extend(items)
-
-    def load_additems(self):
-        items = make_set(self.pop_mark())
-        if not isinstance(self.stack[-1], set):
-            raise ValueError("elements of something that is not a set")
-        self.stack[-1].update(items)
-
-    def load_put(self):
-        index = int(self.readline())
-        if not 0 <= index < 2**32:
-            raise ValueError("a memo that no pickle needs")
-        self.memo[index] = self.stack[-1]
-
-    def load_frozenset(self):
-        items = self.pop_mark()
-        self.append(make_set(items))
-
-    def refuse(self):
-        raise ValueError("holds a step that no file of PyTorch's and no annotations have")
-
-    dispatch = pickle._Unpickler.dispatch | {
-        pickle.REDUCE[0]: load_reduce,
-        pickle.BUILD[0]: load_build,
-        pickle.SETITEM[0]: load_setitem,
-        pickle.SETITEMS[0]: load_setitems,
-        pickle.DICT[0]: load_dict,
-        pickle.APPEND[0]: load_append,
-        pickle.APPENDS[0]: load_appends,
-        pickle.ADDITEMS[0]: load_additems,
-        pickle.FROZENSET[0]: load_frozenset,
-        pickle.PUT[0]: load_put,
-        pickle.INST[0]: refuse,
-        pickle.OBJ[0]: refuse,
-        pickle.NEWOBJ_EX[0]: refuse,
-        pickle.BYTEARRAY8[0]: refuse,  # takes memory before it looks whether the bytes are there
-        pickle.EXT1[0]: refuse,
-        pickle.EXT2[0]: refuse,
-        pickle.EXT4[0]: refuse,
-    }
-
+# ---- files
 
 def read(path):
-    """Read a file of `torch.save`, `torch.jit.save` or `pickle.dump` -> containers, numbers, text, `Namespace`,
-    `Module`, numpy arrays as lists, and tensors as `TensorOnDisk`.
+    """A file of `torch.save`, `torch.jit.save` or `pickle.dump` -> containers, numbers, text, `Attributes`, numpy
+    arrays as lists, and tensors as `TensorOnDisk`.
 
-    Raises RefusedError for a file that names anything else, ValueError for one that is damaged or of another format.
+    Raises RefusedError if it names anything else, ValueError if it is damaged or of another format.
     """
-    path = Path(path)
     try:
         if zipfile.is_zipfile(path):
-            return _read_zip(path)
-        with open(path, "rb") as file:
-            start = file.read(64)
-        if start.startswith(b"PK"):
+            return read_zip(path)
+        data = Path(path).read_bytes()
+        if data.startswith(b"PK"):
             raise ValueError("cut short: a zip archive without its end")
-        if LEGACY in start:
-            return _read_stream(path.read_bytes(), _read_legacy)
-        if start.startswith((b"\x80", b"(", b"]", b"}", b"c")):  # the first is protocol 2 and later, the others 0 and 1
-            return _read_stream(path.read_bytes(), _read_bare)
-        raise ValueError("not a file that PyTorch saved")
+        if LEGACY in data[:64]:
+            return read_legacy(data)
+        if not data.startswith((b"\x80", b"(", b"]", b"}", b"c")):
+            raise ValueError("not a file that PyTorch saved")
+        return unpickle(data)[0]
     except (ValueError, OSError):
         raise
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise ValueError(f"damaged ({type(error).__name__}: {shown(error, 80)})") from None
 
 
-def _read_zip(path):
+def read_zip(path):
     archive = zipfile.ZipFile(path)  # closed with the last tensor that refers to it
+    size = archive.fp.seek(0, io.SEEK_END)
     pickles = [name for name in archive.namelist() if name.split("/")[-1] == "data.pkl"]
     if len(pickles) != 1:
         raise ValueError("a zip archive, but not of PyTorch: no data.pkl in it")
-    folder = pickles[0].removesuffix("data.pkl")
-    if archive.getinfo(pickles[0]).file_size > 2 * os.path.getsize(path) + 10**6:
-        raise ValueError(f"{shown(pickles[0], 60)} in it is compressed")
-    return Reader(archive.read(pickles[0]), ZipStorages(archive, folder, os.path.getsize(path))).load()
+
+    def read_entry(entry):
+        try:
+            info = archive.getinfo(entry)
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size > size:  # PyTorch never compresses
+                raise ValueError("compressed")
+            data = bytearray(info.file_size)
+            with archive.open(info) as part:
+                if part.readinto(data) < len(data):
+                    raise ValueError("cut short")
+            return data
+        except (KeyError, ValueError, OSError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"its part {shown(entry, 60)} is damaged ({shown(error, 80)})") from None
+
+    @functools.lru_cache(1)  # views of one storage mostly follow each other
+    def read_storage(key):
+        return read_entry(f"{pickles[0].removesuffix('data.pkl')}data/{key}")
+
+    return unpickle(bytes(read_entry(pickles[0])), 0, read_storage)[0]
 
 
-def _read_stream(data, reader):
-    """Python 2 did not say how its text is encoded, nor which bytes are text: if not all are UTF-8, they are read as
-    bytes and decoded one by one."""
-    try:
-        return reader(data, "utf-8")
-    except UnicodeDecodeError:
-        return plain_text(reader(data, "bytes"))
-
-
-def _read_bare(data, encoding):
-    return Reader(data, encoding=encoding).load()
-
-
-def _read_legacy(data, encoding):
-    """A magic number, a version, facts about the machine, the data, the keys of the storages; then the storages."""
-    storages = StreamStorages(data)
-    start = 0
-    values = []
-    for _ in range(5):
-        if len(values) == 4 and not storages.types:
-            return values[3]  # data without tensors
-        reader = Reader(data, storages, encoding, start)
-        values.append(reader.load())
-        start = reader.file.tell()
-    keys = values[4]
-    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+def read_legacy(data):
+    """torch.save before 1.6: a magic number, a version, the machine, the value, the keys of the storages, and these."""
+    parts = {}  # key: (start, end) in `data`
+    end = 0
+    for _ in range(4):
+        value, end, dtypes = unpickle(data, end, lambda key: bytearray(memoryview(data)[slice(*parts[key])]))
+    keys, end, _ = unpickle(data, end) if dtypes else ([], end, None)
+    if not all(isinstance(key, str) for key in keys):
         raise ValueError("no list of its tensors in it")
-    storages.find(keys, start)
-    return values[3]
+    for key in keys:
+        start = end + 8  # behind the number of elements
+        end = start + int.from_bytes(data[end:start], "little") * dtypes[key].itemsize
+        parts[key] = start, end
+    if end > len(data):
+        raise ValueError("cut short")
+    return value
+
+
+def unpickle(data, start=0, read_storage=None):
+    """The pickle that begins at `start` -> its value, where it ends, the dtypes of its storages by key."""
+    end, n_tuples = check_steps(data, start)
+    reader = Reader(data[start:end], read_storage)
+    if n_tuples <= MAX_TUPLES:
+        return reader.load(), end, reader.dtypes
+    # hashing nested tuples recurses in C, with up to 80 bytes of stack for each: use a thread with room for all of them
+    usual = threading.stack_size((1 + n_tuples // 4096) * 2**20)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(reader.load).result(), end, reader.dtypes
+    finally:
+        threading.stack_size(usual)
+
+
+def plain_text(value):
+    """Text that Python 2 may have written, read as UTF-8, or as Latin-1 where it is not; other values as they are."""
+    try:
+        data = value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
+        return data.decode("utf-8") if isinstance(data, bytes) else value
+    except UnicodeDecodeError:
+        return data.decode("latin1")
+    except UnicodeEncodeError:  # not of Python 2
+        return value

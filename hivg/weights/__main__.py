@@ -2,7 +2,7 @@
 
     python -m hivg.weights fetch ViT-B/16   OpenAI's weights and merge table into weights/
     python -m hivg.weights convert IN OUT   any file that can be loaded, written as our own .safetensors
-    python -m hivg.weights show FILE        what a file is: kind, sizes, parameters, settings
+    python -m hivg.weights show FILE        what is in a file: kind, sizes, parameters, settings
 """
 
 import os
@@ -16,9 +16,9 @@ from hivg.weights import FOLDER, KINDS, build, download, load, read, save
 
 
 def describe(path):
-    """A file described in lines of text. It is loaded whole, so that what is said is true. Raises WeightsError."""
+    """What is in a file, as lines of text. The model is built, so the file is known to load. Raises WeightsError."""
     file = read(path)
-    count = len(file.tensors)  # before `build`, which takes them out
+    count = len(file.tensors)  # `build` empties it
     model = build(path, file)
     config = model.config if isinstance(model, HiVG) else None
     clip = config.clip if config else model.config
@@ -48,7 +48,7 @@ def convert(source, target):
     if not target.endswith(".safetensors"):
         raise ValueError(f"{shown(target)}: our files are .safetensors; give OUT that suffix")
     if os.path.lexists(target):
-        raise ValueError(f"{shown(target)}: there is a file of this name; give OUT another, or remove the file first")
+        raise ValueError(f"{shown(target)}: exists; give OUT another name, or remove the file first")
     model = load(source)
     save(target, model, model.info)
     print(target)
@@ -65,7 +65,7 @@ def arguments():
     convert = commands.add_parser("convert", help="write any file that can be loaded as our own")
     convert.add_argument("source", metavar="IN", help="a weights file of any kind")
     convert.add_argument("target", metavar="OUT", help="the file to make, .safetensors")
-    show = commands.add_parser("show", help="say what a file is")
+    show = commands.add_parser("show", help="show what is in a file")
     show.add_argument("file", metavar="FILE", help="a weights file of any kind")
     return parser.parse_args()
 

@@ -1,9 +1,8 @@
-"""Two other programs' CLIPs in our names: OpenAI's (`clip/model.py`) and Hugging Face's (`modeling_clip.py`).
+"""Two other programs' CLIPs under our names: OpenAI's (`clip/model.py`) and Hugging Face's (`modeling_clip.py`).
 
-`openai_clip` and `huggingface_clip` take {their name: tensor} and give (CLIPConfig, {our name: tensor}). Every size is
-read off the shapes, and a tensor keeps the type it was saved in. Tensors that a kind always holds and we do not need
-are left out by name. Anything else that is unknown keeps its own name, so that `weights.check_keys` reports it as left
-over.
+`openai_clip` and `huggingface_clip` turn {their name: tensor} into (CLIPConfig, {our name: tensor}). Every size is read
+off the shapes; tensors keep their dtype. Tensors that we do not need are dropped by name; any other unknown tensor
+keeps its name, so that `loading.compare` reports it as left over.
 """
 
 import re
@@ -131,22 +130,16 @@ def clip_config(tensors):
 
 
 def shape_of(tensors, name, dimensions):
-    if name not in tensors:
-        raise NotThisKind(f"a CLIP has a tensor of {dimensions} dimensions for our {name}, which is not in it")
-    shape = tensors[name].shape
-    if len(shape) != dimensions:
-        raise NotThisKind(f"a CLIP has a tensor of {dimensions} dimensions for our {name}, which has shape "
-                          f"{tuple(shape)}")
-    return shape
+    if name not in tensors or tensors[name].dim() != dimensions:
+        found = f"has shape {tuple(tensors[name].shape)}" if name in tensors else "is not in it"
+        raise NotThisKind(f"a CLIP has a tensor of {dimensions} dimensions for our {name}, which {found}")
+    return tensors[name].shape
 
 
 def depth_of(tensors, tower, called):
-    """How many blocks a tower has: the highest number in a name, and one."""
-    depth = 0
-    for name in tensors:
-        match = re.match(rf"{tower}\.blocks\.(\d{{1,4}})\.", name)  # a larger number is no block and left over
-        if match:
-            depth = max(depth, int(match[1]) + 1)
-    if depth == 0:
+    """How many blocks a tower has: one more than the highest number in a name."""
+    found = [re.match(rf"{tower}\.blocks\.(\d{{1,4}})\.", name) for name in tensors]  # longer numbers are left over
+    blocks = [int(match[1]) for match in found if match]
+    if not blocks:
         raise NotThisKind(f"no transformer block in its {called} tower")
-    return depth
+    return max(blocks) + 1

@@ -16,32 +16,28 @@ from hivg.utils.cli import Progress
 from hivg.utils.messages import quoted, shown
 
 TABLE = "bpe_simple_vocab_16e6.txt.gz"
-MODELS = "https://openaipublic.azureedge.net/clip/models"
-# name -> (address, sha256)
-FILES = {
-    "ViT-B/32": (f"{MODELS}/40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
-                 "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
-    "ViT-B/16": (f"{MODELS}/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
-                 "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
-    "ViT-L/14": (f"{MODELS}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
-                 "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
-    "ViT-L/14@336px": (f"{MODELS}/3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02/ViT-L-14-336px.pt",
-                       "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
-    "table": (f"https://github.com/openai/CLIP/raw/main/clip/{TABLE}",
-              "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"),
+HASHES = {
+    "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+    "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+    "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+    "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
 }
+FILES = {}  # name -> (address, sha256)
+for name, sha256 in HASHES.items():
+    file = name.replace("/", "-").replace("@", "-")
+    FILES[name] = (f"https://openaipublic.azureedge.net/clip/models/{sha256}/{file}.pt", sha256)
+FILES["table"] = (f"https://github.com/openai/CLIP/raw/main/clip/{TABLE}",
+                  "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")
 CHUNK = 1 << 20  # bytes read at once
 
 
 def fetch(name, folder):
-    """Download a model of FILES and the merge table into `folder` -> their paths. A file that is there and whole is not
-    downloaded again; one that is there in part (`.part`) is resumed. Raises ValueError."""
+    """Download a model of FILES and the merge table into `folder` -> their paths. A file that is complete is not
+    downloaded again; a partial one (`.part`) is resumed. Raises ValueError."""
     if name not in FILES:
         raise ValueError(f"no weights are called {quoted(name)}; there are {', '.join(FILES)}")
-    paths = [download(*FILES[name], Path(folder))]
-    if name != "table":
-        paths.append(download(*FILES["table"], Path(folder)))
-    return paths
+    names = dict.fromkeys((name, "table"))
+    return [download(*FILES[name], Path(folder)) for name in names]
 
 
 def download(address, sha256, folder):
@@ -56,29 +52,42 @@ def download(address, sha256, folder):
 
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    resumed = part.is_file() and part.stat().st_size > 0
+    is_resumed = part.is_file() and part.stat().st_size > 0
     get(address, part)
-    if hash_of(part) != sha256 and resumed:  # the part was wrong from its start: once more without it
+    if hash_of(part) != sha256 and is_resumed:  # the part was wrong from the start: once more without it
         part.unlink()
         get(address, part)
     if hash_of(part) != sha256:
         part.unlink()
-        raise ValueError(f"{address}: the server sent something other than the published file (the sha256 differs), "
+        raise ValueError(f"{address}: the server sent something other than the published file (its sha256 differs), "
                          "which was removed; try again later, or from another network")
     os.replace(part, path)
     return path
 
 
 def get(address, part):
-    """Append to `part` the bytes of the address that are not in it yet. Raises ValueError if the connection fails; the
-    bytes received by then stay."""
+    """Append to `part` the bytes of the address that are not in it yet. Raises ValueError; what was received stays."""
     done = part.stat().st_size if part.is_file() else 0
     request = urllib.request.Request(address, headers={"Range": f"bytes={done}-"} if done else {})
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             if answer.status != 206:  # 206: only the range that was asked for; otherwise everything is sent
                 done = 0
-            receive(answer, part, done)
+            total = done + int(answer.headers.get("Content-Length", 0))
+            progress = Progress(f"{part.name.removesuffix('.part')}, MB", round(total / 1e6))
+            with writing(part):
+                file = open(part, "r+b" if done else "wb")
+            with file:
+                file.seek(done)
+                while data := answer.read(CHUNK):
+                    with writing(part):
+                        file.write(data)
+                        file.flush()  # so that a full disk is noticed here, not when the file is closed
+                    done += len(data)
+                    progress(round(done / 1e6))
+        if done < total:
+            raise ValueError(f"{shown(part)}: the connection ended after {done:,} of {total:,} bytes; run the same "
+                             "command again to resume")
     except urllib.error.HTTPError as error:
         if error.code != 416:  # 416: nothing is left to send
             reason = f"{error.code} {shown(error.reason, 60)}"
@@ -86,33 +95,13 @@ def get(address, part):
     except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
         reason = getattr(error, "reason", error)
         reason = shown(getattr(reason, "strerror", None) or reason, 36)
-        path = shown(part.with_suffix(""), 78)  # mostly whole, as is the address: the file is to be saved there
+        path = shown(part.with_suffix(""), 78)  # the address stays whole, to be fetched some other way
         raise ValueError(f"{address}: no connection ({reason}); try again, or save it as {path}") from None
-
-
-def receive(answer, part, done):
-    """Write an open answer to `part` from byte `done` on. Raises ValueError if it ends too early or cannot be
-    written."""
-    total = done + int(answer.headers.get("Content-Length", 0))
-    progress = Progress(f"{part.name.removesuffix('.part')}, MB", round(total / 1e6))
-    with writing(part):
-        file = open(part, "r+b" if done else "wb")
-    with file:
-        file.seek(done)
-        while data := answer.read(CHUNK):
-            with writing(part):
-                file.write(data)
-                file.flush()  # so that a full disk is noticed here, not when the file is closed
-            done += len(data)
-            progress(round(done / 1e6))
-    if done < total:
-        raise ValueError(f"{shown(part)}: the connection ended after {done:,} of {total:,} bytes; run the same command "
-                         "again, which resumes the download")
 
 
 @contextmanager
 def writing(path):
-    """Raises ValueError for an OSError within, which would be taken for one of the connection."""
+    """Turn an OSError into a ValueError, so that it is not taken for a failed connection."""
     try:
         yield
     except OSError as error:

@@ -1,12 +1,14 @@
-"""A released HiVG checkpoint in our names, with the settings that make our model compute what the published one does.
+"""A released HiVG checkpoint under our names, with the settings under which our model computes the same.
 
 A checkpoint is a dict with `model`, a state dict, and `args`, an `argparse.Namespace` of the program's flags.
-`released_hivg` turns them into (HiVGConfig, {our name: tensor}). The adapters are folded into the weights, in float32;
-the bridge's adaptive weights, one table for a text layer there, are stacked; the position table is resized once.
+`released_hivg` turns them into (HiVGConfig, {our name: tensor}). The adapters are folded into the weights in float32;
+the bridge's adaptive weights, which are one table per text layer there, are stacked; the position table is resized
+once.
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 
@@ -26,6 +28,21 @@ TEXT_LAYERS = {
     "referit": (6, 12),
 }
 LORA_ALPHA = 16  # W + (16 / r) B A, whatever the rank is
+FLAGS = {  # the flags that decide what the model computes: type, default (... if it has none)
+    "model": (str, ...),  # the backbone
+    "dataset": (str, ...),
+    "imsize": (int, ...),
+    "mixup_pretrain": (bool, False),  # the bridge reads the projected final text feature
+    "warmup": (bool, False),  # the phase without bridges that ViT-L begins with
+    "enable_adaptive_weights": (bool, False),  # and with them a projection in the bridge
+    "vl_hidden_dim": (int, ...),
+    "vl_enc_layers": (int, 6),
+    "vl_nheads": (int, 8),
+    "vl_dim_feedforward": (int, 2048),
+    "vl_dropout": (float, 0.1),
+    "normalize_before": (bool, True),
+}
+CALLED = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 # (pattern in their name, what it becomes in ours), applied in this order
 BRIDGE = [  # what follows a vision block's name -> in our Bridge
@@ -61,28 +78,6 @@ UNUSED = {
 }
 UNUSED_UNLESS_MIXED = {"condition_text_proj.weight", "condition_text_proj.bias"}
 BRIDGE_NAME = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.(cross_.*)")  # block, rest of the name
-CALLED = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The program's flags that decide what the model computes."""
-
-    backbone: str
-    dataset: str
-    image_size: int
-    mixed: bool  # mixed pre-training: the bridge reads the projected final text feature
-    warmup: bool  # the phase without bridges that ViT-L begins with
-    adaptive: bool  # adaptive weights and a projection in the bridge
-    width: int
-    layers: int
-    heads: int
-    ffn: int
-    dropout: float
-
-    @property
-    def text_layers(self):
-        return (12,) if self.mixed else TEXT_LAYERS.get(self.dataset, (12,))
 
 
 def looks_released(tensors):
@@ -90,79 +85,65 @@ def looks_released(tensors):
 
 
 def released_hivg(tensors, args):
-    """`model` (as {name: tensor}) and `args` of a checkpoint -> (HiVGConfig, tensors with our names). Raises
+    """`model` (as {name: tensor}) and `args` of a checkpoint -> (HiVGConfig, tensors under our names). Raises
     NotThisKind."""
-    settings = read_settings(args)
+    flags = read_flags(args)
     clip, bridges, heads = split_parts(tensors)
     clip_config, clip = huggingface_clip(clip)
-    check_image_size(settings.image_size, clip_config, heads)
-    clip_config = resize_to(settings.image_size, clip_config, clip)
-    config = hivg_config(settings, clip_config, heads)
+    clip_config = resize_image(flags.imsize, clip_config, clip, heads)
+    config = hivg_config(flags, clip_config, heads)
     ours = {f"clip.{name}": tensor for name, tensor in clip.items()}
-    ours |= bridge_tensors(settings, bridges)
-    if not (settings.adaptive or settings.mixed):
+    ours |= bridge_tensors(flags, bridges)
+    if not (flags.enable_adaptive_weights or flags.mixup_pretrain):
         ours |= identity_bridges(config)
-    ours |= head_tensors(settings, heads)
+    ours |= head_tensors(flags, heads)
     return config, ours
 
 
 # ---- its settings
 
-def read_settings(args):
-    """`args` -> Settings. Raises NotThisKind."""
-    settings = Settings(
-        backbone=setting(args, "model", str),
-        dataset=setting(args, "dataset", str),
-        image_size=setting(args, "imsize", int),
-        mixed=setting(args, "mixup_pretrain", bool, False),
-        warmup=setting(args, "warmup", bool, False),
-        adaptive=setting(args, "enable_adaptive_weights", bool, False),
-        width=setting(args, "vl_hidden_dim", int),
-        layers=setting(args, "vl_enc_layers", int, 6),
-        heads=setting(args, "vl_nheads", int, 8),
-        ffn=setting(args, "vl_dim_feedforward", int, 2048),
-        dropout=setting(args, "vl_dropout", float, 0.1),
-    )
-    if not setting(args, "normalize_before", bool, True):
-        raise NotThisKind("its args say normalize_before=False, an encoder that normalises after each part; those "
-                          "published normalise before")
-    if settings.backbone not in BACKBONES:
-        raise NotThisKind(f"its args say model={quoted(settings.backbone)}; known are {', '.join(BACKBONES)}")
-    return settings
+def read_flags(args):
+    """`args` -> those in FLAGS, of the right types, and `text_layers`. Raises NotThisKind."""
+    flags = SimpleNamespace()
+    for name, (kind, default) in FLAGS.items():
+        value = getattr(args, name, default)
+        is_bool_for_int = isinstance(value, bool) and kind is not bool  # Python takes True for an int
+        if not isinstance(value, kind) or is_bool_for_int:
+            found = quoted(None if value is ... else value)
+            raise NotThisKind(f"its args say {name}={found}; a released HiVG has {CALLED[kind]} there")
+        setattr(flags, name, value)
+    if not flags.normalize_before:
+        raise NotThisKind("its args say normalize_before=False, an encoder that normalizes after each part; the "
+                          "published ones normalize before")
+    if flags.model not in BACKBONES:
+        raise NotThisKind(f"its args say model={quoted(flags.model)}; known are {', '.join(BACKBONES)}")
+    flags.text_layers = (12,) if flags.mixup_pretrain else TEXT_LAYERS.get(flags.dataset, (12,))
+    return flags
 
 
-def setting(args, name, kind, default=None):
-    """One entry of `args`, which must be of this type; without a default it must be there."""
-    value = getattr(args, name, default)
-    is_bool_for_int = isinstance(value, bool) and kind is not bool  # Python takes True for an int
-    if not isinstance(value, kind) or is_bool_for_int:
-        raise NotThisKind(f"its args say {name}={quoted(value)}; a released HiVG has {CALLED[kind]} there")
-    return value
-
-
-def hivg_config(settings, clip, heads):
-    blocks, levels = LAYERS[BACKBONES[settings.backbone]]
-    layers = settings.text_layers
+def hivg_config(flags, clip, heads):
+    blocks, levels = LAYERS[BACKBONES[flags.model]]
+    layers = flags.text_layers
     if max(levels) > clip.vision_layers or max(layers) > clip.text_layers:
-        raise NotThisKind(f"its args say model={settings.backbone}, dataset={settings.dataset}, which read more than "
-                          f"its {clip.vision_layers} vision and {clip.text_layers} text blocks")
+        raise NotThisKind(f"its args say model={flags.model}, dataset={flags.dataset}, which read more than its "
+                          f"{clip.vision_layers} vision and {clip.text_layers} text blocks")
     hidden = heads.get("visu_token_mlp.fc1.weight")
     if hidden is None or hidden.dim() != 2:
         raise NotThisKind("no matrix visu_token_mlp.fc1.weight in it")
     return HiVGConfig(
         clip=clip,
-        bridge="projected" if settings.mixed else "adaptive",
-        bridge_blocks=() if settings.warmup else blocks,
-        text_layers=layers if settings.adaptive or settings.mixed else layers[-1:],
+        bridge="projected" if flags.mixup_pretrain else "adaptive",
+        bridge_blocks=() if flags.warmup else blocks,
+        text_layers=layers if flags.enable_adaptive_weights or flags.mixup_pretrain else layers[-1:],
         text_norm=False,
         visual_levels=levels,
         level_norm=False,
-        width=settings.width,
-        encoder_layers=settings.layers,
-        encoder_heads=settings.heads,
-        encoder_ffn=settings.ffn,
+        width=flags.vl_hidden_dim,
+        encoder_layers=flags.vl_enc_layers,
+        encoder_heads=flags.vl_nheads,
+        encoder_ffn=flags.vl_dim_feedforward,
         rtcc_hidden=len(hidden),
-        dropout=settings.dropout,
+        dropout=flags.vl_dropout,
         lora="none",
         normalization="imagenet",
         text_padding="released",
@@ -196,7 +177,7 @@ def fold_adapters(tensors, alpha=LORA_ALPHA):
         name_B = f"{layer}.lora_B.default.weight"
         name_W = f"{layer}.weight"
         if name_B not in tensors or name_W not in tensors:
-            continue  # check_keys reports the A that is left over
+            continue  # loading.compare reports the A that is left over
         W = tensors[name_W].double()  # (out, in)
         A = tensors.pop(name).double()  # (r, in)
         B = tensors.pop(name_B).double()  # (out, r)
@@ -207,63 +188,53 @@ def fold_adapters(tensors, alpha=LORA_ALPHA):
         tensors[name_W] = (W + alpha / rank * B @ A).float()
 
 
-def check_image_size(image_size, config, heads):
-    """Raises NotThisKind unless the image size of `args` is that of the encoder's position table."""
-    if image_size < 1 or image_size % config.patch_size:
-        raise NotThisKind(f"its args say imsize={quoted(image_size)}, which is no multiple of the patch size "
+def resize_image(image_size, config, clip, heads):
+    """Resize the position table in `clip` to the image size of `args`, once, where the program does it in every forward
+    -> the CLIPConfig of that size. Raises NotThisKind unless the encoder's position table in `heads` has that size."""
+    side, rest = divmod(image_size, config.patch_size)
+    if image_size < 1 or rest:
+        raise NotThisKind(f"its args say imsize={quoted(image_size)}, not a multiple of the patch size "
                           f"{config.patch_size}")
-    positions = 2 + (image_size // config.patch_size) ** 2 + config.context_length  # [REG], [CLS], patches, text
+    positions = 2 + side**2 + config.context_length  # [REG], [CLS], patches, text
     table = heads.get("vl_pos_embed.weight")
     if table is None or table.shape[:1] != (positions,):
         found = "is not in it" if table is None else f"has the shape {tuple(table.shape)}"
         raise NotThisKind(f"its args say imsize={quoted(image_size)}, which makes {quoted(positions)} positions; its "
                           f"vl_pos_embed.weight {found}")
-
-
-def resize_to(image_size, config, clip):
-    """Resize the position table in `clip` to the image size of `args`, once where the program does it in every forward
-    -> the CLIPConfig of that size."""
-    side = image_size // config.patch_size
     table = clip["visual.positional_embedding"].float()  # (1 + old side ^ 2, D_v)
     clip["visual.positional_embedding"] = resize_positions(table, (side, side))  # (1 + side ^ 2, D_v)
     return replace(config, image_size=image_size)
 
 
-def bridge_tensors(settings, bridges):
+def bridge_tensors(flags, bridges):
     """The bridges' tensors under our names. Raises NotThisKind."""
     ours = {}
-    adaptive_weights = {}  # block -> {i: (77, D_t)}
+    adaptive_weights = {}  # block -> {i: (77, D_t)}, a table per text layer
     for name, tensor in bridges.items():
         block, part = BRIDGE_NAME.match(name).groups()
-        if settings.mixed and re.match(r"cross_(gate|adaptive_weights)\.", part):
-            continue  # the program makes these in any case, and does not use them in mixed pre-training
+        if flags.mixup_pretrain and re.match(r"cross_(gate|adaptive_weights)\.", part):
+            continue  # the program always creates these, and does not use them in mixed pre-training
         number = re.fullmatch(r"cross_adaptive_weights\.(\d+)\.weight", part)
         if number:
             adaptive_weights.setdefault(block, {})[int(number[1])] = tensor
-            continue
-        for pattern, replacement in BRIDGE:
-            part = re.sub(pattern, replacement, part)
-        ours[f"bridges.{block}.{part}"] = tensor
+        else:
+            for pattern, replacement in BRIDGE:
+                part = re.sub(pattern, replacement, part)
+            ours[f"bridges.{block}.{part}"] = tensor
+    K = len(flags.text_layers)
     for block, tables in adaptive_weights.items():
-        ours[f"bridges.{block}.adaptive_weights"] = stack_tables(settings, block, tables)
+        if sorted(tables) != list(range(K)):
+            raise NotThisKind(f"block {block} has adaptive weights {sorted(tables)}; dataset={flags.dataset} reads {K} "
+                              "text layers")
+        if len({table.shape for table in tables.values()}) > 1:
+            raise NotThisKind(f"block {block} has adaptive weights of different shapes")
+        ours[f"bridges.{block}.adaptive_weights"] = torch.stack([tables[i] for i in range(K)])  # (K, 77, D_t)
     return ours
 
 
-def stack_tables(settings, block, tables):
-    """{i: (77, D_t)}, a table for every text layer -> (K, 77, D_t)."""
-    K = len(settings.text_layers)
-    if sorted(tables) != list(range(K)):
-        raise NotThisKind(f"block {block} has adaptive weights {sorted(tables)}; dataset={settings.dataset} reads "
-                          f"{K} text layers")
-    stack = [tables[i] for i in range(K)]
-    if len({table.shape for table in stack}) > 1:
-        raise NotThisKind(f"block {block} has adaptive weights of several shapes; they must all have one")
-    return torch.stack(stack)
-
-
 def identity_bridges(config):
-    """With the adaptive weights switched off, keys and values are the last text layer's features as they are: adaptive
-    weights of zero and the identity for the projection. Raises NotThisKind."""
+    """With the adaptive weights switched off, keys and values are the last text layer's features themselves: adaptive
+    weights of zero, and an identity projection. Raises NotThisKind."""
     clip = config.clip
     if clip.text_width != clip.vision_width:
         raise NotThisKind("its args switch the adaptive weights off without mixup_pretrain, which needs text and "
@@ -276,9 +247,9 @@ def identity_bridges(config):
     return ours
 
 
-def head_tensors(settings, heads):
+def head_tensors(flags, heads):
     """Encoder, heads and projections under our names."""
-    is_projected = settings.mixed and not settings.warmup  # without bridges there is nothing to project for
+    is_projected = flags.mixup_pretrain and not flags.warmup  # without bridges there is nothing to project for
     unused = UNUSED if is_projected else UNUSED | UNUSED_UNLESS_MIXED
     heads = without(heads, unused)
     token = heads.pop("reg_token.weight", None)  # (1, D)

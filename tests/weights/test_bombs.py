@@ -13,7 +13,6 @@ from makers_limits import outcomes
 from makers_weights import make_published_clip, make_released, to_huggingface, to_openai, to_released
 from safetensors.torch import save_file
 
-from hivg import weights
 from hivg.tokenizer import Tokenizer
 
 
@@ -57,12 +56,6 @@ def write_small_views(path):
     torch.save({f"visual.conv1.{i}": whole[i : i + 1] for i in range(10_000)}, path)
 
 
-def write_small_views_of_two(path):
-    """As before, in turn of two storages."""
-    wholes = [torch.zeros(2_000_000), torch.zeros(2_000_000)]
-    torch.save({f"visual.conv1.{i}": wholes[i % 2][:1] for i in range(10_000)}, path)
-
-
 def write_many_stages(path):
     """Adapters of a hundred stages for as many layers as there are tensors for."""
     config = dataclasses.asdict(make_hivg().config)
@@ -104,7 +97,6 @@ BOMBS = {  # name: the writer
     "a huge encoder in args": released_with(vl_hidden_dim=2**22, vl_dim_feedforward=2**22),
     "many views of one storage": write_views,
     "small views of one storage": write_small_views,
-    "small views of two storages": write_small_views_of_two,
     "a hundred stages of adapters": write_many_stages,
     "patches of no pixels in a released file": write_no_patch,
     "an adapter of no rank": write_empty_adapter,
@@ -148,10 +140,3 @@ def test_a_large_table_of_text_is_not_read(tmp_path):
     (tmp_path / "merges.txt").write_bytes(b"a b\n" * 2**22 + b"c")
     with pytest.raises(ValueError, match="holds more than"):
         Tokenizer.from_file(tmp_path / "merges.txt")
-
-
-def test_the_makers_write_good_files(tmp_path):
-    own_with()(tmp_path / "own.safetensors")
-    released_with()(tmp_path / "released.pt")
-    for name in ("own.safetensors", "released.pt"):
-        weights.load(tmp_path / name)

@@ -30,53 +30,19 @@ VOCABULARY = make_tokenizer().vocab_size
 # --- every kind loads exactly ---
 
 
-def openai_archive(clip, path):
-    torch.jit.save(scripted(half(to_openai(clip))), path)
-
-
-def openai_state_dict(clip, path):
-    torch.save(half(to_openai(clip)), path)
-
-
-def openai_float32(clip, path):
-    torch.save(to_openai(clip), path)  # q, k and v are then parts of a tensor that needs no conversion
-
-
-def openai_wrapped(clip, path):
-    torch.save({"epoch": 3, "state_dict": half(to_openai(clip))}, path)
-
-
-def openai_legacy(clip, path):
-    save_legacy(half(to_openai(clip)), path)
-
-
-def openai_safetensors(clip, path):
-    save_file(half(to_openai(clip)), path)
-
-
-def huggingface_safetensors(clip, path):
-    save_file(to_huggingface(clip), path, {"format": "pt"})
-
-
-def huggingface_safetensors_older(clip, path):
-    save_file(to_huggingface(clip, position_ids=True), path, {"format": "pt"})
-
-
-def huggingface_bin(clip, path):
-    torch.save(to_huggingface(clip), path)
-
-
-def huggingface_bin_older(clip, path):
-    torch.save(to_huggingface(clip, position_ids=True), path)
-
-
-def huggingface_legacy(clip, path):
-    save_legacy(to_huggingface(clip, position_ids=True), path)
-
-
-WRITERS = [openai_archive, openai_state_dict, openai_float32, openai_wrapped, openai_legacy, openai_safetensors,
-           huggingface_safetensors, huggingface_safetensors_older, huggingface_bin, huggingface_bin_older,
-           huggingface_legacy]
+WRITERS = {
+    "openai archive": lambda clip, path: torch.jit.save(scripted(half(to_openai(clip))), path),
+    "openai state dict": lambda clip, path: torch.save(half(to_openai(clip)), path),
+    "openai float32": lambda clip, path: torch.save(to_openai(clip), path),  # q, k and v are parts of one tensor
+    "openai wrapped": lambda clip, path: torch.save({"epoch": 3, "state_dict": half(to_openai(clip))}, path),
+    "openai legacy": lambda clip, path: save_legacy(half(to_openai(clip)), path),
+    "openai safetensors": lambda clip, path: save_file(half(to_openai(clip)), path),
+    "huggingface safetensors": lambda clip, path: save_file(to_huggingface(clip), path, {"format": "pt"}),
+    "huggingface safetensors, older": lambda clip, path: save_file(to_huggingface(clip, position_ids=True), path),
+    "huggingface bin": lambda clip, path: torch.save(to_huggingface(clip), path),
+    "huggingface bin, older": lambda clip, path: torch.save(to_huggingface(clip, position_ids=True), path),
+    "huggingface legacy": lambda clip, path: save_legacy(to_huggingface(clip, position_ids=True), path),
+}
 SIZES = {
     "patch 32": dict(image_size=96, patch_size=32, vision_layers=1),
     "wider": dict(vision_width=192, vision_heads=3, embed_dim=24),
@@ -86,13 +52,13 @@ SIZES = {
 
 @pytest.mark.parametrize("write", WRITERS)
 def test_clip_loads_exactly(tmp_path, write):
-    assert_loads_exactly(make_published_clip(), write, tmp_path)
+    assert_loads_exactly(make_published_clip(), WRITERS[write], tmp_path)
 
 
-@pytest.mark.parametrize("write", [openai_archive, huggingface_safetensors_older])
+@pytest.mark.parametrize("write", ["openai archive", "huggingface safetensors, older"])
 @pytest.mark.parametrize("sizes", SIZES)
 def test_clip_of_any_size_loads_exactly(tmp_path, write, sizes):
-    assert_loads_exactly(make_published_clip(**SIZES[sizes]), write, tmp_path)
+    assert_loads_exactly(make_published_clip(**SIZES[sizes]), WRITERS[write], tmp_path)
 
 
 def assert_loads_exactly(clip, write, tmp_path):
@@ -110,7 +76,7 @@ def assert_loads_exactly(clip, write, tmp_path):
 def test_archive_runs_nothing_and_needs_no_code(tmp_path):
     """The archive's code may be gone, and its tensors may have been saved from a GPU."""
     clip = make_published_clip()
-    openai_archive(clip, tmp_path / "archive.pt")
+    WRITERS["openai archive"](clip, tmp_path / "archive.pt")
     with zipfile.ZipFile(tmp_path / "archive.pt") as source, zipfile.ZipFile(tmp_path / "bare.pt", "w") as target:
         for name in source.namelist():
             if "/code/" in name or name.endswith("constants.pkl"):
@@ -156,7 +122,7 @@ def test_table_beside_the_weights(tmp_path, table):
 
 
 def test_table_in_the_weights_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "FOLDER", tmp_path / "weights")
+    monkeypatch.setattr("hivg.weights.reading.FOLDER", tmp_path / "weights")
     (tmp_path / "weights").mkdir()
     save_table(tmp_path / "weights" / download.TABLE)
     save_file(to_huggingface(make_published_clip()), tmp_path / "model.safetensors")

@@ -1,6 +1,6 @@
 """Weights files: what goes in comes out, a bad file gets one line that names it, an interrupted save costs nothing."""
 
-import json
+import os
 from pathlib import Path
 
 import pytest
@@ -51,16 +51,9 @@ def test_clip_comes_back(tmp_path):
 
 
 CONFIGURATIONS = [
-    {"lora": "hierarchical", "stage": 0},
-    {"lora": "hierarchical", "stage": 1},
-    {"lora": "hierarchical", "stage": 2},
-    {"lora": "hierarchical", "stage": 3},
-    {"lora": "shared", "stage": 0},
-    {"lora": "shared", "stage": 1},
-    {"lora": "shared", "stage": 2},
-    {"lora": "shared", "stage": 3},
-    {"lora": "vanilla", "stage": 0},
-    {"lora": "vanilla", "stage": 1},
+    *({"lora": "hierarchical", "stage": stage} for stage in range(4)),
+    *({"lora": "shared", "stage": stage} for stage in range(4)),
+    *({"lora": "vanilla", "stage": stage} for stage in range(2)),
     {"lora": "none"},
     {"bridge": "projected"},
     {"bridge": "constant"},
@@ -154,7 +147,7 @@ def read_parts(path):
 
 @pytest.mark.parametrize("kind", LOADERS)
 @pytest.mark.parametrize("changes, expected", [
-    ({"kind": "lora"}, "not one of this project's"),
+    ({"kind": "lora"}, "which this project does not write"),
     ({"config": None}, "no 'config' in it"),
     ({"config": '{"clip": '}, "metadata"),
     ({"config": "[1]"}, "metadata"),
@@ -169,19 +162,6 @@ def test_damaged_metadata_gets_one_line(tmp_path, kind, changes, expected):
     metadata |= changes
     save_file(tensors, path, {name: text for name, text in metadata.items() if text is not None})
     assert expected in message_of(path, LOADERS[kind])
-
-
-@pytest.mark.parametrize("kind", LOADERS)
-@pytest.mark.parametrize("setting, value", [("colour", 3), ("vision_layers", "six")])
-def test_wrong_configuration_gets_one_line(tmp_path, kind, setting, value):
-    path = tmp_path / "weights.safetensors"
-    weights.save(path, make(kind))
-    tensors, metadata = read_parts(path)
-    config = json.loads(metadata["config"])
-    (config["clip"] if kind == "hivg" else config)[setting] = value
-    save_file(tensors, path, metadata | {"config": json.dumps(config)})
-    message = message_of(path, LOADERS[kind])
-    assert "configuration" in message and (setting == "vision_layers" or setting in message)
 
 
 BIAS = {"clip": "visual.ln_post.bias", "hivg": "levels_proj.bias"}
@@ -213,26 +193,18 @@ def test_numbers_must_be_finite(tmp_path, kind, value, dtype):
     model = make(kind)
     model.state_dict()[BIAS[kind]][3] = value
     weights.save(path, model, dtype=dtype)
-    assert f"its tensor {BIAS[kind]} holds NaN or infinite numbers" in message_of(path, LOADERS[kind])
+    assert f"its tensor {BIAS[kind]} holds NaN or infinity" in message_of(path, LOADERS[kind])
 
 
-def test_complex_numbers_are_not_cut_down(tmp_path):
-    pytest.importorskip("safetensors", minversion="0.7")  # older ones neither write nor read them
+@pytest.mark.parametrize("value, expected", [(torch.tensor(1 + 1j), "is complex"),
+                                             (torch.tensor(1e300, dtype=torch.float64), "holds NaN or infinity")])
+def test_values_that_float32_cannot_hold(tmp_path, value, expected):
+    pytest.importorskip("safetensors", minversion="0.7")  # older ones neither write nor read complex numbers
     path = tmp_path / "weights.safetensors"
     weights.save(path, make("clip"))
     tensors, metadata = read_parts(path)
-    tensors["logit_scale"] = tensors["logit_scale"].to(torch.complex64)
-    save_file(tensors, path, metadata)
-    assert "its tensor logit_scale holds complex numbers" in message_of(path)
-
-
-def test_numbers_too_large_for_float32(tmp_path):
-    path = tmp_path / "weights.safetensors"
-    weights.save(path, make("clip"))
-    tensors, metadata = read_parts(path)
-    tensors["logit_scale"] = torch.tensor(1e300, dtype=torch.float64)
-    save_file(tensors, path, metadata)
-    assert "its tensor logit_scale holds" in message_of(path)
+    save_file(tensors | {"logit_scale": value}, path, metadata)
+    assert f"its tensor logit_scale {expected}" in message_of(path)
 
 
 @pytest.mark.parametrize("kind, other", [("clip", "hivg"), ("hivg", "clip")])
@@ -264,7 +236,7 @@ def half(path, data):
     raise Killed
 
 
-@pytest.mark.parametrize("owner, name, stop", [(Path, "write_bytes", half), (weights.os, "replace", killed)])
+@pytest.mark.parametrize("owner, name, stop", [(Path, "write_bytes", half), (os, "replace", killed)])
 def test_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch, owner, name, stop):
     path = tmp_path / "clip.safetensors"
     old = make("clip", seed=1)

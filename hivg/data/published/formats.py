@@ -91,17 +91,20 @@ def refer_rows(path, refs, dataset):
         annotation = annotations.get(id_of(ref, "ann_id"), {})
         image = images.get(id_of(ref, "image_id"), {})
         # REFER's own file names end in _<number of the object>
-        file = image.get("file_name") or re.sub(r"_\d+(\.\w+)$", r"\1", ref["file_name"])
+        file = image.get("file_name") or re.sub(r"_\d+(\.\w+)$", r"\1", pickles.plain_text(ref["file_name"]))
         problem = None
         if not annotation:
             problem = f"ann_id {quoted(ref['ann_id'])} of ref_id {quoted(ref.get('ref_id'))} is not in {beside.name}"
         bbox = annotation["bbox"] if annotation else None
+        split = pickles.plain_text(ref["split"])
+        if not isinstance(split, str | None):
+            raise ValueError(f"the split {quoted(split)} is not a name")
         if len(rows) + len(ref["sentences"]) > most:
             raise ValueError("more sentences than a file of this size can hold")
         for sentence in ref["sentences"]:
-            rows.append(Row(file, sentence.get("sent") or sentence.get("raw"), bbox, "xywh",
-                            DATASETS[dataset].image_folder, annotation.get("segmentation"), ref["split"],
-                            stated_size(image), problem))
+            expression = pickles.plain_text(sentence.get("sent") or sentence.get("raw"))
+            rows.append(Row(file, expression, bbox, "xywh", DATASETS[dataset].image_folder,
+                            annotation.get("segmentation"), split, stated_size(image), problem))
     return rows
 
 

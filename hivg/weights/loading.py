@@ -1,0 +1,95 @@
+"""A weights file -> the model, with exactly its tensors."""
+
+import math
+
+import torch
+
+from hivg.clip import CLIP, CLIPConfig
+from hivg.model import HiVG
+from hivg.utils.messages import shown
+from hivg.weights.reading import KINDS, WeightsError, misconfigured, read
+
+
+def load(path):
+    """Any weights file -> CLIP or HiVG in float32 and evaluation mode, with `tokenizer` (None if no merge table was
+    found) and `info`. Raises WeightsError."""
+    return build(path, read(path))
+
+
+def load_clip(path):
+    """-> CLIP from OpenAI's, Hugging Face's or our file. As `load`; raises WeightsError."""
+    return load_kind(path, ("clip", "openai", "huggingface"), KINDS["clip"])
+
+
+def load_hivg(path):
+    """-> HiVG from our file, with separate adapters, or from a released checkpoint, with its adapters folded into the
+    weights. As `load`; raises WeightsError."""
+    return load_kind(path, ("hivg", "released"), KINDS["hivg"])
+
+
+def load_released(path):
+    """-> HiVG from a released checkpoint, with its adapters folded. As `load`; raises WeightsError."""
+    return load_kind(path, ("released",), KINDS["released"])
+
+
+def load_kind(path, kinds, wanted):
+    file = read(path)
+    if file.kind not in kinds:
+        raise WeightsError(f"{shown(path)}: holds {KINDS[file.kind]}; {wanted} is needed here")
+    return build(path, file)
+
+
+def build(path, file):
+    """A File -> its model. Empties `file.tensors`. path: for messages. Raises WeightsError."""
+    try:
+        with torch.device("meta"):  # no time spent on initial values that are overwritten
+            model = CLIP(file.config) if isinstance(file.config, CLIPConfig) else HiVG(file.config)
+    except Exception as error:  # a wrong setting can fail anywhere in the model
+        raise misconfigured(path, file.kind, error) from None
+    differences = compare(file.tensors, model.state_dict())
+    if differences:
+        raise WeightsError(f"{shown(path, 80)}: not {KINDS[file.kind]} as its settings say; {differences}; use the "
+                           "file as it was published")
+    tensors = {}
+    for name in list(file.tensors):
+        tensor = file.tensors.pop(name)  # one by one, which halves the memory
+        if tensor.is_complex():
+            raise WeightsError(f"{shown(path)}: its tensor {shown(name, 70)} is complex; use the file as it was "
+                               "published")
+        tensor = tensor.float().contiguous()
+        is_part = tensor.untyped_storage().nbytes() > tensor.nbytes
+        tensors[name] = tensor.clone() if is_part else tensor  # each in a storage of its own
+        if not is_finite(tensor):
+            raise WeightsError(f"{shown(path)}: its tensor {shown(name, 70)} holds NaN or infinity, so the weights "
+                               "are damaged; use an earlier file, or copy or download it again")
+    model.load_state_dict(tensors, assign=True)
+    model.tokenizer = file.tokenizer
+    model.info = file.info
+    return model.eval()
+
+
+def is_finite(tensor):
+    """By its smallest and largest element, in a tenth of the time of `isfinite` on each: NaN makes both NaN."""
+    return tensor.numel() == 0 or all(math.isfinite(value) for value in torch.stack(tensor.aminmax()).tolist())
+
+
+def compare(tensors, expected):
+    """How names and shapes differ from the expected ones, in words: at most two lists. "" if they are the same."""
+    shapes = []
+    for name in expected.keys() & tensors.keys():
+        found = tuple(tensors[name].shape)
+        wanted = tuple(expected[name].shape)
+        if found != wanted:
+            shapes.append(f"{name} {found} instead of {wanted}")
+    differences = {
+        "missing": expected.keys() - tensors.keys(),
+        "left over": tensors.keys() - expected.keys(),
+        "of another shape": shapes,
+    }
+    differences = [(title, sorted(names)) for title, names in differences.items() if names][:2]
+    lists = []
+    for title, names in differences:
+        few = names[: 3 - len(differences)]
+        more = f" and {len(names) - len(few)} more" if len(names) > len(few) else ""
+        lists.append(f"{title}: {', '.join(shown(name, 70) for name in few)}{more}")
+    return "; ".join(lists)

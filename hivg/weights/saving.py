@@ -1,0 +1,38 @@
+"""Writing this project's weights file, and where the files that come with the program are."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors.torch import save as save_bytes
+
+from hivg.model import HiVG
+from hivg.utils.files import write_whole
+
+INSTALLED = Path(__file__).parents[1] / "bundled"  # where an installed package has the bundled files (pyproject.toml)
+REPOSITORY = Path(__file__).parents[2] / "weights"
+
+
+def bundled(name):
+    """The path of a file that comes with the program: hivg-tiny.safetensors, clip-tiny.safetensors, example.png."""
+    return (INSTALLED if INSTALLED.is_dir() else REPOSITORY) / name
+
+
+def save(path, model, info=None, dtype=None):
+    """Write a CLIP or a HiVG, with its tokenizer (`model.tokenizer`), to `path`. The file appears whole or not at all.
+
+    info: plain data kept beside the weights, e.g. the accuracy. dtype: the dtype to store the tensors in (they load as
+    float32); by default the model's own. Raises OSError, one line with the file, if it cannot be written.
+    """
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        tensors[name] = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+    metadata = {
+        "format": "pt",
+        "kind": "hivg" if isinstance(model, HiVG) else "clip",
+        "config": json.dumps(asdict(model.config)),
+        "info": json.dumps(info or {}),
+        "tokenizer": model.tokenizer.to_text() if model.tokenizer else "",
+    }
+    data = save_bytes(tensors, metadata)
+    write_whole(Path(path), lambda part: part.write_bytes(data))
