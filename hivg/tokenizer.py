@@ -27,7 +27,7 @@ EOT = "<|endoftext|>"
 END = "</w>"  # marks the last symbol of a word
 HEADER = "#version: 0.2"  # as in Hugging Face's merges.txt, so that our tables are such files
 MAX_BYTES = 16 * 2**20  # of a merge table; the largest of CLIP's, its tokenizer.json, has some 4 MB
-N_CLIP_MERGES = 49152 - 256 - 2  # OpenAI's file holds more lines, but CLIP was trained with these alone
+N_CLIP_MERGES = 49152 - 256 - 2  # OpenAI's file has more lines, but CLIP was trained with only these
 ACCEPTED_FILES = "CLIP's bpe_simple_vocab_16e6.txt.gz, or the merges.txt or tokenizer.json of a Hugging Face CLIP"
 
 # start and end token written out, English contractions, runs of letters, single digits, runs of anything else
@@ -52,7 +52,7 @@ BYTE_TO_CHAR = bytes_to_unicode()
 
 
 def clean(text):
-    """Repaired, without HTML entities, every run of blanks one blank, in lower case."""
+    """Text repaired, without HTML entities, in lower case, each run of whitespace a single space."""
     text = ftfy.fix_text(text)  # mojibake; curly quotes and full-width letters become plain
     text = html.unescape(html.unescape(text))  # twice, for "&amp;lt;", as CLIP does
     return regex.sub(r"\s+", " ", text).strip().lower()
@@ -71,7 +71,7 @@ def word_symbols(word):
 
 
 def merge_pair(symbols, pair):
-    """Joins every occurrence of `pair`, from the left: ("l", "o", "w</w>"), ("l", "o") -> ("lo", "w</w>")."""
+    """Join every occurrence of `pair`, from the left: ("l", "o", "w</w>"), ("l", "o") -> ("lo", "w</w>")."""
     merged = []
     i = 0
     while i < len(symbols):
@@ -82,7 +82,7 @@ def merge_pair(symbols, pair):
 
 
 def learn_merges(texts, n_merges):
-    """Learns a merge table: the most frequent pair of neighbours becomes one symbol, `n_merges` times over.
+    """Learn a merge table: the most frequent pair of neighbours becomes one symbol, `n_merges` times over.
 
     Ties go to the pair that sorts first, so the same texts always give the same table. Stops early once no pair
     occurs twice. It recounts everything for each merge: right for a few hundred merges and a small corpus.
@@ -105,7 +105,7 @@ def learn_merges(texts, n_merges):
         # the largest count, then the smallest pair
         best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
         if best is None or pairs[best] < 2:
-            break  # a pair that occurs once teaches nothing of other texts
+            break  # a pair that occurs once says nothing about other texts
         merges.append(best)
         merged_words = Counter()
         for symbols, count in words.items():
@@ -128,7 +128,7 @@ def parse_merges(lines):
 
 def merges_from_json(text):
     """The merges of a Hugging Face tokenizer.json; ValueError where there are none or they are not CLIP's kind."""
-    # any JSON may come, so each level is checked before the next is looked at
+    # it may be any JSON, so each level is checked before the next
     data = json.loads(text)
     model = data.get("model") if isinstance(data, dict) else None
     merges = model.get("merges") if isinstance(model, dict) else None

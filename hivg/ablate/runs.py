@@ -29,10 +29,10 @@ from hivg.training.settings import RUNS
 from hivg.utils.cli import choose_device, choose_dtype
 
 RESULTS = Path("notebooks/ablations.jsonl")
-FOLDER = "ablate"  # of the runs, under runs/
+FOLDER = "ablate"  # below runs/
 SPLITS = ("test", "compose")
-MAPS_KEPT = 8  # expressions of `test`, two images, whose attention is kept
-LEADING = 448  # expressions of `test` for what is not measured on all; batches of 64 and of 4 divide it
+MAPS_KEPT = 8  # expressions of `test` (two images) whose attention maps are kept
+LEADING = 448  # expressions of `test` for what is not measured on all of it; a multiple of 64 and of 4
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Budget:
 
     epoch_samples: int
     epochs: tuple
-    lrs: tuple  # the grid of learning rates, upwards (`next_lr`)
+    lrs: tuple  # the grid of learning rates, ascending (`next_lr`)
     arms: tuple  # names; empty: all
     seeds: int  # at most
 
@@ -73,7 +73,7 @@ def settings_of(arm, budget, lr, seed):
 
 
 def can_resume(settings):
-    """Whether the folder of the run holds a state of just these settings; one of others is removed."""
+    """Whether the run's folder holds a state of exactly these settings; any other state is removed."""
     folder = RUNS / settings.name
     if not (folder / "state.pt").exists():
         return False
@@ -101,15 +101,14 @@ def run_one(arm, budget, lr, seed, results_file=RESULTS):
 
 
 def append(path, row):
-    """Write a row at the end of the file, in one piece, on a line of its own even if a killed process left half of
-    one."""
+    """Append a row to the file in one write, on a line of its own even if a killed process left half a line."""
     is_cut = path.exists() and not path.read_bytes().endswith(b"\n")
     with open(path, "a") as file:
         file.write("\n" * is_cut + json.dumps(row) + "\n")
 
 
 def results(arm, settings, path):
-    """All that is kept of a trained run. path: of its last stage's weights."""
+    """What is kept of a trained run. path: its last stage's weights."""
     device = choose_device("auto")
     row = {"parameters": {}, "val": {}, "attention": {}}
     for stage in train.stages(settings):
@@ -131,7 +130,7 @@ def batches_of(model, split, batch_size=64):
 
 
 def scores(rows):
-    """Of the rows of `predict`: accuracy, mean IoU, and for each expression whether it is right."""
+    """Accuracy, mean IoU, and whether each expression is right, of the rows of `predict`."""
     ious = [row["iou"] for row in rows]
     right = [iou >= 0.5 for iou in ious]
     return {"accuracy": accuracy(ious), "mean_iou": round(mean(ious), 4), "right": pack(right)}
@@ -237,7 +236,7 @@ def accuracies(rows, budget, arm):
 
 def next_lr(found, lrs):
     """The rate of the grid to try next, given {rate: accuracy}; None where the best is known. From the middle of the
-    grid outwards, until the best has both its neighbours tried: with one hill that is the best of the whole grid."""
+    grid outwards, until both neighbours of the best are tried: if there is one peak, that is it."""
     middle = lrs[(len(lrs) - 1) // 2 : len(lrs) // 2 + 1]
     for lr in middle:
         if lr not in found:
@@ -250,7 +249,7 @@ def next_lr(found, lrs):
 
 
 def best_lr(rows, budget, arm):
-    """The learning rate chosen for an arm; None if that needs further runs."""
+    """The learning rate chosen for an arm, or None if that needs more runs."""
     found = accuracies(rows, budget, arm)
     if next_lr(found, BUDGETS[budget].lrs):
         return None

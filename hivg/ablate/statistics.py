@@ -20,7 +20,7 @@ class Difference:
 
     @property
     def visible(self):
-        """How large a difference, in points, would have been told from none: the wider half of the interval."""
+        """The smallest difference, in points, that would have been significant: the wider half of the interval."""
         return max(self.points - self.low, self.high - self.points)
 
     @property

@@ -19,7 +19,7 @@ from hivg.utils.messages import shown
 
 CPU = torch.device("cpu")
 MASKS = ("auto", "box", "segmentation")
-STAGE_ITEMS = 2**32  # the items of stage n of a training begin at n times this
+STAGE_ITEMS = 2**32  # the data of stage n begin at item n times this
 
 
 class ShapesTensors(Dataset):
@@ -29,7 +29,7 @@ class ShapesTensors(Dataset):
     texts = {"token_ids": "expressions"}  # what is tokenised, under its name as ids
 
     def __init__(self, split, size, normalization="clip", seed=0, weights=None):
-        """size: side of the square in pixels. weights: how often each kind of expression is asked for (see Shapes)."""
+        """size: side of the square in pixels. weights: how often each kind of expression is drawn (see Shapes)."""
         self.shapes = Shapes(split, seed, weights, captions=False)
         self.size = size
         self.normalization = normalization
@@ -87,7 +87,7 @@ class SampleTensors(Dataset):
         self.normalization = normalization
         self.seed = seed
         self.augment = augment
-        self.epoch = None  # the stage and epoch that `order` is of
+        self.epoch = None  # (stage, epoch) of `order`
         self.order = None
         image_ids = {}
         for sample in samples:
@@ -98,7 +98,7 @@ class SampleTensors(Dataset):
         return len(self.samples)
 
     def number(self, index):
-        """The number of the sample that item `index` is."""
+        """The sample number of item `index`."""
         if self.augment is None:
             return index
         stage, index = divmod(index, STAGE_ITEMS)
@@ -117,7 +117,7 @@ class SampleTensors(Dataset):
             raise ImageError(f"{shown(error, 230)}; `python -m hivg.data check NAME --decode` lists all") from None
 
     def outline(self, sample, image):
-        """(H, W) bool, or None where the mask is to be the box. Raises ValueError, which names the image."""
+        """(H, W) bool, or None if the box serves as mask. Raises ValueError, which names the image."""
         if self.masks == "box" or (self.masks == "auto" and not sample.own):
             return None
         try:
@@ -173,7 +173,7 @@ cached_samples = cache(read_samples)  # every stage and every validation reads t
 
 def open_dataset(dataset, split, size, normalization="clip", seed=0, data_root="data", annotations=None, train=False,
                  hard_mix=False, masks="auto"):
-    """A split of `shapes`, of a data set of published.py or of a .jsonl file.
+    """A split of `shapes`, of a data set of published/catalogue.py, or of a .jsonl file.
 
     train: endless and augmented. hard_mix: train on more of the expressions that are learned last (shapes only). masks:
     "auto", "box" or "segmentation" (SampleTensors); the masks of `shapes` are always exact. Raises ValueError.
@@ -183,7 +183,7 @@ def open_dataset(dataset, split, size, normalization="clip", seed=0, data_root="
         return ShapesTensors(split, size, normalization, seed, weights=HARD_MIX if hard_mix and train else None)
     samples = cached_samples(data_root, dataset, split, annotations)
     if not samples:
-        raise ValueError(f"{shown(dataset)} {shown(split, 30)}: no sample is left; `python -m hivg.data check "
+        raise ValueError(f"{shown(dataset)} {shown(split, 30)}: no samples are left; `python -m hivg.data check "
                          f"{shown(dataset, 90)}` says why")
     return SampleTensors(samples, size, normalization, seed, Augment() if train else None, masks)
 
@@ -206,7 +206,7 @@ def training_batches(dataset, first_item, batch_size, batches, start=0, workers=
     """Batches `start`..`batches` - 1 of an endless split, of which this rank gets its share of each.
 
     Batch k always holds the same items, those from first_item + k * items per batch on, so a resumed run continues
-    exactly where it was. workers: number of processes that prepare them; -1: by the machine. device: what they are for.
+    exactly where it was. workers: number of processes that prepare them; -1 = automatic. device: the one they are for.
     tokenizer: with one, the workers tokenise the texts, each kind to the longest of its batch. Raises ValueError unless
     batch_size is a multiple of the rows of an item times the ranks.
     """
@@ -233,8 +233,8 @@ def evaluation_batches(dataset, batch_size=64, workers=0, rank=0, world=1, devic
 
 
 def choose_workers(workers, device):
-    """The number of processes that prepare this rank's data: as many as are asked for. For -1, by the machine: one on a
-    CPU, whose other cores the model needs; up to 8 for a GPU, of the cores that each rank has for itself."""
+    """The number of processes that prepare this rank's data. -1 = automatic: one for a CPU, whose other cores the model
+    needs; up to 8 for a GPU, out of the cores that each rank has to itself."""
     if workers >= 0:
         return workers
     if device.type == "cpu":
@@ -251,10 +251,10 @@ def make_loader(dataset, order, workers, device, tokenizer=None):
 
     Raises the ValueError of an item, an image that is damaged for instance, as it is: a DataLoader would put the
     traceback of its worker into the message."""
-    # A generator of its own: the loader's seeding must not touch the random numbers of the training.
+    # a generator of its own: the loader must not draw from the training's random numbers
     loader = DataLoader(Batches(dataset, order, tokenizer), batch_size=None, collate_fn=unchanged,
                         num_workers=choose_workers(workers, device), generator=torch.Generator(),
-                        pin_memory=device.type == "cuda")  # memory that a GPU copies from while the program runs on
+                        pin_memory=device.type == "cuda")  # lets a GPU copy in the background
     for batch in loader:
         if isinstance(batch, ValueError):
             raise batch
@@ -262,7 +262,7 @@ def make_loader(dataset, order, workers, device, tokenizer=None):
 
 
 class Batches(Dataset):
-    """Whole batches as items; one that cannot be made is the error that says why."""
+    """Whole batches as items; a batch that cannot be made is returned as its error."""
 
     def __init__(self, dataset, order, tokenizer):
         self.dataset = dataset
@@ -289,8 +289,8 @@ def unchanged(batch):
 
 
 def to_device(batch, tokenizer, device):
-    """A batch with its tensors on the device, and images (B, 3, S, S) float32, normalised there, instead of pixels. Its
-    expressions become token_ids (B, T) unless a worker has done so."""
+    """A batch with its tensors on the device, and images (B, 3, S, S) float32, normalised there, in place of pixels.
+    Its expressions become token_ids (B, T), unless a worker has done so."""
     if "token_ids" not in batch:
         batch = batch | {"token_ids": tokenizer(batch["expressions"])}
     moved = {}

@@ -1,7 +1,7 @@
 """The state of a run, from which it resumes: runs/NAME/state.pt.
 
-On a CPU it resumes bit for bit. On a GPU data, order and random numbers are the same; sums are not always added in the
-same order there, above all in the backward of the mask loss's interpolation, so last digits may differ.
+On a CPU it resumes bit for bit. On a GPU the data, their order and the random numbers are the same, but sums are not
+always added in the same order, above all in the backward of the mask loss's interpolation, so last digits may differ.
 """
 
 import zipfile
@@ -19,9 +19,9 @@ except ImportError:  # Windows
 
 
 def open_run(run, resume):
-    """Take the folder of a run -> (its saved state if it is to be resumed, else None; the lock, to be kept).
+    """Take the folder of a run -> (its saved state with `resume`, else None; the lock, to be kept).
 
-    Raises ValueError if another process is training in it, or if it holds a run that is not to be resumed.
+    Raises ValueError if another process is training in it, or if it holds a run and `resume` is False.
     """
     if resume:
         lock = lock_run(run) if run.is_dir() else None
@@ -33,8 +33,8 @@ def open_run(run, resume):
 
 
 def lock_run(run):
-    """Hold the folder of a run for this process, on its first rank, until the file returned is closed, at the latest
-    when the process ends. Where the system has no such locks (Windows) nothing is held."""
+    """Lock the folder of a run for this process, on rank 0, until the file returned is closed or the process ends. On
+    a system without such locks (Windows) nothing is locked."""
     if fcntl is None or distributed.rank():
         return None
     lock = open(run / "lock", "w")
@@ -46,13 +46,13 @@ def lock_run(run):
 
 
 def load_state(run):
-    """The state that an interrupted run left, on the CPU, whatever device it was on. Raises ValueError."""
+    """The state of an interrupted run, on the CPU whatever its device was. Raises ValueError."""
     path = run / "state.pt"
     if not path.is_file():
         raise ValueError(f"--resume: there is no {path}; start the run without --resume")
     try:
         with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # compares every checksum, which torch.load does not
+            if archive.testzip():  # compares all checksums, which torch.load does not
                 raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
         dict(state["settings"])
@@ -67,10 +67,10 @@ def load_state(run):
 
 
 def save_state(run, settings, stage, step, best, model, optimizers, log):
-    """Write the state after `step` steps of a stage. Every rank calls it; the first writes.
+    """Write the state after `step` steps of a stage. Every rank calls it; rank 0 writes.
 
-    Of the model it holds what this stage trains. The rest, above all the frozen CLIP, is as the stage found it, and a
-    resumed stage starts from the same file.
+    It holds the parameters that this stage trains. The others, above all the frozen CLIP, come from the file that the
+    stage started from.
     """
     state = {
         "settings": asdict(settings),
@@ -89,7 +89,7 @@ def save_state(run, settings, stage, step, best, model, optimizers, log):
 
 
 def restore(state, model, optimizers, log):
-    """Put the trained parameters, the optimizers, the random numbers and the log back -> (steps done, best accuracy).
+    """Restore the trained parameters, optimizers, random states and log -> (steps done, best accuracy).
 
     model: as its stage starts. Raises ValueError for a state of another number of processes.
     """

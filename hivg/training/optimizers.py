@@ -119,11 +119,11 @@ def clip_and_step(model, optimizers, clip_grad, values, where=None):
 
 
 class Diverged(ValueError):
-    """The loss or its gradient is no finite number any more."""
+    """The loss or its gradient is no longer finite."""
 
 
 def check_finite(where, values, norm):
-    """Raise Diverged if the loss or the norm of its gradient is not a finite number.
+    """Raise Diverged if the loss or the norm of its gradient is not finite.
 
     where: the step in words. values: {name: scalar tensor} with "loss" and its terms. norm: scalar tensor.
     """

@@ -60,15 +60,15 @@ PRESETS = {
 
 
 def preset_of(name):
-    """The settings of a row, {setting: value}, and its name as that of the run. Raises ValueError."""
+    """{setting: value} of a row, and its name as the run's. Raises ValueError."""
     if name not in PRESETS:
         raise ValueError(f"--preset: {name!r:.40} is none of {', '.join(PRESETS)}")
     return PRESETS[name] | {"name": name}
 
 
 def finetune_defaults(path, lora):
-    """The defaults of --finetune PATH, a stage as it is or, with --lora, the stages that add adapters. The tiny model
-    keeps train.py's own, which suit the drawn world; any other gets the paper's. Raises WeightsError."""
+    """The defaults of --finetune PATH: one stage, or with --lora the stages that add adapters. The tiny model keeps
+    train.py's own, which suit the drawn world; any other model gets the paper's. Raises WeightsError."""
     n_stages = 3 if lora in ("hierarchical", "shared") else 1
     defaults = {"lora": "none", "epochs": (1,) * n_stages, "lr": (3e-3,) * n_stages}
     if hivg_config(path).clip.vision_layers != CLIP_SIZES["tiny"].vision_layers:
@@ -87,6 +87,6 @@ def defaults_of(given, settings):
         defaults = finetune_defaults(given["finetune"], given.get("lora", "none"))
     if given.get("preset"):
         preset = preset_of(given["preset"])
-        own = ("epochs", "lr", "accumulate", "lora") if defaults else ()  # schedules of a preset are for all its stages
+        own = ("epochs", "lr", "accumulate", "lora") if defaults else ()  # a preset's are for all of its stages
         defaults |= {name: value for name, value in preset.items() if name not in own}
     return defaults

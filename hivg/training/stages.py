@@ -15,7 +15,7 @@ class Stage:
     """One row of the schedule (`stages` in train.py)."""
 
     name: str
-    bridge: str | None  # its kind; None = as in the file
+    bridge: str | None  # its kind; None = the file's
     lora_stage: int  # j of Hi LoRA's formula; 0 = no adapters
     epochs: int
     lr: float
@@ -34,7 +34,7 @@ def grow(model, stage):
 
 
 def clip_config(path):
-    """The sizes of a CLIP: of a published one by its file's name, so that the file need not be there; else from the
+    """The sizes of a CLIP: of a published one by its file's name, so that the file is not needed; otherwise from the
     file. Raises WeightsError."""
     for name, config in CLIP_SIZES.items():
         if name != "tiny" and Path(path).stem == name.replace("/", "-").replace("@", "-"):
@@ -77,8 +77,8 @@ def stage_column(stage, model):
         "stage": stage.name,
         "epochs": str(stage.epochs),
         "learning rate": f"{stage.lr:g}",
-        "expressions to a step": f"{stage.batch_size * stage.accumulate:,}",
-        "  in memory at once": f"{stage.batch_size:,}",
+        "expressions per step": f"{stage.batch_size * stage.accumulate:,}",
+        "  in one batch": f"{stage.batch_size:,}",
         "bridge": config.bridge,
         "  in vision blocks, from 0": spans(config.bridge_blocks) if has_bridge else "-",
         "  of text layers, from 1": spans(config.text_layers) if has_bridge else "-",

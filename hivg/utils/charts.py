@@ -1,4 +1,4 @@
-"""Line charts with Pillow alone: the curves of a training run, the panels of a benchmark."""
+"""Line charts with Pillow alone, for training curves and benchmarks."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The pieces that all command lines share: one-line errors, the choice of the device, progress."""
+"""What all command lines share: one-line errors, the choice of device and dtype, progress."""
 
 import argparse
 import os
@@ -13,8 +13,8 @@ DTYPES = ("auto", "float32", "bfloat16")  # of choose_dtype
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line and exit code 2. Flags are declared with underscores and accepted
-    with hyphens as well; they cannot be abbreviated."""
+    """An argument parser whose errors are one line and exit code 2. Flags are declared with underscores, are accepted
+    with hyphens too, and cannot be abbreviated."""
 
     def __init__(self, **options):
         options.setdefault("prog", program_name())
@@ -35,29 +35,29 @@ class Parser(argparse.ArgumentParser):
 
 
 def program_name():
-    """The program as it was called: "python -m hivg.weights", or None for the name of its file."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)  # there is one for `python -m` alone
+    """How the program was called: "python -m hivg.weights", or None for the name of its file."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # set by `python -m` only
     return f"python -m {spec.name.removesuffix('.__main__')}" if spec and spec.name.startswith("hivg") else None
 
 
 def fail(message, code=2):
-    """Print one plain line on stderr, whatever is in the message, and exit."""
+    """Print one line on stderr, whatever the message holds, and exit."""
     print("error: " + shown(" ".join(str(message).split()), 290), file=sys.stderr)
     raise SystemExit(code)
 
 
 def run(main, interrupted="interrupted"):
-    """Call main() and exit with what it returns. A ValueError or OSError is one plain line and code 2, Ctrl-C the line
-    `interrupted` and code 130; where the reader of the output has left, as `head` does, the code is 1."""
+    """Call main() and exit with what it returns. A ValueError or OSError becomes one line and code 2, Ctrl-C the line
+    `interrupted` and code 130. If the reader of a pipe has left, as `head` does, the code is 1."""
     try:
         code = main()
-        sys.stdout.flush()  # else the reader's leaving would be noticed too late to be caught
+        sys.stdout.flush()  # notice here, not at exit, that the reader has left
     except KeyboardInterrupt:
         fail(interrupted, code=130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
         code = 1
-    except OSError as error:  # without its number
+    except OSError as error:  # without its errno
         fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error)
     except ValueError as error:
         fail(error)
@@ -67,29 +67,29 @@ def run(main, interrupted="interrupted"):
 def add_machine_flags(parser):
     """--device and --dtype, as choose_device and choose_dtype take them."""
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of weights and products; auto: bfloat16 where "
-                        "the machine is fast at it")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of weights and products; auto = bfloat16 "
+                        "where the hardware has it")
 
 
 def choose_device(name):
-    """"auto", "cpu", "cuda" or "cuda:1" -> torch.device. Raises ValueError if it is not there."""
+    """"auto", "cpu", "cuda" or "cuda:1" -> torch.device. Raises ValueError if it is missing."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"no device is called {name!r}; use auto, cpu or cuda") from None
+        raise ValueError(f"unknown device {name!r}; use auto, cpu or cuda") from None
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device {name} is not supported; use auto, cpu or cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name} is not there, PyTorch sees {torch.cuda.device_count()} GPUs; use --device cpu")
+        raise ValueError(f"no device {name}: PyTorch sees {torch.cuda.device_count()} GPUs; use --device cpu")
     return device
 
 
 def choose_dtype(name, device):
-    """"float32", "bfloat16", or "auto" -> the type of products, and for prediction of weights.
+    """"float32", "bfloat16", or "auto" -> the dtype of matrix products, and in prediction of weights.
 
-    auto: bfloat16 on a GPU or CPU that multiplies it in hardware, where it halves a step. Raises ValueError.
+    auto: bfloat16 on a GPU or CPU that has it in hardware, where a step takes half the time. Raises ValueError.
     """
     if name != "auto":
         if name not in DTYPES:
@@ -98,7 +98,7 @@ def choose_dtype(name, device):
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        able = getattr(torch.cpu, "get_capabilities", dict)()  # not in every version
+        able = getattr(torch.cpu, "get_capabilities", dict)()  # missing in some versions
         fast = able.get("avx512_bf16") or able.get("amx_bf16")
     return torch.bfloat16 if fast else torch.float32
 

@@ -1,4 +1,4 @@
-"""Images with boxes, masks and heat maps drawn over them, with Pillow alone (line charts: charts.py, fonts: text.py).
+"""Images with boxes, masks and heat maps drawn over them, with Pillow alone (charts: charts.py, text: fonts.py).
 
 Pixels: x runs right, y runs down, (0, 0) is the top left corner of the top left pixel. Boxes are
 (xmin, ymin, xmax, ymax) in pixels; a rectangle inside this file is the same in whole numbers, right and bottom
@@ -14,7 +14,7 @@ from hivg.utils.fonts import clean_text, text_block, write_block
 
 # Okabe and Ito: told apart with any kind of colour vision. Vermillion, blue, green, orange, sky, purple, yellow
 COLOURS = ["#d55e00", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#f0e442"]
-# "inferno" at eleven equal steps: its lightness rises evenly, so it also reads in grey
+# "inferno" in eleven equal steps: its lightness rises evenly, so it also works in grey
 HEAT = "#000004 #160b39 #420a68 #6a176e #932667 #bc3754 #dd513a #f37819 #fca50a #f6d746 #fcffa4".split()
 PAPER = (252, 252, 250)
 INK = (34, 34, 34)
@@ -33,7 +33,7 @@ def colour_of(i):
 
 
 def _contrast(colour):
-    """White or black to go with `colour`: white as long as its contrast (WCAG) is 3.5 or more."""
+    """White or black on `colour`: white where its contrast (WCAG) is 3.5 or more."""
     luminance = (np.array(colour) / 255) ** 2.2 @ [0.2126, 0.7152, 0.0722]
     return (255, 255, 255) if luminance < 0.25 else (0, 0, 0)
 
@@ -61,9 +61,9 @@ def _layer(values, size, name):
 def overlay_heatmap(image, heatmap, alpha=0.65):
     """Lay a heat map over an image, from dark violet (lowest) to light yellow (highest).
 
-    heatmap: (h, w) numbers of any range and size; stretched to the image and to its own lowest and highest
-    value. A constant map is all lowest, and so are values that are not numbers. alpha: opacity 0..1 where the map is
-    highest; half of that where it is lowest, so that the image stays visible there.
+    heatmap: (h, w) of any range and size, stretched to the image and to its own minimum and maximum. A constant map,
+    and NaN, count as lowest. alpha: opacity 0..1 where the map is highest; half of that where it is lowest, so that the
+    image stays visible.
     """
     image = _rgb(image)
     heat = np.asarray(heatmap, dtype=np.float64)
@@ -83,8 +83,8 @@ def overlay_heatmap(image, heatmap, alpha=0.65):
 def overlay_mask(image, mask, colour=None, alpha=0.5):
     """Tint the masked part of an image.
 
-    mask: (h, w) bool, or numbers 0..1 of how much; stretched to the image. colour: (r, g, b) or a name or
-    "#rrggbb". alpha: opacity 0..1 where the mask is 1.
+    mask: (h, w) bool or 0..1, stretched to the image. colour: (r, g, b), a name or "#rrggbb". alpha: opacity 0..1
+    where the mask is 1.
     """
     image = _rgb(image)
     opacity = _layer(np.asarray(mask, dtype=np.float64), image.size, "mask").point(lambda level: level * alpha)
@@ -92,9 +92,9 @@ def overlay_mask(image, mask, colour=None, alpha=0.5):
 
 
 def outline_mask(image, mask):
-    """Draw the outline of a mask, (h, w) 0..1, where it is 0.5: white between black, to be seen on any colour."""
+    """Outline a mask, (h, w) 0..1, where it is 0.5: white between black, visible on any colour."""
     image = _rgb(image)
-    scale = min(1, OUTLINED / max(image.size))  # filters take long on a large image
+    scale = min(1, OUTLINED / max(image.size))  # filters are slow on large images
     size = [max(1, round(side * scale)) for side in image.size]
     inside = _layer(np.asarray(mask, dtype=np.float64), size, "mask").point(lambda level: 255 * (level > 127))
     for width, colour in ((5, "black"), (3, "white")):
@@ -121,13 +121,12 @@ def draw_boxes(image, boxes, labels=None, colours=None, heatmap=None, mask=None)
     image:   PIL image, or (H, W, 3) uint8 RGB array
     boxes:   (n, 4) numbers, (xmin, ymin, xmax, ymax) in pixels; parts outside the image are cut off
     labels:  n strings
-    colours: n colours, (r, g, b) or "#rrggbb"; by default n that are easily told apart
-    heatmap: (h, w) numbers, see overlay_heatmap; mask: (h, w) 0..1, see overlay_mask and outline_mask
+    colours: n colours, (r, g, b) or "#rrggbb"; by default n that are easy to tell apart
+    heatmap: (h, w), see overlay_heatmap; mask: (h, w) 0..1, see overlay_mask and outline_mask
 
-    The line of a box lies around its inside, and labels lie outside all boxes, so neither hides an object; only the
-    line of a box along the image's border lies within that border. Labels that have no such place, or would hide more
-    than a sixth of the image, are written below it with a key of colours. The returned image is then larger, with the
-    old one in its top left corner, so that coordinates stay the same.
+    Lines run around the inside of boxes and labels lie outside all boxes, so neither hides an object (except along the
+    image's border). Labels without such a place, or that would hide more than a sixth of the image, are written below
+    it with a key of colours. The returned image is then taller, and coordinates stay the same.
 
     Raises ValueError for boxes of another shape, not finite or inside out, and for lists of another length.
     """
@@ -141,7 +140,7 @@ def draw_boxes(image, boxes, labels=None, colours=None, heatmap=None, mask=None)
     if mask is not None:
         image = outline_mask(overlay_mask(image, mask, colours[0] if colours else None), mask)
 
-    scale = math.sqrt(image.width * image.height)  # everything grows with the image, down to a readable size
+    scale = math.sqrt(image.width * image.height)  # everything grows with the image, from a readable size on
     line = max(2, round(scale / 180))
     halo = max(1, round(scale / 600))
     size = max(12, round(scale / 32))  # of the letters
@@ -178,7 +177,7 @@ def _checked_boxes(boxes):
 
 
 def _one_each(values, n, name):
-    """values as a list of n, of None if it is None."""
+    """values as a list of n; n times None for None."""
     if values is None:
         return [None] * n
     if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != n:
@@ -187,7 +186,7 @@ def _one_each(values, n, name):
 
 
 def _frame(box, margin, size):
-    """The rectangle at the outer edge of a box's line: the box grown by `margin`, within an image of `size`."""
+    """The outer edge of a box's line: the box grown by `margin`, within an image of `size`."""
     limit = np.array(size * 2)  # W, H, W, H
     box = np.clip(box, 0, limit)  # a box beyond the image leaves a mark at its border
     frame = np.concatenate([np.floor(box[:2]) - margin, np.ceil(box[2:]) + margin])
@@ -207,7 +206,7 @@ def _outline(draw, frame, colour, line, halo):
 
 
 def _place_tag(text, size, frame, taken, image_size):
-    """A rectangle and wrapped text for a label that touches its frame and overlaps nothing taken; or None."""
+    """A rectangle and wrapped text for a label that touches its frame and overlaps nothing taken, or None."""
     image_width, image_height = image_size
     indent = size // 3  # of the text in its rectangle
     for share in (0.6, 0.4, 0.25, 1.0):  # of the image's width
@@ -228,7 +227,7 @@ def _place_tag(text, size, frame, taken, image_size):
 
 
 def _spots(frame, width, height, image_size):
-    """Top left corners for a label around a frame, the most usual first: above, below, right, left."""
+    """Top left corners for a label around a frame, in order of preference: above, below, right, left."""
     x0, y0, x1, y1 = frame
     columns = [min(max(x, 0), image_size[0] - width) for x in (x0, x1 - width, (x0 + x1 - width) // 2)]
     rows = [min(max(y, 0), image_size[1] - height) for y in (y0, y1 - height, (y0 + y1 - height) // 2)]
@@ -248,7 +247,7 @@ def _with_key(image, entries, size):
     """The image with a strip below it: for each (text, colour) a square of the colour and the wrapped text."""
     pad = size // 2
     indent = 2 * size
-    width = max(image.width, 16 * size)  # a very narrow image would leave a letter or two a line
+    width = max(image.width, 16 * size)  # a very narrow image would leave a letter or two per line
     blocks = [text_block(text, size, width - indent - pad) for text, _ in entries]
     width = max([image.width] + [block.width + indent + pad for block in blocks])
     height = sum(block.height + pad // 2 for block in blocks) + 2 * pad - pad // 2

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that appear whole or not at all."""
 
 import os
 from contextlib import suppress
@@ -12,9 +12,9 @@ TORCHS_OWN = ("[enforce fail", "PytorchStreamWriter", "basic_ios")  # how the er
 
 
 def write_whole(path, write, advice="make room, or write elsewhere"):
-    """Call write(a path beside it), then rename: whenever the program is killed, the old file or the new one is there.
+    """Call write(a path beside it), then rename: if the program is killed, either the old file or the new one is left.
 
-    advice: how the message ends. Raises OSError, one line with the file, if it cannot be written.
+    advice: the end of the error message. Raises OSError, one line with the file, if it cannot be written.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -25,16 +25,16 @@ def write_whole(path, write, advice="make room, or write elsewhere"):
         with suppress(OSError):
             part.unlink()
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        if reason.startswith(TORCHS_OWN):  # it tells nobody anything
+        if reason.startswith(TORCHS_OWN):  # which tells the reader nothing
             reason = "the disk may be full"
         raise OSError(f"{shown(path)}: cannot be written ({shown(reason, 100)}); {advice}") from None
 
 
 def save_image(image, path, advice="make room, or write elsewhere"):
-    """Write a PIL image in the format that the suffix of `path` names. Raises ValueError for a suffix that names none,
-    and as write_whole does."""
+    """Write a PIL image in the format of the suffix of `path`. Raises ValueError for an unknown suffix, and as
+    write_whole does."""
     path = Path(path)
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind not in Image.SAVE:
-        raise ValueError(f"{shown(path)}: no image can be written under this suffix; end the name in .png")
+        raise ValueError(f"{shown(path)}: unknown image suffix; end the name in .png")
     write_whole(path, lambda part: image.save(part, kind), advice)

@@ -1,4 +1,4 @@
-"""Text on images: a font that has its letters, lines that fit a width, and what can be drawn of it."""
+"""Text on images: a font that has its letters, and lines that fit a width."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from typing import NamedTuple
 from PIL import ImageFont
 
 FALLBACK_FONTS = ["DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msgothic.ttc", "arial.ttf"]
-MAX_CHARACTERS = 300  # of one label; what is longer ends in an ellipsis
+MAX_CHARACTERS = 300  # of a label; longer ones end in an ellipsis
 
 
 class Block(NamedTuple):
@@ -22,7 +22,7 @@ class Block(NamedTuple):
 
 @lru_cache(maxsize=64)
 def fonts_of_size(size):
-    """Pillow's own font (hardly more than ASCII), then those of the usual ones that this machine has."""
+    """Pillow's own font (little more than ASCII), then the usual ones that are installed."""
     fonts = [ImageFont.load_default(size=size)]
     for name in FALLBACK_FONTS:
         try:
@@ -34,7 +34,7 @@ def fonts_of_size(size):
 
 @lru_cache(maxsize=8192)
 def _lacks(which, character):
-    """Whether the font of that number draws `character` as its sign for a missing one (most often a hollow box)."""
+    """Whether a font, given by its number, draws `character` as a missing one (usually a hollow box)."""
     font = fonts_of_size(16)[which]
     glyph = font.getmask(character)
     missing = font.getmask("\U0010ffff")
@@ -46,14 +46,14 @@ def _lacking(which, text):
 
 
 def font_for(text, size):
-    """The first font that lacks the fewest characters of `text`; those it lacks appear as hollow boxes."""
+    """The first font that lacks the fewest characters of `text`."""
     fonts = fonts_of_size(size)
     lacking = [len(_lacking(which, text)) for which in range(len(fonts))]
     return fonts[lacking.index(min(lacking))]
 
 
 def drawable(text, instead="?"):
-    """The text with "?" for the characters that its font lacks; `instead` where no letter or number is left then."""
+    """The text with "?" for characters that its font lacks, or `instead` if that leaves no letter or digit."""
     which = fonts_of_size(16).index(font_for(text, 16))
     lacking = "".join(_lacking(which, text))
     drawn = re.sub(f"[{re.escape(lacking)}]+", "?", text) if lacking else text
@@ -61,7 +61,7 @@ def drawable(text, instead="?"):
 
 
 def clean_text(text, limit=MAX_CHARACTERS):
-    """One line of printable text of at most `limit` characters: no control characters, no halves of characters."""
+    """One line of at most `limit` printable characters."""
     text = "".join(c for c in str(text)[:4 * limit] if c.isprintable() or c.isspace())
     text = " ".join(text.split())
     return text if len(text) <= limit else text[:limit - 1].rstrip() + "…"
@@ -78,7 +78,7 @@ def _wrap(text, font, width):
             continue
         if line:
             lines.append(line)
-        while len(word) > 1 and font.getlength(word) > width:  # Japanese, say, has no spaces to break at
+        while len(word) > 1 and font.getlength(word) > width:  # Japanese, for one, has no spaces to break at
             cut = 1
             while font.getlength(word[:cut + 1]) <= width:
                 cut += 1
@@ -93,7 +93,7 @@ def text_block(text, size, width):
     text = drawable(text)
     font = font_for(text, size)
     lines = _wrap(text, font, width)
-    if len(lines) > 1:  # even lines look better than a word alone in the last one
+    if len(lines) > 1:  # even lines look better than a single word in the last one
         for share in (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6):
             narrower = _wrap(text, font, share * width)
             if len(narrower) > len(lines):

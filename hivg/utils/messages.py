@@ -1,16 +1,16 @@
-"""What a message quotes of a file or a flag: short, on one line, and nothing that a terminal would obey."""
+"""What messages quote from files and flags: short, on one line, without control characters."""
 
 
 def shown(text, limit=120):
-    """A path, a name or a message on one line: controls are spelled out ("\\x1b"), and a long one loses its middle."""
+    """A path, name or message on one line: control characters are escaped ("\\x1b"), a long text loses its middle."""
     text = _shorten(str(text), limit)
     spelled = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
     return _shorten(spelled, limit)
 
 
 def quoted(value, limit=60):
-    """Any value as Python would write it, shortened to `limit` characters. What lists hold is not followed further
-    down: lists that share lists would take forever to write."""
+    """Any value as Python would write it, shortened to `limit` characters. Lists inside lists are only counted, as
+    lists that share lists would take forever to write."""
     if isinstance(value, (list, tuple)):
         parts = [_plainly(part, limit) for part in value[:8]]
         text = ", ".join(parts + ["..."] * (len(value) > 8))

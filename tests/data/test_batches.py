@@ -96,7 +96,7 @@ def test_training_alone_is_augmented(tmp_path):
 
 def test_a_data_set_without_samples_is_refused(tmp_path, capsys):
     path = write_own(tmp_path, 2, bbox=[5, 5, 5, 5], split="train")
-    with pytest.raises(ValueError, match="no sample is left; `python -m hivg.data check .*mine.jsonl` says why"):
+    with pytest.raises(ValueError, match="no samples are left; `python -m hivg.data check .*mine.jsonl` says why"):
         open_dataset(str(path), "train", 32)
 
 

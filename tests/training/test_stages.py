@@ -119,7 +119,7 @@ def test_plan_of_a_preset_needs_no_files(tmp_path, monkeypatch, capfd, name):
     epochs, rates, batches = PUBLISHED[name]
     assert rows["epochs"] == [str(n) for n in epochs]
     assert [float(text) for text in rows["learning rate"]] == rates
-    assert [int(text) for text in rows["expressions to a step"]] == batches
+    assert [int(text) for text in rows["expressions per step"]] == batches
     depth = 24 if name.endswith("large") else 12
     last = [f"1-{depth * j // 3}" for j in (1, 2, 3)]
     assert rows["on vision layers, from 1"][-3:] == last

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-# All darker than any background: an outline then looks alike in every colour, which a small ViT learns far sooner
+# All darker than any background: outlines then look alike in every colour, which a small ViT learns far sooner
 COLOURS = {"red": (205, 20, 30), "green": (10, 130, 45), "blue": (30, 65, 215), "brown": (125, 75, 30),
            "purple": (115, 25, 155), "orange": (240, 115, 0), "black": (18, 18, 22), "pink": (230, 70, 160)}
 SIZES = {"small": 0.22, "medium": 0.31, "large": 0.44}  # diameter / sqrt(image's area)
@@ -144,7 +144,7 @@ def _bands(background, width, height):
 
 
 def draw(scene, long_side=256, supersample=1):
-    """Draws a scene: (RGB image, labels). labels (H, W) uint8: 0 background, i + 1 where object i shows.
+    """Draw a scene -> (RGB image, labels). labels (H, W) uint8: 0 background, i + 1 where object i shows.
 
     long_side in pixels. supersample=2 or more draws larger and shrinks, for smooth edges.
     """

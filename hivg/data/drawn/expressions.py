@@ -12,12 +12,18 @@ from functools import cache
 from itertools import accumulate
 
 from hivg.data.drawn.phrases import (
+    AFTER,
     ALL,
     ANY_WORDS,
+    BEFORE,
     COLOUR,
     FILL,
+    FIRST_WORDS,
+    ORDINALS,
     RELATION_WORDS,
+    SECOND_WORDS,
     SHAPE,
+    SIDES,
     SIZE,
     attribute_words,
     noun_phrase,
@@ -36,21 +42,6 @@ CLASSES = (SHAPE,) * 5 + (SHAPE | COLOUR,) * 4 + (COLOUR,) * 2 + (0,) * 2 + (
 
 # A direction is (axis, sign): an object is the further left, the larger -x is.
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "above": (1, -1), "below": (1, 1)}
-# Short forms for two directions from one thing: "to the left and above the star", "above and left of the star"
-FIRST_WORDS = {"left": ("left", "to the left"), "right": ("right", "to the right"), "above": ("above",),
-               "below": ("below",)}
-SECOND_WORDS = {"left": ("left of", "to the left of"), "right": ("right of", "to the right of"),
-                "above": ("above",), "below": ("below",)}
-BEFORE = {  # superlatives that stand before the noun ...
-    "left": ("leftmost", "left", "furthest left"), "right": ("rightmost", "right", "furthest right"),
-    "above": ("topmost", "top", "highest", "uppermost"), "below": ("lowest", "bottom", "bottommost"),
-    "large": ("largest", "biggest"), "small": ("smallest", "tiniest")}
-AFTER = {   # ... and after it
-    "left": ("on the left", "on the far left", "furthest to the left"),
-    "right": ("on the right", "on the far right", "furthest to the right"),
-    "above": ("at the top", "at the very top"), "below": ("at the bottom", "at the very bottom")}
-SIDES = {"left": "left", "right": "right", "above": "top", "below": "bottom"}  # "second from the ..."
-ORDINALS = {2: ("second", "second", "2nd"), 3: ("third", "third", "3rd"), 4: ("fourth", "4th"), 5: ("fifth", "5th")}
 SIZE_RANK = {"small": 0, "medium": 1, "large": 2}
 FORMS = {  # of each kind, repeated by how often they are asked for
     "attribute": (None,),

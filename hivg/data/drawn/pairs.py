@@ -35,7 +35,7 @@ PLACES_NAMED = 2  # and so many by place alone, at most
 MAX_EXPRESSIONS = SPOKEN + PLACES_NAMED
 CAPTION_OBJECTS = 3  # a caption names at most so many
 UNIQUE_SHAPES = 0.3  # share of the pairs in which an object's own look is its shape, not its colour
-STREAM = 1000  # of random numbers; the splits with expressions count theirs from 0 (shapes.SPLITS)
+STREAM = 1000  # of random numbers; the splits use those from 0 on (scenes.SPLITS)
 NO_PHRASE = -2  # fills `named` where an image has fewer objects than MAX_OBJECTS
 NO_OBJECT = -3  # fills `attributes` there
 NO_TARGET = -1  # fills `targets` where an image has fewer expressions than MAX_EXPRESSIONS
@@ -107,7 +107,7 @@ def draw_pair(rng):
     shared = "shape"  # the look in which the twins differ
     if rng.random() < UNIQUE_SHAPES:
         own, shared = shared, own
-    while True:  # until a scene carries expressions: about one in eight does
+    while True:  # until a scene yields expressions: about one in eight does
         twins = make_twins(rng, random_scene(rng, None), own, shared)
         if twins is None:
             continue
@@ -141,7 +141,7 @@ def make_twins(rng, scene, own, shared):
 
 
 def speak(rng, scene, own, shared):
-    """Expressions that do without an object's own look; an empty list if the scene does not lend itself to it."""
+    """Expressions that do not name an object's own look; an empty list if the scene has none."""
     groups = {}
     for i, obj in enumerate(scene.objects):
         groups.setdefault(getattr(obj, shared), []).append(i)

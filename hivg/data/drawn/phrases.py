@@ -1,7 +1,7 @@
 """The words of the drawn world: noun phrases for its objects, captions of whole scenes.
 
 The captions, and a phrase for each object, are the texts of the tiny CLIP's pre-training; referring expressions are in
-expressions.py. Objects and scenes are those of drawing.py.
+expressions.py, objects and scenes in drawing.py.
 """
 
 # Attributes are bits, so that a set of them is an integer.
@@ -24,6 +24,21 @@ RELATION_WORDS = {
     "closest": ("closest to", "nearest to", "next to"),
     "furthest": ("furthest from", "farthest from", "furthest away from"),
     "between": ("between",)}
+# Short forms for two directions from one thing: "to the left and above the star", "above and left of the star"
+FIRST_WORDS = {"left": ("left", "to the left"), "right": ("right", "to the right"), "above": ("above",),
+               "below": ("below",)}
+SECOND_WORDS = {"left": ("left of", "to the left of"), "right": ("right of", "to the right of"),
+                "above": ("above",), "below": ("below",)}
+BEFORE = {  # superlatives that stand before the noun ...
+    "left": ("leftmost", "left", "furthest left"), "right": ("rightmost", "right", "furthest right"),
+    "above": ("topmost", "top", "highest", "uppermost"), "below": ("lowest", "bottom", "bottommost"),
+    "large": ("largest", "biggest"), "small": ("smallest", "tiniest")}
+AFTER = {   # ... and after it
+    "left": ("on the left", "on the far left", "furthest to the left"),
+    "right": ("on the right", "on the far right", "furthest to the right"),
+    "above": ("at the top", "at the very top"), "below": ("at the bottom", "at the very bottom")}
+SIDES = {"left": "left", "right": "right", "above": "top", "below": "bottom"}  # "second from the ..."
+ORDINALS = {2: ("second", "second", "2nd"), 3: ("third", "third", "3rd"), 4: ("fourth", "4th"), 5: ("fifth", "5th")}
 
 PLACES = (("at the top left", "at the top", "at the top right"),
           ("on the left", "in the middle", "on the right"),

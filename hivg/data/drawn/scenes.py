@@ -24,7 +24,7 @@ HELD_OUT = frozenset({("red", "star"), ("green", "heart"), ("blue", "triangle"),
 
 EXPRESSIONS_PER_SCENE = 4
 MAX_OBJECTS = 8
-# How often each kind of expression is asked for. Another scene is drawn where one cannot serve, so ordinals, which need
+# How often each kind of expression is drawn. A scene that has none of a kind is replaced, so ordinals, which need
 # three of a class, end up a little rarer.
 MIXED = {"attribute": 0.35, "superlative": 0.17, "ordinal": 0.10, "relation": 0.25, "conjunction": 0.13}
 # For long training: more of what is learned last (closeness: expressions.FORMS).
@@ -42,7 +42,7 @@ SPLITS = {  # number of scenes, kinds of expressions. The order gives each split
 
 
 def _some(rng, options, low, high):
-    """low..high different ones of the options."""
+    """low to high different options."""
     count = low + int(rng.random() * (high - low + 1))
     return [options[i] for i in rng.permutation(len(options))[:count]]
 
@@ -78,7 +78,7 @@ def _looks(rng, held_out):
 
 
 def _place(rng, looks, width, height):
-    """Places the objects, the largest first; one that finds no room in 30 tries is left out."""
+    """Place the objects, largest first; one that finds no room in 30 tries is left out."""
     objects = []
     for shape, colour, size, filled in sorted(looks, key=lambda look: -SIZES[look[2]]):
         diameter = SIZES[size] * math.sqrt(width * height) * (0.95 + 0.1 * rng.random())
@@ -94,7 +94,7 @@ def _place(rng, looks, width, height):
 
 
 def random_scene(rng, held_out):
-    """A scene without a word said about it. held_out: a pair of colour and shape of HELD_OUT that it shows, or None."""
+    """A scene, without expressions. held_out: a colour and shape of HELD_OUT that it shows, or None."""
     aspect = 2 ** (rng.random() + rng.random() - 1)  # width / height from 1:2 to 2:1, mostly near 1:1
     width = min(1.0, aspect)
     height = min(1.0, 1 / aspect)
@@ -124,8 +124,8 @@ class Shapes:
     """
 
     def __init__(self, split, seed=0, weights=None, captions=True):
-        """weights: how often each kind of expression is asked for, instead of the split's own. captions: whether items
-        have a caption and phrases; without them an item is made sooner."""
+        """weights: how often each kind of expression is drawn, instead of the split's own. captions: whether items
+        have a caption and phrases; without them items are made faster."""
         if split not in SPLITS:
             raise ValueError(f"no split {split!r} of shapes; there are {', '.join(SPLITS)}")
         self.split = split
@@ -147,7 +147,7 @@ class Shapes:
     def _make(self, index):
         """(scene, expressions, the generator after them)."""
         rng = self._rng(index)
-        for _ in range(1000):  # draws scenes until one carries its expressions, mostly the first or second
+        for _ in range(1000):  # until a scene yields its expressions, usually the first or second
             held_out = pick(rng, sorted(HELD_OUT)) if self.split == "compose" else None
             scene = random_scene(rng, held_out)
             if len(scene.objects) < 3:
@@ -162,7 +162,7 @@ class Shapes:
             expressions = express(scene, rng, self.weights, EXPRESSIONS_PER_SCENE, targets, must)
             if expressions:
                 return scene, expressions, rng
-        raise RuntimeError("no scene carried its expressions")
+        raise RuntimeError("no scene yields its expressions")
 
     def scene(self, index):
         """Item `index` as numbers and words: (Scene, list of Expression). Depends on (seed, split, index) only."""
