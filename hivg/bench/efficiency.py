@@ -1,14 +1,13 @@
 """What HiVG costs, the paper's Figure 4 as a command: python -m hivg.bench efficiency --size ViT-B/16 --output FOLDER
 
-Parameters in all and trained in each stage, operations of a forward by part, and for each batch size the time, the peak
-memory and the rate of a forward (adapters merged, as in use) and of a training step (stage 3, with AdamW's update), in
-float32 and, where the machine is fast at it, in bfloat16. Weights and images are random; no files are needed. FOLDER
-gets efficiency.md, the tables, and efficiency.png.
+Parameters, total and trained in each stage; operations of a forward by part; and for each batch size the time, peak
+memory and rate of a forward (adapters merged, as in use) and of a training step (stage 3, with AdamW's update), in
+float32 and, where the hardware has it, in bfloat16. Weights and images are random; no files are needed. FOLDER gets
+efficiency.md, the tables, and efficiency.png.
 
 An operation is a multiplication or an addition of a matrix product, as torch.utils.flop_counter counts them. Memory is
-that of tensors on a GPU; on a CPU that of the whole process, of which PyTorch itself is some 400 MiB. The last column
-is the share of what the machine reaches in one large product, measured in the same run. Energy is what the GPU, or all
-processors of the machine, have used in the meantime, "-" where the machine does not tell.
+that of tensors on a GPU; on a CPU that of the whole process, of which PyTorch itself takes some 400 MiB. The last
+column is the share of the rate of one large product, measured in the same run.
 """
 
 import time
@@ -19,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hivg.bench.timing import WARM_UP, energy, measure, peak_memory, reset_peak_memory
+from hivg.bench.timing import measure, peak_memory, reset_peak_memory
 from hivg.bench.training import random_batch, train_step_of
 from hivg.clip import CLIP_SIZES
 from hivg.losses import LossWeights
@@ -32,11 +31,11 @@ CPU = torch.device("cpu")
 STAGES = ("warm-up", "Hi LoRA 1", "Hi LoRA 2", "Hi LoRA 3")
 LAST = len(STAGES) - 1
 REPEATS = 5
-COLUMNS = ("pass", "type", "expressions", "20 % ms", "median ms", "80 % ms", "peak MiB", "expressions a second",
-           "J an expression", "TFLOP/s", "of a large product")
+COLUMNS = ("pass", "dtype", "expressions", "20 % ms", "median ms", "80 % ms", "peak MiB", "expressions a second",
+           "TFLOP/s", "of a large product")
 
 
-# ---- counted, on fake tensors: sizes without numbers
+# ---- counted on fake tensors, which have sizes and no data
 
 def parameters(config):
     """-> rows (stage, parameters trained in it, parameters in all)."""
@@ -52,8 +51,8 @@ def parameters(config):
 
 
 def count_operations(function):
-    """Operations of the matrix products that a call makes, its backward included if it runs one."""
-    # attention as plain products: the counter does not know all of the fused ones
+    """Operations of the matrix products in a call, including its backward if it runs one."""
+    # attention as plain products, as the counter does not know all fused ones
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         function()
     return counter.get_total_flops()
@@ -66,7 +65,7 @@ def operations(config):
 
 
 def operations_of(model, batch):
-    """The parts one by one, each from what those before it gave."""
+    """The parts one by one, each on the output of those before it."""
     images = batch["images"]
     token_ids, is_text, is_key = model.find_text(batch["token_ids"])
     states = model.clip.text(token_ids)
@@ -120,19 +119,13 @@ def product_rate(dtype, device):
 
 
 def measure_pass(function, device):
-    """-> milliseconds (20 %, median, 80 %), peak memory in MiB, joules of a call or None."""
+    """-> milliseconds (20 %, median, 80 %), peak memory in MiB."""
     reset_peak_memory(device)
-    before = energy(device)
-    times = measure(function, REPEATS, device)
-    after = energy(device)
-    joules = None
-    if before is not None and after is not None and after >= before:  # the counter may begin again from 0
-        joules = (after - before) / (WARM_UP + REPEATS)
-    return times, peak_memory(device) / 2**20, joules
+    return measure(function, REPEATS, device), peak_memory(device) / 2**20
 
 
 def measure_forward(config, sizes, device, dtype):
-    """-> (expressions, times, peak, joules) for each batch size."""
+    """-> (expressions, times, peak) for each batch size."""
     model = HiVG(config).for_prediction(device, dtype)
     found = []
     for n in sizes:
@@ -185,12 +178,11 @@ def bench_efficiency(args):
         most = product_rate(dtype, device)
         for name, measured, work in (("forward", measure_forward, sum(counts.values())),
                                      ("training step", measure_steps, step_operations(config))):
-            for n, (low, median, high), peak, joules in measured(config, args.batch_sizes, device, dtype):
+            for n, (low, median, high), peak in measured(config, args.batch_sizes, device, dtype):
                 a_second = n / (median / 1000)
                 speed = work * a_second
-                used = "-" if joules is None else f"{joules / n:.3g}"
                 say(f"| {name} | {precision} | {n} | {low:.1f} | {median:.1f} | {high:.1f} | {peak:.0f} "
-                    f"| {a_second:.1f} | {used} | {speed / 1e12:.3f} | {speed / most:.0%} |")
+                    f"| {a_second:.1f} | {speed / 1e12:.3f} | {speed / most:.0%} |")
                 rates.setdefault(name, {}).setdefault(precision, []).append((n, a_second))
                 peaks.setdefault(name, {}).setdefault(precision, []).append((n, peak))
     (folder / "efficiency.md").write_text("\n".join(lines) + "\n")

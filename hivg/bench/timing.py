@@ -1,6 +1,5 @@
-"""Time and memory: how the benchmarks measure and print them."""
+"""How the benchmarks measure and print time and memory."""
 
-import ctypes
 import re
 import subprocess
 import sys
@@ -12,8 +11,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 QUANTILES = (0.2, 0.5, 0.8)
-WARM_UP = 3  # runs that are not counted
-RAPL = Path("/sys/class/powercap")  # where Linux counts the energy of the processors
+WARM_UP = 3  # runs that do not count
 
 
 def measure(function, repeats, device=torch.device("cpu")):
@@ -34,12 +32,12 @@ def show(name, times):
 
 
 def memory(name):
-    """A line of /proc/self/status in bytes: VmRSS is the memory in use, VmHWM the most that was."""
+    """A line of /proc/self/status in bytes: VmRSS is the memory in use, VmHWM its peak."""
     return 1024 * int(re.search(name + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def reset_peak_memory(device):
-    """Let peak_memory count from here. Linux alone, on the CPU."""
+    """Let peak_memory count from here. For the CPU on Linux only."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -47,35 +45,8 @@ def reset_peak_memory(device):
 
 
 def peak_memory(device):
-    """The most bytes since reset_peak_memory: those of tensors on a GPU, of the whole process on a CPU."""
+    """Peak bytes since reset_peak_memory: of tensors on a GPU, of the whole process on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory("VmHWM")
-
-
-def energy(device):
-    """Joules used so far by the GPU, or by all processors of the machine; None where the machine does not tell."""
-    if device.type == "cuda":
-        return gpu_energy(torch.cuda.get_device_properties(device).uuid)
-    packages = []
-    try:
-        for domain in RAPL.glob("intel-rapl:?"):
-            if (domain / "name").read_text().startswith("package"):  # "psys" has the packages and more
-                packages.append(int((domain / "energy_uj").read_text()))
-    except OSError:  # many systems show it to root alone
-        return None
-    return sum(packages) / 1e6 if packages else None
-
-
-def gpu_energy(uuid):
-    """The same of a GPU, from the driver's library (NVML), which counts it from Volta on."""
-    handle = ctypes.c_void_p()
-    millijoules = ctypes.c_ulonglong()
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return None
-    failed = (nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode(), ctypes.byref(handle))
-              or nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules)))
-    return None if failed else millijoules.value / 1e3
 
 
 def run_program(command, cwd=None):
@@ -99,10 +70,10 @@ print(1000 * (time.perf_counter() - start), memory("VmHWM") - before)
 
 
 def measure_alone(imports, work, argument):
-    """Time and memory of a piece of code, run three times in a process of its own, so that nothing else counts.
+    """Time and memory of a piece of code, run three times in processes of their own, so that nothing else counts.
 
-    imports, work: Python, of which only `work` is measured; it finds the argument as sys.argv[1].
-    -> milliseconds (20 %, median, 80 %), the most bytes that any run took.
+    imports, work: Python; only `work` is measured. It finds the argument as sys.argv[1].
+    -> milliseconds (20 %, median, 80 %), the peak bytes of all runs.
     """
     command = [sys.executable, "-c", ALONE.format(imports=imports, work=work), argument]
     times = []

@@ -1,4 +1,4 @@
-"""How long the data of training takes, and a training step, and how much memory: `python -m hivg.bench data step`."""
+"""The data of training, and a training step: time and memory. `python -m hivg.bench data step`"""
 
 import tempfile
 import weakref
@@ -27,7 +27,7 @@ from hivg.utils.cli import choose_device, choose_dtype
 
 
 def bench_data(args):
-    """The items that training waits for: drawn images, and photographs as they are and augmented."""
+    """The items that training waits for: drawn images, and photographs, plain and augmented."""
     shapes = ShapesTensors("train", 64)
     numbers = count()
     times = measure(lambda: shapes[next(numbers)], 300)
@@ -53,8 +53,8 @@ def photo_sample(path):
 
 
 def bench_step(args):
-    """A training step of a preset at several batch sizes: random weights and images, expressions of 20 tokens. Before,
-    the memory that it would take on one device at the preset's own batch, as counted by `count_memory`."""
+    """A training step of a preset at several batch sizes, with random weights and images and expressions of 20 tokens;
+    first the memory it would take on one device at the preset's own batch (`count_memory`)."""
     device = choose_device(args.device)
     dtype = choose_dtype("auto", device)
     name = "ViT-L/14" if args.preset.endswith("large") else "ViT-B/16"
@@ -73,7 +73,7 @@ def bench_step(args):
 
 
 class TensorMemory(TorchDispatchMode):
-    """Counts, while it is on, the bytes of the tensors that come and go: `most` is the most there were at once."""
+    """Counts the bytes of tensors that come and go while it is active; `most` is the peak."""
 
     def __init__(self):
         super().__init__()
@@ -101,11 +101,11 @@ class TensorMemory(TorchDispatchMode):
 
 
 def count_memory(preset, clip_name, n, dtype=torch.bfloat16):
-    """Bytes of all tensors that training the last stage of a preset takes at most, n expressions together: weights,
-    AdamW's state, gradients, and what a step keeps for its backward.
+    """Peak bytes of all tensors in the last stage of a preset with n expressions together: weights, AdamW's state,
+    gradients, and what a step keeps for its backward.
 
-    Counted on fake tensors, sizes without numbers, so any machine can tell, but as a CPU computes, whose attention
-    keeps more for its gradient: where 28.9 GiB were counted, an H200 took 18.8.
+    Counted on fake tensors, so on any machine, but as a CPU computes, whose attention keeps more for its gradient:
+    where 28.9 GiB were counted, an H200 took 18.8.
     """
     cpu = torch.device("cpu")
     with FakeTensorMode():
@@ -128,7 +128,7 @@ def preset_model(preset, clip_name):
     settings = preset_of(preset)
     clip = CLIP(CLIP_SIZES[clip_name])
     fields = {}
-    for name in ("bridge", "text_layers", "lora_rank", "lora_alpha"):
+    for name in ("bridge", "text_layers", "level_norm", "lora_rank", "lora_alpha"):
         if name in settings:
             fields[name] = settings[name]
     model = HiVG.from_clip(clip, HiVGConfig.for_clip(clip.config, **fields))

@@ -121,4 +121,4 @@ def test_a_program_that_fails_is_told_in_one_line(child, told):
 
 def test_start_without_its_weights_gets_one_line(monkeypatch, capfd):
     code, _, err = call(bench.main, capfd, monkeypatch, "start", "--weights", "none.safetensors", "--device", "cpu")
-    assert code == 2 and err.startswith("error: none.safetensors: there is no such") and len(err.splitlines()) == 1
+    assert code == 2 and err.startswith("error: none.safetensors: no such weights file") and len(err.splitlines()) == 1

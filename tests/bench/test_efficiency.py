@@ -79,50 +79,6 @@ def test_tables_and_picture(monkeypatch, tmp_path, capsys):
         efficiency.bench_efficiency(args)
 
 
-def test_energy_of_the_processors(monkeypatch, tmp_path):
-    monkeypatch.setattr(timing, "RAPL", tmp_path / "none")
-    assert timing.energy(torch.device("cpu")) is None
-    domains = [("intel-rapl:0", "package-0", 3_000_000), ("intel-rapl:1", "package-1", 500_000),
-               ("intel-rapl:0:0", "core", 7), ("intel-rapl:2", "psys", 9_000_000)]
-    for folder, name, microjoules in domains:
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "name").write_text(f"{name}\n")
-        (tmp_path / folder / "energy_uj").write_text(f"{microjoules}\n")
-    monkeypatch.setattr(timing, "RAPL", tmp_path)
-    assert timing.energy(torch.device("cpu")) == 3.5  # a part of a package, and the whole machine, do not count again
-    (tmp_path / "intel-rapl:1/energy_uj").unlink()
-    assert timing.energy(torch.device("cpu")) is None
-
-
-def test_energy_of_a_gpu(monkeypatch):
-    """With a stand-in for the driver's library, which has no energy to tell without a GPU."""
-
-    class Library:
-        def nvmlInit_v2(self):
-            return 0
-
-        def nvmlDeviceGetHandleByUUID(self, uuid, handle):
-            return 0 if uuid == b"GPU-one" else 6
-
-        def nvmlDeviceGetTotalEnergyConsumption(self, handle, found):
-            found._obj.value = 2500
-            return 0
-
-    monkeypatch.setattr(timing.ctypes, "CDLL", lambda name: Library())
-    assert timing.gpu_energy("one") == 2.5
-    assert timing.gpu_energy("another") is None
-
-
-def test_energy_of_a_pass_is_that_of_one_call(monkeypatch):
-    told = iter([10.0, 10.0 + 2.0 * (efficiency.WARM_UP + efficiency.REPEATS)])
-    monkeypatch.setattr(efficiency, "energy", lambda device: next(told))
-    _, _, joules = efficiency.measure_pass(lambda: None, torch.device("cpu"))
-    assert joules == 2.0
-    told = iter([10.0, 1.0])  # the counter has begun again from 0
-    _, _, joules = efficiency.measure_pass(lambda: None, torch.device("cpu"))
-    assert joules is None
-
-
 def test_memory_counts_from_the_reset():
     """Memory that was given back before does not count."""
     device = torch.device("cpu")

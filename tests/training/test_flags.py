@@ -118,6 +118,12 @@ def test_a_finetuning_is_one_stage(world, monkeypatch, capfd, flag):
     assert_one_line(result, f"{flag}: 2 values, 1 needed (finetune)")
 
 
+def test_a_finetuning_adds_adapters_only_where_there_are_none(world, monkeypatch, capfd):
+    result = run_script(monkeypatch, capfd, "--finetune", str(BUNDLED), "--lora", "vanilla")
+    assert_one_line(result, "--lora vanilla: ", "has adapters already (hierarchical, stage 3)")
+    assert not (world / "runs").exists()
+
+
 def test_a_finetuning_of_another_model_takes_the_papers_losses(monkeypatch, tmp_path):
     """The tiny model keeps what suits the drawn world, Muon and the hints."""
     path = tmp_path / "deep.safetensors"
