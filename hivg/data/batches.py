@@ -201,7 +201,7 @@ def collate(items):
     return batch
 
 
-def training_batches(dataset, first_item, batch_size, batches, start=0, workers=0, rank=0, world=1, device=CPU,
+def training_batches(dataset, first_item, batch_size, batches, start=0, workers=0, rank=0, world_size=1, device=CPU,
                      tokenizer=None):
     """Batches `start`..`batches` - 1 of an endless split, of which this rank gets its share of each.
 
@@ -210,24 +210,24 @@ def training_batches(dataset, first_item, batch_size, batches, start=0, workers=
     tokenizer: with one, the workers tokenise the texts, each kind to the longest of its batch. Raises ValueError unless
     batch_size is a multiple of the rows of an item times the ranks.
     """
-    unit = dataset.rows * world
+    unit = dataset.rows * world_size
     items, rest = divmod(batch_size, unit)  # items in a rank's share of a batch
     if rest or items < 1:
         nearest = [size for size in (items * unit, (items + 1) * unit) if size > 0] or [unit]
-        raise ValueError(f"the batch size must be a multiple of {unit} ({dataset.rows} drawn together, {world} "
-                         f"process(es)), not {batch_size}; use {' or '.join(map(str, nearest))}")
+        raise ValueError(f"--batch_size: {batch_size}, a multiple of {unit} needed ({dataset.rows} drawn together, "
+                         f"{world_size} process(es)); use {' or '.join(map(str, nearest))}")
     order = []
     for k in range(start, batches):
-        first = first_item + (k * world + rank) * items
+        first = first_item + (k * world_size + rank) * items
         order.append(range(first, first + items))
     return make_loader(dataset, order, workers, device, tokenizer)
 
 
-def evaluation_batches(dataset, batch_size=64, workers=0, rank=0, world=1, device=CPU):
-    """The whole split, every row once, in order; with several ranks every world-th batch."""
+def evaluation_batches(dataset, batch_size=64, workers=0, rank=0, world_size=1, device=CPU):
+    """The whole split, every row once, in order; with several ranks every world_size-th batch."""
     items = max(1, batch_size // dataset.rows)
     order = []
-    for first in range(rank * items, len(dataset), world * items):
+    for first in range(rank * items, len(dataset), world_size * items):
         order.append(range(first, min(first + items, len(dataset))))
     return make_loader(dataset, order, workers, device)
 

@@ -71,7 +71,7 @@ def finetune_defaults(path, lora):
     train.py's own, which suit the drawn world; any other model gets the paper's. Raises ValueError."""
     config = hivg_config(path)
     if lora != "none" and config.stage:
-        raise ValueError(f"--lora {lora}: {path} has adapters already ({config.lora}, stage {config.stage}); leave it out")
+        raise ValueError(f"--lora {lora}: {path} has adapters ({config.lora}, stage {config.stage}); leave it out")
     n_stages = 3 if lora in ("hierarchical", "shared") else 1
     defaults = {"lora": "none", "epochs": (1,) * n_stages, "lr": (3e-3,) * n_stages}
     if config.clip.vision_layers != CLIP_SIZES["tiny"].vision_layers:

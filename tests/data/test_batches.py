@@ -130,8 +130,8 @@ def test_batches_resume_and_are_shared(tmp_path):
     whole = texts(training_batches(data, 0, 4, 5))
     assert len(whole) == 5 and all(len(batch) == 4 for batch in whole)
     assert texts(training_batches(data, 0, 4, 5, start=3)) == whole[3:]
-    first = texts(training_batches(data, 0, 4, 5, rank=0, world=2))
-    second = texts(training_batches(data, 0, 4, 5, rank=1, world=2))
+    first = texts(training_batches(data, 0, 4, 5, rank=0, world_size=2))
+    second = texts(training_batches(data, 0, 4, 5, rank=1, world_size=2))
     assert [a + b for a, b in zip(first, second, strict=True)] == whole
 
 
@@ -141,11 +141,11 @@ def test_batches_of_scenes_follow_their_first_item():
     assert seen == [[100] * 4 + [101] * 4, [102] * 4 + [103] * 4, [104] * 4 + [105] * 4]
 
 
-@pytest.mark.parametrize("batch_size, world, nearest", [
+@pytest.mark.parametrize("batch_size, world_size, nearest", [
     (6, 1, "4 or 8"), (0, 1, "4"), (4, 2, "8"), (12, 2, "8 or 16"), (60, 7, "56 or 84"), (-4, 1, "4")])
-def test_a_batch_is_of_whole_scenes_for_every_rank(batch_size, world, nearest):
-    with pytest.raises(ValueError, match=f"multiple of {4 * world}.*, not {batch_size}; use {nearest}$"):
-        training_batches(ShapesTensors("train", 32), 0, batch_size, 1, world=world)
+def test_a_batch_is_of_whole_scenes_for_every_rank(batch_size, world_size, nearest):
+    with pytest.raises(ValueError, match=f"batch_size: {batch_size}, a multiple of {4 * world_size} needed .*; use {nearest}$"):
+        training_batches(ShapesTensors("train", 32), 0, batch_size, 1, world_size=world_size)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -153,7 +153,7 @@ def test_evaluation_sees_every_sample_once(tmp_path, world):
     data = SampleTensors(make_samples(tmp_path), 32)
     seen = []
     for rank in range(world):
-        for batch in texts(evaluation_batches(data, 3, rank=rank, world=world)):
+        for batch in texts(evaluation_batches(data, 3, rank=rank, world_size=world)):
             assert 1 <= len(batch) <= 3
             seen += batch
     assert sorted(seen) == sorted(f"cup {i}" for i in range(10))

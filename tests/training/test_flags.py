@@ -120,7 +120,7 @@ def test_a_finetuning_is_one_stage(world, monkeypatch, capfd, flag):
 
 def test_a_finetuning_adds_adapters_only_where_there_are_none(world, monkeypatch, capfd):
     result = run_script(monkeypatch, capfd, "--finetune", str(BUNDLED), "--lora", "vanilla")
-    assert_one_line(result, "--lora vanilla: ", "has adapters already (hierarchical, stage 3)")
+    assert_one_line(result, "--lora vanilla: ", "has adapters (hierarchical, stage 3)")
     assert not (world / "runs").exists()
 
 
