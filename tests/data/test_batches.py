@@ -144,7 +144,8 @@ def test_batches_of_scenes_follow_their_first_item():
 @pytest.mark.parametrize("batch_size, world_size, nearest", [
     (6, 1, "4 or 8"), (0, 1, "4"), (4, 2, "8"), (12, 2, "8 or 16"), (60, 7, "56 or 84"), (-4, 1, "4")])
 def test_a_batch_is_of_whole_scenes_for_every_rank(batch_size, world_size, nearest):
-    with pytest.raises(ValueError, match=f"batch_size: {batch_size}, a multiple of {4 * world_size} needed .*; use {nearest}$"):
+    message = f"batch_size: {batch_size}, a multiple of {4 * world_size} needed .*; use {nearest}$"
+    with pytest.raises(ValueError, match=message):
         training_batches(ShapesTensors("train", 32), 0, batch_size, 1, world_size=world_size)
 
 
