@@ -7,7 +7,7 @@ by channel with learned adaptive weights w^i (T, D_t), and all are projected tog
     f*^i  = w^i * n^i + n^i                      w^i is the same for every sample
     f*^ml = concat_i[f*^i] W_proj^T + b          (B, T, K D_t) -> (B, T, D_v)
 
-`adaptive_fusion_reference` is the definition of right; `adaptive_fusion` is what the model calls. On a GPU that is one
+`adaptive_fusion_reference` defines what is right; `adaptive_fusion` is what the model calls. On a GPU that is one
 Triton kernel, after a small one for the norm's mean and deviation (fusion_triton.py).
 """
 
@@ -15,7 +15,7 @@ from importlib.util import find_spec
 
 import torch.nn.functional as F
 
-HAS_TRITON = find_spec("triton") is not None  # asked once: the model chooses at every bridge
+HAS_TRITON = find_spec("triton") is not None  # looked up once: the model chooses a backend at every bridge
 
 
 def adaptive_fusion_reference(text_states, adaptive_weights, proj_weight, proj_bias,
@@ -25,13 +25,13 @@ def adaptive_fusion_reference(text_states, adaptive_weights, proj_weight, proj_b
     K, B, T, D_t = text_states.shape
     f = text_states
     if norm_weight is not None:
-        # n^i = LayerNorm_i(f^i), with an affine map of its own for each text layer
+        # n^i = LayerNorm_i(f^i): each text layer has its own affine map
         f = F.layer_norm(f, (D_t,), eps=eps)
         f = f * norm_weight[:, None, None] + norm_bias[:, None, None]  # (K, B, T, D_t)
-    # f*^i = w^i * n^i + n^i: the weights say how far to move away from the feature itself, so zero keeps it
+    # f*^i = w^i * n^i + n^i: an adaptive weight of zero keeps the feature unchanged
     f = adaptive_weights[:, None] * f + f  # (K, B, T, D_t)
-    # concat_i[f*^i]: batch first throughout. The released code makes it (T, B, ..) after this, which its attention
-    # reads as (B, T, ..), so the samples of a batch are mixed.
+    # concat_i[f*^i], batch first throughout. The released code transposes it to (T, B, ..), which its attention then
+    # reads as (B, T, ..): that mixes the samples of a batch.
     f = f.permute(1, 2, 0, 3).reshape(B, T, K * D_t)  # (B, T, K D_t)
     # f*^ml = concat_i[f*^i] W_proj^T + b
     return F.linear(f, proj_weight, proj_bias)  # (B, T, D_v)
@@ -39,8 +39,8 @@ def adaptive_fusion_reference(text_states, adaptive_weights, proj_weight, proj_b
 
 def adaptive_fusion(text_states, adaptive_weights, proj_weight, proj_bias,
                     norm_weight=None, norm_bias=None, eps=1e-5, backend="auto"):
-    """The fusion by the fastest backend there is. Arguments and result as `adaptive_fusion_reference`; the result has
-    the type of proj_weight, under autocast autocast's.
+    """The fusion, by the fastest backend available. Arguments and result as for `adaptive_fusion_reference`; the result
+    has the dtype of proj_weight, or autocast's under autocast.
 
     backend: "reference" (plain PyTorch), "triton" (fusion_triton.py), or "auto", the choice of `choose_backend`.
     Raises ValueError for another, ImportError for "triton" where it is not installed.
@@ -50,7 +50,7 @@ def adaptive_fusion(text_states, adaptive_weights, proj_weight, proj_bias,
     if backend == "auto":
         backend = choose_backend(text_states.device.type)
     if backend == "triton":
-        # imported when it is needed only: Triton exists for Linux alone
+        # imported only when needed: Triton exists only for Linux
         from hivg.fusion_triton import adaptive_fusion as fuse
     else:
         fuse = adaptive_fusion_reference

@@ -7,9 +7,9 @@ The mathematics (fusion.py), for a row m = (b, t) of the output and text layers 
     a_i     = n_i + w_i * n_i                 w_i (T, D): adaptive weights, of the position t
     y       = sum_i a_i P_i^T + p             P_i (D_v, D): columns i D .. (i + 1) D of proj_weight; p: proj_bias
 
-Plain PyTorch writes x_hat, n, w n, a and the concatenation of the a_i to memory and reads each again. Here a small
-kernel makes mean and rstd of every row, and then each program of the main kernel owns a tile of y. Its operand a never
-reaches memory: it is made in registers, a block of BD channels at a time, in one loop over the blocks of all K layers:
+Plain PyTorch writes x_hat, n, w n, a and the concatenation of the a_i to memory and reads each of them back. Here a
+small kernel computes mean and rstd of every row, and then each program of the main kernel owns a tile of y. Its operand
+a never reaches memory: it is computed in registers, BD channels at a time, in one loop over the blocks of all K layers:
 
              D_v                            for each step = (layer i, block of BD channels):
          +---+---+---+                          x (BM, BD), mean, rstd (BM,)  -> x_hat
@@ -18,37 +18,37 @@ reaches memory: it is made in registers, a block of BD channels at a time, in on
          | 3 | 4 | 5 |  numbers: order          y += a @ block of P_i^T (BD, BN)
          +---+---+---+  of the programs     y + p -> memory
 
-One loop and not one for each layer, so that loads run ahead of the products across the layers too. The tiles of a row
-of tiles run side by side, so x comes from memory once and then from the cache. The rows are ordered position by
-position, all b of t = 0 first: neighbours share a row of w. Where the tiles are too few to keep a GPU busy, the steps
-are split into parts, whose sums are written apart and added in a fixed order.
+It is one loop, not one per layer, so that loads are prefetched across layer boundaries too. The tiles in a row of tiles
+run side by side, so x comes from memory once and then from the cache. Rows are ordered position by position, all b of
+t = 0 first: neighbours share a row of w. Where there are too few tiles to keep the GPU busy, the steps are split into
+parts (split-K), whose partial sums are written separately and added in a fixed order.
 
 Bytes and operations, ViT-B/16 with K = 12, B = 64, T = 77, D = 512, D_v = 768, bfloat16 (`count` computes them): the
-product is 2 B T K D D_v = 46.5 GFLOP in either way. x is 60.6 MB, P 9.4 MB, w 0.9 MB, y 7.6 MB. Plain PyTorch reads x
-and writes and reads again its layer norm, two steps of the affine map, product with w, sum and copy: 14 times 60.6 MB
-in all; fused, x is read twice, and y and 8 bytes for each row and layer are written. In a step a program loads
-2 (BM BD + BN BD) bytes for 2 BM BN BD operations; the tile of 128 x 256 makes 85 operations of each byte that the cache
-gives, enough to be bound by the products. `python -m hivg.bench compile` counts what the compiler makes of a step.
+product takes 2 B T K D D_v = 46.5 GFLOP either way. x is 60.6 MB, P 9.4 MB, w 0.9 MB, y 7.6 MB. Plain PyTorch reads
+x, and writes and reads back the layer norm, both steps of its affine map, the product with w, the sum and the copy: 14
+times 60.6 MB in all. Fused, x is read twice, and y and 8 bytes per row and layer are written. In each step a program
+loads 2 (BM BD + BN BD) bytes for 2 BM BN BD operations: with the 128 x 256 tile 85 operations per byte from the cache,
+enough to be compute-bound. `python -m hivg.bench compile` prints what registers and shared memory each tile takes.
 
-The gradients, d_ for the derivative of the loss by what follows, sums over the rows unless they say otherwise:
+The gradients; d_z is the derivative of the loss with respect to z, and sums run over the rows unless noted:
 
     d_p       = sum d_y
-    d_a_i     = d_y P_i                       a plain product, (B T, K D); the one large tensor there is
+    d_a_i     = d_y P_i                       a plain matrix product, (B T, K D): the only large tensor
     d_w_i     = sum over b of d_a_i * n_i     for a_i = (1 + w_i) n_i
     d_n_i     = d_a_i * (1 + w_i)
     d_g_i     = sum d_n_i * x_hat_i,  d_c_i = sum d_n_i
     d_x_hat_i = d_n_i * g_i
     d_x_i     = rstd_i (d_x_hat_i - mean(d_x_hat_i) - x_hat_i mean(d_x_hat_i * x_hat_i))    means over the channels
-    d_P_i     = d_y^T a_i                     a plain product
+    d_P_i     = d_y^T a_i                     a plain matrix product
 
-The one before the last because x_hat = (x - mean(x)) rstd: moving x moves x_hat by rstd, less what the mean takes off
-all channels alike (the first mean) and what the spread takes off along x_hat (the second). One kernel reads x and d_a
-once and makes all of these between the two products, and leaves a in the memory of d_a for the second: 4 times 60.6 MB.
-Every sum has one owner and one order: the same bits each time.
+d_x_i follows from x_hat = (x - mean(x)) rstd: a change of x changes x_hat by rstd, minus what the mean takes off all
+channels equally (the first mean) and what the variance takes off along x_hat (the second). One kernel reads x and d_a
+once, computes everything between the two matrix products, and leaves a in d_a's memory for the second: 4 times 60.6 MB.
+Every sum has one owner and a fixed order, so results are deterministic.
 
-Numbers: statistics, a and sums in float32 (float64 for float64); the products in the type of proj_weight, which is also
-the output's. float32 products are exact (`ieee`) unless PyTorch may use TF32. In training, autocast gives x, w, g, c in
-float32 and P in bfloat16.
+Dtypes: statistics, a and sums are float32 (float64 for float64); products are in the dtype of proj_weight, which is
+also the output's. float32 products are exact (`ieee`) unless PyTorch may use TF32. In training, autocast passes x, w,
+g, c in float32 and P in bfloat16.
 """
 
 import torch
@@ -59,30 +59,30 @@ from hivg.clip import to_autocast
 
 INTERPRETED = triton.knobs.runtime.interpret
 
-# On Hopper a product runs on while the operand of the next is made. Triton before 3.9 may make that in registers which
-# the product still reads (github.com/triton-lang/triton, issue 9433, pull request 9514), and the result is wrong. A
-# product inside an `if` is waited for before anything else happens, so with those versions it is in one.
+# On Hopper a product runs asynchronously while the operand of the next one is computed. Triton before 3.9 may put that
+# operand into registers that the product is still reading (github.com/triton-lang/triton, issue 9433, pull request
+# 9514), and the result is wrong. Triton waits for a product inside an `if`, so with those versions it is inside one.
 SAFE_OVERLAP = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 9)
 
-PROGRAMS = 1024  # of the gradients kernel, at most, where samples are shared out to several
+PROGRAMS = 1024  # of gradients_kernel: up to this many, the samples of a position and layer are split among several
 
-# a * b + c as one instruction: the default up to Triton 3.9, but not of the next
+# a * b + c as one instruction: the default up to Triton 3.9, but no longer in the next version
 OPTIONS = dict(enable_fp_fusion=True)
 
 
 @triton.jit
 def load(pointers, mask, WHOLE: tl.constexpr):
-    """The numbers there, 0 outside the mask; WHOLE: nothing is outside, and the mask costs nothing."""
+    """Masked load. WHOLE: the mask is all True, so leave it out."""
     if WHOLE:
         return tl.load(pointers)
     return tl.load(pointers, mask=mask, other=0.0)
 
 
-# Sizes that change from batch to batch are not specialised: Triton would compile again for a first 1 or multiple of 16.
+# Sizes that change from batch to batch are not specialised, or Triton would recompile at the first 1 or multiple of 16.
 @triton.jit(do_not_specialize=["M", "T"])
 def statistics_kernel(x, mean, rstd, M, T, stride_xk, stride_xb, stride_xt, eps,
                       D: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr):
-    """x (K, B, T, D) -> mean and rstd (K, M), M = B T. A program owns BM rows of a layer; BD holds a whole row."""
+    """x (K, B, T, D) -> mean and rstd (K, M), M = B T. A program owns BM rows of a layer; a whole row fits in BD."""
     i = tl.program_id(1)
     m = tl.program_id(0) * BM + tl.arange(0, BM)  # (BM,)
     d = tl.arange(0, BD)  # (BD,)
@@ -91,7 +91,7 @@ def statistics_kernel(x, mean, rstd, M, T, stride_xk, stride_xb, stride_xt, eps,
     inside = (m < M)[:, None] & (d < D)[None, :]
     row = tl.load(x + at[:, None] + d[None, :], mask=inside, other=0.0).to(ACC)  # (BM, BD)
     row_mean = tl.sum(row, 1) / D  # (BM,)
-    # the squares around the mean, not around 0, which loses the digits of large means
+    # squares around the mean, not E[x^2] - mean^2, which cancels where the mean is large
     apart = tl.where((d < D)[None, :], row - row_mean[:, None], 0.0)
     variance = tl.sum(apart * apart, 1) / D  # (BM,)
     tl.store(mean + i * M + m, row_mean, mask=m < M)
@@ -112,35 +112,35 @@ def forward_kernel(x, mean, rstd, w, P, p, g, c, y, B, T, stride_xk, stride_xb, 
     columns = tl.program_id(0) % TILES * BN + tl.arange(0, BN)  # (BN,)
     rows = tl.program_id(0) // TILES * BM + tl.arange(0, BM)  # (BM,)
     in_rows = rows < B * T
-    # past the end the last row is read again and not stored, so that rows need no mask in the loop
+    # rows past the end read the last row again and are not stored, so the loop needs no row mask
     rows = tl.minimum(rows, B * T - 1)
     t = rows // B  # position by position
     b = rows % B
-    m = b * T + t  # the row in memory of y, mean and rstd
+    m = b * T + t  # where the row is in y, mean and rstd
     x_rows = x + (b.to(tl.int64) * stride_xb + t.to(tl.int64) * stride_xt)[:, None]  # (BM, 1)
     w_rows = w + (t * stride_wt)[:, None]  # (BM, 1)
     P_rows = P + (columns * (K * D))[None, :]  # (1, BN)
     tile = tl.zeros((BM, BN), ACC)
-    # num_stages said here: a loop with an `if` in it is not pipelined unless it asks
+    # num_stages is given here, as a loop that contains an `if` is not pipelined otherwise
     for step in tl.range(part * steps, tl.minimum(part * steps + steps, K * BLOCKS), num_stages=STAGES):
         i = step // BLOCKS
         d = step % BLOCKS * BD + tl.arange(0, BD)  # (BD,)
         in_d = d < D
         n = load(x_rows + (i.to(tl.int64) * stride_xk + d)[None, :], in_d[None, :], WHOLE).to(ACC)  # (BM, BD)
         if NORM:
-            # two numbers a row, loaded again in each step: kept in registers over the loop, they would hold x to
-            # their own layout instead of the product's
+            # two values per row, reloaded in every step: kept in registers across the loop, they would force their
+            # layout on x, in place of the product's
             r = tl.load(rstd + i * (B * T) + m)  # (BM,)
             offset = tl.load(mean + i * (B * T) + m) * r
-            x_hat = n * r[:, None] - offset[:, None]  # (x - mean) rstd, as one instruction
+            x_hat = n * r[:, None] - offset[:, None]  # (x - mean) rstd as one instruction
             scale = load(g + i * D + d, in_d, WHOLE).to(MIX)  # (BD,)
             shift = load(c + i * D + d, in_d, WHOLE).to(MIX)
             n = x_hat.to(MIX) * scale[None, :] + shift[None, :]
         n = n.to(MIX)
         weights = load(w_rows + (i * stride_wk + d)[None, :], in_d[None, :], WHOLE).to(MIX)
-        a = n + weights * n  # (BM, BD); channels outside meet zeros of P
+        a = n + weights * n  # (BM, BD); channels past D are multiplied by zeros of P
         block = load(P_rows + (i * D + d)[:, None], in_d[:, None] & (columns < DV)[None, :], WHOLE)  # (BD, BN) of P^T
-        if OVERLAP or step >= 0:  # always: the second half only makes it an `if` to the compiler
+        if OVERLAP or step >= 0:  # always true, but without OVERLAP the compiler sees an `if`
             tile = tl.dot(a.to(DOT), block.to(DOT), tile, input_precision=PRECISION, out_dtype=ACC)
     if part == 0:
         tile += tl.load(p + columns, mask=columns < DV, other=0.0).to(ACC)[None, :]
@@ -153,14 +153,15 @@ def gradients_kernel(x, mean, rstd, w, g, c, da, dx, dw, dg, dc, B, T, stride_xk
                      stride_wt, samples, K: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, NEED_X: tl.constexpr,
                      NEED_W: tl.constexpr, NEED_P: tl.constexpr, NEED_G: tl.constexpr, NEED_C: tl.constexpr,
                      ACC: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr):
-    """x and da (B T, K D) -> of what is needed: dx (K, B, T, D), contiguous; a (B T, K D), over da; the parts of dw, dg
-    and dc (parts, K, T, D). A program owns position t of layer i for some `samples`, BB at a time; BD holds a row."""
+    """x and da (B T, K D) -> as needed: dx (K, B, T, D), contiguous; a (B T, K D), in place of da; partial sums of dw,
+    dg and dc (parts, K, T, D). A program owns position t of layer i for `samples` samples, BB at a time; a whole row
+    fits in BD."""
     t = tl.program_id(0)
     i = tl.program_id(1)
     part = tl.program_id(2)
     d = tl.arange(0, BD)  # (BD,)
     in_d = d < D
-    # one position and one layer: these are the same for all samples
+    # the same for all samples, as position and layer are fixed
     weights = 1.0 + tl.load(w + i * stride_wk + t * stride_wt + d, mask=in_d, other=0.0).to(ACC)  # (BD,)
     if NORM:
         scale = tl.load(g + i * D + d, mask=in_d, other=0.0).to(ACC)  # (BD,)
@@ -171,7 +172,7 @@ def gradients_kernel(x, mean, rstd, w, g, c, da, dx, dw, dg, dc, B, T, stride_xk
     for start in range(part * samples, tl.minimum(part * samples + samples, B), BB):
         b = (start + tl.arange(0, BB)).to(tl.int64)  # (BB,)
         inside = (b < B)[:, None] & in_d[None, :]
-        row = (i * B + b) * T + t  # in mean, rstd and dx: layer by layer
+        row = (i * B + b) * T + t  # in mean, rstd and dx, which go layer by layer
         x_at = x + (i.to(tl.int64) * stride_xk + b * stride_xb + t.to(tl.int64) * stride_xt)[:, None] + d[None, :]
         x_hat = tl.load(x_at, mask=inside, other=0.0).to(ACC)  # (BB, BD)
         n = x_hat
@@ -196,7 +197,7 @@ def gradients_kernel(x, mean, rstd, w, g, c, da, dx, dw, dg, dc, B, T, stride_xk
                     along = tl.sum(back * x_hat, 1) / D  # (BB,)
                     back = r[:, None] * (back - (tl.sum(back, 1) / D)[:, None] - x_hat * along[:, None])
                 tl.store(dx + row[:, None] * D + d[None, :], back.to(dx.dtype.element_ty), mask=inside)
-        if NEED_P:  # last: d_a of these rows has been read
+        if NEED_P:  # last, as it overwrites d_a
             tl.store(da_at, (n * weights[None, :]).to(da.dtype.element_ty), mask=inside)
     out = ((part * K + i) * T + t).to(tl.int64) * D + d
     if NEED_W:
@@ -213,7 +214,7 @@ TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: 
 
 
 def machine(device):
-    """-> the first number of its compute capability, and how many processors; an H100's where there is no GPU."""
+    """-> major compute capability and number of multiprocessors; an H100's where there is no GPU."""
     if device.type != "cuda":
         return 9, 132
     properties = torch.cuda.get_device_properties(device)
@@ -221,19 +222,19 @@ def machine(device):
 
 
 def choose_tile(M, DV, x, w, P, major, processors):
-    """-> BM, BN, BD and options of forward_kernel for M rows: as large as registers and shared memory hold without
-    spilling (`python -m hivg.bench compile`), smaller where that leaves processors idle. x, w, P: their dtypes."""
+    """-> BM, BN, BD and options of forward_kernel for M rows: as large as fits into registers and shared memory without
+    spilling (`python -m hivg.bench compile`), smaller where that would leave processors idle. x, w, P: dtypes."""
     if P not in (torch.float16, torch.bfloat16) or torch.float64 in (x, w):
-        # both operands of these products are in registers, unless they may use TF32
+        # here both operands of a product are in registers, unless it may use TF32
         return dict(BM=32, BN=64, BD=32, num_warps=4, num_stages=2)
-    # x or w in float32 take twice the room: half the channels in a block, so that as many blocks are on their way
+    # x or w in float32 take twice the space: halve the block of channels, to keep as many blocks in flight
     depth = dict(BD=32, num_stages=4) if 4 in (x.itemsize, w.itemsize) else dict(BD=64, num_stages=3)
     if major == 9 and SAFE_OVERLAP:
-        # one program a processor: its products run while it makes the next operand
+        # one program per processor: its products run while it computes the next operand
         large = dict(BM=128, BN=256, num_warps=8) | depth
         wanted = 0.6 * processors
     else:
-        # two programs a processor: one makes its operand during the product of the other
+        # two programs per processor: one computes its operand during the other's product
         large = dict(BM=64, BN=256, BD=32, num_warps=4, num_stages=3)
         wanted = 1.2 * processors
     if triton.cdiv(M, large["BM"]) * triton.cdiv(DV, large["BN"]) >= wanted:
@@ -242,44 +243,44 @@ def choose_tile(M, DV, x, w, P, major, processors):
 
 
 def split_sum(K, M, D, DV, tile, processors):
-    """-> how many tiles y has, into how many parts each tile's sum is split, and the steps of a part."""
+    """-> number of tiles of y, number of parts that each tile's sum is split into, steps per part."""
     tiles = triton.cdiv(M, tile["BM"]) * triton.cdiv(DV, tile["BN"])
     total = K * triton.cdiv(D, tile["BD"])
-    # a part for each idle processor; one of fewer than two steps costs more than it saves
+    # enough parts to occupy idle processors; with fewer than two steps a part costs more than it saves
     parts = max(1, min(processors // tiles, total // 2))
     steps = triton.cdiv(total, parts)
     return tiles, triton.cdiv(total, steps), steps
 
 
 def choose_types(x, w, P):
-    """Of their dtypes: of all sums; of a, before the product; of the product."""
+    """dtypes of x, w and P -> those of all sums, of a before the product, and of the product."""
     sums = torch.float64 if torch.float64 in (x, w, P) else torch.float32
     product = sums if sums == torch.float64 else P
     if INTERPRETED and P == torch.bfloat16:
         product = sums  # the interpreter cannot compute in bfloat16
-    # a is made in the type of the product where nothing comes in a wider one: two numbers an instruction
+    # a is computed in the product's dtype if all inputs have it: two values per instruction
     mix = product if x == w == P else sums
     return sums, mix, product
 
 
 def dense_rows(x):
-    """x with its channels next to each other; between its rows there may be gaps."""
+    """x with contiguous channels; there may be gaps between rows."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @torch.library.custom_op("hivg::fusion_statistics", mutates_args=())
 def statistics(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (K, B, T, D) -> mean and rstd (K, B T), float64 for float64, else float32. An operator of its own, as it needs
-    no bridge's parameters: where torch.compile sees several bridges of a model, it makes one call of theirs."""
+    """x (K, B, T, D) -> mean and rstd (K, B T), float64 for float64, else float32. It is a separate operator because it
+    depends on no bridge's parameters: torch.compile merges the calls of all bridges of a model into one."""
     K, B, T, D = x.shape
     x = dense_rows(x)
     mean = x.new_empty(K, B * T, dtype=torch.promote_types(x.dtype, torch.float32))
     rstd = torch.empty_like(mean)
     if mean.numel():
         BD = triton.next_power_of_2(D)
-        BM = max(1, 4096 // BD)  # 32 numbers a thread
+        BM = max(1, 4096 // BD)  # 32 values per thread
         grid = triton.cdiv(B * T, BM), K
-        with torch.cuda.device_of(x):  # a launch goes to the current device, which need not be x's
+        with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be x's
             statistics_kernel[grid](x, mean, rstd, B * T, T, *x.stride()[:3], eps, D=D, ACC=TYPES[mean.dtype],
                                     BM=BM, BD=BD, **OPTIONS)
     return mean, rstd
@@ -295,8 +296,8 @@ def _(x, eps):
 @torch.library.custom_op("hivg::fusion", mutates_args=())
 def forward(x: torch.Tensor, mean: torch.Tensor | None, rstd: torch.Tensor | None, w: torch.Tensor, P: torch.Tensor,
             p: torch.Tensor, g: torch.Tensor | None, c: torch.Tensor | None) -> torch.Tensor:
-    """The letters above: x (K, B, T, D), w (K, T, D), P (D_v, K D), p (D_v,) and, all or none, mean and rstd (K, B T),
-    g and c (K, D) -> y (B, T, D_v) in the type of P."""
+    """In the letters of the opening: x (K, B, T, D), w (K, T, D), P (D_v, K D), p (D_v,) and, all or none, mean and
+    rstd (K, B T), g and c (K, D) -> y (B, T, D_v) in P's dtype."""
     K, B, T, D = x.shape
     DV = len(P)
     y = P.new_empty(B, T, DV)
@@ -310,7 +311,7 @@ def forward(x: torch.Tensor, mean: torch.Tensor | None, rstd: torch.Tensor | Non
     x = dense_rows(x)
     w = dense_rows(w)
     P, p, g, c = [v if v is None else v.contiguous() for v in (P, p, g, c)]
-    # asked in this way, because the older name, allow_tf32, raises once a program has used the newer one
+    # not allow_tf32, the older name, which raises once a program has set this one
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     with torch.cuda.device_of(x):
         forward_kernel[tiles, parts](
@@ -329,16 +330,16 @@ def _(x, mean, rstd, w, P, p, g, c):
 @torch.library.custom_op("hivg::fusion_backward", mutates_args=())
 def backward(dy: torch.Tensor, x: torch.Tensor, mean: torch.Tensor | None, rstd: torch.Tensor | None, w: torch.Tensor,
              P: torch.Tensor, g: torch.Tensor | None, c: torch.Tensor | None, needs: list[bool]) -> list[torch.Tensor]:
-    """The gradients of x, w, P, p, g, c that `needs` asks for; an empty tensor for each of the others."""
+    """Gradients of x, w, P, p, g, c as far as `needs` asks for them; an empty tensor for each of the others."""
     K, B, T, D = x.shape
     need_x, need_w, need_P, need_p, need_g, need_c = needs
     sums, _, _ = choose_types(x.dtype, w.dtype, P.dtype)
     dy = dy.reshape(B * T, len(P))
-    # (B T, K D); only room for a where nothing needs d_a
+    # (B T, K D); just memory for a if nothing needs d_a
     da = dy @ P if need_x or need_w or need_g or need_c else P.new_empty(B * T, K * D)
     BD = triton.next_power_of_2(D)
     BB = max(1, min(triton.next_power_of_2(B), 2048 // BD))
-    # a program takes one block of BB samples, or more where there would be thousands of programs
+    # a program takes one block of BB samples, or several where there would be thousands of programs
     programs = max(1, min(triton.cdiv(B, BB), PROGRAMS // max(1, K * T)))
     samples = BB * max(1, triton.cdiv(B, BB * programs))
     parts = triton.cdiv(B, samples)
@@ -355,7 +356,7 @@ def backward(dy: torch.Tensor, x: torch.Tensor, mean: torch.Tensor | None, rstd:
                 ACC=TYPES[sums], BB=BB, BD=BD, **OPTIONS)
     grads = [dx,
              dw.sum(0).to(w.dtype) if need_w else None,
-             dy.T @ da if need_P else None,  # by now da holds a
+             dy.T @ da if need_P else None,  # da holds a now
              dy.sum(0, dtype=sums).to(P.dtype) if need_p else None,
              dg.sum((0, 2)).to(g.dtype) if need_g else None,
              dc.sum((0, 2)).to(c.dtype) if need_c else None]
@@ -379,14 +380,14 @@ def differentiate(ctx, dy):
     needs = [need_x, need_w, need_P, need_p, need_g, need_c]
     grads = backward(dy, *ctx.saved_tensors, needs)
     dx, dw, dP, dp, dg, dc = [grad if need else None for grad, need in zip(grads, needs)]
-    return dx, None, None, dw, dP, dp, dg, dc  # what moves mean and rstd is in dx already
+    return dx, None, None, dw, dP, dp, dg, dc  # dx includes the path through mean and rstd
 
 
 forward.register_autograd(differentiate, setup_context=remember)
 
 
 def adaptive_fusion(text_states, adaptive_weights, proj_weight, proj_bias, norm_weight=None, norm_bias=None, eps=1e-5):
-    """fusion.adaptive_fusion by these kernels. Under autocast the product is in autocast's type."""
+    """fusion.adaptive_fusion with these kernels. Under autocast the product is in autocast's dtype."""
     proj_weight = to_autocast(proj_weight)
     proj_bias = to_autocast(proj_bias)
     mean = rstd = None
@@ -396,6 +397,6 @@ def adaptive_fusion(text_states, adaptive_weights, proj_weight, proj_bias, norm_
 
 
 def count(B=64, T=77, K=12, D=512, DV=768, element=2):
-    """The operations of the product, and the bytes of each tensor: {name: number}."""
+    """-> {"operations": of the product, and the bytes of each tensor by name}. element: bytes per value."""
     sizes = {"x": K * B * T * D, "w": K * T * D, "P": DV * K * D, "y": B * T * DV}
     return {"operations": 2 * B * T * K * D * DV} | {name: element * n for name, n in sizes.items()}

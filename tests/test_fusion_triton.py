@@ -1,5 +1,5 @@
-"""The Triton kernels: forward and every gradient against the float64 reference, by the interpreter where there is no
-GPU; what is launched; a training with them."""
+"""The Triton kernels: forward and every gradient against the float64 reference, under the interpreter where there is no
+GPU; what is launched; training with them."""
 
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def run_exact(tensors, dy):
 
 
 def errors(found, exact):
-    """The largest error of each tensor, as a share of its largest number."""
+    """The largest error of each tensor, relative to its largest value."""
     shares = {}
     for name in exact:
         largest = exact[name].abs().max().clamp(min=1e-30)
@@ -68,11 +68,11 @@ def errors(found, exact):
 def assert_at_most_twice(ours, plain, exact, dtype):
     ours = errors(ours, exact)
     plain = errors(plain, exact)
-    for name in exact:  # on few numbers plain PyTorch can be exact by luck: half a unit of rounding is allowed to all
+    for name in exact:  # with few values plain PyTorch can be exact by luck, so half a unit of rounding is allowed
         assert ours[name] <= 2 * plain[name] + torch.finfo(dtype).eps / 2, (name, ours[name], plain[name])
 
 
-# ---- right numbers
+# ---- right results
 
 @NORM
 @pytest.mark.parametrize("size", SIZES)
@@ -90,7 +90,7 @@ def test_float64_is_exact(size, norm):
 
 @NORM
 def test_one_program_for_several_blocks_of_samples(norm, monkeypatch):
-    """As with twelve layers of 77 positions, where a program for each block would be too many."""
+    """As with twelve layers of 77 positions, where a program per block would be too many."""
     monkeypatch.setattr(fusion_triton, "PROGRAMS", 1)
     size = (2, 37, 4, 70, 3)  # blocks of 16, 16 and 5 samples
     tensors = make(*size, norm=norm)
@@ -116,8 +116,8 @@ def test_error_is_at_most_twice_plain_pytorchs(size, norm, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("size", ["primes", "larger than a block"])
 def test_error_in_the_mix_of_autocast(size, norm, dtype):
-    """In training x, w, g and c are float32, and autocast makes P and p narrow. Here they are float32 numbers that lose
-    nothing by it, so that all of the error is the fusion's own."""
+    """In training x, w, g and c are float32, and autocast rounds P and p. Here P and p hold values that survive the
+    rounding, so the whole error is the fusion's own."""
     tensors = make(*SIZES[size], torch.float32, norm)
     for v in tensors[2:4]:
         v.data = v.data.to(dtype).float()
@@ -133,15 +133,15 @@ def test_error_in_the_mix_of_autocast(size, norm, dtype):
 @pytest.mark.parametrize("processors", [1, 40])  # the largest tiles; tiles whose sums are split
 @pytest.mark.parametrize("types", ["narrow", "autocast"])
 @pytest.mark.parametrize("major", [8, 9] if DEVICE == "cpu" else [torch.cuda.get_device_capability()[0]])
-@pytest.mark.parametrize("overlap", [True, False])  # in the next operand's making, by Triton's version
+@pytest.mark.parametrize("overlap", [True, False])  # of a product with its successor's operand, by Triton's version
 def test_every_tile(major, types, processors, overlap, monkeypatch):
     if overlap and not (fusion_triton.INTERPRETED or fusion_triton.SAFE_OVERLAP):
         pytest.skip("not safe with this Triton")
     if major != 9 and not overlap:
-        pytest.skip("Hopper alone waits")
+        pytest.skip("only Hopper has to wait")
     monkeypatch.setattr(fusion_triton, "SAFE_OVERLAP", overlap)
     monkeypatch.setattr(fusion_triton, "machine", lambda device: (major, processors))
-    size = (2, 3, 45, 72, 260)  # more than a tile of rows and of columns, and neither a whole number of them
+    size = (2, 3, 45, 72, 260)  # more than a tile of rows and of columns, and neither a multiple of it
     tensors = make(*size, torch.float16 if types == "narrow" else torch.float32)
     for v in tensors[2:4]:
         v.data = v.data.half().to(v.dtype)
@@ -166,7 +166,7 @@ def test_gradcheck_along_random_directions():
 
 
 def test_large_means_lose_no_digits():
-    """Rows around 1,000 with a spread of 1: the sum of squares alone would lose the spread in float32."""
+    """Rows around 1,000 with a standard deviation of 1, which E[x^2] - mean^2 would lose in float32."""
     x, *rest = make(1, 2, 3, 200, 8, torch.float32)
     x = (x.detach() + 1000).requires_grad_()
     exact = adaptive_fusion_reference(*(v.double() for v in (x, *rest)))
@@ -197,10 +197,10 @@ def test_the_same_right_bits_a_hundred_times(dtype):
     assert_at_most_twice(first, plain, run_exact(tensors, dy), torch.bfloat16)
 
 
-# ---- inputs of all kinds
+# ---- all kinds of inputs
 
 def gaps(tensor):
-    """The same numbers with other strides: every second row and channel of a larger tensor."""
+    """The same values with other strides: every second channel of a larger tensor."""
     return torch.stack([tensor, -tensor], -1).flatten(-2)[..., ::2]
 
 
@@ -221,8 +221,8 @@ def test_inputs_with_gaps(change):
 
 
 @pytest.mark.parametrize("strides", [(2**30, 12, 4, 1), (12, 2**30, 4, 1), (12, 4, 2**30, 1)], ids="KBT")
-def test_rows_more_than_2_31_numbers_apart(strides):
-    """Memory that nothing is written to costs nothing: 4 GiB are asked for, a few pages are used."""
+def test_rows_more_than_2_31_elements_apart(strides):
+    """4 GiB are allocated, but only the few pages that are written to take memory."""
     x, *rest = make(3, 3, 3, 4, 3, torch.float16)
     far = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE).as_strided(x.shape, strides)
     far.copy_(x.detach())
@@ -251,8 +251,8 @@ def test_an_empty_batch(B, T):
         assert found[name].shape == v.shape and not found[name].any(), name
 
 
-def test_float32_products_set_by_the_newer_name():
-    """Once a program has used it, PyTorch refuses to answer by the older one."""
+def test_tf32_set_by_the_newer_name():
+    """Once a program has used it, PyTorch raises an error for the older one."""
     tensors = make(1, 2, 3, 4, 5, torch.float32)
     first = adaptive_fusion(*tensors, backend="triton")
     matmul = torch.backends.cuda.matmul
@@ -268,7 +268,7 @@ def test_float32_products_set_by_the_newer_name():
 # ---- what is launched
 
 class Spy:
-    """A kernel whose launches are written down: (name, options)."""
+    """A kernel whose launches are recorded: (name, options)."""
 
     def __init__(self, name, launched, monkeypatch):
         self.kernel = getattr(fusion_triton, name)
@@ -300,7 +300,7 @@ def test_only_what_is_asked_for_is_computed(needed, monkeypatch):
     assert len(launched) == (needed != 3)  # the gradient of p needs no kernel
 
 
-def test_torch_compile_makes_the_statistics_of_two_bridges_once(monkeypatch):
+def test_torch_compile_computes_the_statistics_of_two_bridges_once(monkeypatch):
     x, *first = make(2, 2, 3, 16, 8, torch.float32)
     _, *second = make(2, 2, 3, 16, 8, torch.float32, seed=1)
 
@@ -319,7 +319,7 @@ def test_torch_compile_makes_the_statistics_of_two_bridges_once(monkeypatch):
 
 
 def test_the_model_with_the_kernel_compiles_in_one_piece(monkeypatch):
-    """Under autocast, as it is trained on a GPU."""
+    """Under autocast, as in training on a GPU."""
     monkeypatch.setattr(fusion, "choose_backend", lambda _: "triton")
     model = make_hivg(stage=1, dtype=torch.float32).to(DEVICE)
     batch = [v.to(DEVICE) for v in make_batch(["man", "red cup"], dtype=torch.float32)]
@@ -351,8 +351,8 @@ def test_chosen_once_in_one_place():
 
 
 def test_training_with_the_kernel_gives_the_same_losses(monkeypatch):
-    """In float64: in float32 a ReLU may stand so near to its kink that rounding decides, and after 20 steps two ways to
-    compute the same are 1e-2 apart."""
+    """In float64: in float32 rounding may decide on which side of 0 a ReLU's input is, and after 20 steps two ways to
+    compute the same thing are 1e-2 apart."""
     images, padding, token_ids = [v.to(DEVICE) for v in make_batch(["man", "red cup"])]
     batch = {"boxes": torch.tensor([[0.5, 0.4, 0.3, 0.2]] * len(images), dtype=torch.float64, device=DEVICE),
              "masks": padding, "images": images}
@@ -381,7 +381,7 @@ def test_training_with_the_kernel_gives_the_same_losses(monkeypatch):
 
 
 def test_counted_bytes_and_operations():
-    """The figures of the module's opening."""
+    """The figures in the module's docstring."""
     assert fusion_triton.count() == {"operations": 46_506_442_752, "x": 60_555_264, "w": 946_176, "P": 9_437_184,
                                      "y": 7_569_408}
     text = Path(fusion_triton.__file__).read_text()

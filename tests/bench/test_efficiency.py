@@ -1,4 +1,4 @@
-"""python -m hivg.bench efficiency: its counts against formulas, and its tables and picture."""
+"""python -m hivg.bench efficiency: its counts against formulas, its tables and chart, memory and energy."""
 
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ T = 20  # text positions
 
 
 def blocks(n, layers, tokens, width):
-    """Operations of transformer blocks: q, k, v, out and an MLP four times as wide; q k^T and the mean of v."""
+    """Operations of transformer blocks: q, k, v, out and an MLP of four times the width; q k^T and the sum of v."""
     return layers * n * (2 * tokens * 12 * width**2 + 2 * 2 * tokens**2 * width)
 
 
@@ -37,33 +37,32 @@ def test_operations_are_those_of_the_formulas():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["none", "projected", "constant"])
-def test_parts_sum_up_with_every_bridge(kind):
-    config = HiVGConfig.for_clip(SMALL, bridge=kind)
-    counts = efficiency.operations(config)
+def test_parts_add_up_with_every_bridge(kind):
+    counts = efficiency.operations(HiVGConfig.for_clip(SMALL, bridge=kind))
     assert (counts["bridges"] == 0) == (kind == "none") and min(counts.values()) >= 0
 
 
 @pytest.mark.slow
-def test_a_step_costs_about_three_forwards_less_what_is_frozen():
+def test_a_step_costs_up_to_three_forwards_less_what_is_frozen():
     config = HiVGConfig.for_clip(SMALL, lora_rank=1)
     forward = sum(efficiency.operations(config).values())
     assert 1.5 * forward < efficiency.step_operations(config) < 3.3 * forward
 
 
-def test_parameters_are_the_models():
+def test_parameters_are_those_of_the_model():
     config = HiVGConfig.for_clip(SMALL, lora_rank=2)
     rows = efficiency.parameters(config)
     assert [name for name, _, _ in rows] == ["warm-up", "Hi LoRA 1", "Hi LoRA 2", "Hi LoRA 3"]
     model = HiVG(config)
     clip = sum(p.numel() for p in model.clip.parameters())
     assert rows[0][2] - rows[0][1] == clip
-    pair = 2 * 2 * 4  # rank 2, A and B, on four projections; times the width
+    pair = 2 * 2 * 4  # rank 2, A and B, four projections; times the width
     assert rows[1][2] - rows[0][2] == pair * (2 * 32 + 4 * 24)
     assert rows[3][1] - rows[0][1] == pair * (6 * 32 + 4 * 24)
 
 
 @pytest.mark.slow
-def test_tables_and_picture(monkeypatch, tmp_path, capsys):
+def test_tables_and_chart(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(CLIP_SIZES, "small", SMALL)
     monkeypatch.setattr(efficiency, "REPEATS", 1)
     monkeypatch.setattr(timing, "WARM_UP", 0)
@@ -79,8 +78,41 @@ def test_tables_and_picture(monkeypatch, tmp_path, capsys):
         efficiency.bench_efficiency(args)
 
 
-def test_memory_counts_from_the_reset():
-    """Memory that was given back before does not count."""
+def test_energy_of_the_processors(monkeypatch, tmp_path):
+    monkeypatch.setattr(timing, "RAPL", tmp_path / "none")
+    assert timing.energy(torch.device("cpu")) is None
+    # a part of a package and the whole machine do not count again
+    for folder, name, microjoules in (("0", "package-0", 3_000_000), ("1", "package-1", 500_000), ("0:0", "core", 7),
+                                      ("2", "psys", 9_000_000)):
+        domain = tmp_path / f"intel-rapl:{folder}"
+        domain.mkdir()
+        (domain / "name").write_text(f"{name}\n")
+        (domain / "energy_uj").write_text(f"{microjoules}\n")
+    monkeypatch.setattr(timing, "RAPL", tmp_path)
+    assert timing.energy(torch.device("cpu")) == 3.5
+    (tmp_path / "intel-rapl:1/energy_uj").unlink()
+    assert timing.energy(torch.device("cpu")) is None
+
+
+def test_energy_of_a_gpu(monkeypatch):
+    """With a stand-in for the driver's library, whose functions return 0 for success."""
+    library = SimpleNamespace(
+        nvmlInit_v2=lambda: 0, nvmlDeviceGetHandleByUUID=lambda uuid, handle: 0 if uuid == b"GPU-one" else 6,
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle, found: setattr(found._obj, "value", 2500) or 0)
+    monkeypatch.setattr(timing.ctypes, "CDLL", lambda name: library)
+    assert timing.gpu_energy("one") == 2.5
+    assert timing.gpu_energy("another") is None
+
+
+@pytest.mark.parametrize("after, joules", [(10.0 + 2.0 * (timing.WARM_UP + efficiency.REPEATS), 2.0), (1.0, None)])
+def test_energy_of_a_pass_is_that_of_one_call(after, joules, monkeypatch):
+    """None where the counter has restarted at 0."""
+    counter = iter([10.0, after])
+    monkeypatch.setattr(efficiency, "energy", lambda device: next(counter))
+    assert efficiency.measure_pass(lambda: None, torch.device("cpu"))[2] == joules
+
+
+def test_peak_memory_starts_at_the_reset():
     device = torch.device("cpu")
     timing.reset_peak_memory(device)
     before = timing.peak_memory(device)

@@ -86,7 +86,8 @@ def test_two_processes_pretrain_as_one(tmp_path):
 def test_batch_that_does_not_divide(tmp_path, clip_file):
     done = subprocess.run([sys.executable, ROOT / "train.py", "--device", "cpu", "--clip", clip_file, "--batch_size",
                            "6"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: --batch_size: 6, a multiple of 4 needed")
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("error: --batch_size: 6, a multiple of 4 needed")
     assert not list(tmp_path.glob("runs/*/state.pt"))  # else the corrected command would find a run there
 
 
