@@ -95,11 +95,11 @@ class Settings(RunSettings):
 
 @dataclass(frozen=True)
 class Hooks:
-    """What an experiment changes that is no setting (hivg/ablate/arms.py)."""
+    """What an experiment changes that is not a setting (hivg/ablate/arms.py)."""
 
     config: dict = field(default_factory=dict)  # fields of HiVGConfig
     prepare: Callable = lambda model: None  # called with the model of each stage before its first step
-    one_stream: bool = False  # the stages see one stream of data, in the same order however many stages there are
+    one_stream: bool = False  # all stages read one stream of data, so the order does not depend on the stages
 
 
 # Stages by --lora: the name, and j of Hi LoRA, which trains the adapters of vision layers 1 .. j L/3
@@ -121,7 +121,7 @@ def stages(s: Settings):
     names = [name for name, *_ in rows]
     longest = len(STAGES["hierarchical"]) + s.bridgeless
     epochs = values_of("epochs", s.epochs, names, longest)
-    if len(names) < len(epochs):  # fair: the last stage gets the epochs of the stages there are not
+    if len(names) < len(epochs):  # fair: the last stage gets the epochs of the missing ones
         epochs = (*epochs[: len(names) - 1], sum(epochs[len(names) - 1 :]))
     if epochs[0] < 1:
         raise ValueError(f"--epochs: {epochs[0]} for {names[0]}, 1 or more needed for the first stage")
@@ -183,7 +183,7 @@ def count_steps_per_epoch(s: Settings, stage, dataset):
 
 
 def first_item_of(s: Settings, table, number, rows, one_stream):
-    """The item of the endless data, of so many rows, that stage `number` begins at (Hooks.one_stream)."""
+    """The item of the endless data at which stage `number` begins; rows: of an item. one_stream: see Hooks."""
     if one_stream:
         return sum(stage.epochs for stage in table[:number]) * s.epoch_samples // rows
     return number * STAGE_ITEMS
