@@ -1,4 +1,4 @@
-"""The bundled weights find the objects that expressions mean. A drop of their accuracy fails here."""
+"""The bundled weights find the objects that expressions mean; a drop in their accuracy fails here."""
 
 import re
 import subprocess
