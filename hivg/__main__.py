@@ -121,14 +121,6 @@ def drawing_paths(args, images, several):
     return [Path(output)]
 
 
-def mask_paths(args, images):
-    """For each image, a file for the mask of each expression; none without --save_masks."""
-    if not args.save_masks:
-        return [[]] * len(images)
-    numbers = range(1, len(args.expression) + 1)
-    return [[Path(args.save_masks, f"{name}-{number}.png") for number in numbers] for name in names_of(images)]
-
-
 def refuse_to_overwrite(images, targets):
     """Raises ValueError if a file to be written is one of the images, or if two of them are the same."""
     targets = [target for target in targets if target]
@@ -181,7 +173,8 @@ def main():
     grounder = Grounder.from_pretrained(args.weights, args.device, args.dtype)
     several = len(images) > 1 or os.path.isdir(args.images[0])
     drawings = drawing_paths(args, images, several)
-    masks = mask_paths(args, images)
+    numbers = range(1, len(args.expression) + 1) if args.save_masks else []
+    masks = [[Path(args.save_masks, f"{name}-{number}.png") for number in numbers] for name in names_of(images)]
     refuse_to_overwrite(images, [*drawings, *chain.from_iterable(masks)])
     progress = Progress("grounded", len(images))
     code = 0

@@ -40,21 +40,14 @@ def rows_of(path):
         with open(path, encoding="utf-8") as file:
             for line in file:
                 row = json.loads(line)
-                if not is_row(row):
+                numbers = [*row["target"], row["iou"]]
+                # neither bool nor NaN, nor an int that no float can hold
+                if len(numbers) != 5 or not all(type(v) in (int, float) and abs(v) < 1e9 for v in numbers):
+                    raise ValueError
+                if not isinstance(row["image"], str) or not isinstance(row["expression"], str):
                     raise ValueError
                 rows.append(row)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         where = f", line {len(rows) + 1}" if rows else ""
         raise ValueError(f"{shown(path)}{where}: not a file of --per_sample; give one that it wrote") from None
     return rows
-
-
-def is_row(row):
-    """Whether a JSON value is a row of --per_sample, as far as --compare reads it."""
-    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("image", "expression")):
-        return False
-    target = row.get("target")
-    if not isinstance(target, list) or len(target) != 4:
-        return False
-    # neither bool nor NaN, nor an int that no float can hold
-    return all(type(value) in (int, float) and abs(value) < 1e9 for value in (*target, row.get("iou")))

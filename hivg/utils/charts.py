@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import groupby
 
 from PIL import Image, ImageDraw
 
@@ -183,14 +184,10 @@ def _boundary_names(draw, boundaries, axes):
 
 def _curve(draw, points, colour):
     """A line through (x, y) points in pixels, interrupted at each None; an isolated point is a dot."""
-    run = []
-    for point in [*points, None]:
-        if point is not None:
-            run.append(point)
-            continue
-        if len(run) > 1:
+    for is_gap, run in groupby(points, lambda point: point is None):
+        run = list(run)
+        if len(run) > 1 and not is_gap:
             draw.line(run, colour, 5, joint="curve")
-        elif run:
+        elif not is_gap:
             x, y = run[0]
             draw.ellipse((x - 7, y - 7, x + 7, y + 7), colour)
-        run = []

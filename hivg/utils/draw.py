@@ -84,23 +84,16 @@ def overlay_heatmap(image, heatmap, alpha=0.65):
     return Image.composite(colours, image, opacity)
 
 
-def overlay_mask(image, mask, colour=None, alpha=0.5):
-    """Tint the masked part of an image.
-
-    mask: (h, w) bool or 0..1, scaled to the image. colour: (r, g, b), a name or "#rrggbb". alpha: opacity in 0..1
-    where the mask is 1.
-    """
+def overlay_mask(image, mask, colour=None):
+    """Tint the masked part of an image, and trace it where the mask is 0.5: a white line between black ones, visible
+    on any colour. mask: (h, w) bool or 0..1, scaled to the image. colour: (r, g, b), a name or "#rrggbb"."""
     image = _rgb(image)
-    opacity = _layer(np.asarray(mask, dtype=np.float64), image.size, "mask").point(lambda level: level * alpha)
-    return Image.composite(Image.new("RGB", image.size, _colour(colour, 0)), image, opacity)
-
-
-def outline_mask(image, mask):
-    """Trace a mask, (h, w) in 0..1, where it is 0.5: a white line between black ones, visible on any colour."""
-    image = _rgb(image)
+    mask = np.asarray(mask, dtype=np.float64)
+    opacity = _layer(mask, image.size, "mask").point(lambda level: level * 0.5)
+    image.paste(_colour(colour, 0), mask=opacity)
     scale = min(1, OUTLINED / max(image.size))  # the filters are slow on a large image
     size = [max(1, round(side * scale)) for side in image.size]
-    inside = _layer(np.asarray(mask, dtype=np.float64), size, "mask").point(lambda level: 255 * (level > 127))
+    inside = _layer(mask, size, "mask").point(lambda level: 255 * (level > 127))
     for width, colour in ((5, "black"), (3, "white")):
         larger = inside.filter(ImageFilter.MaxFilter(width))
         smaller = inside.filter(ImageFilter.MinFilter(width))
@@ -117,7 +110,7 @@ def draw_boxes(image, boxes, labels=None, colours=None, heatmap=None, mask=None)
     boxes:   (n, 4), (xmin, ymin, xmax, ymax) in pixels; clipped to the image
     labels:  n strings
     colours: n colours, (r, g, b) or "#rrggbb"; by default those of colour_of
-    heatmap: (h, w), see overlay_heatmap; mask: (h, w) in 0..1, see overlay_mask and outline_mask
+    heatmap: (h, w), see overlay_heatmap; mask: (h, w) in 0..1, see overlay_mask
 
     A box's line runs around its inside and labels lie outside all boxes, so neither hides an object; only a line along
     the image's border lies inside the box. Labels that do not fit, or would hide more than a sixth of the image, go
@@ -133,7 +126,7 @@ def draw_boxes(image, boxes, labels=None, colours=None, heatmap=None, mask=None)
     if heatmap is not None:
         image = overlay_heatmap(image, heatmap)
     if mask is not None:
-        image = outline_mask(overlay_mask(image, mask, colours[0] if colours else None), mask)
+        image = overlay_mask(image, mask, colours[0] if colours else None)
 
     scale = math.sqrt(image.width * image.height)  # everything grows with the image, down to a readable size
     line = max(2, round(scale / 180))
