@@ -5,7 +5,7 @@ import ctypes
 import io
 import os
 import warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,7 @@ def open_image(image):
     """
     if isinstance(image, (str, os.PathLike)):
         name = shown(image, PATH) or "''"
-        with _open_file(Path(image), name) as opened:
+        with _open_file(image, name) as opened:
             return _upright(opened, name)
     if isinstance(image, Image.Image):
         return _upright(image, "image")
@@ -60,20 +60,21 @@ def open_image(image):
 def open_published(path):
     """The file of an image of a published data set -> PIL RGB image as the released program reads it: not rotated,
     transparency and what is more than 8 bits as Pillow converts them. Raises ImageError."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with _open_file(Path(path), shown(path, PATH)) as image:
-                return image.convert("RGB")
-        except ImageError:
-            raise
-        except Exception as error:
-            raise _damaged(shown(path, PATH), error) from None
+    name = shown(path, PATH)
+    with _decoding(name), _open_file(path, name) as image:
+        return image.convert("RGB")
+
+
+def stored_size(path):
+    """(width, height) from an image file's header. Raises ImageError."""
+    with _open_file(path, shown(path, PATH)) as image:
+        return image.size
 
 
 def upright_size(path):
     """(width, height) of what `open_image` makes of a file, mostly without decoding it. Raises ImageError."""
-    with _open_file(Path(path), shown(path, PATH)) as image:
+    name = shown(path, PATH)
+    with _decoding(name), _open_file(path, name) as image:
         if image.format == "PNG":
             content = Path(path).read_bytes()
             late = content[content.find(b"IDAT"):]  # what Pillow finds only while reading the pixels
@@ -82,30 +83,35 @@ def upright_size(path):
             if not {"exif", "xmp", *PNG_TEXTS} & image.info.keys():
                 return image.size  # asking for its EXIF would read its pixels
         if image.format in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP"):
-            try:
-                is_turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by 90 degrees
-            except Exception as error:
-                raise _damaged(shown(path, PATH), error) from None
+            is_turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by 90 degrees
             return image.size[::-1] if is_turned else image.size
     return open_image(path).size
 
 
+@contextmanager
+def _decoding(name):
+    """Damaged data make Pillow's decoders raise nearly anything: all of it becomes an ImageError that names the image.
+    Pillow's warnings are about oddities in files that it reads all the same."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except ImageError:
+            raise
+        except Exception as error:
+            raise ImageError(f"{name}: the image is damaged or cut short ({shown(error, 60)}); "
+                             "copy or download it again") from None
+
+
 def _upright(image, name):
     """A PIL image of any mode -> upright PIL RGB image. name: for messages. Raises ImageError."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, about oddities in files that it reads all the same
-        try:
-            return _to_rgb(ImageOps.exif_transpose(image))
-        except Exception as error:  # damaged data make Pillow's decoders raise nearly anything
-            raise _damaged(name, error) from None
-
-
-def _damaged(name, error):
-    return ImageError(f"{name}: the image is damaged or cut short ({shown(error, 60)}); copy or download it again")
+    with _decoding(name):
+        return _to_rgb(ImageOps.exif_transpose(image))
 
 
 def _open_file(path, name):
     """A file -> PIL image, its pixels not read yet. Raises ImageError."""
+    path = Path(path)
     if not os.path.exists(path):  # unlike path.exists(), False for a name that no file can have
         raise ImageError(f"{name}: there is no such file; check the path")
     if path.is_dir():
@@ -117,19 +123,16 @@ def _open_file(path, name):
 
 def _identified(file, name):
     """A path or a file object -> PIL image, its pixels not read yet. Raises ImageError."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with _decoding(name):
+        try:
             image = Image.open(file)
-    except Image.UnidentifiedImageError:
-        raise ImageError(f"{name}: not an image that can be read; convert it to PNG or JPEG") from None
-    except Image.DecompressionBombError:
-        raise ImageTooLarge(f"{name}: has more than {most_pixels()}; make it smaller") from None
-    except OSError as error:
-        problem = getattr(error, "strerror", None) or error  # without the path again
-        raise ImageError(f"{name}: cannot be opened ({shown(problem, 80)}); check the file") from None
-    except Exception as error:
-        raise _damaged(name, error) from None
+        except Image.UnidentifiedImageError:
+            raise ImageError(f"{name}: not an image that can be read; convert it to PNG or JPEG") from None
+        except Image.DecompressionBombError:
+            raise ImageTooLarge(f"{name}: has more than {most_pixels()}; make it smaller") from None
+        except OSError as error:
+            problem = getattr(error, "strerror", None) or error  # without the path again
+            raise ImageError(f"{name}: cannot be opened ({shown(problem, 80)}); check the file") from None
     if image.format == "EPS":  # a program, which Pillow would run
         raise ImageError(f"{name}: EPS is a program, not pixels; convert it to PNG or JPEG")
     return image

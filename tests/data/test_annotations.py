@@ -138,7 +138,7 @@ def test_a_file_that_names_its_split_is_no_other(tmp_path, name, split):
     file, = tmp_path.rglob(name)
     assert found(read_samples(tmp_path, "refcoco", split, file)) == expected(tmp_path, scenes)
     other = {"train": "val", "val": "train"}[split]
-    with pytest.raises(ValueError, match=f"{name}: by its name the split {split}, not '{other}'"):
+    with pytest.raises(ValueError, match=f"{name}: no split '{other}' of refcoco; there are {split}, by file name"):
         read_samples(tmp_path, "refcoco", other, file)
 
 

@@ -53,105 +53,82 @@ def canonical(dataset):
 
 
 def find_file(data_root, dataset, split, annotations=None):
-    """The annotation file of a split.
-
-    dataset: a key of DATASETS. annotations: the file itself, or a folder that holds the files, or a folder for each
-    data set, as the lists are published; without it, all published places under data_root are tried. Raises ValueError,
-    naming the splits that exist.
-    """
-    if annotations and os.path.isfile(annotations):  # unlike Path.is_file, False for a name that no file can have
-        splits, _ = files_of(data_root, dataset, annotations)
-        if splits and split not in splits:
-            raise ValueError(f"{shown(annotations, 60)}: by its name the split {', '.join(sorted(splits))}, not "
-                             f"{quoted(split, 20)}; give the folder with both to --annotations")
-        return Path(annotations)
-    root = Path(data_root)
-    folders = places(root, dataset, annotations)
-    patterns = file_patterns(dataset)
-    refer_files = DATASETS[dataset].refer_files
-    for folder in folders:
-        for name in [*(pattern.format(split) for pattern in patterns), *refer_files]:
-            if os.path.isfile(folder / name):
-                return folder / name
-
-    where = shown(annotations or root, 60)
-    splits = splits_in(folders, patterns, root)
-    if splits:
+    """The annotation file of a split. Arguments as in `annotation_files`. Raises ValueError, naming the splits that
+    exist."""
+    files = annotation_files(data_root, dataset, annotations)
+    for name, path in files:
+        if name in (split, None):
+            return path
+    where = shown(annotations or data_root, 60)
+    if files:
+        splits = ", ".join(sorted({name for name, _ in files}))
         raise ValueError(f"{where}: no split {quoted(split, 20)} of {dataset}; there are "
-                         f"{shown(', '.join(sorted(splits)), 100)}")
-    files = [patterns[0].format(shown(split, 20)), *refer_files[:1]]
-    raise ValueError(f"{where}: no annotations of {dataset}, split {quoted(split, 20)}: no {' or '.join(files)} or the "
-                     f"like there or in its {DATASETS[dataset].names[0]}/; give --data_root or --annotations")
+                         f"{shown(splits, 100)}, by file name")
+    published = DATASETS[dataset]
+    names = [f"{published.names[0]}_{shown(split, 20)}.pth", *published.refer_files[:1]]
+    raise ValueError(f"{where}: no annotations of {dataset}, split {quoted(split, 20)}: no {' or '.join(names)} or the "
+                     f"like there or in its {published.names[0]}/; give --data_root or --annotations")
 
 
-def places(root, dataset, annotations=None):
-    """The folders that may hold the annotations, most likely first: the published ones below the data root, or
-    `annotations` and the same ones below it."""
-    top = Path(annotations or root)
+def annotation_files(data_root, dataset, annotations=None):
+    """The annotation files of a data set, most likely first: a list of (split, path), where the split None stands for
+    a file that may hold several.
+
+    dataset: a key of DATASETS. annotations: one file, or a folder that holds the files, or a folder for each data set,
+    as the lists are published; without it, all published places under data_root are tried. Raises ValueError for a file
+    whose name is another data set's.
+    """
+    published = DATASETS[dataset]
+    if annotations and os.path.isfile(annotations):  # unlike Path.is_file, False for a name that no file can have
+        file = Path(annotations)
+        split = named_split(file.name, dataset) or (file.stem if file.stem in published.counts else None)
+        for other in DATASETS:
+            if not split and named_split(file.name, other):
+                raise ValueError(f"{shown(file, 60)}: by its name annotations of {other}, not of {dataset}; name "
+                                 f"{other} as the data set, or another file")
+        return [(split, file)]
+    top = Path(annotations or data_root)
     folders = []
-    for name in DATASETS[dataset].names:
+    for name in published.names:
         folders += [top / name, top / "refer" / name, top / "annotations" / name]
-    return [top, *folders] if annotations else [*folders, top]
+    files = []
+    for folder in [top, *folders] if annotations else [*folders, top]:
+        for pattern in [*file_patterns(dataset), "{}.jsonl"]:
+            paths = []
+            with suppress(OSError, ValueError):  # a name that no folder can have
+                paths = sorted(folder.glob(pattern.format("*")))
+            for path in paths:
+                split = split_of(path.name, pattern)
+                # a .jsonl file in the data root itself may be anything
+                if split in published.counts or split and (annotations or folder != top or pattern != "{}.jsonl"):
+                    files.append((split, path))
+        files += [(None, folder / name) for name in published.refer_files if os.path.isfile(folder / name)]
+    return files
 
 
 def file_patterns(dataset):
-    """Names of annotation files that hold one split, with {} for the split."""
+    """Names of a data set's files that hold one split, with {} for the split."""
     patterns = []
     for name in DATASETS[dataset].names:
         patterns += [f"{name}_{{}}.pth", f"finetune_{name}_{{}}.json", f"{name}_{{}}.jsonl"]
-    return [*patterns, "{}.jsonl"]
+    return patterns
 
 
-def files_of(data_root, dataset, annotations=None):
-    """-> the set of splits that have a file of their own, and the path of a file that may hold several splits, or
-    None. Arguments as in `find_file`. Raises ValueError for a file whose name is another data set's."""
-    root = Path(data_root)
-    if annotations and os.path.isfile(annotations):
-        file = Path(annotations)
-        splits = splits_by_name(file.name, dataset) or {file.stem} & DATASETS[dataset].counts.keys()
-        for other in DATASETS:
-            if not splits and splits_by_name(file.name, other):
-                raise ValueError(f"{shown(file, 60)}: by its name annotations of {other}, not of {dataset}; name "
-                                 f"{other} as the data set, or another file")
-        return splits, None if splits else file
-    patterns = file_patterns(dataset)
-    folders = places(root, dataset, annotations)
-    for folder in folders:
-        for name in DATASETS[dataset].refer_files:
-            if os.path.isfile(folder / name):
-                return splits_in(folders, patterns, root), folder / name
-    return splits_in(folders, patterns, root), None
-
-
-def splits_by_name(file_name, dataset):
-    """The split that a file holds by its name: a set of one, or empty."""
-    patterns = file_patterns(dataset)[:-1]  # the last one matches anything
-    return set().union(*(split_of(file_name, pattern) for pattern in patterns))
-
-
-def splits_in(folders, patterns, root):
-    """The set of splits that have a file in these folders."""
-    splits = set()
-    for folder in folders:
-        for pattern in patterns:
-            if folder == root and pattern == "{}.jsonl":
-                continue  # a .jsonl file in the data root itself may be anything
-            with suppress(OSError, ValueError):  # a name that no folder can have
-                for path in folder.glob(pattern.format("*")):
-                    splits |= split_of(path.name, pattern)
-    return splits
+def named_split(file_name, dataset):
+    """The split of this data set that a file holds by its name, or None."""
+    return next(filter(None, (split_of(file_name, pattern) for pattern in file_patterns(dataset))), None)
 
 
 def split_of(file_name, pattern):
-    """The split that a file holds by its name, a set of one; empty if the name does not match, or matches a data set
-    with a longer name: gref_umd_val.pth is `val` of gref_umd, not `umd_val` of gref."""
+    """The split that a file holds by its name; None if the name does not match, or matches a data set with a longer
+    name: gref_umd_val.pth is `val` of gref_umd, not `umd_val` of gref."""
     head, tail = pattern.split("{}")
     if not (file_name.startswith(head) and file_name.endswith(tail)):
-        return set()
+        return None
     split = file_name[len(head) : -len(tail)]
     start = head.removeprefix("finetune_")  # the name of the data set with its "_"
     for published in DATASETS.values():
         for name in published.names:
             if len(name) >= len(start) and (start + split).startswith(name + "_"):
-                return set()
-    return {split}
+                return None
+    return split

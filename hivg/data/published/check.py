@@ -4,7 +4,7 @@ import os
 
 from hivg.data.drawn.scenes import SPLITS
 from hivg.data.images import ImageError, open_image, open_published
-from hivg.data.published.catalogue import DATASETS, canonical, files_of
+from hivg.data.published.catalogue import DATASETS, annotation_files, canonical
 from hivg.data.published.reading import Report, is_own, read_dataset, read_samples, refuse_annotations
 from hivg.utils.cli import Progress
 from hivg.utils.messages import shown
@@ -75,12 +75,14 @@ def splits_of(dataset, data_root="data", annotations=None):
         return sorted({row.split for row in rows if row.split})
     dataset = canonical(dataset)
     published = list(DATASETS[dataset].counts)
-    splits, whole = files_of(data_root, dataset, annotations)
+    files = annotation_files(data_root, dataset, annotations)
+    splits = {split for split, _ in files if split}
+    whole = next((path for split, path in files if split is None), None)
     if whole:
         _, rows = read_dataset(data_root, dataset, published[0], whole)
         if any(row.split is None for row in rows):
             return published  # one split, unnamed
-        splits |= {row.split for row in rows if isinstance(row.split, str)}
+        splits |= {row.split for row in rows}
     if not splits:
         read_dataset(data_root, dataset, published[0], annotations)  # raises the error that says what is missing
     return [split for split in published if split in splits] + sorted(splits - set(published))

@@ -61,11 +61,9 @@ def read_rows(path, dataset):
 def first_line(path):
     """The first line that is not blank, as stripped bytes; at most 1 MB of it."""
     with open(path, "rb") as file:
-        if file.read(3) != BYTE_ORDER_MARK:
-            file.seek(0)
         while line := file.readline(1 << 20):
-            if line.strip():
-                return line.strip()
+            if line := line.removeprefix(BYTE_ORDER_MARK).strip():
+                return line
     return b""
 
 
@@ -85,8 +83,9 @@ def refer_rows(path, refs, dataset):
     instances = json.loads(read_text(beside))
     annotations = {id_of(annotation, "id"): annotation for annotation in instances["annotations"]}
     images = {id_of(image, "id"): image for image in instances.get("images", [])}
-    rows = []
+    image_folder = DATASETS[dataset].image_folder
     most = path.stat().st_size  # a pickle may refer to one list of sentences many times
+    rows = []
     for ref in refs:
         annotation = annotations.get(id_of(ref, "ann_id"), {})
         image = images.get(id_of(ref, "image_id"), {})
@@ -96,6 +95,8 @@ def refer_rows(path, refs, dataset):
         if not annotation:
             problem = f"ann_id {quoted(ref['ann_id'])} of ref_id {quoted(ref.get('ref_id'))} is not in {beside.name}"
         bbox = annotation["bbox"] if annotation else None
+        segmentation = annotation.get("segmentation")
+        size = stated_size(image)
         split = pickles.plain_text(ref["split"])
         if not isinstance(split, str | None):
             raise ValueError(f"the split {quoted(split)} is not a name")
@@ -103,8 +104,7 @@ def refer_rows(path, refs, dataset):
             raise ValueError("more sentences than a file of this size can hold")
         for sentence in ref["sentences"]:
             expression = pickles.plain_text(sentence.get("sent") or sentence.get("raw"))
-            rows.append(Row(file, expression, bbox, "xywh", DATASETS[dataset].image_folder,
-                            annotation.get("segmentation"), split, stated_size(image), problem))
+            rows.append(Row(file, expression, bbox, "xywh", image_folder, segmentation, split, size, problem))
     return rows
 
 
@@ -127,11 +127,7 @@ def list_rows(data, dataset):
         if not isinstance(fields, list | tuple) or len(fields) not in (3, 5):
             rows.append(Row(problem=f"{quoted(fields)} is not of 3 or 5 fields"))
             continue
-        if len(fields) == 5:
-            file, second, bbox, phrase, fifth = fields
-        else:
-            file, bbox, phrase = fields
-            second = fifth = None
+        file, second, bbox, phrase, fifth = fields if len(fields) == 5 else (fields[0], None, *fields[1:], None)
         image_folder = DATASETS[dataset].image_folder
         if dataset == "mixup":
             image_folder = IMAGE_FOLDERS.get(second, COCO) if isinstance(second, str) else COCO
@@ -163,12 +159,14 @@ def lines_rows(path, dataset):
         if not line.strip():
             continue
         record = json_object(line)
+        split = record.get("split") if record else None
+        problem = None
         if record is None:
-            rows.append(Row(problem=f"not a JSON object: {quoted(line)}", line=number))
-            continue
-        split = record.get("split")
-        if split is not None and (not isinstance(split, str) or not split.strip()):
-            rows.append(Row(problem=f"the split {quoted(split)} is not a name", line=number))
+            problem = f"not a JSON object: {quoted(line)}"
+        elif split is not None and not (isinstance(split, str) and split.strip()):
+            problem = f"the split {quoted(split)} is not a name"
+        if problem:
+            rows.append(Row(problem=problem, line=number))
             continue
         rows.append(Row(record.get("image"), record.get("expression"), record.get("bbox"), "xyxy",
                         published.image_folder if published else None, record.get("segmentation"), split, line=number))

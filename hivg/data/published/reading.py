@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from hivg.data.images import ImageError, ImageTooLarge, most_pixels, upright_size
+from hivg.data.images import ImageError, ImageTooLarge, most_pixels, stored_size, upright_size
 from hivg.data.masks import check_polygons, check_size, mask_of, run_lengths
-from hivg.data.published.catalogue import canonical, files_of, find_file
+from hivg.data.published.catalogue import annotation_files, canonical, find_file
 from hivg.data.published.formats import USUAL_SPLITS, read_rows
 from hivg.utils.messages import quoted, shown
 
@@ -61,6 +60,20 @@ class Report:
         return [f"{shown(self.source, 90)}: {text}" for text in texts + self.notes]
 
 
+@contextmanager
+def uncollected():
+    """Without the garbage collector: millions of objects are made and none is freed, and looking at all of them again
+    and again takes a third of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@uncollected()
 def read_samples(data_root, dataset, split, annotations=None, report=None):
     """All samples of a split, a list of Sample in the order of the file.
 
@@ -74,11 +87,6 @@ def read_samples(data_root, dataset, split, annotations=None, report=None):
     Raises ValueError for a file that cannot be read, for a missing split, naming those that exist, and for the `train`
     of a file that would be every other split as well.
     """
-    with uncollected():
-        return _read_samples(data_root, dataset, split, annotations, report)
-
-
-def _read_samples(data_root, dataset, split, annotations, report):
     path, rows = read_dataset(data_root, dataset, split, annotations)
     if not rows:
         raise ValueError(f"{shown(path, 80)}: it has no rows; there must be one for each expression")
@@ -88,26 +96,25 @@ def _read_samples(data_root, dataset, split, annotations, report):
                          f"the same; name it {dataset}_train.pth and give --annotations the folder with it and val")
     if own and all(row.split != split for row in rows):
         split = USUAL_SPLITS.get(split.lower(), split)
-    rows_of_split = [row for row in rows if row.split in (None, split)]
-    if not rows_of_split:
-        splits = sorted({row.split for row in rows if row.split})
-        names = shown(", ".join(splits), 100)
+    asked = [row for row in rows if row.split in (None, split)]
+    if not asked:
+        splits = shown(", ".join(sorted({row.split for row in rows if row.split})), 100)
         hint = '; name it as the "split" of some rows' if own else ""
-        raise ValueError(f"{shown(path, 80)}: no split {quoted(split, 40)}; there are {names}{hint}")
+        raise ValueError(f"{shown(path, 80)}: no split {quoted(split, 40)}; there are {splits}{hint}")
 
-    given = report is not None
-    report = report if given else Report()
+    is_told = report is None
+    report = report or Report()
     report.source = f"{path}, {split}"
     check = RowCheck(Path(data_root), path, own)
     samples = []
-    for index, row in enumerate(rows_of_split):
+    for index, row in enumerate(asked):
         try:
             samples.append(check.sample(row))
         except Problem as problem:
             report.add(problem.kind, f"line {row.line}" if row.line else f"row {index} of {split}", problem.detail)
     if own:
         report.notes += notes(samples, check.dropped)
-    if not given:
+    if is_told:
         for line in report.lines():
             print(line, file=sys.stderr)
     return samples
@@ -122,19 +129,6 @@ def notes(samples, dropped):
     if samples and all(0 <= min(sample.box) and max(sample.box) <= 1 for sample in samples):
         lines.append("all boxes lie in 0..1; boxes are in pixels")
     return lines
-
-
-@contextmanager
-def uncollected():
-    """Without the garbage collector: millions of objects are made and none is freed, and looking at all of them again
-    and again takes a third of the time."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def is_own(dataset):
@@ -164,8 +158,8 @@ def refuse_annotations(dataset, annotations):
 
 def is_of_any_split(dataset, path, rows):
     """Whether neither the name nor the rows of a published data set's file say which split it is."""
-    _, whole = files_of("", canonical(dataset), path)
-    return whole is not None and any(row.split is None and not row.problem for row in rows)
+    (named, _), = annotation_files("", canonical(dataset), path)
+    return named is None and any(row.split is None and not row.problem for row in rows)
 
 
 # ---- the checks of a row
@@ -173,24 +167,25 @@ def is_of_any_split(dataset, path, rows):
 class Problem(Exception):
     """Why a row is left out: the kind of problem, which is counted, and the detail of this case."""
 
-    def __init__(self, kind, detail):
+    def __init__(self, kind, file, detail=None):
         super().__init__(kind)
         self.kind = kind
-        self.detail = detail
+        self.detail = f"{shown(file, 60)}: {detail}" if detail else file
 
 
 class RowCheck:
-    """Rows of one file to samples. It lists each folder once: asking for each of a hundred thousand images takes
-    seconds."""
+    """Rows of one file to samples. What many rows share is looked at once: each folder is listed, not asked for each of
+    a hundred thousand images."""
 
     def __init__(self, data_root, source, own):
         self.data_root = data_root
         self.source = source
         self.own = own
-        self.names = {}  # folder: the files in it
-        self.sizes = {}  # image: (width, height)
-        self.dropped = []  # rows whose outline cannot be used
+        self.names = {}  # {folder: the files in it}
+        self.images = {}  # {(folder, file): path}
+        self.sizes = {}  # {path: (width, height)}
         self.outlines = {}  # {(id, size of the image): (segmentation, checked)}; sentences about an object share it
+        self.dropped = []  # rows whose outline cannot be used
 
     def sample(self, row):
         """A Row -> Sample. Raises Problem."""
@@ -198,39 +193,33 @@ class RowCheck:
             raise Problem("incomplete row", row.problem)
         if not isinstance(row.file, str) or not row.file:
             raise Problem("no image named", quoted(row.file))
-        file = row.file.replace("\\", "/")  # as Windows writes paths
-        named = shown(file, 60)
-        check_expression(row.expression, named)
-        image = self.image_path(file, row.image_folder)
-        folder, name = os.path.split(image)
-        if name not in self.names_in(folder):
-            raise Problem("missing image", image)
+        check_expression(row.expression, row.file)
+        image = self.image(row.file, row.image_folder)
         size = row.size or self.size_of(image)
-        box = checked_box(row.bbox, row.form, *size, named, self.own)
-        segmentation = self.segmentation(row.segmentation, size, named)
+        box = checked_box(row.bbox, row.form, *size, row.file, self.own)
+        segmentation = self.segmentation(row.segmentation, size, row.file)
         if self.own and row.segmentation and not segmentation:
             self.dropped.append(row)
-        return Sample(image, row.expression, box, segmentation, str(image) if self.own else name, self.own)
+        return Sample(image, row.expression, box, segmentation, str(image) if self.own else image.name, self.own)
 
-    def segmentation(self, value, size, file):
-        key = id(value), size
-        if key not in self.outlines:
-            # the value too, so that its id is not reused
-            self.outlines[key] = value, checked_segmentation(value, *size, file)
-        return self.outlines[key][1]
-
-    def image_path(self, file, folder):
-        if folder is not None:
-            return self.data_root / folder / file
-        below_root = self.data_root / file
-        return below_root if os.path.isfile(below_root) else self.source.parent / file
+    def image(self, file, folder):
+        """The path of an image that exists."""
+        if (folder, file) not in self.images:
+            image = self.data_root / (folder or "") / file.replace("\\", "/")  # Windows writes \
+            if folder is None and not os.path.isfile(image):
+                image = self.source.parent / file.replace("\\", "/")
+            parent, name = os.path.split(image)
+            if name not in self.names_in(parent):
+                raise Problem("missing image", image)
+            self.images[folder, file] = image
+        return self.images[folder, file]
 
     def names_in(self, folder):
         if folder not in self.names:
             try:
                 with os.scandir(folder or ".") as entries:
                     self.names[folder] = {entry.name for entry in entries if entry.is_file()}
-            except (OSError, ValueError):  # not there, or a name that no folder can have
+            except (OSError, ValueError):  # missing, or a name that no folder can have
                 self.names[folder] = set()
         return self.names[folder]
 
@@ -244,16 +233,12 @@ class RowCheck:
                 raise Problem("damaged image", image) from None
         return self.sizes[image]
 
-
-def stored_size(image):
-    """(width, height) from an image file's header. Raises ImageError."""
-    try:
-        with Image.open(image) as opened:
-            return opened.size
-    except Image.DecompressionBombError as error:
-        raise ImageTooLarge(str(error)) from None
-    except Exception as error:  # Pillow's decoders raise nearly anything
-        raise ImageError(str(error)) from None
+    def segmentation(self, value, size, file):
+        key = id(value), size
+        if key not in self.outlines:
+            # the value too, so that its id is not reused
+            self.outlines[key] = value, checked_segmentation(value, *size, file)
+        return self.outlines[key][1]
 
 
 def check_expression(expression, file):
@@ -261,11 +246,11 @@ def check_expression(expression, file):
     if expression is None:
         raise Problem("no expression", file)
     if not isinstance(expression, str):
-        raise Problem("expression that is not text", f"{file}: {quoted(expression, 40)}")
+        raise Problem("expression that is not text", file, quoted(expression, 40))
     if not expression.strip():
         raise Problem("empty expression", file)
     if len(expression) > MAX_EXPRESSION:
-        raise Problem(f"expression of more than {MAX_EXPRESSION:,} characters", f"{file}: {quoted(expression, 40)}")
+        raise Problem(f"expression of more than {MAX_EXPRESSION:,} characters", file, quoted(expression, 40))
 
 
 def checked_box(bbox, form, width, height, file, own):
@@ -276,17 +261,17 @@ def checked_box(bbox, form, width, height, file, own):
             raise TypeError
         xmin, ymin, xmax, ymax = (float(value) for value in bbox)
     except (TypeError, ValueError, OverflowError):  # the last: an integer beyond all floats
-        raise Problem("box that is not four numbers", f"{file}: {quoted(bbox)}") from None
+        raise Problem("box that is not four numbers", file, quoted(bbox)) from None
     if form == "xywh":
         xmax += xmin
         ymax += ymin
     box = (xmin, ymin, xmax, ymax)
     if not (xmax > xmin and ymax > ymin):  # also for nan
         hint = "; boxes are xmin ymin xmax ymax" if own else ""
-        raise Problem("box without area", f"{file}: {quoted(box, 40)}{hint}")
+        raise Problem("box without area", file, f"{quoted(box, 40)}{hint}")
     beyond = xmin < -SLACK or ymin < -SLACK or xmax > width + SLACK or ymax > height + SLACK
     if beyond or xmin >= width or ymin >= height or xmax <= 0 or ymax <= 0:
-        raise Problem("box outside the image", f"{file} ({width} x {height}): {box}")
+        raise Problem("box outside the image", file, f"{box} in {width} x {height}")
     return box
 
 
@@ -305,23 +290,22 @@ def checked_segmentation(value, width, height, file):
                 check_polygons(polygons)
                 return polygons
     except (TypeError, ValueError, OverflowError) as error:
-        raise Problem("damaged segmentation", f"{file}: {error}") from None
+        raise Problem("damaged segmentation", file, error) from None
     return None
 
 
 def plain_rle(rle):
     """An RLE with a size of ints and counts as text or a list of ints. Raises TypeError, ValueError or
     OverflowError."""
-    size = [int(n) for n in rle["size"]]
     counts = rle["counts"]
     if isinstance(counts, bytes):
         counts = counts.decode()
     elif not isinstance(counts, str):
         counts = [int(n) for n in counts]
-    return {"size": size, "counts": counts}
+    return {"size": [int(n) for n in rle["size"]], "counts": counts}
 
 
 def is_polygon(part):
     """Whether it is a flat list of three or more x, y."""
     return (isinstance(part, list | tuple) and len(part) >= 6 and len(part) % 2 == 0
-            and all(isinstance(value, int | float) for value in part))
+            and all(issubclass(kind, int | float) for kind in set(map(type, part))))
