@@ -34,8 +34,9 @@ def arguments():
     parser.add_argument("--weights", default=DEFAULT_WEIGHTS, metavar="FILE", help="a HiVG weights file")
     parser.add_argument("--output", metavar="PATH", help="where to draw (default: grounded.png); a folder for several "
                         "images (default: grounded/) or if it ends in /")
-    parser.add_argument("--heatmap", choices=HEATMAPS, help="draw a heat map of the first expression: tokens (the "
-                        "default), the token map; attention, where the token that the box comes from looks")
+    parser.add_argument("--heatmap", choices=HEATMAPS, help="draw a heat map of the first expression: tokens, how much "
+                        "each patch belongs to the object (also if no name is given); attention, what the token that "
+                        "predicts the box attends to")
     parser.add_argument("--mask", action="store_true", help="draw the mask of the first expression")
     parser.add_argument("--save_masks", metavar="FOLDER", help="write the mask of each expression as a black and white "
                         "PNG: NAME-1.png, NAME-2.png for the expressions of NAME.jpg")

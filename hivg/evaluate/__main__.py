@@ -5,11 +5,11 @@
     python -m hivg.evaluate --weights FILE --split val --calibrate OUT.safetensors
     python -m hivg.evaluate --compare A.jsonl B.jsonl         two files of --per_sample
 
-Prints Acc@0.5 with its 95 % interval, Acc@0.6 to 0.9, mean IoU, mask IoU where there are masks, and accuracy by
-expression length. IoU is between float boxes in pixels of the original image; every sample counts once. On the bundled
-data set it also prints the accuracy of guessing the largest or a random object, and of the model with the expressions
-shuffled among the images. --calibrate fits two numbers that turn the score into the probability that a box is right,
-and writes the weights file with them; for calibrated weights a reliability table is printed as well.
+Prints Acc@0.5 with its 95 % interval, Acc@0.6 to 0.9, mean IoU, mask IoU where there are masks, and accuracy and mean
+IoU by expression length. IoU is between float boxes in pixels of the original image; every sample counts once. On the
+bundled data set it also prints the accuracy of guessing the largest or a random object, and of the model with the
+expressions shuffled among the images. --calibrate fits two numbers that turn the score into the probability that a box
+is right, and writes the weights file with them; for calibrated weights a reliability table is printed as well.
 """
 
 import json
@@ -47,7 +47,8 @@ def arguments():
     parser.add_argument("--sheet", metavar="FILE.png", help="draw the worst and some random samples")
     parser.add_argument("--calibrate", metavar="OUT.safetensors", help="write the weights file with its score "
                         "calibrated on this split")
-    parser.add_argument("--compare", nargs=2, metavar=("A.jsonl", "B.jsonl"), help="two files of --per_sample")
+    parser.add_argument("--compare", nargs=2, metavar=("A.jsonl", "B.jsonl"), help="compare two files of "
+                        "--per_sample")
     parser.add_argument("--batch_size", type=int, default=64, help="expressions in one forward pass; default: 64")
     parser.add_argument("--workers", type=int, default=-1, help="processes that read images; default: -1 = automatic")
     add_machine_flags(parser)

@@ -109,7 +109,8 @@ class Progress:
         self.total = total
         self.start = time.monotonic()
         self.tty = sys.stderr.isatty()
-        self.next = self.interval = 0.5 if self.tty else 30  # seconds
+        self.interval = 0.5 if self.tty else 30  # seconds
+        self.next = self.interval  # seconds after the start
 
     def __call__(self, done):
         seconds = time.monotonic() - self.start
