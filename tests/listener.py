@@ -117,7 +117,7 @@ class Listener:
         return {"left": -x, "right": x, "above": -y, "below": y}[direction]
 
     def extreme(self, members, name):
-        """The one that is clearly the furthest; by size, the only one of the outermost size."""
+        """The one that is clearly furthest in a direction, or the only one of the largest or smallest size."""
         assert len(members) >= 2, "a superlative among one"
         if name in ("largest", "smallest"):
             sign = 1 if name == "largest" else -1
@@ -131,7 +131,7 @@ class Listener:
         return first
 
     def related(self, candidates, name, anchors):
-        """Those of the candidates that meet the condition, however weakly. Anchors do not count."""
+        """The candidates that meet the condition, however narrowly; anchors are not among them."""
         candidates = [i for i in candidates if i not in anchors]
         if name in ("closest", "furthest"):
             distances = {i: math.dist(self.place(i), self.place(anchors[0])) for i in candidates}
@@ -151,7 +151,8 @@ class Listener:
         return kept
 
     def is_between(self, i, a, b, end, width):
-        """Whether i is in a band from a to b; both as shares of the way: what is cut off at its ends, its width."""
+        """Whether i is in the band from a to b. end, width: what is cut off at each end, and how wide the band is, as
+        shares of the distance."""
         way = self.place(b) - self.place(a)
         along = (self.place(i) - self.place(a)) @ way / (way @ way)
         aside = np.linalg.norm(self.place(i) - self.place(a) - along * way) / np.linalg.norm(way)

@@ -38,7 +38,7 @@ def test_fit_finds_the_probability():
 
 @pytest.mark.parametrize("n, a, b", [(30, 1.0, 0.0), (500, 0.3, 2.0), (500, 4.0, -6.0)])
 def test_fit_is_the_minimum(n, a, b):
-    """The gradient of the cross-entropy against Platt's targets is 0, by hand."""
+    """The gradient of the cross-entropy against Platt's targets is 0."""
     scores, right = make_predictions(n, a, b)
     a, b = fit_calibration(scores, right)
     x = np.log(scores) - np.log1p(-np.array(scores))
@@ -75,7 +75,7 @@ def test_a_calibrated_score_tells_as_well():
 
 
 def test_reliability():
-    """By hand."""
+    """Against values worked out by hand."""
     rows, error = reliability([0.0, 0.05, 0.15, 0.95, 1.0], [False, True, False, True, True])
     assert [count for _, _, count, _, _ in rows] == [2, 1, 0, 0, 0, 0, 0, 0, 0, 2]
     assert rows[0] == (0.0, 0.1, 2, pytest.approx(0.025), 0.5) and rows[9][3:] == (pytest.approx(0.975), 1.0)
@@ -87,7 +87,7 @@ def test_reliability():
     assert lines[3] == "  0.2 to 0.3         0 expressions"
 
 
-# --- what weights say ---
+# --- calibrations in weights files ---
 
 
 @pytest.mark.parametrize("ab", [
@@ -175,7 +175,7 @@ def test_calibrate(run, tmp_path, dtype):
     assert chances == pytest.approx([calibrated(row["score"], *expected) for row in rows])
     assert re.search("AUROC .*", after)[0] == re.search("AUROC .*", before)[0]
 
-    # again, in place: fitted to what the model gives, not to what was calibrated
+    # again, in place: it is fitted to the raw score, not to the calibrated one
     code, _, _ = run("--weights", "new.safetensors", "--calibrate", "new.safetensors")
     assert code == 0 and json.loads(contents("new.safetensors")[1]["info"]) == info
 
@@ -183,7 +183,7 @@ def test_calibrate(run, tmp_path, dtype):
 def test_damaged_calibration_on_the_command_line(run):
     weights.save("odd.safetensors", make_hivg(dtype=torch.float32), {"score_calibration": [1, "x"]})
     assert_fails(run("--weights", "odd.safetensors"), "error: odd.safetensors: its score calibration")
-    code, _, _ = run("--weights", "odd.safetensors", "--calibrate", "good.safetensors")  # it is made afresh
+    code, _, _ = run("--weights", "odd.safetensors", "--calibrate", "good.safetensors")  # the damaged one is not read
     assert code == 0 and calibration_of(weights.load("good.safetensors").info)
 
 

@@ -1,4 +1,4 @@
-"""The evaluation: every row is there and true, the comparisons are what they say, and the command line."""
+"""The evaluation: a correct row for every expression, the baselines, the report, and the command line."""
 
 import copy
 import json
@@ -35,7 +35,7 @@ def batches(batch_size=64, split="val"):
 
 
 def overlap(a, b):
-    """IoU of two boxes, by hand."""
+    """IoU of two boxes in plain Python."""
     width = max(0, min(a[2], b[2]) - max(a[0], b[0]))
     height = max(0, min(a[3], b[3]) - max(a[1], b[1]))
     areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
@@ -86,7 +86,7 @@ def test_the_model_keeps_its_mode(model):
 
 
 def test_mask_iou():
-    """By hand: logits above 0 are the mask."""
+    """Logits above 0 are the mask."""
     logits = torch.full((1, 1, 4, 4), -0.1)
     logits[0, 0, :, :2] = 0.1  # the left half
     masks = torch.zeros(1, 4, 4, dtype=torch.bool)
@@ -101,7 +101,7 @@ def test_masks_are_asked_for(model):
     assert all(0 <= row["mask_iou"] <= 1 for row in rows) and any(row["mask_iou"] > 0 for row in rows)
 
 
-# --- comparisons ---
+# --- baselines ---
 
 
 @pytest.mark.parametrize("scenes", [2, 3, 7, 250])
@@ -125,7 +125,7 @@ def test_other_expressions_on_the_same_images(model):
 
 
 def scene(size, boxes, targets):
-    """An item of Shapes as far as the guessers look: rectangles, the later ones in front."""
+    """What the guessers read of an item of Shapes: rectangles, later ones in front."""
     labels = np.zeros(size, np.uint8)
     for i, (xmin, ymin, xmax, ymax) in enumerate(boxes):
         labels[ymin:ymax, xmin:xmax] = i + 1
@@ -144,7 +144,7 @@ def test_guessers():
 
 
 def test_guessers_on_the_data(monkeypatch):
-    """A guesser is right for its own object's expressions at least."""
+    """A guesser is right at least for the expressions that mean its own object."""
     monkeypatch.setitem(SPLITS, "val", (40, SPLITS["val"][1]))
     guessed = evaluate.guessers(Shapes("val"))
     assert 1 / 8 < guessed["random object"] < 1 / 3 and 0.05 < guessed["largest object"] < 0.6
@@ -193,7 +193,7 @@ def test_command(model, weights_file, monkeypatch, capfd, tmp_path):
     assert re.fullmatch(rf"{weights_file} on shapes val in float32, \d+ expressions a second", first)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert report == evaluate.report(rows).splitlines()
-    for row, own in zip(rows, evaluate.predict(model, batches()), strict=True):  # adapters merged, as good as equal
+    for row, own in zip(rows, evaluate.predict(model, batches()), strict=True):  # the command merges adapters
         assert row["expression"] == own["expression"] and row["kind"] in KINDS
         np.testing.assert_allclose(row["box"], own["box"], atol=1e-5 * 256)
     moved = evaluate.predict(model, batches(), expressions=evaluate.shuffled(rows))

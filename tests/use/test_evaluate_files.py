@@ -19,7 +19,7 @@ from hivg.evaluate import report
 
 
 def write_data(name, splits, image="im/a.png"):
-    """A .jsonl file with a row for each of the splits; None: a row without one."""
+    """A .jsonl file with a row for each of the splits; None is a row without a split."""
     Path("im").mkdir(exist_ok=True)
     make_image().save("im/a.png")
     rows = []
@@ -49,7 +49,7 @@ def run(monkeypatch, capfd, tmp_path, weights_file):
     (["train", "val", "test"], "test"), (["val", "train", "testA", "testB"], "testA"), (["train", "val"], "val"),
     (["train", "mine"], "mine"), (["train", "zoo"], "zoo"), (["train"], "train")], ids=lambda names: "_".join(names))
 def test_default_split(run, splits, taken):
-    """One that the file has, and which one is said."""
+    """One that the file has; it is named on stderr."""
     write_data("own.jsonl", splits)
     code, out, err = run("--dataset", "own.jsonl")
     assert code == 0 and f" on own.jsonl {taken} in float32" in out
@@ -90,7 +90,7 @@ def test_file_of_nothing(run):
 
 
 def test_sheet_shows_images_upright(run):
-    """As they are evaluated: turned by their EXIF, and transparency on white."""
+    """As they are evaluated, turned by their EXIF."""
     exif = Image.Exif()
     exif[0x0112] = 6
     make_image().save("im/turned.png", exif=exif)
@@ -124,7 +124,7 @@ def test_disk_that_is_full(run):
     (["--compare", "a", "b", "--calibrate", "own.safetensors"], ["--compare writes no file"]),
 ], ids=str)
 def test_files_that_are_refused_at_once(run, monkeypatch, flags, words):
-    """Before the work; nothing is lost."""
+    """Before the model is loaded; no file changes."""
     monkeypatch.setattr(evaluate, "load_hivg", None)
     before = Path("mine.jsonl").read_bytes()
     assert_fails(run("--dataset", "mine.jsonl", *flags), *words)

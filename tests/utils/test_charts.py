@@ -1,4 +1,4 @@
-"""Line charts: ticks are round and true, curves are where their points are, and odd input is drawn."""
+"""Line charts: ticks are round and in the right place, curves run through their points, odd input is drawn."""
 
 import numpy as np
 import pytest
@@ -74,7 +74,7 @@ def curve_pixels(image):
 
 def test_a_curve_stays_within_the_axes():
     rows, columns = curve_pixels(plot_curves({"a": [(0, 0), (1, 9), (2, -9), (3, 0)]}))
-    assert rows.min() > 32 and rows.max() <= 332  # the legend is above, the numbers of x below
+    assert rows.min() > 32 and rows.max() <= 332  # between the legend and the tick labels of x
     assert columns.min() >= 78 and columns.max() <= 882
     assert columns.max() - columns.min() > 790
 
