@@ -147,6 +147,7 @@ class Grounder:
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
         self.model = model.for_prediction(self.device, self.dtype)
+        self.clip = self.model.config.clip  # CLIPConfig
         self.calibration = calibration_of(getattr(model, "info", {}))  # (a, b), or None if the score is uncalibrated
 
     @classmethod
@@ -206,9 +207,9 @@ class Grounder:
     @torch.inference_mode()
     def _ground_batch(self, images, texts, attention):
         """B PIL images, or one for all, and B texts -> list of B Result."""
-        config = self.model.config
-        letterboxes = [Letterbox(*image.size, config.clip.image_size) for image in images]
-        pixels = torch.stack([box.image(image, config.normalization) for box, image in zip(letterboxes, images)])
+        letterboxes = [Letterbox(*image.size, self.clip.image_size) for image in images]
+        normalization = self.model.config.normalization
+        pixels = torch.stack([box.image(image, normalization) for box, image in zip(letterboxes, images)])
         padding = torch.stack([box.padding_mask() for box in letterboxes])  # (B or 1, S, S)
         token_ids = self.model.tokenizer(texts)  # (B, T)
         # pixels (B or 1, 3, S, S): for a single image, what does not depend on the text is computed once
