@@ -1,6 +1,5 @@
-"""Time, memory and energy: how the benchmarks measure them, and how they report."""
+"""Time, memory, and the tables that show them: what the benchmarks share."""
 
-import ctypes
 import re
 import subprocess
 import sys
@@ -14,12 +13,12 @@ from hivg.utils.charts import plot_panels
 
 ROOT = Path(__file__).parents[2]
 QUANTILES = (0.2, 0.5, 0.8)
-WARM_UP = 3  # runs that do not count
-RAPL = Path("/sys/class/powercap")  # Linux's energy counters of the processors
+WARM_UP = 3  # calls before the measured ones
+CPU = torch.device("cpu")
 
 
-def measure(function, repeats, device=torch.device("cpu")):
-    """Call the function `repeats` times after the warm-up -> milliseconds (20 %, median, 80 %)."""
+def measure(function, repeats, device=CPU):
+    """Call the function `repeats` times after WARM_UP -> milliseconds (20 %, median, 80 %)."""
     times = []
     for _ in range(WARM_UP + repeats):
         start = time.perf_counter()
@@ -30,51 +29,12 @@ def measure(function, repeats, device=torch.device("cpu")):
     return np.quantile(times[WARM_UP:], QUANTILES)
 
 
-def show(name, times):
-    low, median, high = times
-    print(f"{name:<52}{median:9.1f} ms   ({low:.1f} to {high:.1f})", flush=True)
-
-
-def table_row(cells):
-    """A row of a Markdown table."""
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def table_head(columns):
-    return table_row(columns) + "\n" + table_row("---" for _ in columns)
-
-
-class Report:
-    """What a long benchmark prints, saved at the end as FOLDER/NAME.md, with a chart, NAME.png."""
-
-    def __init__(self, folder, name):
-        self.path = Path(folder, name)
-        self.path.parent.mkdir(parents=True, exist_ok=True)  # now, not after minutes of measuring
-        self.start = time.perf_counter()
-        self.lines = []
-        self.panels = {}  # {(y label, title): {curve: [(batch size, y)]}}
-
-    def say(self, line):
-        self.lines.append(line)
-        print(line, flush=True)
-
-    def draw(self, title, y_label, curve, batch_size, y):
-        """Add a point to a curve of a panel."""
-        self.panels.setdefault((y_label, title), {}).setdefault(curve, []).append((batch_size, y))
-
-    def seconds(self):
-        return time.perf_counter() - self.start
-
-    def save(self):
-        table = self.path.with_suffix(".md")
-        chart = self.path.with_suffix(".png")
-        table.write_text("\n".join(self.lines) + "\n")
-        panels = []
-        for (y_label, title), curves in self.panels.items():
-            curves = {name: sorted(points) for name, points in curves.items()}
-            panels.append({"title": title, "x_label": "batch size", "y_label": y_label, "curves": curves})
-        plot_panels(sorted(panels, key=lambda panel: panel["y_label"]), chart)
-        print(f"{table} and {chart}, in {self.seconds():.0f} s")
+def product_rate(dtype, device):
+    """Operations per second of one large matrix product: the most to expect of this machine."""
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device).to(dtype)
+    _, median, _ = measure(lambda: a @ a, 5, device)
+    return 2 * n**3 / (median / 1000)
 
 
 def memory(name):
@@ -83,7 +43,7 @@ def memory(name):
 
 
 def reset_peak_memory(device):
-    """Measure peak_memory from here on. On a CPU this needs Linux."""
+    """Start a new peak_memory. On a CPU this needs Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -91,33 +51,8 @@ def reset_peak_memory(device):
 
 
 def peak_memory(device):
-    """Bytes at the peak since reset_peak_memory: of tensors on a GPU, of the whole process on a CPU."""
+    """Peak memory in bytes since reset_peak_memory: of tensors on a GPU, of the whole process on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory("VmHWM")
-
-
-def energy(device):
-    """Joules used so far by the GPU, or by all processors of the machine; None where that cannot be read."""
-    if device.type == "cuda":
-        return gpu_energy(torch.cuda.get_device_properties(device).uuid)
-    try:
-        # "psys" would include the packages
-        packages = [d for d in RAPL.glob("intel-rapl:?") if (d / "name").read_text().startswith("package")]
-        return sum(int((package / "energy_uj").read_text()) for package in packages) / 1e6 if packages else None
-    except OSError:  # on many systems only root may read it
-        return None
-
-
-def gpu_energy(uuid):
-    """Joules by the driver's library (NVML), which counts them since Volta."""
-    handle = ctypes.c_void_p()
-    millijoules = ctypes.c_ulonglong()
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return None
-    failed = (nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode(), ctypes.byref(handle))
-              or nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules)))
-    return None if failed else millijoules.value / 1e3
 
 
 def run_program(command, cwd=None):
@@ -141,11 +76,53 @@ print(1000 * (time.perf_counter() - start), memory("VmHWM") - before)
 
 
 def measure_alone(imports, work, argument):
-    """Time and memory of a piece of code, run three times, each in a process of its own.
+    """Time and memory of a piece of code in a new process, three times.
 
-    imports, work: Python code, of which only `work` is measured; sys.argv[1] is the argument.
-    -> milliseconds (20 %, median, 80 %), bytes at the peak of any run, beyond those in use before.
+    imports, work: Python, of which only `work` is measured; it finds the argument as sys.argv[1].
+    -> milliseconds (20 %, median, 80 %), the largest peak in bytes.
     """
     command = [sys.executable, "-c", ALONE.format(imports=imports, work=work), argument]
-    runs = [[float(number) for number in run_program(command, cwd=ROOT).split()] for _ in range(3)]
-    return np.quantile([milliseconds for milliseconds, _ in runs], QUANTILES), max(used for _, used in runs)
+    runs = [run_program(command, cwd=ROOT).split() for _ in range(3)]
+    times, peaks = np.array(runs, float).T
+    return np.quantile(times, QUANTILES), peaks.max()
+
+
+# ---- output
+
+def show(name, times):
+    low, median, high = times
+    print(f"{name:<52}{median:9.1f} ms   ({low:.1f} to {high:.1f})", flush=True)
+
+
+def name_of(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+class Report:
+    """Text and tables in Markdown, printed as they come; `save` writes them with a chart."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, line):
+        self.lines.append(line)
+        print(line, flush=True)
+
+    def row(self, *cells):
+        self.say(f"| {' | '.join(map(str, cells))} |")
+
+    def header(self, *columns):
+        self.say("")
+        self.row(*columns)
+        self.say("| --- " * len(columns) + "|")
+
+    def save(self, folder, name, charts):
+        """FOLDER/NAME.md and, of charts {(title, y label): {curve: [(batch size, y)]}}, FOLDER/NAME.png."""
+        (folder / f"{name}.md").write_text("\n".join(self.lines) + "\n")
+        panels = []
+        for (title, y_label), curves in charts.items():
+            curves = {curve: sorted(points) for curve, points in curves.items()}
+            panels.append(dict(title=title, x_label="batch size", y_label=y_label, curves=curves))
+        plot_panels(panels, folder / f"{name}.png")
+        print(f"{folder / name}.md and {folder / name}.png")
+

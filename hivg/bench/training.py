@@ -1,4 +1,4 @@
-"""Time and memory of the training: its data and its steps. `python -m hivg.bench data step`"""
+"""Time and memory of training: `python -m hivg.bench data step`"""
 
 import tempfile
 import weakref
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from hivg.bench.timing import measure, peak_memory, reset_peak_memory, show
+from hivg.bench.timing import CPU, measure, name_of, peak_memory, reset_peak_memory, show
 from hivg.clip import CLIP_SIZES
 from hivg.data.augment import Augment
 from hivg.data.batches import SampleTensors, ShapesTensors
@@ -25,49 +25,51 @@ from hivg.training.optimizers import make_optimizers, step_optimizers
 from hivg.training.presets import preset_of
 from hivg.utils.cli import choose_device, choose_dtype
 
-CPU = torch.device("cpu")
-
 
 def bench_data(args):
-    """What a data loader's worker does for an item: draw it, or read a photograph, as it is or augmented."""
-    indices = count()
-    shapes = ShapesTensors("train", 64)
-    times = measure(lambda: shapes[next(indices)], 300)
-    show("shapes train, an image with its four expressions", times)
+    """The items that training waits for: drawn images; photographs, with and without augmentation."""
+    drawn = ShapesTensors("train", 64)
+    index = count()
+    show("shapes train, an image with its four expressions", measure(lambda: drawn[next(index)], 300))
+
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "photo.jpg")  # of COCO's usual size, with a photograph's amount of detail
-        noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
-        Image.fromarray(noise).resize((640, 480), Image.BICUBIC).save(path, quality=90)
-        outline = [100.0, 100.0, 400.0, 120.0, 380.0, 300.0, 120.0, 320.0]
-        samples = [Sample(path, "the dog", (100.0, 100.0, 400.0, 320.0), [outline], path.name)] * 200
-        for name, augment in (("read and fitted", None), ("read and augmented", Augment())):
-            indices = count()
-            photos = SampleTensors(samples, 224, augment=augment)
-            times = measure(lambda: photos[next(indices)], 100)
-            show(f"640 x 480 JPEG {name}, {1000 / times[1]:.0f} a second and worker", times)
+        samples = [photo_sample(Path(folder, "photo.jpg"))]
+        plain = SampleTensors(samples, 224)
+        times = measure(lambda: plain[0], 100)
+        show(f"640 x 480 JPEG, {1000 / times[1]:.0f} per second and worker", times)
+        augmented = SampleTensors(samples, 224, augment=Augment())
+        index = count()
+        times = measure(lambda: augmented[next(index)], 100)
+        show(f"640 x 480 JPEG augmented, {1000 / times[1]:.0f} per second and worker", times)
+
+
+def photo_sample(path):
+    """A JPEG of COCO's usual size with a photograph's worth of detail."""
+    noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    Image.fromarray(noise).resize((640, 480), Image.BICUBIC).save(path, quality=90)
+    return Sample(path, "the dog", (100.0, 100.0, 400.0, 320.0), None, path.name)
 
 
 def bench_step(args):
-    """The peak memory of a training step at the preset's own batch size, counted by `count_memory`; then the time and
-    memory of real steps at other sizes. Parameters and images are random, expressions have 20 tokens."""
+    """A training step of a preset's last stage at several batch sizes, on random weights and images and expressions of
+    20 tokens; first, the count of `count_memory` at the preset's own batch size."""
     device = choose_device(args.device)
     dtype = choose_dtype("auto", device)
     clip_name = "ViT-L/14" if args.preset.endswith("large") else "ViT-B/16"
-    n = preset_of(args.preset)["batch_size"]
-    gib = count_memory(args.preset, clip_name, n) / 2**30
-    print(f"{args.preset}, {clip_name}, {n} together, bfloat16: {gib:.1f} GiB counted, for a CPU", flush=True)
-    model = preset_model(args.preset, clip_name).to(device)
-    train_step = train_step_of(model, device, dtype)
+    own = preset_of(args.preset)["batch_size"]
+    counted = count_memory(args.preset, clip_name, own) / 2**30
+    print(f"{args.preset}, {clip_name}, batch {own}, bfloat16: {counted:.1f} GiB counted for a CPU", flush=True)
+    train_step = train_step_of(preset_model(args.preset, clip_name), device, dtype)
     for n in args.batch_sizes:
-        batch = random_batch(n, model.config.clip, device)
+        batch = random_batch(n, CLIP_SIZES[clip_name], device)
         reset_peak_memory(device)
         times = measure(lambda: train_step(batch), 3, device)
-        gib = peak_memory(device) / 2**30
-        show(f"{args.preset}, {clip_name}, {n} together, {str(dtype).removeprefix('torch.')}, {gib:.1f} GiB", times)
+        peak = peak_memory(device) / 2**30
+        show(f"{args.preset}, {clip_name}, batch {n}, {name_of(dtype)}, {peak:.1f} GiB", times)
 
 
 class TensorMemory(TorchDispatchMode):
-    """A context in which the bytes of all new tensors are counted: `now`, and `most`, the peak."""
+    """Counts the bytes of tensors that are made and freed while it is on: `most` is the peak."""
 
     def __init__(self):
         super().__init__()
@@ -77,9 +79,9 @@ class TensorMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        storages = [tensor.untyped_storage() for tensor in tree_leaves(out) if isinstance(tensor, torch.Tensor)]
-        for storage in storages:
-            if storage not in self.seen:  # several tensors may share one
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage not in self.seen:  # tensors may share one
                 self.seen[storage] = True
                 self.now += storage.nbytes()
                 self.most = max(self.most, self.now)
@@ -91,35 +93,36 @@ class TensorMemory(TorchDispatchMode):
 
 
 def count_memory(preset, clip_name, n, dtype=torch.bfloat16):
-    """Bytes at the peak of a preset's last stage, n expressions together: parameters, AdamW's state, gradients, and
-    what a step keeps for its backward.
+    """Peak bytes of the tensors that training a preset's last stage takes at batch size n: weights, AdamW's state,
+    gradients, and what a step keeps for its backward.
 
-    Counted on fake tensors, which hold no data, so any machine can tell. They compute as a CPU does, whose attention
-    keeps more for its backward: where 28.9 GiB were counted, an H200 took 18.8.
+    Counted on fake tensors, which hold no data, so any machine can tell; but as a CPU computes, whose attention keeps
+    more for its gradient: where 28.9 GiB were counted, an H200 took 18.8.
     """
     with FakeTensorMode():
         model = preset_model(preset, clip_name)
-        criterion = Criterion(model, LossWeights(), "smooth_l1")
         batch = random_batch(n, model.config.clip, CPU)
         with TensorMemory() as memory:
-            for _ in range(2):  # the second begins with the gradients of the first, as when they are accumulated
-                forward_backward(criterion, batch, CPU, dtype)
-    # what was there before: parameters, and AdamW's two averages of each that is trained
-    return memory.most + sum(p.nbytes * (3 if p.requires_grad else 1) for p in model.parameters())
+            for _ in range(2):  # the second finds the first one's gradients, as accumulation does
+                forward_backward(model, batch, dtype)
+    adamw = 2 * sum(p.nbytes for p in model.parameters() if p.requires_grad)  # two averages
+    return sum(p.nbytes for p in model.parameters()) + adamw + memory.most
 
+
+# ---- random models and batches, and what training does with them
 
 def preset_model(preset, clip_name):
-    """A HiVG as the preset trains it in its last stage, with random parameters."""
+    """The model that a preset trains in its last stage, with random weights."""
     settings = preset_of(preset)
-    names = {"bridge", "text_layers", "level_norm", "lora_rank", "lora_alpha"} & settings.keys()
-    config = HiVGConfig.for_clip(CLIP_SIZES[clip_name], **{name: settings[name] for name in names})
-    model = adapted_model(config)
+    names = ("bridge", "text_layers", "level_norm", "lora_rank", "lora_alpha")
+    fields = {name: settings[name] for name in names if name in settings}
+    model = last_stage(HiVGConfig.for_clip(CLIP_SIZES[clip_name], **fields))
     model.clip.visual.recompute = settings.get("recompute", False)
     return model
 
 
-def adapted_model(config):
-    """A HiVG of random parameters in Hi LoRA's last stage: all adapters are there, the last ones are trained."""
+def last_stage(config):
+    """A model with random weights and the adapters of all stages, of which the last ones are trained."""
     model = HiVG(config)
     for stage in (1, 2, 3):
         model.add_stage(stage)
@@ -127,29 +130,35 @@ def adapted_model(config):
 
 
 def random_batch(n, clip, device):
-    """n expressions of 20 tokens about n images, with the keys of a training batch. clip: a CLIPConfig."""
+    """n random images with an expression of 20 tokens each, a batch as to_device returns it. clip: a CLIPConfig."""
     size = clip.image_size
-    nothing = torch.zeros(n, size, size, dtype=torch.bool)
     token_ids = torch.full((n, 20), 320)  # any word
     token_ids[:, -1] = clip.vocab_size - 1  # the end token
-    batch = {"images": torch.randn(n, 3, size, size), "padding_mask": nothing, "masks": nothing,
-             "boxes": torch.full((n, 4), 0.5), "token_ids": token_ids, "image_ids": torch.arange(n)}
+    batch = {
+        "images": torch.randn(n, 3, size, size),
+        "padding_mask": torch.zeros(n, size, size, dtype=torch.bool),
+        "boxes": torch.full((n, 4), 0.5),
+        "masks": torch.zeros(n, size, size, dtype=torch.bool),
+        "token_ids": token_ids,
+        "image_ids": torch.arange(n),
+    }
     return {key: value.to(device) for key, value in batch.items()}
 
 
-def train_step_of(model, device, dtype):
-    """-> a function of a batch that makes a training step: forward, backward and AdamW's update."""
+def forward_backward(model, batch, dtype):
+    """A training step under the paper's losses, up to the gradients."""
     criterion = Criterion(model, LossWeights(), "smooth_l1")
-    optimizers = make_optimizers(model, "adamw", 1e-4)
+    with torch.autocast(batch["images"].device.type, dtype, enabled=dtype != torch.float32):
+        terms = criterion(batch)
+    sum(terms.values()).backward()
+
+
+def train_step_of(model, device, dtype):
+    """-> a function that makes a training step on a batch: forward, backward and AdamW's update."""
+    optimizers = make_optimizers(model.to(device), "adamw", 1e-4)
 
     def train_step(batch):
-        forward_backward(criterion, batch, device, dtype)
+        forward_backward(model, batch, dtype)
         step_optimizers(optimizers)
 
     return train_step
-
-
-def forward_backward(criterion, batch, device=CPU, dtype=torch.float32):
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        terms = criterion(batch)
-    sum(terms.values()).backward()
