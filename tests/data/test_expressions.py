@@ -91,14 +91,6 @@ def test_kinds_of_expressions():
         assert abs(share - wanted[kind]) < 0.05, (kind, share)
 
 
-def test_weights_of_kinds():
-    dataset = Shapes("train", weights={"ordinal": 1.0})
-    kinds = set()
-    for i in range(20):
-        kinds.update(e.kind for e in dataset.scene(i)[1])
-    assert kinds == {"ordinal"}
-
-
 def test_closeness_can_be_asked_for_alone():
     dataset = Shapes("train", weights={"closeness": 1.0})
     words = {"closest", "nearest", "next to", "furthest", "farthest"}

@@ -9,6 +9,7 @@ import pytest
 from listener import EXPRESSED, expressions, scenes
 
 from hivg.data.drawn import scenes as shapes
+from hivg.data.drawn.pairs import Pairs
 from hivg.data.drawn.scenes import COLOURS, HELD_OUT, SHAPES, SIZES, Shapes, boxes_of, draw
 
 # ---- splits
@@ -35,8 +36,11 @@ def test_same_item_on_every_machine():
     assert item["caption"] == (
         "a tiny filled triangle at the bottom left, a big filled triangle on the left, a big filled triangle at the "
         "bottom right and a medium hollow triangle at the top right")
-    assert item["phrases"] == ["a black triangle", "a filled red triangle", "a medium black triangle",
-                               "a black triangle"]
+    pair = Pairs(32)[0]
+    assert pair["phrases"][:3] == ["a big brown heart", "a filled blue heart", "an orange star"]
+    assert pair["captions"][0] == "a heart to the right of a star and a star"
+    assert pair["expressions"][:3] == ["the second heart from right", "tiniest heart",
+                                       "the star closest to the medium-sized heart"]
     assert item["image"].size == (240, 256)
     boxes = [[139, 22, 219, 95], [117, 119, 227, 215], [117, 119, 227, 215], [27, 176, 84, 228]]
     assert np.abs(item["boxes"] - boxes).max() <= 1

@@ -91,12 +91,18 @@ def test_boxes_there_and_back(width, height):
     assert torch.equal(outside, torch.tensor([[0.0] * 4, [width, height] * 2]))
 
 
-def test_box_on_paper():
-    """200 x 100 into 50: halved twice, so 50 x 25 with 12 rows above it. The box is not square."""
-    letterbox = Letterbox(200, 100, 50)
-    assert (letterbox.inner, letterbox.corner) == ((50, 25), (0, 12))
-    expected = torch.tensor([[(10 + 30) / 2 / 50, (12 + 5 + 12 + 20) / 2 / 50, 20 / 50, 15 / 50]])
-    assert_close("box", letterbox.boxes_to_square(torch.tensor([[40, 20, 120, 80]])), expected, 1e-7)
+@pytest.mark.parametrize("fill, place, inner, corner", [
+    (1, (0.5, 0.5), (50, 25), (0, 12)), (0.8, (0, 1), (40, 20), (0, 30)), (0.8, (1, 0), (40, 20), (10, 0)),
+    (0.8, (0.5, 0.5), (40, 20), (5, 15))])
+def test_box_on_paper(fill, place, inner, corner):
+    """200 x 100 into 50: with fill 1 halved twice, so that 25 rows are free, of which the released code puts 12 above;
+    with fill 0.8 40 x 20, so that 10 columns and 30 rows are free. The box is not square."""
+    letterbox = Letterbox(200, 100, 50, fill, place)
+    assert (letterbox.inner, letterbox.corner) == (inner, corner)
+    x0, y0, x1, y1 = torch.tensor([40.0, 20, 120, 80]) * fill / 4
+    left, top = corner
+    expected = torch.tensor([[left + (x0 + x1) / 2, top + (y0 + y1) / 2, x1 - x0, y1 - y0]]) / 50
+    assert_close("box", letterbox.boxes_to_square(torch.tensor([[40, 20, 120, 80]])), expected, 1e-6)
 
 
 @pytest.mark.parametrize("height, top", [(23, 13), (25, 12), (24, 13), (50, 0)])

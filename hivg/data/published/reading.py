@@ -91,7 +91,8 @@ def read_samples(data_root, dataset, split, annotations=None, report=None):
     if not rows:
         raise ValueError(f"{shown(path, 80)}: it has no rows; there must be one for each expression")
     own = is_own(dataset)
-    if split == "train" and not own and is_of_any_split(dataset, path, rows):
+    is_unnamed = any(row.split is None and not row.problem for row in rows)
+    if is_unnamed and split == "train" and not own and not annotation_files("", canonical(dataset), path)[0][0]:
         raise ValueError(f"{shown(path, 60)}: neither its name nor its rows say which split it is, so `val` would be "
                          f"the same; name it {dataset}_train.pth and give --annotations the folder with it and val")
     if own and all(row.split != split for row in rows):
@@ -154,12 +155,6 @@ def refuse_annotations(dataset, annotations):
     if annotations:
         raise ValueError(f"--annotations {shown(annotations, 60)} is for a data set of the paper, and "
                          f"{shown(dataset, 60)} would ignore it; leave it out")
-
-
-def is_of_any_split(dataset, path, rows):
-    """Whether neither the name nor the rows of a published data set's file say which split it is."""
-    (named, _), = annotation_files("", canonical(dataset), path)
-    return named is None and any(row.split is None and not row.problem for row in rows)
 
 
 # ---- the checks of a row
