@@ -73,20 +73,27 @@ def _first_centre(position, limit):
     return np.ceil(position - 0.5).clip(0, limit).astype(int)
 
 
-def rle_mask(rle):
+def rle_mask(rle, image_size=None):
     """COCO's run lengths -> (H, W) bool. Raises ValueError (run_lengths)."""
-    height, width, counts = run_lengths(rle)
+    height, width, counts = run_lengths(rle, image_size)
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
 
 
-def run_lengths(rle):
+def run_lengths(rle, image_size=None):
     """COCO's run lengths -> H, W and the list of counts.
 
     rle: {"size": [H, W], "counts": ..}, where counts are the lengths of alternating runs of 0 and 1, starting with 0,
     down one column after another; a list of ints, or COCO's compressed string (str or bytes). Raises ValueError for
-    anything else, and for counts that are negative or do not add up to H * W.
+    anything else, for counts that are negative or do not add up to H * W, and for H, W other than image_size, if given.
     """
-    height, width = _size(rle)
+    size = rle.get("size") if isinstance(rle, dict) else None
+    if not (isinstance(size, (list, tuple)) and len(size) == 2
+            and all(isinstance(side, (int, np.integer)) and side >= 0 for side in size)):
+        raise ValueError(f'a run-length mask is {{"size": [height, width], "counts": ..}}, not {quoted(rle)}')
+    height, width = size
+    if image_size and image_size != (height, width):
+        raise ValueError(f"a run-length mask of {quoted(height)} x {quoted(width)} for an image of "
+                         f"{quoted(image_size[0])} x {quoted(image_size[1])} (height x width)")
     counts = rle.get("counts")
     if isinstance(counts, (str, bytes)):
         counts = _decompress(counts)
@@ -98,15 +105,6 @@ def run_lengths(rle):
         raise ValueError(f"the counts of a run-length mask add up to {quoted(sum(counts))}, "
                          f"its size is {quoted(height)} x {quoted(width)} = {quoted(height * width)}")
     return height, width, counts
-
-
-def _size(rle):
-    """(H, W) of run lengths. Raises ValueError."""
-    size = rle.get("size") if isinstance(rle, dict) else None
-    if not (isinstance(size, (list, tuple)) and len(size) == 2
-            and all(isinstance(side, (int, np.integer)) and side >= 0 for side in size)):
-        raise ValueError(f'a run-length mask is {{"size": [height, width], "counts": ..}}, not {quoted(rle)}')
-    return tuple(size)
 
 
 def _decompress(text):
@@ -165,16 +163,7 @@ def mask_of(segmentation, height, width):
     if segmentation is None or (isinstance(segmentation, (list, tuple, dict)) and not segmentation):
         return None
     if isinstance(segmentation, dict):
-        check_size(segmentation, height, width)
-        return rle_mask(segmentation)
+        return rle_mask(segmentation, (height, width))
     if isinstance(segmentation, (list, tuple)):
         return polygon_mask(segmentation, height, width)
     raise ValueError(f"a segmentation is a list of polygons or a dictionary of run lengths, not {quoted(segmentation)}")
-
-
-def check_size(rle, height, width):
-    """Raises ValueError for run lengths that are not of a height x width image."""
-    size = _size(rle)
-    if size != (height, width):
-        raise ValueError(f"a run-length mask of {quoted(size[0])} x {quoted(size[1])} for an image of "
-                         f"{quoted(height)} x {quoted(width)} (height x width)")

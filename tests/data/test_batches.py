@@ -80,18 +80,16 @@ def test_samples_from_files_are_what_shapes_draws(tmp_path):
         for name in ("pixels", "padding_mask", "boxes", "masks", "pixel_boxes", "has_mask"):
             assert_close(name, rows[name], expected[name], 1e-6)
         assert rows["image_ids"].tolist() == [i] * 4
+        assert rows["image_names"] == [str(tmp_path / f"images/train{i}.png")] * 4
 
 
-def test_hard_mix_is_of_the_training_split_alone():
-    assert open_dataset("shapes", "train", 32, train=True, hard_mix=True).shapes.weights == HARD_MIX
-    for options in ({"train": True}, {"hard_mix": True}):
-        assert open_dataset("shapes", "val", 32, **options).shapes.weights != HARD_MIX
-
-
-def test_training_alone_is_augmented(tmp_path):
+def test_only_training_is_augmented_and_harder(tmp_path):
     path = write_shapes(tmp_path, 2)
     assert open_dataset(path, "train", 32).augment is None
     assert open_dataset(path, "train", 32, train=True).augment == Augment()
+    assert open_dataset("shapes", "train", 32, train=True, hard_mix=True).shapes.weights == HARD_MIX
+    for options in ({"train": True}, {"hard_mix": True}):
+        assert open_dataset("shapes", "val", 32, **options).shapes.weights != HARD_MIX
 
 
 def test_a_data_set_without_samples_is_refused(tmp_path, capsys):
@@ -246,11 +244,3 @@ def test_mask_targets(tmp_path):
         assert torch.equal(open_dataset("shapes", "train", 64, masks=masks)[0]["masks"], drawn)
     with pytest.raises(ValueError, match="auto, box, segmentation"):
         open_dataset(own, "train", 64, masks="outline")
-
-
-def test_images_are_named_and_numbered_by_their_file(tmp_path):
-    path = write_own(tmp_path, 3, split="train")
-    data = open_dataset(str(path), "train", 32)
-    ids = [int(data[i]["image_ids"]) for i in range(6)]
-    assert ids == [0, 0, 1, 1, 2, 2]
-    assert data[5]["image_names"] == [str(tmp_path / "images/2.png")]

@@ -88,13 +88,14 @@ def test_dropped_outlines_and_boxes_of_0_to_1_are_told(tmp_path):
     assert f"{path} val: 6 expressions" in text  # they are kept
 
 
-@pytest.mark.parametrize("content", ["no such name", None, "", "\n", "hello", "{}", '{"image": "b.png", "expression": "x"}'])
-def test_to_check_nothing_is_an_error(tmp_path, monkeypatch, capfd, content):
-    path = "coco" if content else "refcoco"
-    if content not in (None, "no such name"):
-        path = tmp_path / "mine.jsonl"
-        path.write_text(content)
-    code, out, err = call(main, capfd, monkeypatch, "check", path, "--data_root", tmp_path)
+@pytest.mark.parametrize("name, content", [
+    ("coco", None), ("refcoco", None), ("mine.jsonl", ""), ("mine.jsonl", "\n"), ("mine.jsonl", "hello"),
+    ("mine.jsonl", "{}"), ("mine.jsonl", '{"image": "b.png", "expression": "x"}')])
+def test_to_check_nothing_is_an_error(tmp_path, monkeypatch, capfd, name, content):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    code, out, err = call(main, capfd, monkeypatch, "check", name, "--data_root", tmp_path)
     assert code == 2 and out == ""
     assert len(err.splitlines()) == 1 and len(err) <= 300 and err.startswith("error: "), err
 

@@ -39,17 +39,12 @@ def test_a_file_of_the_current_folder(tmp_path, monkeypatch, root):
     assert len(read_samples(root, "mine.jsonl", "train")) == 1
 
 
-def test_a_damaged_first_line_is_left_out(tmp_path):
-    samples, report = read(tmp_path, "image,expression\n" + ROW)
-    assert len(samples) == 1
-    assert report.first == {"incomplete row": "line 1: not a JSON object: 'image,expression'"}
-
-
 def test_lines_are_counted_as_editors_do(tmp_path):
-    """With those that are blank, of other splits, or fine."""
+    """With those that are blank, of other splits, or fine; the first one too."""
     other = json.dumps(GOOD | {"split": "val"})
-    _, report = read(tmp_path, f"{ROW}\n\n{other}\n{other}\n" + json.dumps(GOOD | {"bbox": [5, 5, 2, 2]}))
-    assert report.first["box without area"].startswith("line 5: ")
+    samples, report = read(tmp_path, f"image,text\n\n{other}\n{ROW}\n" + json.dumps(GOOD | {"bbox": [5, 5, 2, 2]}))
+    assert len(samples) == 1 and report.first["box without area"].startswith("line 5: ")
+    assert report.first["incomplete row"] == "line 1: not a JSON object: 'image,text'"
 
 
 @pytest.mark.parametrize("content, message", [
@@ -73,6 +68,11 @@ BAD_ROWS = {  # name: (changes of a good row, the problem it is counted as)
     "a split of numbers": ({"split": 1}, "incomplete row"),
     "a blank split": ({"split": " "}, "incomplete row"),
     "no split where others have one": ({"split": None}, "incomplete row"),
+    "no image": ({"image": None}, "no image named"),
+    "a text for an image": ({"image": "mine.jsonl"}, "damaged image"),
+    "a box beyond the image": ({"bbox": [5, 5, 40, 10]}, "box outside the image"),
+    "a box of nan": ({"bbox": [float("nan"), 0, 1, 1]}, "box without area"),
+    "a box of three": ({"bbox": [1, 2, 3]}, "box that is not four numbers"),
     "a huge box": ({"bbox": [1, 1, HUGE, 9]}, "box that is not four numbers"),
     "a box of texts": ({"bbox": ["1", "1", "9", "9"]}, "box that is not four numbers"),
     "a box of true and false": ({"bbox": [False, False, True, True]}, "box that is not four numbers"),
