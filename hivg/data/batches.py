@@ -46,7 +46,7 @@ class ShapesTensors(Dataset):
         item = self.shapes[index]
         n = self.rows
         letterbox = Letterbox(*item["image"].size, self.size)
-        pixels = letterbox.pixels(item["image"])  # (3, S, S)
+        pixels = letterbox.pixels(item["image"])  # (3, S, S) uint8
         boxes = torch.from_numpy(item["boxes"])  # (n, 4)
         labels = letterbox.labels(item["labels"])  # (S, S), i + 1 where object i shows
         targets = torch.tensor(item["targets"])  # (n,)
@@ -279,8 +279,7 @@ def to_device(batch, tokenizer, device):
     Its expressions become token_ids (B, T), unless a worker has done so."""
     if "token_ids" not in batch:
         batch = batch | {"token_ids": tokenizer(batch["expressions"])}
-    moved = {}
-    for key, value in batch.items():
-        moved[key] = value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+    tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
+    moved = batch | {key: value.to(device, non_blocking=True) for key, value in tensors.items()}
     moved["images"] = normalise(moved.pop("pixels"), moved["padding_mask"], moved["normalization"])
     return moved

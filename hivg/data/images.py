@@ -142,8 +142,7 @@ def _of_array(array):
     if array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,), (4,)) or 0 in array.shape:
         raise ImageError(f"array of shape {shown(array.shape, 60)}: give (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA")
     if array.dtype.kind == "f":
-        low = array.min()
-        high = array.max()
+        low, high = array.min(), array.max()
         if not 0 <= low <= high <= 1:  # nor with NaN
             raise ImageError(f"array of floats from {low:.4g} to {high:.4g}: give floats in 0..1, or uint8 in 0..255")
         array = (array * 255).round().astype(np.uint8)
@@ -168,12 +167,7 @@ def _to_8_bits(image):
     if values.dtype.kind == "f":
         values = np.nan_to_num(values)
     largest = max(0, values.max())
-    if image.mode == "F":
-        whites = (1, 255, 65535)
-    elif image.mode == "I":
-        whites = (255, 65535)
-    else:
-        whites = (65535,)
+    whites = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
     white = next((white for white in whites if largest <= white), largest)
     scaled = np.empty(values.shape, dtype=np.uint8)
     for start in range(0, len(values), ROWS):  # not all at once, in eight times the bytes

@@ -112,8 +112,7 @@ class Letterbox:
         """(..., 4) xyxy in the image's pixels -> (..., 4) cxcywh in 0..1 of the square."""
         offset = torch.tensor(self.corner * 2)  # (4,) left, top, left, top
         corners = boxes.float() * self.scale + offset  # (..., 4) xyxy in pixels of the square
-        low = corners[..., :2]
-        high = corners[..., 2:]
+        low, high = corners.split(2, -1)  # (..., 2) each
         return torch.cat([(low + high) / 2, high - low], -1) / self.size
 
     def boxes_to_image(self, boxes):

@@ -146,8 +146,7 @@ class Speaker:
     def offset(self, i, j, direction):
         """How far object i is from j in this direction, and how far to the side, in long sides of the image."""
         axis, sign = DIRECTIONS[direction]
-        along = self.at[axis]
-        across = self.at[1 - axis]
+        along, across = self.at[axis], self.at[1 - axis]
         return sign * (along[i] - along[j]), abs(across[i] - across[j])
 
     def is_ahead(self, i, j, direction):
@@ -157,8 +156,7 @@ class Speaker:
 
     def distance(self, i, j):
         """From centre to centre, and from edge to edge as if both were circles."""
-        a = self.objects[i]
-        b = self.objects[j]
+        a, b = self.objects[i], self.objects[j]
         centres = math.hypot(a.x - b.x, a.y - b.y)
         return centres, centres - (a.diameter + b.diameter) / 2
 
@@ -274,6 +272,7 @@ class Speaker:
         return end < along < 1 - end and aside < width / 2
 
     def conjunction(self, form):
+        """form: one of the methods below."""
         return getattr(self, form)()
 
     def two_attributes(self):
