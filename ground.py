@@ -1,4 +1,4 @@
-"""Ground expressions in images: `python ground.py --help`; the program is hivg/__main__.py."""
+"""Ground expressions in images, see `python ground.py --help`; the code is in hivg/__main__.py."""
 
 from hivg.__main__ import start
 

@@ -1,10 +1,10 @@
 """Ground expressions in images: print the boxes and draw them.
 
     python ground.py                                     a bundled image, with the bundled weights
-    python ground.py photo.jpg -e "the man on the left"  your own; -e may be given several times
+    python ground.py photo.jpg -e "the man on the left"  your own; repeat -e for several expressions
     python ground.py folder/ -e "the red star" --json    every image of a folder, a JSON object a line
 
-Where hivg is installed (`pip install .`), the same command is called hivg-ground.
+Once hivg is installed (`pip install .`), the same command is also called hivg-ground.
 """
 
 import json
@@ -32,17 +32,18 @@ def arguments():
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="images or folders of images")
     parser.add_argument("-e", "--expression", action="append", metavar="TEXT", help="what to find; may be repeated")
     parser.add_argument("--weights", default=DEFAULT_WEIGHTS, metavar="FILE", help="a HiVG weights file")
-    parser.add_argument("--output", metavar="PATH", help="the drawn image (default: grounded.png); for several images, "
-                        "or ending in /, a folder (default: grounded/)")
-    parser.add_argument("--heatmap", choices=HEATMAPS, help="also draw a heat map of the first expression: tokens, "
-                        "the default, is the token map; attention, where the token of the box looks")
-    parser.add_argument("--mask", action="store_true", help="also draw the mask of the first expression")
-    parser.add_argument("--save_masks", metavar="FOLDER", help="write each expression's mask as a black and white PNG: "
-                        "NAME-1.png, NAME-2.png for the expressions of NAME.jpg")
-    parser.add_argument("--min_score", type=float, default=0.0, metavar="S", help="0 to 1; below this score nothing "
-                        "counts as found: no box and no mask")
-    parser.add_argument("--json", action="store_true", help="print a JSON object per line; draw only with --output")
-    parser.add_argument("--rle", action="store_true", help="with --json: add masks, as COCO's compressed run lengths")
+    parser.add_argument("--output", metavar="PATH", help="where to draw (default: grounded.png); a folder for several "
+                        "images (default: grounded/) or if it ends in /")
+    parser.add_argument("--heatmap", choices=HEATMAPS, help="draw a heat map of the first expression: tokens, how much "
+                        "each patch belongs to the object (also if no name is given); attention, what the token that "
+                        "predicts the box attends to")
+    parser.add_argument("--mask", action="store_true", help="draw the mask of the first expression")
+    parser.add_argument("--save_masks", metavar="FOLDER", help="write the mask of each expression as a black and white "
+                        "PNG: NAME-1.png, NAME-2.png for the expressions of NAME.jpg")
+    parser.add_argument("--min_score", type=float, default=0.0, metavar="S", help="0 to 1: a result that scores less "
+                        "counts as not found, without a box or a mask; a heat map is still drawn")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line on stdout; draw only with --output")
+    parser.add_argument("--rle", action="store_true", help="with --json: also masks, as COCO's compressed run lengths")
     add_machine_flags(parser)
     args = parser.parse_args(with_heatmap_named(sys.argv[1:]))
     if args.expression and not args.images:
@@ -54,31 +55,35 @@ def arguments():
     if "" in (args.output, args.save_masks):
         parser.error("--output and --save_masks must name a file or folder, not be empty")
     if args.rle and not args.json:
-        parser.error("--rle is for --json; give both, or --save_masks FOLDER for PNG files")
+        parser.error("--rle needs --json; for PNG files use --save_masks FOLDER")
     if not args.images:
         args.images = [short_path(EXAMPLE)]
         args.expression = [EXAMPLE_EXPRESSION]
     return args
 
 
+def with_heatmap_named(words):
+    """The command line with --heatmap=tokens where no name follows --heatmap: argparse's nargs="?" would take the
+    image after it for the name."""
+    named = list(words)
+    for i, word in enumerate(words):
+        if word == "--heatmap" and "".join(words[i + 1 : i + 2]) not in HEATMAPS:
+            named[i] = "--heatmap=tokens"
+    return named
+
+
 def short_path(path):
-    """Relative to the current folder, where there is such a path: not between two drives of Windows."""
+    """Relative to the current folder, if there is such a path; on Windows there is none to another drive."""
     try:
         return os.path.relpath(path)
     except ValueError:
         return str(path)
 
 
-def with_heatmap_named(words):
-    """The command line, with the token map named where --heatmap is followed by something else, such as an image."""
-    bare = [word == "--heatmap" and after not in HEATMAPS for word, after in zip(words, [*words[1:], ""])]
-    return ["--heatmap=tokens" if is_bare else word for word, is_bare in zip(words, bare)]
-
-
 def list_images(names):
-    """Files, and the images of folders, sorted by name. Raises ImageError for a folder without any."""
-    kinds = Image.registered_extensions()  # {suffix: kind}
-    suffixes = {suffix for suffix, kind in kinds.items() if kind in Image.OPEN and kind not in UNREADABLE}
+    """Files as given, folders as their images, sorted by name. Raises ImageError for a folder without images."""
+    formats = Image.registered_extensions()  # {suffix: format}
+    suffixes = {suffix for suffix, name in formats.items() if name in Image.OPEN and name not in UNREADABLE}
     paths = []
     for name in names:
         if not os.path.isdir(name):  # unlike Path.is_dir, False for a name that no file can have
@@ -90,59 +95,51 @@ def list_images(names):
             raise ImageError(f"{shown(name)}: cannot be listed ({error.strerror}); check the folder") from None
         if not inside:
             raise ImageError(f"{shown(name)}: no image in this folder; name a folder with PNG or JPEG files")
-        paths += [str(path) for path in inside]
+        paths += map(str, inside)
     return paths
 
 
-def drawing_paths(args, images, several):
-    """The file for the drawing of each image; None with --json and no --output."""
-    if args.json and not args.output:
-        return [None] * len(images)
-    output = args.output or ("grounded/" if several else "grounded.png")
-    if not several and not os.path.isdir(output) and not output.endswith(("/", os.sep)):
-        return [Path(output)]
-    return [Path(output, f"{name}.png") for name in names_of(images)]
-
-
-def mask_paths(args, images):
-    """For each image, the file for the mask of each expression; none without --save_masks."""
-    if not args.save_masks:
-        return [[]] * len(images)
-    numbers = range(1, len(args.expression) + 1)
-    return [[Path(args.save_masks, f"{name}-{number}.png") for number in numbers] for name in names_of(images)]
-
-
 def names_of(images):
-    """The names of image files without folder and suffix, made unique."""
-    names = {}  # {name: image}
-    numbers = {}  # {name without its number: the last number}
+    """The names of image files without folder and suffix, numbered where several have the same: a, a-2, a-3."""
+    names = {}  # an ordered set
+    numbers = {}  # {stem: the last number it got}
     for image in images:
-        stem = name = Path(image).stem
-        while name in names:  # two images of one name, such as a.jpg and a.png
+        name = stem = Path(image).stem
+        while name in names:
             numbers[stem] = numbers.get(stem, 1) + 1
             name = f"{stem}-{numbers[stem]}"
-        names[name] = image
+        names[name] = None
     return list(names)
 
 
+def drawing_paths(args, images, several):
+    """A file for the drawing of each image; None for each with --json but no --output."""
+    if args.json and not args.output:
+        return [None] * len(images)
+    output = args.output or ("grounded/" if several else "grounded.png")
+    if several or os.path.isdir(output) or output.endswith(("/", os.sep)):
+        return [Path(output, f"{name}.png") for name in names_of(images)]
+    return [Path(output)]
+
+
 def refuse_to_overwrite(images, targets):
-    """Raises ValueError if a file to be written is one of the images, or two of them are the same file."""
+    """Raises ValueError if a file to be written is one of the images, or if two of them are the same."""
     targets = [target for target in targets if target]
-    if len({os.path.abspath(target) for target in targets}) < len(targets):
+    if len(set(map(os.path.abspath, targets))) < len(targets):
         raise ValueError("a drawing would replace a mask; give --output and --save_masks different folders")
-    image_at = {place_of(image): image for image in images}
+    image_at = {file_id(image): image for image in images}
     for target in targets:
-        place = place_of(target)
-        if place and place in image_at:
-            raise ValueError(f"{image_at[place]}: {target} would replace the image; give another --output or "
+        found = file_id(target)
+        if found and found in image_at:
+            raise ValueError(f"{image_at[found]}: {target} would replace the image; give another --output or "
                              "--save_masks")
 
 
-def place_of(path):
+def file_id(path):
     """(device, inode) of a file, the same by whatever path; None if there is none."""
     try:
         found = os.stat(path)
-    except (OSError, ValueError):  # the latter: a name that no file can have
+    except (OSError, ValueError):  # ValueError: a name that no file can have
         return None
     return found.st_dev, found.st_ino
 
@@ -150,47 +147,39 @@ def place_of(path):
 def report(args, image, results):
     """Print the results of one image."""
     width, height = results[0].image.size
-    if args.json:
-        entries = []
-        for result in results:
-            entry = result.to_dict()
-            if args.rle:
-                entry["mask"] = result.mask_rle()
-            if result.score < args.min_score:
-                entry |= {name: None for name in ("box", "mask") if name in entry}  # nothing is found
-            entries.append(entry)
-        print(json.dumps({"image": image, "width": width, "height": height, "results": entries}), flush=True)
-        return
-    print(f"{shown(image, 1000)} ({width} x {height})")
+    if not args.json:
+        print(f"{shown(image, 1000)} ({width} x {height})")
+    entries = []
     for result in results:
-        box = ", ".join(f"{v:.1f}" for v in result.box)
-        found = f"box ({box})" if result.score >= args.min_score else "nothing found"
-        print(f"  {shown(result.expression, 1000)}: {found}, score {result.score:.2f}", flush=True)
-
-
-def write_files(args, results, drawing, masks):
-    """Write the drawing of one image, unless it is None, and its masks."""
-    for result, path in zip(results, masks):
-        result.save_mask(path, args.min_score)
-    if drawing:
-        image = draw_results(results, args.heatmap, args.mask, args.min_score)
-        save_image(image, drawing, "make room, or give another --output")
-        print(f"drawn in {shown(drawing, 1000)}", file=sys.stderr)
+        is_found = result.score >= args.min_score
+        if args.json:
+            entry = result.to_dict()
+            entry["box"] = entry["box"] if is_found else None
+            if args.rle:
+                entry["mask"] = result.mask_rle() if is_found else None
+            entries.append(entry)
+        else:
+            box = ", ".join(f"{v:.1f}" for v in result.box)
+            found = f"box ({box})" if is_found else "nothing found"
+            print(f"  {shown(result.expression, 1000)}: {found}, score {result.score:.2f}", flush=True)
+    if args.json:
+        print(json.dumps({"image": image, "width": width, "height": height, "results": entries}), flush=True)
 
 
 def main():
-    """-> the exit code: 0, or 1 if an image of several could not be read."""
+    """-> the exit code: 0, or 1 if one of several images could not be read."""
     args = arguments()
-    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack an expression's letters
+    sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack characters of an expression
     images = list_images(args.images)
     grounder = Grounder.from_pretrained(args.weights, args.device, args.dtype)
     several = len(images) > 1 or os.path.isdir(args.images[0])
     drawings = drawing_paths(args, images, several)
-    masks = mask_paths(args, images)
+    numbers = range(1, len(args.expression) + 1) if args.save_masks else []
+    masks = [[Path(args.save_masks, f"{name}-{number}.png") for number in numbers] for name in names_of(images)]
     refuse_to_overwrite(images, [*drawings, *chain.from_iterable(masks)])
     progress = Progress("grounded", len(images))
-    warnings = chain.from_iterable(grounder.warnings(expression) for expression in dict.fromkeys(args.expression))
     code = 0
+    warnings = [line for text in dict.fromkeys(args.expression) for line in grounder.warnings(text)]
     for number, image in enumerate(images):
         try:
             results = grounder.ground(image, args.expression, attention=args.heatmap == "attention")
@@ -200,10 +189,16 @@ def main():
             print(f"error: {error}", file=sys.stderr)
             code = 1
             continue
-        for line in warnings:  # all of them with the first image
+        for line in warnings:
             print(f"warning: {line}", file=sys.stderr)
+        warnings = []  # once is enough
         report(args, image, results)
-        write_files(args, results, drawings[number], masks[number])
+        for result, path in zip(results, masks[number]):
+            result.save_mask(path, args.min_score)
+        if drawings[number]:
+            drawing = draw_results(results, args.heatmap, args.mask, args.min_score)
+            save_image(drawing, drawings[number], "make room, or give another --output")
+            print(f"drawn in {shown(drawings[number], 1000)}", file=sys.stderr)
         if several:
             progress(number + 1)
     return code

@@ -25,79 +25,70 @@ from hivg.utils.fonts import clean_text, drawable
 from hivg.utils.messages import quoted
 
 DEFAULT_WEIGHTS = weights.bundled("hivg-tiny.safetensors")
-BATCH = 32  # expressions that go through the model at once
-DRAWN = 200  # pixels: a small image is drawn a whole number of times larger, up to this long side
-HEATMAPS = ("tokens", "attention")  # the token map, [REG]'s attention
+BATCH = 32  # expressions in one forward pass
+DRAWN = 200  # pixels: small images are drawn enlarged by the largest whole factor that keeps both sides within this
+HEATMAPS = ("tokens", "attention")  # the maps that can be drawn as a heat map
 
 
 @dataclass
 class Result:
-    """One grounded expression. Two are equal if their expressions, boxes and scores are."""
+    """One grounded expression. Two results are equal if their expressions, boxes and scores are."""
 
     expression: str
     box: tuple  # (xmin, ymin, xmax, ymax), floats in pixels of the image, which is upright after EXIF rotation
-    score: float  # 0..1: how much of the token map lies in the box (`HiVG.score`); with `Grounder.calibration`, the
-    # probability that the box is right (IoU of 0.5 or more) on data like that it was fitted on
-    image: Image.Image = field(repr=False, compare=False)  # RGB, upright
+    score: float  # 0..1: the share of the token map that lies in the box (`HiVG.score`); if it is calibrated, the
+    # probability that the box is right, IoU 0.5 or more, on data like those of the calibration
+    image: Image.Image = field(repr=False, compare=False)  # the image it was found in, RGB
     letterbox: Letterbox = field(repr=False, compare=False)
     # maps on the patch grid of the padded square
     token_map: np.ndarray = field(repr=False, compare=False)  # (h, w), 0..1
     mask_map: np.ndarray = field(repr=False, compare=False)  # (8 h, 8 w), 0..1
-    attention_map: np.ndarray | None = field(default=None, repr=False, compare=False)  # (h, w) shares, if asked for
+    attention_map: np.ndarray | None = field(default=None, repr=False, compare=False)  # (h, w) shares, on request
 
     @property
     def heatmap(self):
-        """(H, W) float32 in 0..1: the token map, how much each pixel belongs to the region meant."""
-        return self.letterbox.map_to_image(self.square("tokens"))
+        """(H, W) float32 in 0..1: the token map, how much each pixel belongs to the object meant."""
+        return self.letterbox.map_to_image(self.on_square("tokens"))
 
     @property
     def mask(self):
         """(H, W) float32 in 0..1: the segmentation head's probability of each pixel."""
-        return self.letterbox.map_to_image(self.square("mask"))
+        return self.letterbox.map_to_image(self.on_square("mask"))
 
     @property
     def attention(self):
-        """(H, W) float32 in 0..1: where [REG], from which the box comes, looks in the last layer of the grounding
-        encoder, mean over the heads, relative to the patch it looks at most. `attention_map` has the shares themselves;
-        text and [CLS] have the rest. Raises ValueError if it was not asked for."""
-        return self.letterbox.map_to_image(self.square("attention"))
+        """(H, W) float32 in 0..1: where [REG], from which the box is computed, looks in the last layer of the grounding
+        encoder, averaged over the heads, relative to the patch it looks at most. `attention_map` has the shares
+        themselves; the rest goes to text and [CLS]. Raises ValueError if it was not requested."""
+        return self.letterbox.map_to_image(self.on_square("attention"))
 
-    def square(self, name):
-        """A map on the pixels of the model's square, (S, S) float32 in 0..1. name: mask, or one of HEATMAPS."""
-        S = self.letterbox.size
+    def on_square(self, name):
+        """The map "tokens", "mask" or "attention" on the model's padded square: (S, S) float32 in 0..1. Raises
+        ValueError for an attention that was not requested."""
         if name == "tokens":
-            # RTCC's target says of a patch whether its first pixel is in the box (`box_on_grid`), so that pixel gets
-            # the patch's value, and those behind the last patch's first pixel repeat it
-            h = len(self.token_map)
-            inside = (h - 1) * (S // h) + 1
-            square = torch.from_numpy(self.token_map)[None, None]  # (1, 1, h, w)
-            square = F.interpolate(square, (inside, inside), mode="bicubic", align_corners=True)
-            square = F.pad(square, (0, S - inside, 0, S - inside), mode="replicate")  # (1, 1, S, S)
-        elif name == "mask":
-            square = F.interpolate(torch.from_numpy(self.mask_map)[None, None], (S, S), mode="bicubic")
-        elif name != "attention":
-            raise ValueError(f"heatmap must be one of {', '.join(HEATMAPS)}, not {name!r:.40}")
-        elif self.attention_map is None:
-            raise ValueError("the attention was not asked for; give ground or ground_pairs attention=True")
-        else:
-            shares = self.attention_map / max(self.attention_map.max(), 1e-9)  # all 0 in a very narrow image
-            square = F.interpolate(torch.from_numpy(shares)[None, None], (S, S), mode="bicubic")
-        return square[0, 0].clamp(0, 1).numpy()  # bicubic can leave 0..1
+            # RTCC's target is whether a patch's first pixel is in the box (`box_on_grid`)
+            return spread(self.token_map, self.letterbox.size, at="first pixel")
+        if name == "mask":
+            return spread(self.mask_map, self.letterbox.size)
+        if self.attention_map is None:
+            raise ValueError("the attention was not requested; call ground or ground_pairs with attention=True")
+        largest = max(self.attention_map.max(), 1e-9)  # 0 if the image is so narrow that it covers half of no patch
+        return spread(self.attention_map / largest, self.letterbox.size)
 
     def save_mask(self, path, min_score=0.0):
-        """Write the mask as a black image of the same size, white where its probability is above 0.5; all black if the
-        result scores less than min_score. Raises ValueError or OSError, one line with the file."""
+        """Write the mask as a black image, white where the probability is above 0.5; all black if the score is below
+        min_score. Raises ValueError or OSError, one line that names the file."""
         found = (self.mask > 0.5) & (self.score >= min_score)
         save_image(Image.fromarray(np.uint8(255) * found), path)
 
     def mask_rle(self):
-        """The mask, where its probability is above 0.5, as COCO's compressed run lengths, as pycocotools reads them:
+        """The mask, where its probability is above 0.5, as COCO's compressed run lengths for pycocotools:
         {"size": [H, W], "counts": text}."""
         return run_lengths_of(self.mask > 0.5)
 
     def draw(self, heatmap=False, mask=False):
-        """-> PIL RGB image with the box and the expression. heatmap: True or "tokens" to draw it over the token map,
-        "attention" over the attention. mask: whether to draw it over the mask."""
+        """-> PIL RGB image with the box and the expression. heatmap: "tokens" (or True) or "attention" to lay that map
+        over the image. mask: whether to tint and outline the mask."""
         return draw_results([self], heatmap, mask)
 
     def to_dict(self):
@@ -106,14 +97,30 @@ class Result:
         return {"label": self.expression, "score": self.score, "box": box}
 
 
-def draw_results(results, heatmap=False, mask=False, min_score=0.0):
-    """Draw the results of one image together -> PIL RGB image. Heat map and mask (see Result.draw) are the first
-    result's. Neither box nor mask of a result that scores less than min_score is drawn.
+def spread(values, size, at="middle"):
+    """(h, w) in 0..1, one value a cell -> (size, size) float32 in 0..1, bicubic. at: the pixel of its cell that a value
+    holds for, the "middle" or the "first pixel"; behind the last cell's first pixel its value repeats."""
+    values = torch.from_numpy(values)[None, None]  # (1, 1, h, w)
+    if at == "middle":
+        square = F.interpolate(values, (size, size), mode="bicubic")  # (1, 1, S, S)
+    else:
+        margin = size // values.shape[2] - 1  # pixels of the last cell behind its first
+        square = F.interpolate(values, (size - margin, size - margin), mode="bicubic", align_corners=True)
+        square = F.pad(square, (0, margin, 0, margin), mode="replicate")  # (1, 1, S, S)
+    return square[0, 0].clamp(0, 1).numpy()  # bicubic overshoots
 
-    An image of at most 100 pixels a side is enlarged (DRAWN). An expression that no font here has the letters for,
-    such as Chinese or emoji, is labelled with its number among the results: #1."""
+
+def draw_results(results, heatmap=False, mask=False, min_score=0.0):
+    """Draw the results of one image together -> PIL RGB image. Heat map and mask (see Result.draw) are those of the
+    first result. The box and mask of a result that scores below min_score are not drawn.
+
+    An image of at most 100 pixels a side is drawn enlarged (DRAWN). An expression that no installed font can write,
+    e.g. Chinese or emoji, is labelled with its number among the results: #1."""
+    heatmap = "tokens" if heatmap is True else heatmap
+    if heatmap and heatmap not in HEATMAPS:
+        raise ValueError(f"heatmap must be one of {', '.join(HEATMAPS)}, not {heatmap!r:.40}")
     first = results[0]
-    window = first.letterbox.window  # maps as small as they are: the image may have many more pixels
+    window = first.letterbox.window  # not `first.heatmap`: the image may have many more pixels than the square
     factor = max(1, DRAWN // max(first.image.size))
     boxes = []
     labels = []
@@ -121,15 +128,12 @@ def draw_results(results, heatmap=False, mask=False, min_score=0.0):
         if result.score >= min_score:
             boxes.append([factor * v for v in result.box])
             labels.append(drawable(clean_text(result.expression), f"#{number}"))
-    heat = None
-    if heatmap:
-        heat = first.square("tokens" if heatmap is True else heatmap)[window]
     return draw_boxes(
         ImageOps.scale(first.image, factor, Image.Resampling.NEAREST),
         boxes,
         labels,
-        heatmap=heat,
-        mask=first.square("mask")[window] if mask and first.score >= min_score else None,
+        heatmap=first.on_square(heatmap)[window] if heatmap else None,
+        mask=first.on_square("mask")[window] if mask and first.score >= min_score else None,
     )
 
 
@@ -137,30 +141,35 @@ class Grounder:
     """A HiVG model ready for use: adapters merged, in evaluation mode, on its device."""
 
     def __init__(self, model, device="auto", dtype="auto"):
-        """model: a HiVG with its tokenizer, left unchanged. device: auto, cpu or cuda. dtype of weights and products:
-        float32, or bfloat16, which moves boxes by some thousandths of the side; auto = bfloat16 where the hardware has
-        it. Boxes and scores are float32. Raises ValueError."""
+        """model: a HiVG with its tokenizer; it is copied, not changed. device: auto, cpu or cuda. dtype: of parameters
+        and matrix products, float32 or bfloat16, which moves boxes by some thousandths of the image's side; auto is
+        bfloat16 where the hardware is fast at it. Boxes and scores are float32. Raises ValueError."""
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
         self.model = model.for_prediction(self.device, self.dtype)
-        self.clip = self.model.config.clip
-        self.calibration = calibration_of(getattr(model, "info", {}))  # (a, b) of the score; None = not calibrated
+        self.clip = self.model.config.clip  # CLIPConfig
+        self.calibration = calibration_of(getattr(model, "info", {}))  # (a, b), or None if the score is uncalibrated
 
     @classmethod
     def from_pretrained(cls, path=DEFAULT_WEIGHTS, device="auto", dtype="auto"):
-        """Raises hivg.weights.WeightsError for a file that cannot be used, ValueError for a device that is missing."""
-        choose_device(device)  # before time is spent on loading
+        """The Grounder of a weights file. Raises hivg.weights.WeightsError for a file that cannot be used, ValueError
+        for a device that is not available."""
+        choose_device(device)  # fails before the file is loaded
         model = weights.load_hivg(path)
         weights.need_tokenizer(model, path)
-        calibration_of(model.info, path)  # raises the error that names the file
+        calibration_of(model.info, path)  # its error names the file
         return cls(model, device, dtype)
 
-    @torch.inference_mode()
     def ground(self, image, expression, attention=False):
-        """image: a path, a PIL image, an open file or an array (hivg.data.images.open_image); expression: text ->
-        Result, or a list of texts about the image -> list of Result. attention: whether results have `attention`, which
-        takes a little longer. Raises hivg.data.images.ImageError for the image, ValueError for an expression that is
-        empty or not text, and for a model whose boxes are not finite."""
+        """Find what an expression means in an image.
+
+        image:      a path, a PIL image, an open file or an array (see hivg.data.images.open_image)
+        expression: a text -> Result, or a list of texts about the image -> list of Result
+        attention:  whether the results have an `attention`, which takes a little longer
+
+        Raises hivg.data.images.ImageError for the image; ValueError for an expression that is empty or no text, and
+        for a model whose output is not finite.
+        """
         texts = texts_of(expression)
         image = open_image(image)
         results = []
@@ -168,34 +177,34 @@ class Grounder:
             results += self._ground_batch([image], texts[start : start + BATCH], attention)
         return results[0] if isinstance(expression, str) else results
 
-    @torch.inference_mode()
     def ground_pairs(self, images, expressions, attention=False):
-        """n images, each with its expression of a list of n -> list of n Result, in batches of at most BATCH. Raises
-        as `ground` does, and ValueError for lists of different lengths."""
+        """n images, each with its own expression -> list of n Result, computed BATCH at a time. Raises as `ground`
+        does, and ValueError for lists of different lengths."""
         lists = hasattr(images, "__len__") and hasattr(expressions, "__len__") and not isinstance(expressions, str)
         if not lists or len(images) != len(expressions):
             raise ValueError("ground_pairs needs a list of images and a list of as many expressions")
-        expressions = texts_of(expressions)
+        texts = texts_of(expressions)
         results = []
         for start in range(0, len(images), BATCH):
             batch = [open_image(image) for image in images[start : start + BATCH]]
-            results += self._ground_batch(batch, expressions[start : start + BATCH], attention)
+            results += self._ground_batch(batch, texts[start : start + BATCH], attention)
         return results
 
     def warnings(self, expression):
-        """Reasons why the model may misunderstand an expression: a list of lines, usually empty."""
+        """Reasons why the model may not understand an expression: a list of lines, mostly empty."""
         lines = []
         tokenizer = self.model.tokenizer
-        room = tokenizer.context_length - 2  # without the start and the end token
+        room = tokenizer.context_length - 2  # beside the start and the end token
         n = len(tokenizer.encode(expression))
         if n > room:
             lines.append(f"the expression has {n} tokens and is cut to its first {room}; make it shorter")
         for word in dict.fromkeys(split_words(expression)):
-            # nearly letter by letter; a known word is one token or two
+            # a known word is one token or two, an unknown one is spelled almost letter by letter
             if len(word) >= 3 and word.isalpha() and 2 * len(tokenizer.encode(word)) > len(word):
                 lines.append(f"the tokenizer has no token for {word!r:.40} and spells it; the model may not know it")
         return lines
 
+    @torch.inference_mode()
     def _ground_batch(self, images, texts, attention):
         """B PIL images, or one for all, and B texts -> list of B Result."""
         letterboxes = [Letterbox(*image.size, self.clip.image_size) for image in images]
@@ -203,7 +212,7 @@ class Grounder:
         pixels = torch.stack([box.image(image, normalization) for box, image in zip(letterboxes, images)])
         padding = torch.stack([box.padding_mask() for box in letterboxes])  # (B or 1, S, S)
         token_ids = self.model.tokenizer(texts)  # (B, T)
-        # pixels (B or 1, 3, S, S): for one image whatever does not depend on the text is computed once
+        # pixels (B or 1, 3, S, S): for a single image, what does not depend on the text is computed once
         output = self.model(pixels.to(self.device), padding.to(self.device), token_ids.to(self.device),
                             with_reg_attention=attention)
 
@@ -231,10 +240,10 @@ def texts_of(expression):
     is_one = isinstance(expression, str | bytes) or not hasattr(expression, "__iter__")
     texts = [expression] if is_one else list(expression)
     if not texts:
-        raise ValueError("the list of expressions is empty; give one or more")
+        raise ValueError("the list of expressions is empty; give at least one")
     for text in texts:
         if not isinstance(text, str):
-            raise ValueError(f"the expression {quoted(text)} is not text; give a string or a list of strings")
+            raise ValueError(f"the expression {quoted(text)} is not text; give a string, or a list of strings")
         if not text.strip():
             raise ValueError("the expression is empty; say in words what to find")
     return texts

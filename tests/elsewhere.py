@@ -1,8 +1,6 @@
-"""A device that is not the CPU, for machines without a GPU: tensors on it compute the same numbers, and an operation
-that mixes them with tensors of the CPU raises, as on a GPU.
-
-To PyTorch the device is "meta"; each tensor on it keeps its numbers in a CPU tensor inside.
-"""
+"""A device that is not the CPU, for machines without a GPU: its tensors compute the same values, and an operation that
+mixes them with CPU tensors raises, as on a GPU. To PyTorch the device is "meta"; each of its tensors holds its values
+in a CPU tensor."""
 
 from contextlib import nullcontext
 
@@ -19,7 +17,7 @@ class MixedDevices(RuntimeError):
 
 
 class Elsewhere(torch.Tensor):
-    """A tensor on the device; `inner` is the CPU tensor with its numbers."""
+    """A tensor on the device; `inner` is the CPU tensor with its values."""
 
     @staticmethod
     def __new__(cls, inner):
@@ -42,10 +40,10 @@ class ElsewhereMode(TorchDispatchMode):
 
 
 def run(function, args, kwargs):
-    """One operation: checked, computed on the CPU, its result put where it belongs."""
+    """One operation: checked, computed on the CPU, its result placed on the right device."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     there = [tensor for tensor in tensors if isinstance(tensor, Elsewhere)]
-    # a number on the CPU may join in, as on a GPU
+    # a CPU scalar may take part, as on a GPU
     here = [tensor for tensor in tensors if not isinstance(tensor, Elsewhere) and tensor.dim()]
     if there and here and function not in MOVES:
         raise MixedDevices(f"{function} of tensors on the device and on the CPU, {[tuple(t.shape) for t in tensors]}")
@@ -70,7 +68,7 @@ def run(function, args, kwargs):
 
 
 def stand_in(monkeypatch):
-    """Things that PyTorch refuses on "meta" and allows on a GPU."""
+    """Patch what PyTorch refuses on "meta" and allows on a GPU."""
     autocast = torch.autocast
     adamw = torch.optim.AdamW
     save = torch.save
@@ -88,7 +86,7 @@ def stand_in(monkeypatch):
         mode.guard = torch.no_grad()
         mode.guard.__enter__()
 
-    # a module that changes its type gets new parameters: the `inner` of the old ones would stay as it was
+    # `module.to(dtype)` makes new parameters: in place, the `inner` of the old ones would keep its dtype
     monkeypatch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
     monkeypatch.setattr(torch.inference_mode, "__enter__", enter)
     monkeypatch.setattr(torch.inference_mode, "__exit__", lambda mode, *error: mode.guard.__exit__(*error))

@@ -1,7 +1,5 @@
-"""A listener for the drawn world: reads an expression word by word and finds the objects it may mean.
-
-It knows English words and the numbers of a scene, and nothing of how the expressions were made.
-"""
+"""A listener for the drawn world: reads an expression word by word and finds the objects it may mean. It knows English
+words and the geometry of a scene, and nothing of how the expressions are made."""
 
 import math
 import re
@@ -17,35 +15,25 @@ COUNTS = {"train": 400, "val": 250, "test": 250, "testA": 150, "testB": 250, "co
 
 @cache
 def scenes(split):
-    """The first scenes of a split with their expressions, made once for all tests."""
-    dataset = Shapes(split)
-    return [dataset.scene(i) for i in range(COUNTS[split])]
+    """[(scene, its expressions), ...], the first of a split, made once for all tests."""
+    return list(map(Shapes(split).scene, range(COUNTS[split])))
 
 
 def expressions(split):
     """[(scene, expression), ...] of these scenes."""
-    pairs = []
-    for scene, spoken in scenes(split):
-        pairs += [(scene, expression) for expression in spoken]
-    return pairs
+    return [(scene, expression) for scene, spoken in scenes(split) for expression in spoken]
 
 
 def spelled(table):
-    """{meaning: "word word"} -> {word: meaning}; phrases are divided by commas."""
-    words = {}
-    for meaning, text in table.items():
-        for word in text.split(", "):
-            words[word] = meaning
-    return words
+    """{meaning: "phrase, phrase"} -> {phrase: meaning}."""
+    return {phrase: meaning for meaning, phrases in table.items() for phrase in phrases.split(", ")}
 
 
 ADJECTIVES = spelled({
     ("size", "small"): "small, little, tiny", ("size", "medium"): "medium, medium-sized",
-    ("size", "large"): "large, big",
-    ("filled", True): "filled, solid", ("filled", False): "outlined, hollow, empty",
-    ("colour", "red"): "red", ("colour", "green"): "green", ("colour", "blue"): "blue", ("colour", "brown"): "brown",
-    ("colour", "purple"): "purple, violet", ("colour", "orange"): "orange", ("colour", "black"): "black",
-    ("colour", "pink"): "pink"})
+    ("size", "large"): "large, big", ("filled", True): "filled, solid", ("filled", False): "outlined, hollow, empty",
+    ("colour", "purple"): "purple, violet"})
+ADJECTIVES |= {colour: ("colour", colour) for colour in "red green blue brown orange black pink".split()}
 NOUNS = {shape: shape for shape in "circle square triangle star heart diamond cross arrow".split()}
 NOUNS |= spelled({None: "shape, object, thing, one"})
 RANKS = spelled({2: "second, 2nd", 3: "third, 3rd", 4: "fourth, 4th", 5: "fifth, 5th"})
@@ -67,8 +55,8 @@ ANY_ADJECTIVE = "(" + "|".join(ADJECTIVES) + ")"
 
 
 class Listener:
-    """Reads one expression; `kind` and `open_head` tell what it read. An expression that is not understood, or not
-    clearly true of its object, raises AssertionError, KeyError or TypeError."""
+    """Reads one expression; `kind` and `open_head` say what it read. One that is not understood, or not clearly true of
+    its object, raises AssertionError, KeyError or TypeError."""
 
     def __init__(self, scene, text):
         self.objects = scene.objects
@@ -77,7 +65,7 @@ class Listener:
         self.open_head = None  # whether a relation's head alone fits several objects
 
     def take(self, pattern):
-        """The match of a pattern at the start of the rest, which it is cut from; or None."""
+        """The match of a pattern at the start of the rest, which then begins behind it; or None."""
         found = re.match(pattern + r"(?: |$)", self.rest)
         if found:
             self.rest = self.rest[found.end():]
@@ -129,7 +117,7 @@ class Listener:
         return {"left": -x, "right": x, "above": -y, "below": y}[direction]
 
     def extreme(self, members, name):
-        """The one that is clearly the furthest; by size, the only one of the outermost size."""
+        """The one that is clearly furthest in a direction, or the only one of the largest or smallest size."""
         assert len(members) >= 2, "a superlative among one"
         if name in ("largest", "smallest"):
             sign = 1 if name == "largest" else -1
@@ -143,10 +131,14 @@ class Listener:
         return first
 
     def related(self, candidates, name, anchors):
-        """Those of the candidates that meet the condition, however weakly. Anchors do not count."""
+        """The candidates that meet the condition, however narrowly; anchors are not among them."""
         candidates = [i for i in candidates if i not in anchors]
         if name in ("closest", "furthest"):
-            return [self.nearest_or_furthest(candidates, name, anchors[0])]
+            distances = {i: math.dist(self.place(i), self.place(anchors[0])) for i in candidates}
+            best, next_best = sorted(candidates, key=distances.get, reverse=name == "furthest")[:2]
+            near, far = sorted([distances[best], distances[next_best]])
+            assert far / near >= 1.25 - 1e-9, "not clear"
+            return [best]
         if name == "between":
             kept = [i for i in candidates if self.is_between(i, *anchors, end=0, width=1)]
             if len(kept) == 1:
@@ -158,16 +150,9 @@ class Listener:
             assert self.along(kept[0], name) >= start + 0.06 - 1e-9, "not clear"
         return kept
 
-    def nearest_or_furthest(self, candidates, name, anchor):
-        distances = {i: math.dist(self.place(i), self.place(anchor)) for i in candidates}
-        order = sorted(candidates, key=distances.get, reverse=name == "furthest")
-        best, next_best = order[:2]
-        pair = sorted([distances[best], distances[next_best]])
-        assert pair[1] / pair[0] >= 1.25 - 1e-9, "not clear"
-        return best
-
     def is_between(self, i, a, b, end, width):
-        """Whether i is in a band from a to b; both as shares of the way: what is cut off at its ends, its width."""
+        """Whether i is in the band from a to b. end, width: what is cut off at each end, and how wide the band is, as
+        shares of the distance."""
         way = self.place(b) - self.place(a)
         along = (self.place(i) - self.place(a)) @ way / (way @ way)
         aside = np.linalg.norm(self.place(i) - self.place(a) - along * way) / np.linalg.norm(way)
@@ -211,8 +196,7 @@ class Listener:
         if other:
             members = [i for i in members if self.has(i, other[1])]
         else:
-            name = self.relation()
-            members = self.related(members, name, [self.anchor()])
+            members = self.related(members, self.relation(), [self.anchor()])
         assert not self.rest, f"left over: {self.rest!r}"
         return members
 
@@ -229,8 +213,7 @@ class Listener:
                 if name == "between":
                     conditions[0][1].append(self.anchor())
                 else:
-                    name = self.relation()
-                    conditions.append((name, [self.anchor()]))
+                    conditions.append((self.relation(), [self.anchor()]))
         assert not self.rest, f"left over: {self.rest!r}"
         self.kind = "relation" if len(conditions) == 1 else "conjunction"
         for _, anchors in conditions:

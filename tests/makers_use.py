@@ -1,5 +1,6 @@
 """Images and checks for the tests of prediction."""
 
+import re
 import struct
 import sys
 import zlib
@@ -19,8 +20,7 @@ def make_scene(width, height, *objects):
     side = (width * height) ** 0.5
     placed = []
     for i, (shape, colour, size, x, y, *filled) in enumerate(objects):
-        is_filled = filled[0] if filled else True
-        placed.append(Object(shape, colour, size, is_filled, x, y, SIZES[size] * side, 4.0 * i - 8))
+        placed.append(Object(shape, colour, size, filled != [False], x, y, SIZES[size] * side, 4.0 * i - 8))
     return Scene(width, height, PLAIN, tuple(placed))
 
 
@@ -40,7 +40,7 @@ def call(main, capfd, monkeypatch, *args):
 
 
 def assert_inside(result, width, height):
-    """A Result for an image of these sizes: its types, shapes and ranges."""
+    """A Result for an image of this size: types, shapes and ranges."""
     xmin, ymin, xmax, ymax = result.box
     assert all(isinstance(v, float) for v in (*result.box, result.score))
     assert 0 <= xmin <= xmax <= width and 0 <= ymin <= ymax <= height and 0 <= result.score <= 1
@@ -64,10 +64,17 @@ def far(a, b):
 
 
 def assert_line(message, *words):
-    """One line that holds all the words."""
+    """One line that contains all the words."""
     assert "\n" not in message and len(message) < 600
     for word in words:
         assert str(word) in message, message
+
+
+def assert_fails(result, *words):
+    """Of a program: exit code 2, nothing on stdout, and one line on stderr that contains all the words."""
+    code, out, err = result
+    assert (code, out) == (2, "") and re.fullmatch(r"error: [^\n\x1b]{,300}\n", err), result
+    assert_line(err.strip(), *words)
 
 
 # --- image files that cannot be used ---

@@ -45,7 +45,7 @@ def compile_kernel(kernel, capability, dtypes, constants):
 
 
 def compile_all(capability):
-    """Every kernel, the forward with each tile of choose_tile -> rows, {column: value}. Raises ValueError."""
+    """Every kernel as it is launched, the forward with all tiles -> rows, {column: value}. Raises ValueError."""
     if kernels.INTERPRETED:
         raise ValueError("the kernels cannot be compiled under Triton's interpreter; unset TRITON_INTERPRET")
     if not TOOL.exists():
@@ -113,7 +113,7 @@ def inspect(kernel):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        text = subprocess.check_output([TOOL, "-sass", "-res-usage", file.name], text=True)
+        text = subprocess.check_output([TOOL, "-sass", "-res-usage", file.name], text=True, stderr=subprocess.DEVNULL)
     used = dict(re.findall(r"(REG|STACK):(\d+)", text))
     in_flight = [int(left, 16) for left in re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\w+)", text)]
     return {"registers": int(used["REG"]), "spills": int(used["STACK"]), "shared": kernel.metadata.shared,

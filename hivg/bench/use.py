@@ -26,7 +26,7 @@ def bench_forward(args):
         precision = str(dtype).removeprefix("torch.")
         grounder = Grounder.from_pretrained(args.weights, args.device, precision)
         model = grounder.model
-        size = grounder.clip.image_size
+        size = model.config.clip.image_size
         for n, images in ((1, 1), (8, 8), (32, 32), (32, 1)):
             token_ids = model.tokenizer(["the red circle left of the star"] * n).to(device)  # (n, T)
             pixels = torch.randn(images, 3, size, size, device=device)

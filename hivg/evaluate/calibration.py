@@ -7,21 +7,22 @@ import numpy as np
 from hivg.evaluate.metrics import mean
 from hivg.utils.messages import quoted, shown
 
-EDGE = 2**-25  # scores are kept this far from 0 and 1: half the spacing of float32 just below 1
-MAX_CALIBRATION = 1e6  # bound of a and b; those of a trained model are below 10
+EDGE = 2**-25  # scores are kept this far from 0 and 1, where logits are infinite: half of float32's step below 1
+LARGEST = 1e6  # of a and b; a trained model's are below 10
 
 
 def calibrated(score, a, b):
-    """A score in 0..1 -> the probability that the box is right, sigmoid(a logit(score) + b). As a > 0 it rises with the
-    score, so the AUROC stays the same."""
+    """A score in 0..1 -> sigmoid(a logit(score) + b), the probability that the box is right. It rises with the score,
+    as a > 0, so it discriminates as well as before."""
     return float(_sigmoid(a * _logit(score) + b))
 
 
 def fit_calibration(scores, right):
-    """Platt scaling (Platt 1999): the a and b of `calibrated` that maximise the likelihood.
+    """Platt scaling: the (a, b) for which `calibrated` best predicts which predictions are right.
 
-    scores: n numbers in 0..1; right: n bools. Logistic regression by Newton's method, on targets smoothed as if one
-    more right and one more wrong prediction had been seen. Raises ValueError unless the score rises with accuracy.
+    scores: n numbers in 0..1; right: n bools. Platt 1999: logistic regression by Newton's method, its targets moved
+    off 0 and 1 as if one more right and one more wrong prediction had been seen. Raises ValueError where higher scores
+    are not more often right.
     """
     right = np.array(right, dtype=bool)  # (n,)
     x = np.stack([_logit(scores), np.ones(len(right))], 1)  # (n, 2)
@@ -35,35 +36,35 @@ def fit_calibration(scores, right):
         gradient = x.T @ (p - targets)  # (2,)
         hessian = (x.T * (p * (1 - p))) @ x + 1e-9 * np.eye(2)  # (2, 2)
         step = np.linalg.solve(hessian, gradient)
-        while _cross_entropy(x @ (ab - step), targets) > loss:  # a full step can overshoot
+        while _cross_entropy(x @ (ab - step), targets) > loss:  # far from the minimum a full step can overshoot
             step = step / 2
         ab = ab - step
         loss = _cross_entropy(x @ ab, targets)
         if np.abs(step).max() < 1e-9:
             break
     a, b = ab.tolist()
-    if not (n_right and n_wrong and math.isfinite(b) and 0 < a < MAX_CALIBRATION):
+    if not (n_right and n_wrong and math.isfinite(b) and 0 < a < LARGEST):
         raise ValueError(f"the score cannot be calibrated on {n_right} right and {n_wrong} wrong boxes: it does not "
-                         "tell them apart; train longer, or take a larger split")
+                         "tell them apart; train longer, or use a larger split")
     return a, b
 
 
-def calibration_of(info, path="the weights"):
-    """The a and b of `calibrated` in a weights file's `info`, or None. Raises ValueError for anything but two finite
-    numbers, the first above 0."""
+def calibration_of(info, path="the weights file"):
+    """(a, b) of `calibrated` from the `info` of a weights file, or None if it has none. Raises ValueError unless they
+    are two finite numbers, the first above 0."""
     ab = info.get("score_calibration")
     if ab is None:
         return None
     is_pair = isinstance(ab, list) and len(ab) == 2 and all(type(value) in (int, float) for value in ab)
-    if not is_pair or not all(abs(value) < MAX_CALIBRATION for value in ab) or ab[0] <= 0:
+    if not is_pair or not all(abs(value) < LARGEST for value in ab) or ab[0] <= 0:  # NaN is not < LARGEST
         raise ValueError(f"{shown(path)}: its score calibration {quoted(ab)} is not two finite numbers, the first "
                          "above 0; calibrate it again (python -m hivg.evaluate --calibrate)")
     return float(ab[0]), float(ab[1])
 
 
 def reliability(scores, right):
-    """Reliability diagram -> rows (low, high, count, mean score, accuracy) of ten equal bins of the score, nan where
-    empty, and the expected calibration error: |mean score - accuracy| of the bins, weighted by their counts."""
+    """How well scores predict the accuracy -> rows (low, high, count, mean score, accuracy) for each tenth of 0..1,
+    nan where it is empty, and the expected calibration error: |mean score - accuracy| averaged over the predictions."""
     groups = [[] for _ in range(10)]
     for score, is_right in zip(scores, right):
         groups[min(int(10 * score), 9)].append((score, is_right))
@@ -79,9 +80,9 @@ def reliability(scores, right):
 
 
 def reliability_lines(scores, right):
-    """`reliability` as lines of text."""
+    """The table of `reliability` as lines of text."""
     tenths, error = reliability(scores, right)
-    lines = [f"score as the probability of being right: expected calibration error {error:.4f}"]
+    lines = [f"score as the chance of being right: expected calibration error {error:.4f}"]
     for low, high, count, mean_score, share_right in tenths:
         means = f", mean score {mean_score:.3f}, Acc@0.5 {share_right:.3f}" if count else ""
         lines.append(f"  {low:.1f} to {high:.1f}    {count:>6} expressions{means}")
@@ -89,13 +90,12 @@ def reliability_lines(scores, right):
 
 
 def _logit(scores):
-    """Of scores kept from 0 and 1 by EDGE."""
     scores = np.clip(np.asarray(scores, dtype=np.float64), EDGE, 1 - EDGE)
     return np.log(scores / (1 - scores))
 
 
 def _sigmoid(z):
-    return 0.5 + 0.5 * np.tanh(z / 2)  # no overflow, whatever z is
+    return 0.5 + 0.5 * np.tanh(z / 2)  # never overflows
 
 
 def _cross_entropy(z, targets):

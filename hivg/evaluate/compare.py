@@ -1,4 +1,4 @@
-"""Where two models differ on the same samples, and whether it is significant: two files of --per_sample."""
+"""Where two models differ on the same samples, and whether that is significant: two files of --per_sample."""
 
 import json
 
@@ -13,15 +13,14 @@ def compare(path_a, path_b):
     if not a or samples_of(a) != samples_of(b):
         raise ValueError(f"{shown(path_a, 80)} ({len(a):,} rows) and {shown(path_b, 80)} ({len(b):,}) are not of the "
                          "same samples; evaluate both on the same split")
-    only_a = [(x, y) for x, y in zip(a, b) if x["iou"] >= 0.5 > y["iou"]]
+    only_a = [(x, y) for x, y in zip(a, b) if x["iou"] >= 0.5 > y["iou"]]  # pairs that the first alone has right
     only_b = [(x, y) for x, y in zip(a, b) if y["iou"] >= 0.5 > x["iou"]]
     p = mcnemar(len(only_a), len(only_b))
-    verdict = "significant at 5 %" if p < 0.05 else "not significant at 5 %"
     lines = [
         f"Acc@0.5 {accuracy(row['iou'] for row in a):.4f} {shown(path_a, 300)}",
         f"Acc@0.5 {accuracy(row['iou'] for row in b):.4f} {shown(path_b, 300)}",
-        f"{len(a)} samples: {len(only_a)} right in the first alone, {len(only_b)} in the second alone; McNemar's p "
-        f"{p:.3g}: {verdict}",
+        f"{len(a)} samples: {len(only_a)} right in the first alone, {len(only_b)} in the second alone; McNemar's p = "
+        f"{p:.3g}: {'' if p < 0.05 else 'not '}significant at 5 %",
     ]
     for name, pairs in (("first", only_a), ("second", only_b)):
         for x, y in pairs:
@@ -41,21 +40,14 @@ def rows_of(path):
         with open(path, encoding="utf-8") as file:
             for line in file:
                 row = json.loads(line)
-                if not is_row(row):
+                numbers = [*row["target"], row["iou"]]
+                # neither bool nor NaN, nor an int that no float can hold
+                if len(numbers) != 5 or not all(type(v) in (int, float) and abs(v) < 1e9 for v in numbers):
+                    raise ValueError
+                if not isinstance(row["image"], str) or not isinstance(row["expression"], str):
                     raise ValueError
                 rows.append(row)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         where = f", line {len(rows) + 1}" if rows else ""
-        raise ValueError(f"{shown(path)}{where}: not a file that --per_sample wrote; name one that it did") from None
+        raise ValueError(f"{shown(path)}{where}: not a file of --per_sample; give one that it wrote") from None
     return rows
-
-
-def is_row(row):
-    """Whether a JSON value has what --compare reads of a row that --per_sample wrote."""
-    if not isinstance(row, dict) or not isinstance(row.get("image"), str) or not isinstance(row.get("expression"), str):
-        return False
-    target = row.get("target")
-    if not isinstance(target, list) or len(target) != 4:
-        return False
-    # neither bools nor NaN, nor integers beyond all floats
-    return all(type(value) in (int, float) and abs(value) < 1e9 for value in (*target, row.get("iou")))

@@ -1,13 +1,16 @@
-"""Accuracy as the field reports it: Acc@t, its confidence interval, mean IoU, both by expression length."""
+"""Accuracy as the field reports it (Acc@t with a confidence interval, mean IoU, both by expression length), and two
+statistics: McNemar's test and AUROC."""
 
 import math
 
-# class: fewest and most words
+import numpy as np
+
+# class -> fewest and most words
 LENGTHS = {"1-5 words": (1, 5), "6-7 words": (6, 7), "8-10 words": (8, 10), "11+ words": (11, 10**9)}
 
 
 def accuracy(ious, threshold=0.5):
-    """Share of the predictions with IoU >= threshold, in 0..1; nan for none."""
+    """Acc@threshold: the share of predictions with IoU >= threshold, in 0..1; nan for none."""
     return mean(iou >= threshold for iou in ious)
 
 
@@ -18,7 +21,7 @@ def mean(values):
 
 
 def interval(p, n, z=1.96):
-    """Wilson's 95 % interval (low, high) of a share p seen in n trials."""
+    """Wilson score interval (low, high) of a proportion p of n trials, 95 % for z = 1.96."""
     if not n:
         return math.nan, math.nan
     centre = p + z * z / (2 * n)
@@ -38,10 +41,10 @@ def by_length(expressions, ious):
 
 
 def mcnemar(only_a, only_b):
-    """McNemar's p for two predictors on the same samples, two-sided.
+    """McNemar's test of two predictors on the same samples -> the two-sided p-value.
 
-    only_a, only_b: how many samples only the first and only the second has right. Exact up to 1,000 such samples, above
-    that by the normal approximation with continuity correction.
+    only_a, only_b: the discordant pairs, samples that only the first or only the second predictor gets right. Exact
+    binomial test up to 1,000 of them, above that the normal approximation with continuity correction.
     """
     n = only_a + only_b
     if n > 1000:
@@ -52,21 +55,13 @@ def mcnemar(only_a, only_b):
 
 def auroc(scores, right):
     """Area under the ROC curve: the probability that a right prediction scores higher than a wrong one, ties counting
-    half. 0.5 = chance; nan where all are right or all wrong. Raises ValueError for a score that is nan."""
-    order = sorted(zip(scores, right))
-    if any(math.isnan(score) for score, _ in order):
-        raise ValueError("a score is NaN; the weights are damaged")
-    wrong = 0  # wrong predictions so far
-    below = 0.0  # pairs so far in which the wrong one scores lower
-    start = 0
-    while start < len(order):
-        end = start
-        while end < len(order) and order[end][0] == order[start][0]:
-            end += 1
-        tied_right = sum(is_right for _, is_right in order[start:end])
-        tied_wrong = end - start - tied_right
-        below += tied_right * (wrong + tied_wrong / 2)
-        wrong += tied_wrong
-        start = end
-    n_right = len(order) - wrong
-    return below / (n_right * wrong) if n_right and wrong else math.nan
+    half. 0.5 is chance; nan where all are right or all wrong. Raises ValueError for a NaN score."""
+    scores = np.asarray(scores, dtype=np.float64)  # (n,)
+    right = np.asarray(right, dtype=bool)
+    if np.isnan(scores).any():
+        raise ValueError("a score is NaN; the weights file is damaged")
+    wrong = np.sort(scores[~right])
+    below = np.searchsorted(wrong, scores[right], "left")  # (n right,) wrong ones that score less than each right one
+    below_or_equal = np.searchsorted(wrong, scores[right], "right")
+    pairs = len(wrong) * len(below)
+    return float((below + below_or_equal).sum() / 2 / pairs) if pairs else math.nan

@@ -1,4 +1,4 @@
-"""The predictions of a model on a data set, a row for each expression."""
+"""A model's predictions on a data set, one row for each expression: what accuracies and comparisons are made of."""
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +10,10 @@ from hivg.data.batches import to_device
 @torch.no_grad()
 def predict(model, batches, device="cpu", expressions=None, progress=None, masks=False):
     """Ground every row of the batches -> list of {"image", "expression", "kind", "image_id", "box", "target", "iou",
-    "score"}, boxes (xmin, ymin, xmax, ymax) in the original image's pixels, floats. The model keeps its mode.
+    "score"}, boxes (xmin, ymin, xmax, ymax) floats in the original image's pixels. The model keeps its mode.
 
-    expressions: texts to use instead of the batches' own, in their order. progress: called with the number of rows
-    done. masks: add "mask_iou", in the model's square, to the rows that have a mask. Raises ValueError for a model
+    expressions: texts to use in place of the batches' own, in their order. progress: called with the number of rows
+    done. masks: add "mask_iou", on the model's square, to the rows that have a mask. Raises ValueError for a model
     whose boxes are not finite.
     """
     rows = []
@@ -32,7 +32,6 @@ def predict(model, batches, device="cpu", expressions=None, progress=None, masks
 
 def predict_batch(model, batch, texts, device, masks):
     """The rows of `predict` for one batch."""
-    # tokenised here: the texts may be others than the batch's own
     on_device = to_device(batch | {"token_ids": model.tokenizer(texts)}, model.tokenizer, device)
     with_mask = masks and bool(batch["has_mask"].any())
     output = model(on_device["images"], on_device["padding_mask"], on_device["token_ids"], with_mask=with_mask)
@@ -60,9 +59,8 @@ def predict_batch(model, batch, texts, device, masks):
 
 
 def mask_iou(logits, masks):
-    """Logits (B, 1, h, w) against masks (B, S, S) bool -> IoU (B,).
-
-    As in the released code: (sigmoid - 0.5) clipped at 0 is resized to the mask's size, and pixels above 0 count."""
+    """Logits (B, 1, h, w) against masks (B, S, S) bool -> IoU (B,). As in the released program: max(sigmoid - 0.5, 0),
+    resized to the mask's size, is the mask where it is above 0."""
     found = (logits.sigmoid() - 0.5).clamp(min=0)
     found = F.interpolate(found, masks.shape[1:], mode="bilinear")[:, 0] > 0  # (B, S, S)
     both = (found & masks).flatten(1).sum(1)  # (B,)

@@ -1,4 +1,4 @@
-"""The report of an evaluation: its text, its sheet of samples, and baselines that need no grounding."""
+"""The report of an evaluation: its text, its sheet of samples, and baselines that do no grounding."""
 
 import random
 
@@ -13,14 +13,14 @@ from hivg.evaluate.calibration import reliability_lines
 from hivg.evaluate.metrics import accuracy, auroc, by_length, interval, mean
 from hivg.utils.draw import contact_sheet, draw_boxes
 
-SHEET = 8  # worst samples on a contact sheet, and as many at random
+SHEET = 8  # worst samples on a contact sheet, and as many random ones
 
-
-# ---- the report
 
 def report(rows, is_calibrated=False):
-    """The text of an evaluation; rows: of `predict`. is_calibrated: whether to tell how true the scores are."""
+    """The rows of `predict` -> the text of an evaluation. is_calibrated: whether to include a reliability table."""
     ious = [row["iou"] for row in rows]
+    right = [overlap >= 0.5 for overlap in ious]
+    scores = [row["score"] for row in rows]
     acc = accuracy(ious)
     low, high = interval(acc, len(ious))
     stricter = ", ".join(f"Acc@{t} {accuracy(ious, t):.4f}" for t in (0.6, 0.7, 0.8, 0.9))
@@ -39,24 +39,22 @@ def report(rows, is_calibrated=False):
     for name, (count, group_acc, group_iou) in groups.items():
         if count:
             lines.append(f"  {name:<14}{count:>6} expressions, Acc@0.5 {group_acc:.4f}, mean IoU {group_iou:.4f}")
-    if 0 < acc < 1:  # otherwise AUROC is undefined
-        discrimination = auroc([row["score"] for row in rows], [overlap >= 0.5 for overlap in ious])
-        lines.append(f"score tells right from wrong boxes: AUROC {discrimination:.3f} (0.5 = chance)")
+    if 0 < acc < 1:  # else there is nothing to tell apart
+        lines.append(f"score tells right from wrong boxes: AUROC {auroc(scores, right):.3f} (0.5 = not at all)")
     if is_calibrated:
-        lines += reliability_lines([row["score"] for row in rows], [overlap >= 0.5 for overlap in ious])
+        lines += reliability_lines(scores, right)
     return "\n".join(lines)
 
 
 def sheet(dataset, rows):
-    """The SHEET worst samples and as many random others as one PIL image: the box wanted and the box found."""
+    """The SHEET worst samples and as many random others on one PIL image, each with the box wanted and the one found.
+    """
     order = sorted(range(len(rows)), key=lambda number: rows[number]["iou"])
-    worst = order[:SHEET]
     others = order[SHEET:]
-    at_random = random.Random(0).sample(others, min(SHEET, len(others)))
-    tiles = [sheet_tile(dataset, rows, number) for number in worst + at_random]
-    captions = [f"worst: {rows[number]['expression']}" for number in worst]
-    captions += [f"random: {rows[number]['expression']}" for number in at_random]
-    return contact_sheet(tiles, captions)
+    picked = [("worst", number) for number in order[:SHEET]]
+    picked += [("random", number) for number in random.Random(0).sample(others, min(SHEET, len(others)))]
+    tiles = [sheet_tile(dataset, rows, number) for _, number in picked]
+    return contact_sheet(tiles, [f"{why}: {rows[number]['expression']}" for why, number in picked])
 
 
 def sheet_tile(dataset, rows, number):
@@ -64,11 +62,9 @@ def sheet_tile(dataset, rows, number):
     return draw_boxes(dataset.image(number), [row["target"], row["box"]], ["wanted", f"found, IoU {row['iou']:.2f}"])
 
 
-# ---- comparisons that need no grounding
-
 def guessers(shapes):
-    """Acc@0.5 of guessing without language on a split of `shapes` -> {"largest object": the one with the most visible
-    pixels, "random object": any object of the image, in expectation}."""
+    """Acc@0.5 of guessing without language on a split of `shapes` -> {"largest object": of always taking the object
+    with the most visible pixels, "random object": expected, of taking any of the image's objects}."""
     largest = []
     at_random = []
     for index in range(len(shapes)):
@@ -84,8 +80,8 @@ def guessers(shapes):
 
 
 def shuffled(rows):
-    """The expressions of the rows of `shapes`, each moved to another image, half a split away."""
+    """The expressions of the rows of `shapes`, each moved to another image, half the split further on."""
     texts = [row["expression"] for row in rows]
     scenes = len(texts) // EXPRESSIONS_PER_SCENE
-    shift = scenes // 2 * EXPRESSIONS_PER_SCENE  # whole images, so that none keeps an expression of its own
+    shift = scenes // 2 * EXPRESSIONS_PER_SCENE  # whole images: none keeps one of its own expressions
     return texts[shift:] + texts[:shift]

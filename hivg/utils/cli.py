@@ -1,7 +1,8 @@
-"""What all command lines share: one-line errors, the choice of device and dtype, progress."""
+"""What all command lines share: one-line errors, the choice of device and dtype, a progress line."""
 
 import argparse
 import os
+import re
 import sys
 import time
 
@@ -9,25 +10,25 @@ import torch
 
 from hivg.utils.messages import shown
 
-DTYPES = ("auto", "float32", "bfloat16")  # of choose_dtype
+DTYPES = ("auto", "float32", "bfloat16")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line and exit code 2. Flags are declared with underscores, are accepted
-    with hyphens too, and cannot be abbreviated."""
+    """An argument parser whose errors are one line and exit code 2. Flags may be written with underscores or hyphens,
+    and cannot be abbreviated."""
 
     def __init__(self, **options):
         options.setdefault("prog", program_name())
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else args
-        declared = {flag[2:].replace("-", "_"): flag for flag in self._option_string_actions if flag.startswith("--")}
+        declared = {flag.replace("_", "-"): flag for flag in self._option_string_actions}
         given = []
-        for arg in args:
+        for arg in sys.argv[1:] if args is None else args:
             name, equals, value = arg.partition("=")
-            flag = declared.get(name[2:].replace("-", "_")) if name.startswith("--") else None
-            given.append(flag + equals + value if flag else arg)
+            if name.startswith("--"):
+                name = declared.get(name.replace("_", "-"), name)
+            given.append(name + equals + value)
         return super().parse_known_args(given, namespace)
 
     def error(self, message):
@@ -35,29 +36,29 @@ class Parser(argparse.ArgumentParser):
 
 
 def program_name():
-    """How the program was called: "python -m hivg.weights", or None for the name of its file."""
+    """How the program was called: "python -m hivg.weights", or None for argparse's default, the name of the file."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # set by `python -m` only
     return f"python -m {spec.name.removesuffix('.__main__')}" if spec and spec.name.startswith("hivg") else None
 
 
 def fail(message, code=2):
-    """Print one line on stderr, whatever the message holds, and exit."""
+    """Print the message as one line on stderr and exit."""
     print("error: " + shown(" ".join(str(message).split()), 290), file=sys.stderr)
     raise SystemExit(code)
 
 
 def run(main, interrupted="interrupted"):
-    """Call main() and exit with what it returns. A ValueError or OSError becomes one line and code 2, Ctrl-C the line
-    `interrupted` and code 130. If the reader of a pipe has left, as `head` does, the code is 1."""
+    """Call main() and exit with the code it returns. A ValueError or OSError is printed as one line, code 2; Ctrl-C
+    prints `interrupted`, code 130; a reader that closes the output early, such as `head`, ends it quietly, code 1."""
     try:
         code = main()
-        sys.stdout.flush()  # notice here, not at exit, that the reader has left
+        sys.stdout.flush()  # raises BrokenPipeError here, where it is caught, and not at exit
     except KeyboardInterrupt:
         fail(interrupted, code=130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is flushed at exit
         code = 1
-    except OSError as error:  # without its errno
+    except OSError as error:
         fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error)
     except ValueError as error:
         fail(error)
@@ -65,59 +66,57 @@ def run(main, interrupted="interrupted"):
 
 
 def add_machine_flags(parser):
-    """--device and --dtype, as choose_device and choose_dtype take them."""
+    """--device and --dtype, for choose_device and choose_dtype."""
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of weights and products; auto = bfloat16 "
-                        "where the hardware has it")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="dtype of parameters and matrix products; "
+                        "auto: bfloat16 where the hardware is fast at it")
 
 
 def choose_device(name):
-    """"auto", "cpu", "cuda" or "cuda:1" -> torch.device. Raises ValueError if it is missing."""
+    """"auto", "cpu", "cuda" or "cuda:1" -> torch.device. Raises ValueError for a device that is not available."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"unknown device {name!r}; use auto, cpu or cuda") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {name} is not supported; use auto, cpu or cuda")
+    if not re.fullmatch(r"cpu|cuda(:\d\d?)?", str(name)):
+        raise ValueError(f"device must be auto, cpu or cuda, not {name!r}")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"no device {name}: PyTorch sees {torch.cuda.device_count()} GPUs; use --device cpu")
+        raise ValueError(f"device {name} is not available, PyTorch sees {torch.cuda.device_count()} GPUs; "
+                         "use --device cpu")
     return device
 
 
 def choose_dtype(name, device):
-    """"float32", "bfloat16", or "auto" -> the dtype of matrix products, and in prediction of weights.
-
-    auto: bfloat16 on a GPU or CPU that has it in hardware, where a step takes half the time. Raises ValueError.
-    """
+    """"float32", "bfloat16" or "auto" -> the torch.dtype of matrix products, and in prediction also of parameters.
+    auto: bfloat16 on a GPU or CPU that multiplies it in hardware, where a step takes half the time. Raises
+    ValueError."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be auto, float32 or bfloat16, not {name!r}")
     if name != "auto":
-        if name not in DTYPES:
-            raise ValueError(f"dtype must be auto, float32 or bfloat16, not {name!r}")
         return getattr(torch, name)
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        able = getattr(torch.cpu, "get_capabilities", dict)()  # missing in some versions
-        fast = able.get("avx512_bf16") or able.get("amx_bf16")
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older versions of PyTorch
+        fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return torch.bfloat16 if fast else torch.float32
 
 
 class Progress:
-    """A counter on stderr: a line that rewrites itself on a terminal, a line every 30 s elsewhere."""
+    """Call with the number done: prints it on stderr, in place on a terminal, as a line every 30 s elsewhere."""
 
     def __init__(self, what, total):
         self.what = what
         self.total = total
         self.start = time.monotonic()
         self.tty = sys.stderr.isatty()
-        self.next = 0.5 if self.tty else 30  # seconds after the start
+        self.interval = 0.5 if self.tty else 30  # seconds
+        self.next = self.interval  # seconds after the start
 
     def __call__(self, done):
         seconds = time.monotonic() - self.start
         if seconds < self.next and not (self.tty and done == self.total):
             return
-        self.next = seconds + (0.5 if self.tty else 30)
+        self.next = seconds + self.interval
         left = seconds / max(done, 1) * (self.total - done)
-        print(f"{self.what}: {done} of {self.total}, {left:.0f} s left  ", file=sys.stderr, flush=True,
-              end="\r" if self.tty and done < self.total else "\n")
+        end = "\r" if self.tty and done < self.total else "\n"
+        print(f"{self.what}: {done} of {self.total}, {left:.0f} s left  ", end=end, file=sys.stderr, flush=True)

@@ -1,8 +1,8 @@
-"""Images with boxes, masks and heat maps drawn over them, with Pillow alone (charts: charts.py, text: fonts.py).
+"""Images with boxes, masks and heat maps drawn over them, with Pillow alone (line charts: charts.py).
 
 Pixels: x runs right, y runs down, (0, 0) is the top left corner of the top left pixel. Boxes are
-(xmin, ymin, xmax, ymax) in pixels; a rectangle inside this file is the same in whole numbers, right and bottom
-excluded. Every function returns a new RGB image and leaves its arguments alone.
+(xmin, ymin, xmax, ymax) in pixels; the rectangles inside this file are the same in integers, right and bottom
+excluded. Every function returns a new RGB image and does not change its arguments.
 """
 
 import math
@@ -12,28 +12,35 @@ from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFilter
 
 from hivg.utils.fonts import clean_text, text_block, write_block
 
-# Okabe and Ito: told apart with any kind of colour vision. Vermillion, blue, green, orange, sky, purple, yellow
+# Okabe and Ito, distinct with any kind of colour vision: vermillion, blue, green, orange, sky, purple, yellow
 COLOURS = ["#d55e00", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#f0e442"]
-# "inferno" in eleven equal steps: its lightness rises evenly, so it also works in grey
+# eleven equal steps of "inferno", whose lightness rises evenly, so that it also reads in grey
 HEAT = "#000004 #160b39 #420a68 #6a176e #932667 #bc3754 #dd513a #f37819 #fca50a #f6d746 #fcffa4".split()
 PAPER = (252, 252, 250)
 INK = (34, 34, 34)
 GREY = (105, 105, 105)
 FAINT = (228, 228, 228)
-OUTLINED = 400  # pixels of a long side at which outlines are traced
+OUTLINED = 400  # long side in pixels at which outlines are traced
 
 
 # ---- colours and images ---------------------------------------------------------------------------------------------
 
 def colour_of(i):
-    """The i-th colour (red, green, blue), 0..255: seven hues, then the same darker, then lighter, then again."""
+    """The i-th colour (red, green, blue), 0..255: seven hues, then darker, then lighter, then again from the start."""
     hue = ImageColor.getrgb(COLOURS[i % len(COLOURS)])
     mixed_with, share = [(0, 0.0), (0, 0.4), (255, 0.5)][i // len(COLOURS) % 3]
     return tuple(round(channel + (mixed_with - channel) * share) for channel in hue)
 
 
+def _colour(colour, i):
+    """(r, g, b) of a tuple or of a name that Pillow knows; None: the i-th of ours."""
+    if colour is None:
+        return colour_of(i)
+    return ImageColor.getrgb(colour)[:3] if isinstance(colour, str) else tuple(map(int, colour))
+
+
 def _contrast(colour):
-    """White or black on `colour`: white where its contrast (WCAG) is 3.5 or more."""
+    """White where its contrast to `colour` (WCAG) is at least 3.5, else black."""
     luminance = (np.array(colour) / 255) ** 2.2 @ [0.2126, 0.7152, 0.0722]
     return (255, 255, 255) if luminance < 0.25 else (0, 0, 0)
 
@@ -42,16 +49,15 @@ def _rgb(image):
     """A PIL image of any mode, or an (H, W, 3) uint8 array, as a new RGB image."""
     if not isinstance(image, Image.Image):
         image = np.asarray(image)
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise ValueError(f"image must be a PIL image or (H, W, 3) uint8, got {image.shape} {image.dtype}")
-        image = Image.fromarray(image) if image.size else Image.new("RGB", (0, 0))
-    if 0 in image.size:
-        raise ValueError("image has no pixels")
-    return image.convert("RGB").copy()
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+            raise ValueError(f"image must be a PIL image or (H, W, 3) uint8 with H, W > 0, got {image.shape} "
+                             f"{image.dtype}")
+        image = Image.fromarray(image)
+    return image.convert("RGB")  # a copy, also of an RGB image
 
 
 def _layer(values, size, name):
-    """An (h, w) array within 0..1 as a grey image of `size` (W, H), smoothly resized."""
+    """An (h, w) array in 0..1 as a grey image of `size` (W, H), bicubic."""
     if values.ndim != 2 or values.size == 0:
         raise ValueError(f"{name} must have shape (h, w), got {values.shape}")
     grey = np.clip(np.nan_to_num(values) * 255 + 0.5, 0, 255).astype(np.uint8)
@@ -61,56 +67,38 @@ def _layer(values, size, name):
 def overlay_heatmap(image, heatmap, alpha=0.65):
     """Lay a heat map over an image, from dark violet (lowest) to light yellow (highest).
 
-    heatmap: (h, w) of any range and size, stretched to the image and to its own minimum and maximum. A constant map,
-    and NaN, count as lowest. alpha: opacity 0..1 where the map is highest; half of that where it is lowest, so that the
-    image stays visible.
+    heatmap: (h, w) of any range and size; scaled to the image and to its own minimum and maximum. NaN and a constant
+    map count as lowest. alpha: opacity in 0..1 at the maximum; half of it at the minimum, to keep the image visible.
     """
     image = _rgb(image)
     heat = np.asarray(heatmap, dtype=np.float64)
     finite = heat[np.isfinite(heat)]
-    low = finite.min() if finite.size else 0.0
-    high = finite.max() if finite.size else 0.0
+    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
     heat = np.nan_to_num(heat, nan=low, posinf=high, neginf=low)
     grey = _layer((heat - low) / (high - low or 1.0), image.size, "heatmap")
     anchors = np.array([ImageColor.getrgb(c) for c in HEAT])  # (11, 3)
-    levels = np.linspace(0, 1, 256)  # of grey
-    table = [np.interp(levels, np.linspace(0, 1, len(HEAT)), channel) for channel in anchors.T]  # (3, 256)
-    colours = Image.merge("RGB", [grey] * 3).point(np.round(table).astype(int).ravel().tolist())
+    at = np.linspace(0, 10, 256)  # where each grey level lies between them
+    table = np.stack([np.interp(at, range(11), channel) for channel in anchors.T], 1).round()  # (256, 3)
+    colours = Image.fromarray(table.astype(np.uint8)[np.asarray(grey)])
     opacity = grey.point([round(255 * alpha * (0.5 + 0.5 * level / 255)) for level in range(256)])
     return Image.composite(colours, image, opacity)
 
 
-def overlay_mask(image, mask, colour=None, alpha=0.5):
-    """Tint the masked part of an image.
-
-    mask: (h, w) bool or 0..1, stretched to the image. colour: (r, g, b), a name or "#rrggbb". alpha: opacity 0..1
-    where the mask is 1.
-    """
+def overlay_mask(image, mask, colour=None):
+    """Tint the masked part of an image, and trace it where the mask is 0.5: a white line between black ones, visible
+    on any colour. mask: (h, w) bool or 0..1, scaled to the image. colour: (r, g, b), a name or "#rrggbb"."""
     image = _rgb(image)
-    opacity = _layer(np.asarray(mask, dtype=np.float64), image.size, "mask").point(lambda level: level * alpha)
-    return Image.composite(Image.new("RGB", image.size, _colour(colour, 0)), image, opacity)
-
-
-def outline_mask(image, mask):
-    """Outline a mask, (h, w) 0..1, where it is 0.5: white between black, visible on any colour."""
-    image = _rgb(image)
-    scale = min(1, OUTLINED / max(image.size))  # filters are slow on large images
+    mask = np.asarray(mask, dtype=np.float64)
+    opacity = _layer(mask, image.size, "mask").point(lambda level: level * 0.5)
+    image.paste(_colour(colour, 0), mask=opacity)
+    scale = min(1, OUTLINED / max(image.size))  # the filters are slow on a large image
     size = [max(1, round(side * scale)) for side in image.size]
-    inside = _layer(np.asarray(mask, dtype=np.float64), size, "mask").point(lambda level: 255 * (level > 127))
+    inside = _layer(mask, size, "mask").point(lambda level: 255 * (level > 127))
     for width, colour in ((5, "black"), (3, "white")):
         larger = inside.filter(ImageFilter.MaxFilter(width))
         smaller = inside.filter(ImageFilter.MinFilter(width))
         image.paste(colour, mask=ImageChops.subtract(larger, smaller).resize(image.size, Image.Resampling.BICUBIC))
     return image
-
-
-def _colour(colour, i):
-    """A colour as Pillow knows them, or the i-th of ours for None."""
-    if colour is None:
-        return colour_of(i)
-    if isinstance(colour, str):
-        return ImageColor.getrgb(colour)[:3]
-    return tuple(int(channel) for channel in colour)
 
 
 # ---- boxes ----------------------------------------------------------------------------------------------------------
@@ -119,50 +107,51 @@ def draw_boxes(image, boxes, labels=None, colours=None, heatmap=None, mask=None)
     """Draw boxes, each with its expression beside it.
 
     image:   PIL image, or (H, W, 3) uint8 RGB array
-    boxes:   (n, 4) numbers, (xmin, ymin, xmax, ymax) in pixels; parts outside the image are cut off
+    boxes:   (n, 4), (xmin, ymin, xmax, ymax) in pixels; clipped to the image
     labels:  n strings
-    colours: n colours, (r, g, b) or "#rrggbb"; by default n that are easy to tell apart
-    heatmap: (h, w), see overlay_heatmap; mask: (h, w) 0..1, see overlay_mask and outline_mask
+    colours: n colours, (r, g, b) or "#rrggbb"; by default those of colour_of
+    heatmap: (h, w), see overlay_heatmap; mask: (h, w) in 0..1, see overlay_mask
 
-    Lines run around the inside of boxes and labels lie outside all boxes, so neither hides an object (except along the
-    image's border). Labels without such a place, or that would hide more than a sixth of the image, are written below
-    it with a key of colours. The returned image is then taller, and coordinates stay the same.
+    A box's line runs around its inside and labels lie outside all boxes, so neither hides an object; only a line along
+    the image's border lies inside the box. Labels that do not fit, or would hide more than a sixth of the image, go
+    into a colour key below it. The returned image is then larger, with the old one in its top left corner, so that
+    coordinates stay the same.
 
-    Raises ValueError for boxes of another shape, not finite or inside out, and for lists of another length.
+    Raises ValueError for boxes of another shape, not finite or inverted, and for lists of another length.
     """
     image = _rgb(image)
     boxes = _checked_boxes(boxes)
     labels = _one_each(labels, len(boxes), "labels")
     colours = [_colour(colour, i) for i, colour in enumerate(_one_each(colours, len(boxes), "colours"))]
-    texts = [clean_text(label or "") for label in labels]
     if heatmap is not None:
         image = overlay_heatmap(image, heatmap)
     if mask is not None:
-        image = outline_mask(overlay_mask(image, mask, colours[0] if colours else None), mask)
+        image = overlay_mask(image, mask, colours[0] if colours else None)
 
-    scale = math.sqrt(image.width * image.height)  # everything grows with the image, from a readable size on
+    scale = math.sqrt(image.width * image.height)  # everything grows with the image, down to a readable size
     line = max(2, round(scale / 180))
     halo = max(1, round(scale / 600))
-    size = max(12, round(scale / 32))  # of the letters
+    size = max(12, round(scale / 32))  # of the font
     draw = ImageDraw.Draw(image)
     frames = [_frame(box, line + halo, image.size) for box in boxes]
     for frame, colour in zip(frames, colours):
         _outline(draw, frame, colour, line, halo)
 
     taken = list(frames)
-    without_place = []  # (text, colour)
-    for frame, text, colour in zip(frames, texts, colours):
+    in_key = []  # (text, colour)
+    for frame, label, colour in zip(frames, labels, colours):
+        text = clean_text(label or "")
         if not text:
             continue
         place = _place_tag(text, size, frame, taken, image.size)
         if place is None:
-            without_place.append((text, colour))
+            in_key.append((text, colour))
             continue
         tag, block = place
         taken.append(tag)
         _fill(draw, tag, colour)
         write_block(draw, (tag[0] + size // 3, tag[1] + size // 8), block, _contrast(colour))
-    return _with_key(image, without_place, size) if without_place else image
+    return _with_key(image, in_key, size) if in_key else image
 
 
 def _checked_boxes(boxes):
@@ -177,18 +166,18 @@ def _checked_boxes(boxes):
 
 
 def _one_each(values, n, name):
-    """values as a list of n; n times None for None."""
+    """A list of n values; n times None for None."""
     if values is None:
         return [None] * n
     if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != n:
-        raise ValueError(f"{name} must be a list of {n}, one for each box, got {values!r:.100}")
+        raise ValueError(f"{name} must be a list of {n}, got {values!r:.100}")
     return list(values)
 
 
 def _frame(box, margin, size):
-    """The outer edge of a box's line: the box grown by `margin`, within an image of `size`."""
+    """The rectangle at the outer edge of a box's line: the box grown by `margin`, within an image of `size`."""
     limit = np.array(size * 2)  # W, H, W, H
-    box = np.clip(box, 0, limit)  # a box beyond the image leaves a mark at its border
+    box = np.clip(box, 0, limit)  # a box outside the image leaves a mark at its border
     frame = np.concatenate([np.floor(box[:2]) - margin, np.ceil(box[2:]) + margin])
     return tuple(np.clip(frame, 0, limit).astype(int).tolist())
 
@@ -206,12 +195,12 @@ def _outline(draw, frame, colour, line, halo):
 
 
 def _place_tag(text, size, frame, taken, image_size):
-    """A rectangle and wrapped text for a label that touches its frame and overlaps nothing taken, or None."""
+    """(rectangle, wrapped text) of a label that touches its frame and overlaps nothing taken, or None."""
     image_width, image_height = image_size
-    indent = size // 3  # of the text in its rectangle
+    indent = size // 3
     for share in (0.6, 0.4, 0.25, 1.0):  # of the image's width
         text_width = image_width * share - 2 * indent
-        if text_width < 3 * size:  # a letter or two a line
+        if text_width < 3 * size:  # one or two letters a line
             continue
         block = text_block(text, size, text_width)
         width = block.width + 2 * indent
@@ -231,11 +220,7 @@ def _spots(frame, width, height, image_size):
     x0, y0, x1, y1 = frame
     columns = [min(max(x, 0), image_size[0] - width) for x in (x0, x1 - width, (x0 + x1 - width) // 2)]
     rows = [min(max(y, 0), image_size[1] - height) for y in (y0, y1 - height, (y0 + y1 - height) // 2)]
-    spots = [(x, y0 - height) for x in columns]
-    spots += [(x, y1) for x in columns]
-    spots += [(x1, y) for y in rows]
-    spots += [(x0 - width, y) for y in rows]
-    return spots
+    return [(x, y) for y in (y0 - height, y1) for x in columns] + [(x, y) for x in (x1, x0 - width) for y in rows]
 
 
 def _overlap(a, b):
@@ -247,8 +232,8 @@ def _with_key(image, entries, size):
     """The image with a strip below it: for each (text, colour) a square of the colour and the wrapped text."""
     pad = size // 2
     indent = 2 * size
-    width = max(image.width, 16 * size)  # a very narrow image would leave a letter or two per line
-    blocks = [text_block(text, size, width - indent - pad) for text, _ in entries]
+    text_width = max(image.width, 16 * size) - indent - pad  # at least 16: a very narrow image leaves no room
+    blocks = [text_block(text, size, text_width) for text, _ in entries]
     width = max([image.width] + [block.width + indent + pad for block in blocks])
     height = sum(block.height + pad // 2 for block in blocks) + 2 * pad - pad // 2
     canvas = Image.new("RGB", (width, image.height + height), PAPER)
@@ -266,23 +251,18 @@ def _with_key(image, entries, size):
 # ---- contact sheet --------------------------------------------------------------------------------------------------
 
 def contact_sheet(tiles, captions=None, columns=4, tile=320):
-    """A grid of images, each fitted into a square of `tile` pixels, its caption wrapped below it.
+    """A grid of images, `columns` wide, each fitted into a square of `tile` pixels with its caption below.
 
-    tiles: images as in draw_boxes; captions: as many strings. Returns the sheet, `columns` images wide.
+    tiles: images as in draw_boxes; captions: as many strings. Raises ValueError.
     """
-    if not len(tiles) or columns < 1 or tile < 16:
-        raise ValueError(f"a contact sheet needs images, columns and a tile of 16 pixels, got {len(tiles)}, "
-                         f"{columns}, {tile}")
+    if not tiles:
+        raise ValueError("a contact sheet needs at least one image")
     captions = _one_each(captions, len(tiles), "captions")
     columns = min(columns, len(tiles))
-    size = max(11, tile // 20)  # of the letters
-    gap = size
+    gap = size = max(11, tile // 20)  # of the font
     blocks = [text_block(clean_text(caption or "", 200), size, tile) for caption in captions]
     rows = [range(i, min(i + columns, len(tiles))) for i in range(0, len(tiles), columns)]
-    heights = []
-    for row in rows:
-        text_height = max([blocks[i].height for i in row if captions[i]], default=0)
-        heights.append(tile + text_height + gap // 2)
+    heights = [tile + max([blocks[i].height for i in row if captions[i]], default=0) + gap // 2 for row in rows]
     sheet = Image.new("RGB", (columns * (tile + gap) + gap, sum(heights) + gap * (len(rows) + 1)), PAPER)
     draw = ImageDraw.Draw(sheet)
     y = gap

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that are written whole or not at all."""
 
 import os
 from contextlib import suppress
@@ -8,33 +8,38 @@ from PIL import Image
 
 from hivg.utils.messages import shown
 
-TORCHS_OWN = ("[enforce fail", "PytorchStreamWriter", "basic_ios")  # how the errors of torch.save begin on a full disk
+ADVICE = "make room, or write elsewhere"
+FULL_DISK = ("[enforce fail", "PytorchStreamWriter", "basic_ios")  # how torch.save's errors begin on a full disk
 
 
-def write_whole(path, write, advice="make room, or write elsewhere"):
-    """Call write(a path beside it), then rename: if the program is killed, either the old file or the new one is left.
+def write_whole(path, write, advice=ADVICE):
+    """Call write(a path beside it), then rename: a program that is killed leaves the old file or the new one, whole.
 
-    advice: the end of the error message. Raises OSError, one line with the file, if it cannot be written.
+    advice: how the error message ends. Raises OSError, one line that names the file.
     """
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(part)
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # the latter from torch.save, e.g. on a full disk
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save, on a full disk
         with suppress(OSError):
             part.unlink()
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        if reason.startswith(TORCHS_OWN):  # which tells the reader nothing
+        if reason.startswith(FULL_DISK):
             reason = "the disk may be full"
         raise OSError(f"{shown(path)}: cannot be written ({shown(reason, 100)}); {advice}") from None
 
 
-def save_image(image, path, advice="make room, or write elsewhere"):
-    """Write a PIL image in the format of the suffix of `path`. Raises ValueError for an unknown suffix, and as
-    write_whole does."""
-    path = Path(path)
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind not in Image.SAVE:
-        raise ValueError(f"{shown(path)}: unknown image suffix; end the name in .png")
-    write_whole(path, lambda part: image.save(part, kind), advice)
+def image_format(path):
+    """Pillow's name of the image format that a path's suffix stands for. Raises ValueError if it cannot write one."""
+    name = Image.registered_extensions().get(Path(path).suffix.lower())
+    if name not in Image.SAVE:
+        raise ValueError(f"{shown(path)}: its suffix is not that of an image format; end the name in .png")
+    return name
+
+
+def save_image(image, path, advice=ADVICE):
+    """Write a PIL image in the format of the path's suffix. Raises as image_format and write_whole do."""
+    name = image_format(path)
+    write_whole(Path(path), lambda part: image.save(part, name), advice)

@@ -1,4 +1,4 @@
-"""Text on images: a font that has its letters, and lines that fit a width."""
+"""Text on images: a font that has the characters, lines that fit a width."""
 
 import math
 import re
@@ -8,7 +8,6 @@ from typing import NamedTuple
 from PIL import ImageFont
 
 FALLBACK_FONTS = ["DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msgothic.ttc", "arial.ttf"]
-MAX_CHARACTERS = 300  # of a label; longer ones end in an ellipsis
 
 
 class Block(NamedTuple):
@@ -22,7 +21,7 @@ class Block(NamedTuple):
 
 @lru_cache(maxsize=64)
 def fonts_of_size(size):
-    """Pillow's own font (little more than ASCII), then the usual ones that are installed."""
+    """Pillow's own font (little more than ASCII), then those of FALLBACK_FONTS that are installed."""
     fonts = [ImageFont.load_default(size=size)]
     for name in FALLBACK_FONTS:
         try:
@@ -34,41 +33,41 @@ def fonts_of_size(size):
 
 @lru_cache(maxsize=8192)
 def _lacks(which, character):
-    """Whether a font, given by its number, draws `character` as a missing one (usually a hollow box)."""
+    """Whether font number `which` draws `character` as its sign for a missing one, mostly a hollow box."""
     font = fonts_of_size(16)[which]
     glyph = font.getmask(character)
     missing = font.getmask("\U0010ffff")
     return glyph.size == missing.size and bytes(glyph) == bytes(missing)
 
 
-def _lacking(which, text):
-    return {character for character in set(text) if _lacks(which, character)}
+def _best_font(text):
+    """(which font lacks the fewest characters of `text`, the first of several; the characters it lacks)."""
+    lacking = [{c for c in set(text) if _lacks(which, c)} for which in range(len(fonts_of_size(16)))]
+    which = min(range(len(lacking)), key=lambda i: len(lacking[i]))
+    return which, "".join(lacking[which])
 
 
 def font_for(text, size):
-    """The first font that lacks the fewest characters of `text`."""
-    fonts = fonts_of_size(size)
-    lacking = [len(_lacking(which, text)) for which in range(len(fonts))]
-    return fonts[lacking.index(min(lacking))]
+    """The font that has the most characters of `text`."""
+    return fonts_of_size(size)[_best_font(text)[0]]
 
 
 def drawable(text, instead="?"):
-    """The text with "?" for characters that its font lacks, or `instead` if that leaves no letter or digit."""
-    which = fonts_of_size(16).index(font_for(text, 16))
-    lacking = "".join(_lacking(which, text))
+    """The text with "?" for what no font has; `instead` where that leaves no letter or digit."""
+    _, lacking = _best_font(text)
     drawn = re.sub(f"[{re.escape(lacking)}]+", "?", text) if lacking else text
     return drawn if drawn == text or any(map(str.isalnum, drawn)) else instead
 
 
-def clean_text(text, limit=MAX_CHARACTERS):
-    """One line of at most `limit` printable characters."""
+def clean_text(text, limit=300):
+    """One line of at most `limit` printable characters; a longer text ends in an ellipsis."""
     text = "".join(c for c in str(text)[:4 * limit] if c.isprintable() or c.isspace())
     text = " ".join(text.split())
     return text if len(text) <= limit else text[:limit - 1].rstrip() + "…"
 
 
 def _wrap(text, font, width):
-    """Text in lines of at most `width` pixels, a list."""
+    """Lines of at most `width` pixels."""
     lines = []
     line = ""
     for word in text.split(" "):
@@ -78,7 +77,7 @@ def _wrap(text, font, width):
             continue
         if line:
             lines.append(line)
-        while len(word) > 1 and font.getlength(word) > width:  # Japanese, for one, has no spaces to break at
+        while len(word) > 1 and font.getlength(word) > width:  # e.g. Japanese, which has no spaces to break at
             cut = 1
             while font.getlength(word[:cut + 1]) <= width:
                 cut += 1
@@ -88,12 +87,12 @@ def _wrap(text, font, width):
     return lines + [line]
 
 
-def text_block(text, size, width):
-    """Text of a font size, `drawable`, wrapped to at most `width` pixels, in lines of similar length."""
+def text_block(text, size, width=math.inf):
+    """Text in a font of `size`, wrapped to at most `width` pixels in lines of similar length."""
     text = drawable(text)
     font = font_for(text, size)
     lines = _wrap(text, font, width)
-    if len(lines) > 1:  # even lines look better than a single word in the last one
+    if len(lines) > 1:  # narrow the block as long as it needs no further line: no short last one
         for share in (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6):
             narrower = _wrap(text, font, share * width)
             if len(narrower) > len(lines):
@@ -104,7 +103,7 @@ def text_block(text, size, width):
 
 
 def write_block(draw, corner, block, colour):
-    """Write a Block; corner: (x, y) of its top left."""
+    """Write a Block with its top left at `corner`, (x, y)."""
     x, y = corner
     for i, line in enumerate(block.lines):
         draw.text((x, y + i * block.height // len(block.lines)), line, colour, block.font)

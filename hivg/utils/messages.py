@@ -1,37 +1,35 @@
-"""What messages quote from files and flags: short, on one line, without control characters."""
+"""Names and values in messages: short, on one line, without control characters that a terminal would obey."""
 
 
 def shown(text, limit=120):
     """A path, name or message on one line: control characters are escaped ("\\x1b"), a long text loses its middle."""
     text = _shorten(str(text), limit)
-    spelled = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-    return _shorten(spelled, limit)
+    return _shorten("".join(char if char.isprintable() else repr(char)[1:-1] for char in text), limit)
 
 
 def quoted(value, limit=60):
-    """Any value as Python would write it, shortened to `limit` characters. Lists inside lists are only counted, as
-    lists that share lists would take forever to write."""
-    if isinstance(value, (list, tuple)):
-        parts = [_plainly(part, limit) for part in value[:8]]
-        text = ", ".join(parts + ["..."] * (len(value) > 8))
-        return _shorten(f"[{text}]" if isinstance(value, list) else f"({text})", limit)
-    return _plainly(value, limit)
+    """The repr of any value in at most `limit` characters. What is nested in a list is only named, not written out:
+    lists that contain each other many times over would take forever."""
+    if not isinstance(value, (list, tuple)):
+        return _quoted(value, limit)
+    text = ", ".join([_quoted(part, limit) for part in value[:8]] + ["..."] * (len(value) > 8))
+    return _shorten(f"[{text}]" if isinstance(value, list) else f"({text})", limit)
 
 
-def _plainly(value, limit):
-    if isinstance(value, (str, bytes)):
-        return _shorten(repr(_shorten(value, limit)), limit) if isinstance(value, str) else repr(value[:limit])[:limit]
-    if isinstance(value, bool | float | None) or (isinstance(value, int) and abs(value) < 10**20):
-        return repr(value)
-    if isinstance(value, int):
+def _quoted(value, limit):
+    if isinstance(value, str):
+        return _shorten(repr(_shorten(value, limit)), limit)
+    if isinstance(value, bytes):
+        return repr(value[:limit])[:limit]
+    if isinstance(value, int) and abs(value) >= 10**20:
         return "a huge number"
+    if isinstance(value, int | float | None):  # bool is an int
+        return repr(value)
     if isinstance(value, (list, tuple, dict)):
         return f"a {type(value).__name__} of {len(value)}"
     return f"a {type(value).__name__}"
 
 
 def _shorten(text, limit):
-    if len(text) <= limit:
-        return text
     half = (limit - 2) // 2
-    return f"{text[:half]}..{text[-half:]}"
+    return text if len(text) <= limit else f"{text[:half]}..{text[-half:]}"

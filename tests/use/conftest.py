@@ -1,11 +1,11 @@
-"""A small model and an image that the tests of prediction share; no test changes them."""
+"""A small model, its weights file and an image, which the tests of prediction share; no test changes them."""
 
 import pytest
 import torch
 from makers import make_hivg
 from makers_use import make_image
 
-from hivg import Grounder
+from hivg import Grounder, weights
 
 
 @pytest.fixture(scope="module")
@@ -16,6 +16,13 @@ def model():
 @pytest.fixture(scope="module")
 def grounder(model):
     return Grounder(model, "cpu", "float32")
+
+
+@pytest.fixture(scope="module")
+def weights_file(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "random.safetensors"
+    weights.save(path, model)
+    return path
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,9 @@
 """Where [REG] looks: Result.attention, and the heat maps that can be drawn."""
 
-import json
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-from makers_use import TEXTS, make_image
-from PIL import Image
+from makers_use import TEXTS
 
-from hivg import __main__ as ground
-from hivg import weights
 from hivg.data.transforms import Letterbox
 
 
@@ -37,6 +30,7 @@ def test_attention_is_that_of_the_last_layer(model, grounder, image):
         np.testing.assert_allclose(result.attention_map, attention_by_hand(model, image, text), atol=1e-5)
         assert result.attention_map[0].max() == 0 < result.attention_map[1:3].min()  # the first row is padding
         assert result.attention_map.sum() < 1
+    assert grounder.ground(image, TEXTS) == results  # it moves no box
     pairs = grounder.ground_pairs([image] * len(TEXTS), TEXTS, attention=True)
     for one, other in zip(results, pairs):
         np.testing.assert_allclose(one.attention_map, other.attention_map, atol=1e-6)
@@ -51,6 +45,8 @@ def test_attention_in_the_pixels_of_the_image(grounder, image):
     square = grounder.ground(np.asarray(image.resize((64, 64))), TEXTS[0], attention=True)
     row, column = np.unravel_index(square.attention_map.argmax(), (4, 4))
     assert square.attention[16 * row + 7 : 16 * row + 9, 16 * column + 7 : 16 * column + 9].min() > 0.95
+    thin = grounder.ground(np.zeros((8, 4000, 3), np.uint8), TEXTS[0], attention=True)  # covers half of no patch
+    assert np.isfinite(thin.attention).all()
 
 
 def test_plain_results_have_none(model, grounder, image, monkeypatch):
@@ -63,16 +59,6 @@ def test_plain_results_have_none(model, grounder, image, monkeypatch):
             use()
 
 
-def test_attention_changes_no_box(grounder, image):
-    plain = grounder.ground(image, TEXTS)
-    assert grounder.ground(image, TEXTS, attention=True) == plain
-
-
-def test_an_image_that_fills_half_of_no_patch(grounder):
-    result = grounder.ground(np.zeros((8, 4000, 3), np.uint8), TEXTS[0], attention=True)
-    assert np.isfinite(result.attention).all()
-
-
 def test_drawings(grounder, image):
     result = grounder.ground(image, TEXTS[0], attention=True)
     tokens = np.asarray(result.draw(heatmap="tokens"))
@@ -80,64 +66,3 @@ def test_drawings(grounder, image):
     assert (tokens != np.asarray(result.draw(heatmap="attention"))).any()
     with pytest.raises(ValueError, match="tokens, attention, not 'rtcc'"):
         result.draw(heatmap="rtcc")
-
-
-# --- python ground.py ---
-
-
-@pytest.fixture
-def run(model, monkeypatch, capfd, tmp_path):
-    """python ground.py ARGS in a folder with a.png and the weights -> (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    make_image().save("a.png")
-    weights.save("random.safetensors", model)
-
-    def run(*args):
-        command = ["ground.py", "--weights", "random.safetensors", "--dtype", "float32", "--device", "cpu", *args]
-        monkeypatch.setattr(sys, "argv", command)
-        capfd.readouterr()
-        try:
-            ground.start()
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capfd.readouterr()
-
-    return run
-
-
-def test_heatmap_flag(run, grounder):
-    result = grounder.ground("a.png", "star", attention=True)
-    for number, (words, heatmap) in enumerate([
-            (["a.png", "-e", "star", "--heatmap"], "tokens"),
-            (["--heatmap", "a.png", "-e", "star"], "tokens"),
-            (["a.png", "--heatmap", "-e", "star"], "tokens"),
-            (["a.png", "-e", "star", "--heatmap", "tokens"], "tokens"),
-            (["a.png", "-e", "star", "--heatmap=attention"], "attention"),
-            (["--heatmap", "attention", "a.png", "-e", "star"], "attention")]):
-        assert run(*words, "--output", f"{number}.png")[0] == 0
-        np.testing.assert_array_equal(np.asarray(Image.open(f"{number}.png")), np.asarray(result.draw(heatmap)))
-
-
-def test_heatmap_of_another_name(run):
-    code, out, err = run("a.png", "-e", "star", "--heatmap=rtcc")
-    assert (code, out) == (2, "") and err.startswith("error: ") and "attention" in err and err.count("\n") == 1
-
-
-# --- masks as run lengths ---
-
-
-def test_rle(run, grounder):
-    code, out, _ = run("a.png", "-e", "star", "-e", "circle", "--json", "--rle")
-    assert code == 0
-    for entry, result in zip(json.loads(out)["results"], grounder.ground("a.png", ["star", "circle"]), strict=True):
-        assert list(entry) == ["label", "score", "box", "mask"]
-        assert entry["mask"] == result.mask_rle() and entry["mask"]["size"] == [120, 200]
-    assert "mask" not in json.loads(run("a.png", "-e", "star", "--json")[1])["results"][0]
-    out = run("a.png", "-e", "star", "--json", "--rle", "--min_score", "1")[1]
-    [entry] = json.loads(out)["results"]
-    assert entry["box"] is None and entry["mask"] is None  # nothing is found
-
-
-def test_rle_needs_json(run):
-    code, out, err = run("a.png", "-e", "star", "--rle")
-    assert (code, out) == (2, "") and "--json" in err and not Path("grounded.png").exists()

@@ -1,4 +1,4 @@
-"""The score as a chance of being right: the fit, its table, and the weights that carry it."""
+"""The score as the probability of being right: the fit, its table, and the weights files that carry it."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from makers import make_hivg
-from makers_use import TEXTS, call, make_image
+from makers_use import TEXTS, assert_fails, call, make_image
 from safetensors import safe_open
 
 import train
@@ -21,7 +21,7 @@ from hivg.evaluate.metrics import auroc
 
 
 def make_predictions(n, a, b, seed=0):
-    """Scores of n predictions, and whether they are right: with the chance sigmoid(a logit(score) + b)."""
+    """Scores of n predictions, and whether they are right: with probability sigmoid(a logit(score) + b)."""
     rng = np.random.default_rng(seed)
     scores = rng.beta(2, 1, n)
     chance = 1 / (1 + np.exp(-(a * np.log(scores / (1 - scores)) + b)))
@@ -31,40 +31,30 @@ def make_predictions(n, a, b, seed=0):
 # --- the fit ---
 
 
-def test_fit_finds_the_chance():
+def test_fit_finds_the_probability():
     scores, right = make_predictions(40_000, 0.6, -0.8)
     assert fit_calibration(scores, right) == pytest.approx((0.6, -0.8), abs=0.05)
 
 
 @pytest.mark.parametrize("n, a, b", [(30, 1.0, 0.0), (500, 0.3, 2.0), (500, 4.0, -6.0)])
 def test_fit_is_the_minimum(n, a, b):
-    """The gradient of the cross-entropy against Platt's targets is 0, by hand."""
+    """The gradient of the cross-entropy against Platt's targets is 0."""
     scores, right = make_predictions(n, a, b)
     a, b = fit_calibration(scores, right)
-    n_right = sum(right)
-    upper = (n_right + 1) / (n_right + 2)
-    lower = 1 / (n - n_right + 2)
-    slope_a = 0.0
-    slope_b = 0.0
-    for score, is_right in zip(scores, right):
-        x = math.log(score / (1 - score))
-        excess = 1 / (1 + math.exp(-(a * x + b))) - (upper if is_right else lower)
-        slope_a += excess * x
-        slope_b += excess
-    assert abs(slope_a) < 1e-6 * n and abs(slope_b) < 1e-6 * n
+    x = np.log(scores) - np.log1p(-np.array(scores))
+    targets = np.where(right, (sum(right) + 1) / (sum(right) + 2), 1 / (n - sum(right) + 2))
+    excess = 1 / (1 + np.exp(-(a * x + b))) - targets
+    assert abs(excess @ x) < 1e-6 * n and abs(excess.sum()) < 1e-6 * n
 
 
 def test_fit_with_scores_at_the_ends():
-    """Float32 scores are often 0 or 1; so far from the middle a whole step of Newton's would be too long."""
+    """Float32 scores are often 0 or 1; that far from the middle a full Newton step would overshoot."""
     scores = [0.0] * 50 + [1.0] * 200 + [1e-30, 1 - 2**-24]
     right = [False] * 49 + [True] + [True] * 190 + [False] * 10 + [False, True]
     a, b = fit_calibration(scores, right)
     assert calibrated(0.0, a, b) == pytest.approx(0.03, abs=0.03)
     assert calibrated(1.0, a, b) == pytest.approx(0.95, abs=0.01)
-
-
-def test_separated_scores_have_a_fit():
-    a, b = fit_calibration([0.1, 0.2, 0.3, 0.7, 0.8, 0.9], [False] * 3 + [True] * 3)
+    a, b = fit_calibration([0.1, 0.2, 0.3, 0.7, 0.8, 0.9], [False] * 3 + [True] * 3)  # perfectly separated
     assert a > 0 and math.isfinite(b) and calibrated(0.9, a, b) < 0.95  # Platt's targets are not 0 and 1
 
 
@@ -85,7 +75,7 @@ def test_a_calibrated_score_tells_as_well():
 
 
 def test_reliability():
-    """By hand."""
+    """Against values worked out by hand."""
     rows, error = reliability([0.0, 0.05, 0.15, 0.95, 1.0], [False, True, False, True, True])
     assert [count for _, _, count, _, _ in rows] == [2, 1, 0, 0, 0, 0, 0, 0, 0, 2]
     assert rows[0] == (0.0, 0.1, 2, pytest.approx(0.025), 0.5) and rows[9][3:] == (pytest.approx(0.975), 1.0)
@@ -97,7 +87,7 @@ def test_reliability():
     assert lines[3] == "  0.2 to 0.3         0 expressions"
 
 
-# --- what weights say ---
+# --- calibrations in weights files ---
 
 
 @pytest.mark.parametrize("ab", [
@@ -114,12 +104,9 @@ def test_damaged_calibrations_are_refused(tmp_path, ab):
         Grounder.from_pretrained(tmp_path / "odd.safetensors", device="cpu")
 
 
-def test_calibrations_that_are_fine():
+def test_grounder_gives_the_probability(tmp_path):
     assert calibration_of({}) is None and calibration_of({"score_calibration": None}) is None
     assert calibration_of({"score_calibration": [1, -2]}) == (1.0, -2.0)
-
-
-def test_grounder_gives_the_chance(tmp_path):
     model = make_hivg(dtype=torch.float32)
     raw = Grounder(model, "cpu", "float32")
     assert raw.calibration is None
@@ -188,31 +175,29 @@ def test_calibrate(run, tmp_path, dtype):
     assert chances == pytest.approx([calibrated(row["score"], *expected) for row in rows])
     assert re.search("AUROC .*", after)[0] == re.search("AUROC .*", before)[0]
 
-    # again, in place: fitted to what the model gives, not to what was calibrated
+    # again, in place: it is fitted to the raw score, not to the calibrated one
     code, _, _ = run("--weights", "new.safetensors", "--calibrate", "new.safetensors")
     assert code == 0 and json.loads(contents("new.safetensors")[1]["info"]) == info
 
 
 def test_damaged_calibration_on_the_command_line(run):
     weights.save("odd.safetensors", make_hivg(dtype=torch.float32), {"score_calibration": [1, "x"]})
-    code, out, err = run("--weights", "odd.safetensors")
-    assert (code, out) == (2, "") and re.fullmatch("error: odd.safetensors: its score calibration[^\n]+\n", err)
-    code, _, _ = run("--weights", "odd.safetensors", "--calibrate", "good.safetensors")  # it is made afresh
+    assert_fails(run("--weights", "odd.safetensors"), "error: odd.safetensors: its score calibration")
+    code, _, _ = run("--weights", "odd.safetensors", "--calibrate", "good.safetensors")  # the damaged one is not read
     assert code == 0 and calibration_of(weights.load("good.safetensors").info)
 
 
 @pytest.mark.parametrize("target, word", [("weights.pth", "OUT.safetensors"), ("no/folder/a.safetensors", "no/folder"),
-                                          ("other.safetensors", "other.safetensors: is there already")])
+                                          ("other.safetensors", "other.safetensors: exists already")])
 def test_targets_that_cannot_be(run, target, word):
     weights.save("raw.safetensors", make_hivg(dtype=torch.float32))
     Path("other.safetensors").write_text("of somebody")
-    code, out, err = run("--weights", "raw.safetensors", "--calibrate", target)
+    assert_fails(run("--weights", "raw.safetensors", "--calibrate", target), word)
     assert Path("other.safetensors").read_text() == "of somebody"
-    assert (code, out) == (2, "") and re.fullmatch("error: [^\n]+\n", err) and word in err
 
 
 def test_training_drops_the_calibration(monkeypatch, tmp_path):
-    """The score of a model that was trained further is another one."""
+    """A model that is trained further scores differently."""
     model = make_hivg(dtype=torch.float32)
     model.info = {"score_calibration": [1.0, 0.0], "accuracy": 0.5}
     monkeypatch.setattr(train, "validate", lambda *args: {"accuracy": 0.75, "mean_iou": 0.5})

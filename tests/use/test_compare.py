@@ -21,7 +21,7 @@ def test_compare_names_the_samples(tmp_path):
     write_rows(tmp_path / "b", range(2))
     text = compare(tmp_path / "a", tmp_path / "b")
     assert text.startswith(f"Acc@0.5 1.0000 {tmp_path / 'a'}\nAcc@0.5 0.2500 {tmp_path / 'b'}\n")
-    assert "6 right in the first alone, 0 in the second alone" in text and "p 0.0312: significant" in text
+    assert "6 right in the first alone, 0 in the second alone; McNemar's p = 0.0312: significant at 5 %\n" in text
     assert text.count("right in the first alone: ") == 6 and "7.png: cup 7 (IoU 0.90, 0.00)" in text
     text = compare(tmp_path / "b", tmp_path / "a")
     assert text.count("right in the second alone: ") == 6 and "7.png: cup 7 (IoU 0.00, 0.90)" in text
@@ -43,7 +43,8 @@ def test_compare_refuses_other_samples(tmp_path):
 
 GOOD = {"image": "0.png", "expression": "cup", "target": [0, 0, 1, 1], "iou": 0.5}
 DAMAGED = {
-    "a field is missing": {"image": "0.png", "expression": "cup", "target": [0, 0, 1, 1]},
+    "no IoU": {"image": "0.png", "expression": "cup", "target": [0, 0, 1, 1]},
+    "no target": {"image": "0.png", "expression": "cup", "iou": 0.5},
     "no object": [1, 2],
     "no image": GOOD | {"image": 3},
     "no text": GOOD | {"expression": ["cup"]},
@@ -62,14 +63,14 @@ DAMAGED = {
 def test_damaged_rows(tmp_path, name):
     (tmp_path / "good").write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD) + "\n")
     (tmp_path / "bad").write_text(json.dumps(GOOD) + "\n" + json.dumps(DAMAGED[name]) + "\n")
-    with pytest.raises(ValueError, match="bad, line 2: not a file that --per_sample wrote"):
+    with pytest.raises(ValueError, match="bad, line 2: not a file of --per_sample"):
         compare(tmp_path / "good", tmp_path / "bad")
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"[" * 100_000, b"{", b"\n", b"9" * 5000], ids=lambda b: str(b[:4]))
 def test_damaged_files(tmp_path, content):
     (tmp_path / "bad").write_bytes(content)
-    with pytest.raises(ValueError, match="bad: not a file that --per_sample wrote"):
+    with pytest.raises(ValueError, match="bad: not a file of --per_sample"):
         compare(tmp_path / "bad", tmp_path / "bad")
 
 

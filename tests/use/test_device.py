@@ -1,5 +1,5 @@
-"""Every path on a device that is not the CPU: on a GPU where there is one, else on a stand-in that tells its tensors
-from those of the CPU. The numbers are those of the CPU."""
+"""Everything runs on a device that is not the CPU, with the CPU's results: on a GPU where there is one, else on a
+stand-in that refuses to mix its tensors with those of the CPU."""
 
 import elsewhere
 import numpy as np
@@ -30,12 +30,12 @@ def device(monkeypatch):
         yield elsewhere.DEVICE
 
 
-@pytest.mark.skipif(HAS_GPU, reason="there is a GPU, which tells by itself")
-def test_the_stand_in_tells_the_devices_apart(device):
+@pytest.mark.skipif(HAS_GPU, reason="there is a GPU, which refuses by itself")
+def test_the_stand_in_refuses_mixed_devices(device):
     there = torch.arange(6.0).view(2, 3).to(device)
     assert there.device.type == "meta" and (there + 1).sum().item() == 21
     assert torch.equal((there @ there.T).cpu(), torch.tensor([[5.0, 14.0], [14.0, 50.0]]))
-    assert (there * torch.tensor(2.0)).device.type == "meta"  # a number may be anywhere
+    assert (there * torch.tensor(2.0)).device.type == "meta"  # a scalar may be anywhere
     for mix in (lambda: there + torch.ones(2, 3), lambda: there @ torch.ones(3, 1), lambda: there[torch.tensor([0])],
                 lambda: torch.cat([there, torch.ones(1, 3)]), lambda: torch.nn.Linear(3, 2)(there)):
         with pytest.raises(elsewhere.MixedDevices):
@@ -44,11 +44,6 @@ def test_the_stand_in_tells_the_devices_apart(device):
 
 def assert_near(a, b):
     np.testing.assert_allclose(a, b, atol=1e-3 if HAS_GPU else 1e-5, rtol=1e-3 if HAS_GPU else 1e-5)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_hivg(dtype=torch.float32, stage=1)
 
 
 @pytest.mark.parametrize("kind", ["adaptive", "projected", "constant", "none"])
@@ -95,7 +90,7 @@ def test_evaluation(model, device, monkeypatch):
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_training(clip_file, device, monkeypatch, tmp_path, optimizer):
     """All stages with validation and the files they write, two steps each, once interrupted and resumed."""
-    shrink(monkeypatch, dropout=0.0)  # a GPU draws other numbers
+    shrink(monkeypatch, dropout=0.0)  # a GPU draws other random numbers
     monkeypatch.chdir(tmp_path)
     s = Settings(name="cpu", clip=str(clip_file), epochs=(1, 1, 1, 1), epoch_samples=16, batch_size=8, warmup_steps=1,
                  optimizer=optimizer, **ON_CPU)

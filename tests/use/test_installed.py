@@ -1,4 +1,4 @@
-"""pip install: the package is whole, and grounds with its own weights in a folder where nothing else is."""
+"""pip install: the package is complete, and grounds with its own weights in an otherwise empty folder."""
 
 import importlib.util
 import os
@@ -21,7 +21,7 @@ BUNDLED = ["README.md", "clip-tiny.safetensors", "example.png", "hivg-tiny.safet
 
 
 def can_build():
-    """Whether wheels can be built with what is there: setuptools makes them by itself from 70.1 on."""
+    """Whether wheels can be built offline: setuptools needs no `wheel` package from 70.1 on."""
     if not importlib.util.find_spec("pip") or not importlib.util.find_spec("setuptools"):
         return False
     return tuple(map(int, version("setuptools").split(".")[:2])) >= (70, 1)

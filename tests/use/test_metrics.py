@@ -1,4 +1,4 @@
-"""Accuracy, intervals and tests of significance against numbers worked out on paper."""
+"""Accuracy, intervals and tests of significance against values worked out by hand."""
 
 import math
 
@@ -60,15 +60,15 @@ def test_auroc_counts_pairs():
     assert math.isnan(auroc([1, 2], [True, True])) and math.isnan(auroc([1, 2], [False, False]))
 
 
-def test_auroc_of_no_number():
+def test_auroc_of_nan():
     with pytest.raises(ValueError, match="NaN"):
         auroc([0.1, math.nan, 0.2], [True, False, True])
 
 
-@pytest.mark.parametrize("a, b, chance", [
+@pytest.mark.parametrize("a, b, p", [
     (0, 0, 1.0), (5, 0, 2 / 32), (1, 3, 2 * 5 / 16), (3, 3, 1.0), (10, 2, 2 * (1 + 12 + 66) / 4096)])
-def test_mcnemar_by_hand(a, b, chance):
-    assert mcnemar(a, b) == mcnemar(b, a) == pytest.approx(chance)
+def test_mcnemar_by_hand(a, b, p):
+    assert mcnemar(a, b) == mcnemar(b, a) == pytest.approx(p)
 
 
 def test_mcnemar_of_many_is_near_the_exact_one():

@@ -12,6 +12,7 @@ import runpy
 import shlex
 import shutil
 import sys
+from itertools import dropwhile, takewhile
 from pathlib import Path
 
 import pytest
@@ -40,36 +41,19 @@ def blocks_of(text, language):
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-def commands_of(block):
-    """The commands of a shell block, each a list of words, without comments and redirections."""
-    commands = []
-    for line in block.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        while "&&" in words:
-            end = words.index("&&")
-            commands.append(words[:end])
-            words = words[end + 1 :]
-        commands.append(words)
-    return [until_redirection(words) for words in commands if words]
-
-
-def until_redirection(words):
-    for sign in (">", ">>", "|"):
-        if sign in words:
-            words = words[: words.index(sign)]
-    return words
+def commands_of(lines):
+    """The commands in shell lines, each a list of words, without comments and redirections."""
+    parts = [shlex.split(part, comments=True) for part in re.split(r"&&|\n", lines.replace("\\\n", " "))]
+    return [list(takewhile(lambda word: word not in (">", ">>", "|"), words)) for words in parts if words]
 
 
 def commands_of_page(page):
     """The commands of the shell blocks, and those within the text: `python ...` with at least one more word."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    commands = []
-    for block in blocks_of(text, "bash"):
-        commands += commands_of(block)
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    for quoted in re.findall(r"`((?:\w+=\S+\s+)*(?:python|torchrun)\s[^`]+)`", prose):
-        commands.append(until_redirection(shlex.split(quoted)))  # also over the end of a line
-    return commands
+    quoted = re.findall(r"`((?:\w+=\S+\s+)*(?:python|torchrun)\s[^`]+)`", prose)  # also over the end of a line
+    lines = [*blocks_of(text, "bash"), *(" ".join(command.split()) for command in quoted)]
+    return [words for part in lines for words in commands_of(part)]
 
 
 # --- the rules, by program ---
@@ -77,56 +61,34 @@ def commands_of_page(page):
 
 def check_command(words, monkeypatch):
     """Run or parse one command in the current folder. Fails for a wrong one, and for a program that is not known."""
+    words = list(dropwhile(re.compile(r"\w+=\S*").fullmatch, words))  # without VARIABLE=value in front
+    program, *args = words
     try:
-        check_program(words, monkeypatch)
+        if program in ("python", "python3"):
+            check_python(args, monkeypatch)
+        elif program == "torchrun":
+            torchrun_parser().parse_args(args)
+            plan_training(args[args.index("train.py") + 1 :], monkeypatch)
+        elif program == "pip":
+            check_pip(args, monkeypatch)
+        elif words != [".", ".venv/bin/activate"] and program != "jupyter":
+            pytest.fail(f"no rule for {shlex.join(words)!r}; add one to this file")
     except SystemExit as stop:  # of a parser
         assert not stop.code, f"{shlex.join(words)}: exit code {stop.code}"
 
 
-def check_program(words, monkeypatch):
-    words = list(words)
-    while re.fullmatch(r"\w+=\S*", words[0]):
-        words.pop(0)  # VARIABLE=value in front
-    program = words[0].removeprefix(".venv/bin/")
-    if program in ("python", "python3"):
-        check_python(words[1:], monkeypatch)
-    elif program == "torchrun":
-        check_torchrun(words[1:], monkeypatch)
-    elif program == "pip":
-        check_pip(words[1:])
-    elif program in (".", "source"):
-        assert words[1:] == [".venv/bin/activate"], f"not known: {shlex.join(words)}"
-    elif program in ("git", "cd", "jupyter"):
-        pass  # the project's address and the reader's folders are not there
-    else:
-        pytest.fail(f"no rule for {shlex.join(words)!r}; add one to this file")
-
-
 def check_python(words, monkeypatch):
-    if words[0] == "ground.py":
-        run_ground(words[1:], monkeypatch)
-    elif words[0] == "train.py":
-        plan_training(words[1:], monkeypatch)
-    elif words[0] != "-m":
-        pytest.fail(f"no rule for python {shlex.join(words)!r}; add one to this file")
-    elif words[1] == "venv":
-        assert words[2:] == [".venv"]
-    elif words[1] == "pip":
-        check_pip(words[2:])
-    elif words[1] == "pytest":
-        check_pytest(words[2:])
-    elif words[1] == "hivg.evaluate":
-        run_evaluate(words[2:], monkeypatch)
-    elif words[1] == "hivg.weights":
-        run_weights(words[2:], monkeypatch)
-    elif words[1] == "hivg.bench":
-        monkeypatch.setattr(sys, "argv", ["bench", *words[2:]])
-        bench.arguments()  # exits for flags and names that are not known
-    elif words[1] == "hivg.training.pretrain":
-        monkeypatch.setattr(sys, "argv", ["pretrain", *without_flag(words[2:], "--resume")])
-        settings_from_flags(pretrain.Settings, "")
+    rules = {"ground.py": run_ground, "train.py": plan_training, "-m venv": check_venv, "-m pip": check_pip,
+             "-m pytest": check_pytest, "-m hivg.evaluate": run_evaluate, "-m hivg.weights": run_weights,
+             "-m hivg.bench": parse_bench, "-m hivg.training.pretrain": parse_pretraining}
+    n = 2 if words[0] == "-m" else 1
+    program, args = " ".join(words[:n]), words[n:]
+    if program in rules:
+        rules[program](args, monkeypatch)
+    elif n == 2:
+        check_by_help(words[1], args, monkeypatch)
     else:
-        check_by_help(words[1], words[2:], monkeypatch)
+        pytest.fail(f"no rule for python {program}; add one to this file")
 
 
 def run_ground(args, monkeypatch):
@@ -144,12 +106,6 @@ def plan_training(args, monkeypatch):
     args = [*without_flag(without_flag(args, "--resume"), "--plan"), "--plan"]
     monkeypatch.setattr(sys, "argv", ["train.py", *args])
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-
-
-def check_torchrun(words, monkeypatch):
-    script = words.index("train.py")
-    torchrun_parser().parse_args(words)
-    plan_training(words[script + 1 :], monkeypatch)
 
 
 def run_evaluate(args, monkeypatch):
@@ -176,14 +132,26 @@ def run_weights(args, monkeypatch):
         assert call(weights_program.main, args, monkeypatch) == 0
 
 
-def check_pip(args):
+def parse_bench(args, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench", *args])
+    bench.arguments()  # exits for flags and names that are not known
+
+
+def parse_pretraining(args, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pretrain", *without_flag(args, "--resume")])
+    settings_from_flags(pretrain.Settings, "")
+
+
+def check_venv(args, monkeypatch):
+    assert args == [".venv"]
+
+
+def check_pip(args, monkeypatch):
     assert args[0] == "install"
-    for name in args[1:]:
-        if name.endswith(".txt"):
-            assert (ROOT / name).is_file()
+    assert all((ROOT / name).is_file() for name in args if name.endswith(".txt"))
 
 
-def check_pytest(args):
+def check_pytest(args, monkeypatch):
     for name in args:
         assert not name.startswith("tests") or (ROOT / name.split("::")[0]).exists(), f"there is no {name}"
 
@@ -267,13 +235,9 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands(page, folder):
-    commands = commands_of_page(page)
+    commands = list(dict.fromkeys(map(tuple, commands_of_page(page))))  # each once, in order
     assert commands
-    done = []
     for words in commands:
-        if words in done:
-            continue
-        done.append(words)
         print(shlex.join(words))  # shown where the test fails
         with pytest.MonkeyPatch.context() as monkeypatch:
             check_command(words, monkeypatch)

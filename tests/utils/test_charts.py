@@ -1,11 +1,11 @@
-"""Line charts: ticks are round and true, curves are where their points are, and odd input is drawn."""
+"""Line charts: ticks are round and in the right place, curves run through their points, odd input is drawn."""
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from hivg.utils import charts
-from hivg.utils.charts import _boundary_names, _legend, _ticks, plot_curves, plot_panels
+from hivg.utils.charts import _ticks, plot_curves, plot_panels
 from hivg.utils.draw import colour_of
 
 
@@ -28,11 +28,11 @@ def test_ticks_have_a_least_distance():
 NAN = float("nan")
 
 
-def axes_of(monkeypatch, curves):
+def axes_of(monkeypatch, curves, **options):
     """The Axes of a chart."""
     found = []
     monkeypatch.setattr(charts, "_grid", lambda draw, axes: found.append(axes))
-    plot_curves(curves)
+    plot_curves(curves, **options)
     return found[0]
 
 
@@ -54,8 +54,7 @@ def test_a_chart_of_few_points(monkeypatch):
 def test_curves(curves):
     image = plot_curves(curves, title="Training", x_label="epoch", y_label="loss",
                         boundaries=[(0, "warm-up"), (0.5, "stage 1"), (0.55, "stage 2"), (1, "end")])
-    assert image.size == (900, 360) and image.mode == "RGB"
-    assert plot_curves(curves).size == (900, 360)
+    assert image.size == plot_curves(curves).size == (900, 360) and image.mode == "RGB"
 
 
 def test_a_curve_is_where_its_points_are():
@@ -75,7 +74,7 @@ def curve_pixels(image):
 
 def test_a_curve_stays_within_the_axes():
     rows, columns = curve_pixels(plot_curves({"a": [(0, 0), (1, 9), (2, -9), (3, 0)]}))
-    assert rows.min() > 32 and rows.max() <= 332  # the legend is above, the numbers of x below
+    assert rows.min() > 32 and rows.max() <= 332  # between the legend and the tick labels of x
     assert columns.min() >= 78 and columns.max() <= 882
     assert columns.max() - columns.min() > 790
 
@@ -95,14 +94,14 @@ def test_boundaries_count_for_the_range():
     assert 470 < columns.max() < 490  # half of the width
 
 
-def test_names_that_do_not_fit_take_another_row():
-    draw = ImageDraw.Draw(Image.new("RGB", (600, 400)))
-    names = [("a long name of a curve", (0, 0, 0))]
-    one_row = _legend(draw, names, 0, 600, 0)
-    assert _legend(draw, names * 2, 0, 800, 0) == one_row
-    assert _legend(draw, names * 3, 0, 400, 0) == one_row + 2 * 34
-    one_row = _boundary_names(draw, [(0, "stage 1"), (300, "stage 2")], 600, 0)
-    assert _boundary_names(draw, [(0, "stage 1"), (5, "stage 2"), (300, "stage 3")], 600, 0) == 2 * one_row
+def test_names_that_do_not_fit_take_another_row(monkeypatch):
+    one_row = axes_of(monkeypatch, {"a long name of a curve": []}).top
+    assert axes_of(monkeypatch, {f"a long name of curve {i}": [] for i in range(4)}).top == one_row
+    assert axes_of(monkeypatch, {f"a long name of curve {i}": [] for i in range(12)}).top == one_row + 2 * 34
+    stages = [(0, "stage 1"), (300, "stage 2"), (1000, "end")]
+    assert axes_of(monkeypatch, {}, boundaries=stages).top == axes_of(monkeypatch, {}).top + 28
+    stages.append((5, "stage 1b"))
+    assert axes_of(monkeypatch, {}, boundaries=stages).top == axes_of(monkeypatch, {}).top + 2 * 28
 
 
 def test_the_name_of_y_reads_upwards():

@@ -1,4 +1,4 @@
-"""How every program ends."""
+"""How every program ends, and the dtype that it chooses."""
 
 import subprocess
 import sys

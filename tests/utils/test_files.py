@@ -1,4 +1,4 @@
-"""Files are there whole or not at all; a disk that is full gets one line."""
+"""Files are written whole or not at all; a full disk gets one line."""
 
 import errno
 import os
@@ -72,8 +72,8 @@ def test_an_image_in_the_format_of_its_suffix(tmp_path):
         save_image(Image.new("RGB", (4, 3)), tmp_path / f"a{suffix}")
         assert Image.open(tmp_path / f"a{suffix}").format == kind
     before = sorted(tmp_path.iterdir())
-    for name in ("a", "a.xyz", "a.psd"):  # the last is of a kind that Pillow reads only
-        with pytest.raises(ValueError, match=f"{name}: unknown image suffix; end the name in .png"):
+    for name in ("a", "a.xyz", "a.psd"):  # Pillow reads the last format, but does not write it
+        with pytest.raises(ValueError, match=f"{name}: its suffix is not that of an image .* end the name in .png"):
             save_image(Image.new("RGB", (4, 3)), tmp_path / name)
     assert sorted(tmp_path.iterdir()) == before
 
