@@ -1,7 +1,7 @@
 """CLIP's tokenizer: byte-pair encoding over the UTF-8 bytes of cleaned, lower-cased text.
 
-A word is written as one printable character per byte, the last one marked with `</w>`; then the merge that
-stands first in a ranked table is applied, again and again, until none applies. The symbols that remain are the tokens:
+A word is spelled as one printable character per byte, the last one marked with `</w>`. Then the merge that comes
+first in a ranked table is applied, again and again, until none applies. The remaining symbols are the tokens:
 
     "lowest"  ->  l o w e s t</w>  ->  lo w e s t</w>  ->  low e s t</w>  ->  lowe s t</w>
 
@@ -26,11 +26,11 @@ SOT = "<|startoftext|>"
 EOT = "<|endoftext|>"
 END = "</w>"  # marks the last symbol of a word
 HEADER = "#version: 0.2"  # as in Hugging Face's merges.txt, so that our tables are such files
-MAX_BYTES = 16 * 2**20  # of a merge table; the largest of CLIP's, its tokenizer.json, has some 4 MB
+MAX_BYTES = 16 * 2**20  # of a merge table; the largest of CLIP's, its tokenizer.json, has about 4 MB
 N_CLIP_MERGES = 49152 - 256 - 2  # OpenAI's file has more lines, but CLIP was trained with only these
 ACCEPTED_FILES = "CLIP's bpe_simple_vocab_16e6.txt.gz, or the merges.txt or tokenizer.json of a Hugging Face CLIP"
 
-# start and end token written out, English contractions, runs of letters, single digits, runs of anything else
+# start and end token spelled out, English contractions, runs of letters, single digits, runs of anything else
 WORD_PATTERN = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE
 )
@@ -41,7 +41,7 @@ def bytes_to_unicode():
     # the printable characters of Latin-1 stand for themselves
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     table = {byte: chr(byte) for byte in printable}
-    # blanks and controls, which a merge table as a text file could not hold, borrow the characters from 256 on
+    # spaces and control characters, which a text file could not hold, borrow the characters from 256 on
     others = [byte for byte in range(256) if byte not in printable]
     for n, byte in enumerate(others):
         table[byte] = chr(256 + n)
@@ -65,7 +65,7 @@ def split_words(text):
 
 def word_symbols(word):
     """The symbols that a word starts as: "low" -> ("l", "o", "w</w>")."""
-    # bytes, not characters, so that 256 symbols spell every text there is
+    # bytes, not characters, so that 256 symbols spell any text
     chars = [BYTE_TO_CHAR[byte] for byte in word.encode("utf-8")]
     return (*chars[:-1], chars[-1] + END)
 
@@ -85,7 +85,7 @@ def learn_merges(texts, n_merges):
     """Learn a merge table: the most frequent pair of neighbours becomes one symbol, `n_merges` times over.
 
     Ties go to the pair that sorts first, so the same texts always give the same table. Stops early once no pair
-    occurs twice. It recounts everything for each merge: right for a few hundred merges and a small corpus.
+    occurs twice. Recounts everything for each merge, which is fast enough for a few hundred merges and a small corpus.
 
     Returns: list of (left, right) in rank order, for `Tokenizer(merges)`.
     Source: Sennrich et al. 2016, algorithm 1.
@@ -127,22 +127,22 @@ def parse_merges(lines):
 
 
 def merges_from_json(text):
-    """The merges of a Hugging Face tokenizer.json; ValueError where there are none or they are not CLIP's kind."""
+    """The merges of a Hugging Face tokenizer.json; ValueError if there are none or they are not of CLIP's kind."""
     # it may be any JSON, so each level is checked before the next
     data = json.loads(text)
     model = data.get("model") if isinstance(data, dict) else None
     merges = model.get("merges") if isinstance(model, dict) else None
     if not isinstance(merges, list):
         raise ValueError("no list of merges under model.merges")
-    # GPT-2's words end in nothing; its merges would load, and give other tokens
+    # GPT-2 does not mark the end of a word; its merges would load, but give other tokens
     if model.get("end_of_word_suffix") not in (None, END):
         raise ValueError(f"words end in {quoted(model['end_of_word_suffix'])}, not {END!r}, so it is not CLIP's")
     return parse_merges(merges)
 
 
 def read_text(path):
-    """The text of a plain or gzipped file; the content says which it is, as downloads lose their suffixes. Raises
-    ValueError for more than MAX_BYTES, which are not read."""
+    """The text of a plain or gzipped file, told apart by content, as downloads lose their suffixes. Raises ValueError
+    for more than MAX_BYTES, without reading them."""
     with open(path, "rb") as file:
         is_gzip = file.read(2) == b"\x1f\x8b"
     with (gzip.open if is_gzip else open)(path, "rb") as file:
@@ -155,15 +155,15 @@ def read_text(path):
 class Tokenizer:
     """Text to CLIP's token ids.
 
-    The vocabulary is the 256 byte symbols, the same 256 ending a word, one symbol per merge, then the start and
+    The vocabulary is the 256 byte symbols, the same 256 at the end of a word, one symbol per merge, then the start and
     the end token. The end token has the largest id: CLIP finds it as the argmax of a row.
 
     Args:
         merges: list of (left, right) in rank order.
         context_length: the most tokens in a row, start and end included; 77 in CLIP.
 
-    Raises ValueError for a table that cannot be CLIP's kind: a repeated merge, or one of a symbol that is neither
-    a byte nor made by an earlier merge.
+    Raises ValueError for a table that cannot be of CLIP's kind: with a repeated merge, or one of a symbol that is
+    neither a byte nor made by an earlier merge.
     """
 
     def __init__(self, merges, context_length=77):
@@ -184,12 +184,12 @@ class Tokenizer:
         self._check_merges()
 
     def _check_merges(self):
-        # a blank is never part of a word, so a merge of one betrays a GPT-2 table, which would load otherwise
+        # a space is never part of a word, so a merge with one gives away a GPT-2 table, which would load otherwise
         blank = BYTE_TO_CHAR[ord(" ")]
         known = set(self.symbols[:512]) - {blank, blank + END}
         for number, (left, right) in enumerate(self.merges, start=1):
             merge = f"merge {number} ({quoted(left + ' ' + right, 30)})"
-            # nothing follows the symbol that ends a word
+            # nothing follows a symbol that ends a word
             if left not in known or right not in known or left.endswith(END):
                 raise ValueError(f"{merge} joins symbols that no earlier merge makes")
             if self.ranks[left, right] != number - 1:
@@ -198,12 +198,12 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path, context_length=77):
-        """Reads OpenAI's bpe_simple_vocab_16e6.txt.gz, merges.txt, tokenizer.json (by that suffix), or `to_text()`.
+        """Read OpenAI's bpe_simple_vocab_16e6.txt.gz, merges.txt, tokenizer.json (by that suffix), or `to_text()`.
 
         Each may be gzipped. Raises ValueError for anything else: one line with the file, the problem and what to do.
         """
         path = Path(path)
-        check_context_length(context_length)  # outside the try: it is not the file's fault
+        check_context_length(context_length)  # outside the try: not the file's fault
         try:
             text = read_text(path)
             if ".json" in path.suffixes:
@@ -224,13 +224,13 @@ class Tokenizer:
     @classmethod
     def from_text(cls, text, context_length=77):
         """The tokenizer of a merge table, one "left right" per line under an optional "#version" header line."""
-        lines = text.removesuffix("\n").split("\n", N_CLIP_MERGES + 1)  # what follows is not CLIP's
-        if "#version" in lines[0]:  # OpenAI's has the file's name before it
+        lines = text.removesuffix("\n").split("\n", N_CLIP_MERGES + 1)  # the rest is not CLIP's
+        if "#version" in lines[0]:  # preceded by the file's name in OpenAI's
             lines = lines[1:]
         return cls(parse_merges(lines[:N_CLIP_MERGES]), context_length)
 
     def to_text(self):
-        """The merge table as text, read back exactly by `from_text`; a weights file carries it in its metadata."""
+        """The merge table as text, read back exactly by `from_text`; stored in the metadata of a weights file."""
         lines = [HEADER]
         for left, right in self.merges:
             lines.append(f"{left} {right}")
@@ -242,7 +242,7 @@ class Tokenizer:
         if word not in self._cache:
             symbols = word_symbols(word)  # ("l", "o", "w", "e", "s", "t</w>")
             while True:
-                # the neighbours whose merge was learned first; those that never were rank behind all
+                # the neighbours whose merge was learned first; those without a merge come last
                 pairs = zip(symbols, symbols[1:])
                 first = min(pairs, key=lambda pair: self.ranks.get(pair, len(self.ranks)), default=None)
                 if first not in self.ranks:
@@ -252,9 +252,9 @@ class Tokenizer:
         return self._cache[word]
 
     def encode(self, text):
-        """Token ids of any text, without start and end token and not truncated: list of ints.
+        """Token ids of a text, without start and end token, not truncated: list of ints.
 
-        As in CLIP, "<|startoftext|>" and "<|endoftext|>" written out in the text become those tokens.
+        As in CLIP, "<|startoftext|>" and "<|endoftext|>" spelled out in the text become those tokens.
         """
         ids = []
         for word in split_words(text):
@@ -265,8 +265,8 @@ class Tokenizer:
         """Token ids of a batch: start token, text, end token, then zeros up to the longest of the batch.
 
         Args:
-            texts: a string or a list of B strings. A blank one gives start and end token alone; one that is longer than
-                `context_length` is cut, and its last kept token becomes the end token, as with `truncate=True` in CLIP.
+            texts: a string or a list of B strings. A blank one gives only the start and the end token; one longer than
+                `context_length` is cut, and its last token becomes the end token, as with `truncate=True` in CLIP.
 
         Returns: (B, T) int64. Zero is also the id of "!": padding is what follows `end_positions` (clip.py).
         """
@@ -283,7 +283,7 @@ class Tokenizer:
 
 
 def check_context_length(length):
-    """The length; ValueError where a row could not even hold the start and the end token."""
+    """The length; ValueError if a row could not even hold the start and the end token."""
     if length < 2:
-        raise ValueError(f"context_length must hold the start and the end token, so at least 2, not {length}")
+        raise ValueError(f"context_length: {length}, at least 2 needed (the start and the end token)")
     return length

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from hivg.data.drawn.scenes import Shapes
+from hivg.data.masks import run_lengths_of
 from hivg.data.published.catalogue import COCO
 
 
@@ -192,12 +193,6 @@ def write_shapes(folder, scenes=12, split="train", to="train"):
             item["image"].save(folder / name)
             for text, box, target in zip(item["expressions"], item["boxes"].tolist(), item["targets"]):
                 row = {"image": name, "expression": text, "bbox": box, "split": to,
-                       "segmentation": run_lengths(item["labels"] == target + 1)}
+                       "segmentation": run_lengths_of(item["labels"] == target + 1)}
                 file.write(json.dumps(row) + "\n")
     return path
-
-
-def run_lengths(mask):
-    """(H, W) bool -> COCO's RLE."""
-    changes = np.flatnonzero(np.diff(np.concatenate([[0], mask.T.ravel(), [0]])))
-    return {"size": list(mask.shape), "counts": np.diff([0, *changes, mask.size]).tolist()}

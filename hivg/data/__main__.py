@@ -1,5 +1,5 @@
-"""python -m hivg.data check DATASET [--data_root DIR] [--annotations FILE] [--decode]: the content of a data set's
-files, the problems in them, and whether training images are in another split too.
+"""python -m hivg.data check DATASET [--data_root DIR] [--annotations FILE] [--decode]: what the files of a data set
+hold, the problems in them, and whether training images are in another split too.
 
 DATASET is a name (refcoco, refcoco+, refcocog, refcocog_google, referit, flickr, mixup) or a .jsonl file.
 """
@@ -13,8 +13,8 @@ def main():
     parser.add_argument("command", choices=["check"])
     parser.add_argument("dataset")
     parser.add_argument("--data_root", default="data", metavar="DIR", help="folder with all data sets (default: data)")
-    parser.add_argument("--annotations", metavar="FILE", help="a file or folder, if not at a published place")
-    parser.add_argument("--decode", action="store_true", help="read every image, too, and list the damaged ones")
+    parser.add_argument("--annotations", metavar="FILE", help="a file or folder, if it is not at a published place")
+    parser.add_argument("--decode", action="store_true", help="also read every image and list the damaged ones")
     args = parser.parse_args()
     print(check(args.data_root, args.dataset, args.annotations, args.decode))
 

@@ -1,10 +1,11 @@
 """Batches: images with expressions to tensors, in an order that depends on the step alone.
 
-Worker processes read, augment and tokenise; images travel as bytes and become numbers on the device (`to_device`).
+Worker processes read, augment and tokenise. Images stay bytes until they are on the device (`to_device`).
 """
 
 import os
-from functools import cache
+from functools import cache, lru_cache
+from itertools import chain
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ class ShapesTensors(Dataset):
     """A split of `shapes` as tensors: item i is scene i, with a row for each of its expressions."""
 
     rows = EXPRESSIONS_PER_SCENE  # of an item
-    texts = {"token_ids": "expressions"}  # what is tokenised, under its name as ids
+    texts = {"token_ids": "expressions"}  # {name of the token ids: name of their texts}
 
     def __init__(self, split, size, normalization="clip", seed=0, weights=None):
         """size: side of the square in pixels. weights: how often each kind of expression is drawn (see Shapes)."""
@@ -45,7 +46,7 @@ class ShapesTensors(Dataset):
         item = self.shapes[index]
         n = self.rows
         letterbox = Letterbox(*item["image"].size, self.size)
-        pixels = letterbox.pixels(item["image"])  # (3, S, S)
+        pixels = letterbox.pixels(item["image"])  # (3, S, S) uint8
         boxes = torch.from_numpy(item["boxes"])  # (n, 4)
         labels = letterbox.labels(item["labels"])  # (S, S), i + 1 where object i shows
         targets = torch.tensor(item["targets"])  # (n,)
@@ -67,18 +68,17 @@ class ShapesTensors(Dataset):
 class SampleTensors(Dataset):
     """Samples of a data set as tensors: an item is one sample, a row with the keys of ShapesTensors.
 
-    Without `augment` the items are the samples in their order. With it they are endless, for training: from the first
-    item of a stage on every len() items are all samples once, in another order, each augmented differently. An item
-    depends on (seed, index) only.
+    Without `augment`, the items are the samples in their order. With it, they are endless, for training: from the start
+    of a stage, every len() items are all samples once, in a new order, each augmented differently. An item depends on
+    (seed, index) only.
     """
 
     rows = 1  # of an item
     texts = ShapesTensors.texts
 
     def __init__(self, samples, size, normalization="clip", seed=0, augment=None, masks="auto"):
-        """masks: the target of the mask head. "box": the box, filled, as the released program trains it.
-        "segmentation": the outline of the data set, and the box where a sample has none. "auto": the outline in
-        people's own data, else the box."""
+        """masks: the target of the mask head. "box": the filled box, as in the released program. "segmentation": the
+        data set's outline, or the box if a sample has none. "auto": the outline in people's own data, else the box."""
         if masks not in MASKS:
             raise ValueError(f"masks must be one of {', '.join(MASKS)}, not {masks!r:.60}")
         self.samples = samples
@@ -87,12 +87,8 @@ class SampleTensors(Dataset):
         self.normalization = normalization
         self.seed = seed
         self.augment = augment
-        self.epoch = None  # (stage, epoch) of `order`
-        self.order = None
-        image_ids = {}
-        for sample in samples:
-            image_ids.setdefault(sample.image, len(image_ids))
-        self.image_ids = [image_ids[sample.image] for sample in samples]
+        image_ids = {}  # {path: number of the image}
+        self.image_ids = [image_ids.setdefault(sample.image, len(image_ids)) for sample in samples]
 
     def __len__(self):
         return len(self.samples)
@@ -103,10 +99,7 @@ class SampleTensors(Dataset):
             return index
         stage, index = divmod(index, STAGE_ITEMS)
         epoch, position = divmod(index, len(self))
-        if self.epoch != (stage, epoch):
-            self.epoch = stage, epoch
-            self.order = np.random.default_rng([self.seed, stage, epoch]).permutation(len(self))
-        return int(self.order[position])
+        return int(shuffled(len(self), self.seed, stage, epoch)[position])
 
     def image(self, number):
         """The image of sample `number`, PIL RGB. Raises ImageError, which names it."""
@@ -133,16 +126,11 @@ class SampleTensors(Dataset):
         box = torch.tensor(sample.box)
         mask = self.outline(sample, image)
         letterbox = Letterbox(*image.size, self.size)
-        if self.augment is None:
-            row = {
-                "pixels": letterbox.pixels(image),
-                "padding_mask": letterbox.padding_mask(),
-                "box": letterbox.boxes_to_square(box),
-                "mask": None if mask is None else letterbox.mask(mask),
-            }
-        else:
+        if self.augment:
             rng = np.random.default_rng([self.seed, number, index])
             row = self.augment(rng, image, box, mask, sample.expression, self.size)
+        else:
+            row = letterbox.fitted(image, box, mask)
         if mask is None:
             row["mask"] = box_mask(row["box"], self.size)
         return {
@@ -160,11 +148,17 @@ class SampleTensors(Dataset):
         }
 
 
+@lru_cache(maxsize=2)
+def shuffled(count, *seeds):
+    """The numbers below `count` in random order."""
+    return np.random.default_rng(seeds).permutation(count)
+
+
 def box_mask(box, size):
     """A box (4,) cxcywh in 0..1 as a mask (size, size) bool: the pixels whose centre is in it."""
-    centres = (torch.arange(size) + 0.5) / size
+    centres = (torch.arange(size) + 0.5) / size  # (size,)
     columns = (centres - box[0]).abs() < box[2] / 2  # (size,)
-    rows = (centres - box[1]).abs() < box[3] / 2
+    rows = (centres - box[1]).abs() < box[3] / 2  # (size,)
     return rows[:, None] & columns
 
 
@@ -176,7 +170,7 @@ def open_dataset(dataset, split, size, normalization="clip", seed=0, data_root="
     """A split of `shapes`, of a data set of published/catalogue.py, or of a .jsonl file.
 
     train: endless and augmented. hard_mix: train on more of the expressions that are learned last (shapes only). masks:
-    "auto", "box" or "segmentation" (SampleTensors); the masks of `shapes` are always exact. Raises ValueError.
+    see SampleTensors; those of `shapes` are always exact. Raises ValueError.
     """
     if dataset == "shapes":
         refuse_annotations(dataset, annotations)
@@ -192,23 +186,19 @@ def collate(items):
     """Items of a data set -> one batch: tensors concatenated, lists joined."""
     batch = {}
     for key, value in items[0].items():
-        if isinstance(value, torch.Tensor):
-            batch[key] = torch.cat([item[key] for item in items])
-        else:
-            batch[key] = []
-            for item in items:
-                batch[key] += item[key]
+        values = [item[key] for item in items]
+        batch[key] = torch.cat(values) if isinstance(value, torch.Tensor) else list(chain(*values))
     return batch
 
 
 def training_batches(dataset, first_item, batch_size, batches, start=0, workers=0, rank=0, world_size=1, device=CPU,
                      tokenizer=None):
-    """Batches `start`..`batches` - 1 of an endless split, of which this rank gets its share of each.
+    """This rank's share of batches `start`..`batches` - 1 of an endless split.
 
-    Batch k always holds the same items, those from first_item + k * items per batch on, so a resumed run continues
-    exactly where it was. workers: number of processes that prepare them; -1 = automatic. device: the one they are for.
-    tokenizer: with one, the workers tokenise the texts, each kind to the longest of its batch. Raises ValueError unless
-    batch_size is a multiple of the rows of an item times the ranks.
+    Batch k always holds the same items, counted from first_item, so a resumed run continues exactly where it was.
+    workers: number of processes that prepare the batches, -1 = automatic. device: the one they are for. tokenizer: if
+    given, the workers tokenise the texts. Raises ValueError unless batch_size is a multiple of the ranks times the rows
+    of an item.
     """
     unit = dataset.rows * world_size
     items, rest = divmod(batch_size, unit)  # items in a rank's share of a batch
@@ -216,19 +206,15 @@ def training_batches(dataset, first_item, batch_size, batches, start=0, workers=
         nearest = [size for size in (items * unit, (items + 1) * unit) if size > 0] or [unit]
         raise ValueError(f"--batch_size: {batch_size}, a multiple of {unit} needed ({dataset.rows} drawn together, "
                          f"{world_size} process(es)); use {' or '.join(map(str, nearest))}")
-    order = []
-    for k in range(start, batches):
-        first = first_item + (k * world_size + rank) * items
-        order.append(range(first, first + items))
-    return make_loader(dataset, order, workers, device, tokenizer)
+    firsts = [first_item + (k * world_size + rank) * items for k in range(start, batches)]
+    return make_loader(dataset, [range(first, first + items) for first in firsts], workers, device, tokenizer)
 
 
 def evaluation_batches(dataset, batch_size=64, workers=0, rank=0, world_size=1, device=CPU):
     """The whole split, every row once, in order; with several ranks every world_size-th batch."""
     items = max(1, batch_size // dataset.rows)
-    order = []
-    for first in range(rank * items, len(dataset), world_size * items):
-        order.append(range(first, min(first + items, len(dataset))))
+    firsts = range(rank * items, len(dataset), world_size * items)
+    order = [range(first, min(first + items, len(dataset))) for first in firsts]
     return make_loader(dataset, order, workers, device)
 
 
@@ -247,10 +233,10 @@ def choose_workers(workers, device):
 
 
 def make_loader(dataset, order, workers, device, tokenizer=None):
-    """Batches one after the other. order: for each batch the indices of its items. The others as of training_batches.
+    """Batches one after another. order: the item indices of each batch. Other arguments as in training_batches.
 
-    Raises the ValueError of an item, an image that is damaged for instance, as it is: a DataLoader would put the
-    traceback of its worker into the message."""
+    Raises an item's ValueError, for instance a damaged image's, with its own message: a DataLoader would add the
+    worker's traceback to it."""
     # a generator of its own: the loader must not draw from the training's random numbers
     loader = DataLoader(Batches(dataset, order, tokenizer), batch_size=None, collate_fn=unchanged,
                         num_workers=choose_workers(workers, device), generator=torch.Generator(),
@@ -293,8 +279,7 @@ def to_device(batch, tokenizer, device):
     Its expressions become token_ids (B, T), unless a worker has done so."""
     if "token_ids" not in batch:
         batch = batch | {"token_ids": tokenizer(batch["expressions"])}
-    moved = {}
-    for key, value in batch.items():
-        moved[key] = value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+    tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
+    moved = batch | {key: value.to(device, non_blocking=True) for key, value in tensors.items()}
     moved["images"] = normalise(moved.pop("pixels"), moved["padding_mask"], moved["normalization"])
     return moved

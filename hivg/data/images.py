@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageOps
 from hivg.utils.messages import shown
 
 PATH = 150  # characters of a path that messages show
-PNG_TEXTS = ("Raw profile type exif", "XML:com.adobe.xmp")  # that may say how an image is turned, as its EXIF chunk
+PNG_MARKS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # of chunks that may say how a PNG is turned
 ROWS = 256  # of a 16-bit image that are scaled at a time
 
 # libtiff, which Pillow uses, prints its own lines on stderr about damaged files; our error says it once
@@ -76,13 +76,9 @@ def upright_size(path):
     name = shown(path, PATH)
     with _decoding(name), _open_file(path, name) as image:
         if image.format == "PNG":
-            content = Path(path).read_bytes()
-            late = content[content.find(b"IDAT"):]  # what Pillow finds only while reading the pixels
-            if any(mark.encode() in late for mark in ("eXIf", *PNG_TEXTS)):
-                return open_image(path).size
-            if not {"exif", "xmp", *PNG_TEXTS} & image.info.keys():
-                return image.size  # asking for its EXIF would read its pixels
-        if image.format in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP"):
+            content = Path(path).read_bytes()  # Pillow finds a chunk after the pixels only while reading them
+            return open_image(path).size if any(mark in content for mark in PNG_MARKS) else image.size
+        if image.format in ("JPEG", "MPO", "WEBP", "GIF", "BMP"):
             is_turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by 90 degrees
             return image.size[::-1] if is_turned else image.size
     return open_image(path).size
@@ -146,8 +142,7 @@ def _of_array(array):
     if array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,), (4,)) or 0 in array.shape:
         raise ImageError(f"array of shape {shown(array.shape, 60)}: give (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA")
     if array.dtype.kind == "f":
-        low = array.min()
-        high = array.max()
+        low, high = array.min(), array.max()
         if not 0 <= low <= high <= 1:  # nor with NaN
             raise ImageError(f"array of floats from {low:.4g} to {high:.4g}: give floats in 0..1, or uint8 in 0..255")
         array = (array * 255).round().astype(np.uint8)
@@ -172,12 +167,7 @@ def _to_8_bits(image):
     if values.dtype.kind == "f":
         values = np.nan_to_num(values)
     largest = max(0, values.max())
-    if image.mode == "F":
-        whites = (1, 255, 65535)
-    elif image.mode == "I":
-        whites = (255, 65535)
-    else:
-        whites = (65535,)
+    whites = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
     white = next((white for white in whites if largest <= white), largest)
     scaled = np.empty(values.shape, dtype=np.uint8)
     for start in range(0, len(values), ROWS):  # not all at once, in eight times the bytes

@@ -1,6 +1,6 @@
 """Segmentation masks as COCO stores them, polygons and run lengths, to arrays of pixels, and back to run lengths.
 
-Polygons are filled here by pixel centres. COCO's own program traces the outline on a grid five times as fine, so single
+Polygons are filled by pixel centres. COCO's own program traces the outline on a grid five times as fine, so single
 pixels along an outline differ from it; run lengths are exact.
 """
 
@@ -17,24 +17,23 @@ CROSSINGS = 1000  # of a polygon's edges with each row of pixels, on average
 def polygon_mask(polygons, height, width):
     """-> (height, width) bool, True where a pixel's centre (x + 0.5, y + 0.5) is inside any of the polygons.
 
-    polygons is a list of flat lists [x0, y0, x1, y1, ..] in pixels, closed by themselves; each is filled by the
-    even-odd rule, so where a polygon covers itself twice is a hole. It may reach out of the image. Left and upper
-    outlines are inside, right and lower ones not. Raises ValueError for a list that is no polygon.
+    polygons: flat lists [x0, y0, x1, y1, ..] in pixels, which need not be closed and may reach out of the image. Each
+    is filled by the even-odd rule, so it has a hole where it covers itself twice. Left and upper outlines are inside,
+    right and lower ones are not. Raises ValueError as check_polygons.
     """
-    check_polygons(polygons)
     mask = np.zeros((height, width), dtype=bool)
-    for polygon in polygons:
-        mask |= _fill(_corners(polygon), height, width)
+    for corners in check_polygons(polygons):
+        mask |= _fill(corners, height, width)
     return mask
 
 
 def check_polygons(polygons):
-    """Raises ValueError for a list of polygons that would take forever to fill, or that is none."""
+    """-> the corners of each polygon, (n, 2) float64. Raises ValueError for what is not a polygon, and for so many
+    numbers that filling would take forever."""
     total = sum(len(polygon) if isinstance(polygon, (list, tuple)) else 0 for polygon in polygons[: MAX_POLYGONS + 1])
     if len(polygons) > MAX_POLYGONS or total > MAX_NUMBERS:
         raise ValueError(f"an outline of more than {MAX_POLYGONS:,} polygons or {MAX_NUMBERS:,} numbers")
-    for polygon in polygons:
-        _corners(polygon)
+    return [_corners(polygon) for polygon in polygons]
 
 
 def _corners(polygon):
@@ -43,24 +42,24 @@ def _corners(polygon):
         flat = np.asarray(polygon, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
         flat = np.array(np.nan)
-    if flat.ndim != 1 or len(flat) % 2 or not (np.abs(flat) < MAX_PIXELS).all():  # nan is not less
+    if flat.ndim != 1 or len(flat) % 2 or not (np.abs(flat) < MAX_PIXELS).all():  # also for nan
         raise ValueError(f"a polygon is a flat list of numbers x0, y0, x1, y1, .., not {quoted(polygon)}")
     return flat.reshape(-1, 2)
 
 
 def _fill(corners, height, width):
-    """Scan lines through the middles of the pixel rows: a pixel is inside if an odd number of the polygon's edges
-    cross its line at or left of its centre."""
+    """Scan lines through the middle of each row of pixels: a pixel is inside if an odd number of the polygon's edges
+    cross its line at its centre or to the left."""
     x, y = corners.T  # (n,) where each edge starts
-    to_x, to_y = np.roll(corners, -1, axis=0).T  # (n,) and ends
-    # An edge crosses the lines from its upper end to before its lower one, so a corner on a line counts once.
+    to_x, to_y = np.roll(corners, -1, axis=0).T  # (n,) where it ends
+    # an edge's upper end counts as a crossing, its lower end does not, so a corner on a line counts once
     first = _first_centre(np.minimum(y, to_y), height)  # (n,) rows
     end = _first_centre(np.maximum(y, to_y), height)
     crossings = end - first  # (n,) of each edge
     if crossings.sum() > CROSSINGS * (height + 1):
-        raise ValueError("an outline that crosses itself beyond all measure")
+        raise ValueError(f"an outline that crosses the rows of pixels more than {CROSSINGS:,} times on average")
     edge = np.repeat(np.arange(len(corners)), crossings)  # (m,) the edge of each crossing
-    number = np.arange(len(edge)) - np.repeat(np.cumsum(crossings) - crossings, crossings)  # (m,) 0, 1, .. in its edge
+    number = np.arange(len(edge)) - np.repeat(np.cumsum(crossings) - crossings, crossings)  # (m,) 0, 1, .. of its edge
     row = first[edge] + number
     x_at = x[edge] + (row + 0.5 - y[edge]) * (to_x - x)[edge] / (to_y - y)[edge]
     column = _first_centre(x_at, width)
@@ -70,24 +69,31 @@ def _fill(corners, height, width):
 
 
 def _first_centre(position, limit):
-    """The first pixel whose centre is not before a position, at most `limit`."""
+    """The first pixel whose centre is at a position or after it, at most `limit`."""
     return np.ceil(position - 0.5).clip(0, limit).astype(int)
 
 
-def rle_mask(rle):
+def rle_mask(rle, image_size=None):
     """COCO's run lengths -> (H, W) bool. Raises ValueError (run_lengths)."""
-    height, width, counts = run_lengths(rle)
+    height, width, counts = run_lengths(rle, image_size)
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
 
 
-def run_lengths(rle):
+def run_lengths(rle, image_size=None):
     """COCO's run lengths -> H, W and the list of counts.
 
-    rle is {"size": [H, W], "counts": ..}: counts of pixels down one column after the other, in turn 0 and 1, starting
-    with 0; a list of ints, or COCO's compressed string (str or bytes). Raises ValueError for anything else, or counts
-    that are negative or do not add up to H * W.
+    rle: {"size": [H, W], "counts": ..}, where counts are the lengths of alternating runs of 0 and 1, starting with 0,
+    down one column after another; a list of ints, or COCO's compressed string (str or bytes). Raises ValueError for
+    anything else, for counts that are negative or do not add up to H * W, and for H, W other than image_size, if given.
     """
-    height, width = _size(rle)
+    size = rle.get("size") if isinstance(rle, dict) else None
+    if not (isinstance(size, (list, tuple)) and len(size) == 2
+            and all(isinstance(side, (int, np.integer)) and side >= 0 for side in size)):
+        raise ValueError(f'a run-length mask is {{"size": [height, width], "counts": ..}}, not {quoted(rle)}')
+    height, width = size
+    if image_size and image_size != (height, width):
+        raise ValueError(f"a run-length mask of {quoted(height)} x {quoted(width)} for an image of "
+                         f"{quoted(image_size[0])} x {quoted(image_size[1])} (height x width)")
     counts = rle.get("counts")
     if isinstance(counts, (str, bytes)):
         counts = _decompress(counts)
@@ -101,20 +107,12 @@ def run_lengths(rle):
     return height, width, counts
 
 
-def _size(rle):
-    """(H, W) of a dictionary of run lengths."""
-    size = rle.get("size") if isinstance(rle, dict) else None
-    if not (isinstance(size, (list, tuple)) and len(size) == 2
-            and all(isinstance(side, (int, np.integer)) and side >= 0 for side in size)):
-        raise ValueError(f'a run-length mask is {{"size": [height, width], "counts": ..}}, not {quoted(rle)}')
-    return tuple(size)
-
-
 def _decompress(text):
     """COCO's string of counts -> list of ints (pycocotools, maskApi.c, rleFrString).
 
-    Each character less 48 is six bits. The lower five are bits of the count, lowest first; the sixth says that more
-    follow; the fifth of the last one is the sign. From the fourth count on it is the difference to the last but one.
+    Each character minus 48 is six bits: five bits of the count, lowest first, and a sixth that says that more follow.
+    The fifth bit of the last character is the sign. From the fourth on, a count is stored as its difference to the one
+    two before it.
     """
     counts = []
     value = 0
@@ -140,7 +138,7 @@ def _decompress(text):
 def run_lengths_of(mask):
     """(H, W) bool -> COCO's run lengths, {"size": [H, W], "counts": its compressed string}, the inverse of rle_mask."""
     height, width = mask.shape
-    down = np.concatenate([[False], mask.T.ravel()])  # down the columns; the first run is one of 0s, maybe of none
+    down = np.concatenate([[False], mask.T.ravel()])  # down the columns; the first run is of 0s and may be empty
     ends = np.flatnonzero(down[1:] != down[:-1])  # of all runs but the last
     counts = np.diff(ends, prepend=0, append=mask.size).tolist()
     return {"size": [height, width], "counts": _compress(counts)}
@@ -159,26 +157,13 @@ def _compress(counts):
 
 
 def mask_of(segmentation, height, width):
-    """The "segmentation" of an annotation of a height x width image -> (height, width) bool, or None if it is None or
-    empty.
-
-    It may be a list of polygons (polygon_mask) or a dictionary of run lengths (rle_mask). Raises ValueError for
-    anything else, or for run lengths of another size.
-    """
+    """The "segmentation" of an annotation of a height x width image, polygons (polygon_mask) or run lengths (rle_mask)
+    -> (height, width) bool, or None if it is None or empty. Raises ValueError for anything else, and for run lengths of
+    another size."""
     if segmentation is None or (isinstance(segmentation, (list, tuple, dict)) and not segmentation):
         return None
     if isinstance(segmentation, dict):
-        check_size(segmentation, height, width)
-        return rle_mask(segmentation)
+        return rle_mask(segmentation, (height, width))
     if isinstance(segmentation, (list, tuple)):
         return polygon_mask(segmentation, height, width)
-    raise ValueError("a segmentation is a list of polygons or a dictionary of run lengths, "
-                     f"not {quoted(segmentation)}")
-
-
-def check_size(rle, height, width):
-    """Raises ValueError for run lengths that are not of a height x width image."""
-    size = _size(rle)
-    if size != (height, width):
-        raise ValueError(f"a run-length mask of {quoted(size[0])} x {quoted(size[1])} for an image of "
-                         f"{quoted(height)} x {quoted(width)} (height x width)")
+    raise ValueError(f"a segmentation is a list of polygons or a dictionary of run lengths, not {quoted(segmentation)}")

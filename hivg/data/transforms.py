@@ -1,8 +1,8 @@
 """The letterbox: any image into a square of the model's size, and boxes there and back.
 
-The long side is resized to the square (PIL bilinear, which smooths when it shrinks) and put in the middle; the rest is
-marked as padding. Pixels stay bytes until they are on the device that computes, where they are normalised and padding
-becomes zero. Training may ask for a smaller image and another place (augment.py).
+The image is resized so that its long side is the square's (PIL bilinear, which smooths when it shrinks) and placed in
+the middle; the rest is marked as padding. Pixels stay bytes until they are on the device that computes, where they are
+normalised and padding becomes zero. Training uses smaller images in other places too (data/augment.py).
 """
 
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ def normalise(pixels, padding_mask, normalization="clip"):
     return images.masked_fill_(padding_mask[:, None], 0)
 
 
-@cache  # a GPU would wait for them to be sent
+@cache  # sending them to a GPU would make it wait
 def pixel_constants(normalization, device):
     """(3, 3, 1, 1): 255, mean and standard deviation of R, G, B."""
     mean, std = NORMALIZATION[normalization]
-    # 255 is a tensor too: a GPU turns a division by a number into a product, which rounds differently
+    # 255 is a tensor too: a GPU replaces division by a scalar with multiplication, which rounds differently
     return torch.tensor([(255.0,) * 3, mean, std])[..., None, None].to(device)
 
 
@@ -41,12 +41,12 @@ class Letterbox:
     width: int
     height: int
     size: int
-    fill: float = 1.0  # above 0, at most 1: the long side's share of the square
-    place: tuple = (0.5, 0.5)  # shares of the free room that are left of the image and above it, each 0..1
+    fill: float = 1.0  # the long side as a share of the square's: above 0, at most 1
+    place: tuple = (0.5, 0.5)  # shares of the free space that are to the left of the image and above it, each 0..1
 
     @property
     def scale(self):
-        """Pixels of the square for one pixel of the image."""
+        """Pixels of the square per pixel of the image."""
         return self.size * self.fill / max(self.width, self.height)
 
     @property
@@ -57,7 +57,7 @@ class Letterbox:
     @property
     def corner(self):
         """(left, top) of the image in the square, in pixels."""
-        # less 0.1 so that half a pixel is rounded as the released code does it
+        # -0.1 so that half a pixel is rounded as in the released code
         return tuple(round((self.size - side) * share - 0.1) for side, share in zip(self.inner, self.place))
 
     @property
@@ -66,6 +66,21 @@ class Letterbox:
         left, top = self.corner
         width, height = self.inner
         return slice(top, top + height), slice(left, left + width)
+
+    def fitted(self, image, box, mask):
+        """PIL RGB image, box (4,) xyxy in its pixels, mask (height, width) bool array or None -> a dictionary:
+
+        pixels        (3, size, size) uint8, zero where padded
+        padding_mask  (size, size) bool, True where padded
+        box           (4,) float32 cxcywh in 0..1 of the square
+        mask          (size, size) bool, or None
+        """
+        return {
+            "pixels": self.pixels(image),
+            "padding_mask": self.padding_mask(),
+            "box": self.boxes_to_square(box),
+            "mask": None if mask is None else self.mask(mask),
+        }
 
     def image(self, image, normalization="clip"):
         """PIL RGB image -> (3, size, size) float32, normalised, zero where padded."""
@@ -97,8 +112,7 @@ class Letterbox:
         """(..., 4) xyxy in the image's pixels -> (..., 4) cxcywh in 0..1 of the square."""
         offset = torch.tensor(self.corner * 2)  # (4,) left, top, left, top
         corners = boxes.float() * self.scale + offset  # (..., 4) xyxy in pixels of the square
-        low = corners[..., :2]
-        high = corners[..., 2:]
+        low, high = corners.split(2, -1)  # (..., 2) each
         return torch.cat([(low + high) / 2, high - low], -1) / self.size
 
     def boxes_to_image(self, boxes):

@@ -80,18 +80,16 @@ def test_samples_from_files_are_what_shapes_draws(tmp_path):
         for name in ("pixels", "padding_mask", "boxes", "masks", "pixel_boxes", "has_mask"):
             assert_close(name, rows[name], expected[name], 1e-6)
         assert rows["image_ids"].tolist() == [i] * 4
+        assert rows["image_names"] == [str(tmp_path / f"images/train{i}.png")] * 4
 
 
-def test_hard_mix_is_of_the_training_split_alone():
-    assert open_dataset("shapes", "train", 32, train=True, hard_mix=True).shapes.weights == HARD_MIX
-    for options in ({"train": True}, {"hard_mix": True}):
-        assert open_dataset("shapes", "val", 32, **options).shapes.weights != HARD_MIX
-
-
-def test_training_alone_is_augmented(tmp_path):
+def test_only_training_is_augmented_and_harder(tmp_path):
     path = write_shapes(tmp_path, 2)
     assert open_dataset(path, "train", 32).augment is None
     assert open_dataset(path, "train", 32, train=True).augment == Augment()
+    assert open_dataset("shapes", "train", 32, train=True, hard_mix=True).shapes.weights == HARD_MIX
+    for options in ({"train": True}, {"hard_mix": True}):
+        assert open_dataset("shapes", "val", 32, **options).shapes.weights != HARD_MIX
 
 
 def test_a_data_set_without_samples_is_refused(tmp_path, capsys):
@@ -201,32 +199,15 @@ def test_images_are_normalised_on_the_device(normalization):
     assert np.array_equal(moved["images"][1, :, 5:].cpu(), expected[:, 5:]) and not moved["images"][1, :, :5].any()
 
 
-@pytest.mark.parametrize("asked, device, world, cores, workers", [
-    (3, "cuda", 1, 4, 3), (0, "cuda", 1, 4, 0), (-1, "cpu", 1, 64, 1), (-1, "cuda", 1, 64, 8), (-1, "cuda", 1, 6, 5),
-    (-1, "cuda", 4, 16, 3), (-1, "cuda", 8, 4, 1)])
-def test_workers_by_the_machine(monkeypatch, asked, device, world, cores, workers):
-    """world: the ranks on this machine; there may be others elsewhere."""
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world))
+@pytest.mark.parametrize("asked, device, ranks, cores, own, workers", [
+    (3, "cuda", 1, 4, 4, 3), (0, "cuda", 1, 4, 4, 0), (-1, "cpu", 1, 64, 64, 1), (-1, "cuda", 1, 64, 64, 8),
+    (-1, "cuda", 1, 6, 6, 5), (-1, "cuda", 4, 16, 16, 3), (-1, "cuda", 8, 4, 4, 1), (-1, "cuda", 8, 64, 6, 5)])
+def test_automatic_workers(monkeypatch, asked, device, ranks, cores, own, workers):
+    """ranks: of this machine. own: the cores that this process may use, fewer if the launcher has divided them."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     monkeypatch.setattr(batches.os, "cpu_count", lambda: cores)
-    monkeypatch.setattr(batches.os, "sched_getaffinity", lambda process: range(cores), raising=False)
+    monkeypatch.setattr(batches.os, "sched_getaffinity", lambda process: range(own), raising=False)
     assert batches.choose_workers(asked, torch.device(device)) == workers
-
-
-def test_a_rank_that_has_cores_of_its_own_uses_them(monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    monkeypatch.setattr(batches.os, "cpu_count", lambda: 64)
-    monkeypatch.setattr(batches.os, "sched_getaffinity", lambda process: range(6), raising=False)
-    assert batches.choose_workers(-1, torch.device("cuda")) == 5
-
-
-def test_batches_are_pinned_for_a_gpu_alone(monkeypatch):
-    """The loader is told so; nothing else can be seen of it without a GPU."""
-    told = []
-    monkeypatch.setattr(batches, "DataLoader", lambda *args, pin_memory, **options: told.append(pin_memory) or ())
-    for device in ("cuda", "cpu"):
-        list(training_batches(ShapesTensors("train", 32), 0, 4, 1, device=torch.device(device)))
-        list(evaluation_batches(ShapesTensors("val", 32), device=torch.device(device)))
-    assert told == [True, True, False, False]
 
 
 def test_a_box_stands_in_for_a_mask(tmp_path):
@@ -263,11 +244,3 @@ def test_mask_targets(tmp_path):
         assert torch.equal(open_dataset("shapes", "train", 64, masks=masks)[0]["masks"], drawn)
     with pytest.raises(ValueError, match="auto, box, segmentation"):
         open_dataset(own, "train", 64, masks="outline")
-
-
-def test_images_are_named_and_numbered_by_their_file(tmp_path):
-    path = write_own(tmp_path, 3, split="train")
-    data = open_dataset(str(path), "train", 32)
-    ids = [int(data[i]["image_ids"]) for i in range(6)]
-    assert ids == [0, 0, 1, 1, 2, 2]
-    assert data[5]["image_names"] == [str(tmp_path / "images/2.png")]

@@ -88,19 +88,14 @@ def test_dropped_outlines_and_boxes_of_0_to_1_are_told(tmp_path):
     assert f"{path} val: 6 expressions" in text  # they are kept
 
 
-def test_annotations_beside_own_data_are_refused(tmp_path):
-    path = write_own(tmp_path, 3)
-    with pytest.raises(ValueError, match="--annotations .*; leave it out"):
-        check("nowhere", path, "other.json")
-
-
-@pytest.mark.parametrize("content", [None, "", "\n", "hello", "{}", '{"image": "b.png", "expression": "x"}'])
-def test_to_check_nothing_is_an_error(tmp_path, monkeypatch, capfd, content):
-    path = "refcoco"
+@pytest.mark.parametrize("name, content", [
+    ("coco", None), ("refcoco", None), ("mine.jsonl", ""), ("mine.jsonl", "\n"), ("mine.jsonl", "hello"),
+    ("mine.jsonl", "{}"), ("mine.jsonl", '{"image": "b.png", "expression": "x"}')])
+def test_to_check_nothing_is_an_error(tmp_path, monkeypatch, capfd, name, content):
+    monkeypatch.chdir(tmp_path)
     if content is not None:
-        path = tmp_path / "mine.jsonl"
-        path.write_text(content)
-    code, out, err = call(main, capfd, monkeypatch, "check", path, "--data_root", tmp_path)
+        (tmp_path / name).write_text(content)
+    code, out, err = call(main, capfd, monkeypatch, "check", name, "--data_root", tmp_path)
     assert code == 2 and out == ""
     assert len(err.splitlines()) == 1 and len(err) <= 300 and err.startswith("error: "), err
 
@@ -149,9 +144,3 @@ def test_a_longer_name_of_a_data_set_is_another(tmp_path):
 def test_drawn_data_has_no_files():
     with pytest.raises(ValueError, match="shapes is drawn"):
         check("data", "shapes")
-
-
-def test_unknown_names_get_one_line(monkeypatch, capfd):
-    code, out, err = call(main, capfd, monkeypatch, "check", "coco")
-    assert code == 2 and out == ""
-    assert err.startswith("error: no data set 'coco'") and len(err.splitlines()) == 1

@@ -6,8 +6,9 @@ from collections import Counter
 import numpy as np
 from listener import ADJECTIVES, NOUNS, Listener, scenes
 
-from hivg.data.drawn.phrases import caption, relate
-from hivg.data.drawn.scenes import SHAPES, Shapes
+from hivg.data.drawn.pairs import attribute_ids
+from hivg.data.drawn.phrases import caption, object_phrases, relate
+from hivg.data.drawn.scenes import SHAPES
 
 
 def test_captions():
@@ -17,8 +18,6 @@ def test_captions():
         counts = Counter(word for word in re.findall(r"[a-z]+", text) if word in SHAPES)
         assert counts == Counter(o.shape for o in scene.objects)
         assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", text), text
-    item = Shapes("train")[0]
-    assert isinstance(item["caption"], str) and item["caption"] == Shapes("train")[0]["caption"]
 
 
 def test_long_captions_stay_within_60_words():
@@ -66,30 +65,21 @@ def test_captions_name_other_attributes_now_and_then():
 
 
 def test_phrases():
-    """Each object of an image has a phrase, read here by the listener: it is true of the object, and `named` and
-    `attributes` say of which others just as the listener does."""
+    """Each object of a scene has a phrase, read here by the listener: it is true of the object, and the attributes that
+    it names say of which others just as the listener does."""
     named_of = Counter()
-    train = Shapes("train")
-    for k in range(60):
-        item = train[k]
-        objects = train.scene(k)[0].objects
-        assert len(item["phrases"]) == len(item["named"]) == len(item["attributes"]) == len(objects)
-        for target, (phrase, named) in enumerate(zip(item["phrases"], item["named"])):
+    rng = np.random.default_rng(0)
+    for scene, _ in scenes("train")[:60]:
+        phrases, named = object_phrases(scene, rng)
+        assert len(phrases) == len(named) == len(scene.objects)
+        ids = [attribute_ids(o) for o in scene.objects]
+        for target, (phrase, names) in enumerate(zip(phrases, named)):
             *adjectives, noun = phrase.split()[1:]  # without "a"
             said = dict(ADJECTIVES[word] for word in adjectives) | {"shape": NOUNS[noun]}
-            for i, (o, attributes) in enumerate(zip(objects, item["attributes"])):
+            told = attribute_ids(scene.objects[target], names)
+            for i, o in enumerate(scene.objects):
                 heard = all(getattr(o, key) == value for key, value in said.items())
-                assert heard == all(n in (-1, a) for n, a in zip(named, attributes)), phrase
+                assert heard == all(n in (-1, a) for n, a in zip(told, ids[i])), phrase
                 assert heard or i != target, phrase
             named_of.update(said.keys())
     assert named_of["shape"] == named_of["colour"] > named_of["filled"] > named_of["size"] > 10
-
-
-def test_items_without_captions():
-    """The same but for the captions and phrases, whose keys are not there."""
-    for split in ("train", "compose"):
-        whole = Shapes(split, seed=2)[3]
-        bare = Shapes(split, seed=2, captions=False)[3]
-        assert whole.keys() - bare.keys() == {"caption", "phrases", "attributes", "named"}
-        for key, value in bare.items():
-            assert np.array_equal(np.asarray(value), np.asarray(whole[key])), key

@@ -13,13 +13,13 @@ from PIL import Image, ImageDraw
 COLOURS = {"red": (205, 20, 30), "green": (10, 130, 45), "blue": (30, 65, 215), "brown": (125, 75, 30),
            "purple": (115, 25, 155), "orange": (240, 115, 0), "black": (18, 18, 22), "pink": (230, 70, 160)}
 SIZES = {"small": 0.22, "medium": 0.31, "large": 0.44}  # diameter / sqrt(image's area)
-OUTLINE = 0.36  # an outlined shape has a hole of its own form, smaller by this share: 18 % of the diameter a side
+OUTLINE = 0.36  # the hole of an outlined shape is smaller by this share, so its border is 18 % of the diameter
 TEXTURES = ("plain", "gradient", "stripes", "checks", "speckle")
 
 
 @dataclass(frozen=True)
 class Object:
-    """x, y, diameter in long sides of the image, y pointing down; rotation in degrees, clockwise."""
+    """x, y and diameter in units of the image's long side, y pointing down; rotation in degrees, clockwise."""
 
     shape: str
     colour: str
@@ -33,7 +33,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Background:
-    """Two RGB colours and how they alternate: period in long sides, angle in radians, seed of the speckle."""
+    """Two RGB colours and how they alternate: period in units of the long side, angle in radians, seed of speckle."""
 
     texture: str
     colours: tuple
@@ -44,7 +44,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """width and height in long sides (the longer is 1); objects from back to front."""
+    """width and height in units of the longer one, which is 1; objects from back to front."""
 
     width: float
     height: float
@@ -53,7 +53,7 @@ class Scene:
 
 
 def _polar(radii, count):
-    """A closed figure with this many corners, the first at the top, their radii repeating."""
+    """A closed figure of `count` corners, the first at the top; their radii repeat."""
     angles = 2 * np.pi * np.arange(count) / count
     return np.resize(radii, count)[:, None] * np.stack([np.sin(angles), -np.cos(angles)], 1)
 
@@ -65,20 +65,19 @@ def _heart():
 
 
 def _cross(reach, half):
-    """Four arms of this reach and half this width."""
-    r = reach
-    h = half
+    """Four arms of this reach; half: half of their width."""
+    r, h = reach, half
     return np.array([[-h, -r], [h, -r], [h, -h], [r, -h], [r, h], [h, h], [h, r], [-h, r], [-h, h], [-r, h], [-r, -h],
                      [-h, -h]])
 
 
 def _arrow(tip, barb, neck, half, end):
-    """An arrow upwards: y of its tip, x of its barbs, y of its neck, half the width of its shaft, y of its end."""
+    """An upward arrow: y of its tip, x of its barbs, y of its neck, half the width of its shaft, y of its end."""
     return np.array([[0, tip], [barb, neck], [half, neck], [half, end], [-half, end], [-half, neck], [-barb, neck]])
 
 
-# The corners (n, 2) of each shape for diameter 1, y pointing down. The extents differ a little, so that all look
-# equally large.
+# The corners (n, 2) of each shape for diameter 1, y pointing down. Extents differ a little, so that all look equally
+# large.
 CORNERS = {
     "circle": _polar([0.48], 64),
     "square": np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * 0.43,
@@ -89,35 +88,34 @@ CORNERS = {
     "cross": _cross(0.5, 0.18),
     "arrow": _arrow(-0.54, 0.5, 0.08, 0.22, 0.5),
 }
-# The hole of the outlined shape: the same, shrunk towards the middle; where that would leave some sides thin, redrawn.
+# The hole of an outlined shape: the shape itself, shrunk; drawn anew where that would make some sides thin.
 HOLES = {shape: corners * (1 - OUTLINE) for shape, corners in CORNERS.items()}
 HOLES["cross"] = _cross(0.39, 0.07)
 HOLES["arrow"] = _arrow(-0.34, 0.25, -0.03, 0.1, 0.38)
-REACH = 0.63  # no corner comes further from the middle, with some room to the image's edge
+REACH = 0.63  # no corner is further from the middle, with some room left to the image's edge
 SHAPES = tuple(CORNERS)
 
 
 def _polygon(obj, pixels):
-    """The corners of an object as a flat list of pixel coordinates. For an outlined one the path goes around the
-    outside, then around the hole."""
+    """The corners of an object as a flat list of pixel coordinates; if outlined, the path goes around the outside, then
+    around the hole."""
     corners = CORNERS[obj.shape]  # (n, 2)
     if not obj.filled:
         hole = HOLES[obj.shape]
         corners = np.concatenate([corners, corners[:1], hole, hole[:1]])
     angle = math.radians(obj.rotation)
-    cos = math.cos(angle)
-    sin = math.sin(angle)
+    cos, sin = math.cos(angle), math.sin(angle)
     corners = corners @ (np.array([[cos, sin], [-sin, cos]]) * obj.diameter) + (obj.x, obj.y)  # (n, 2) in long sides
     return np.rint(corners * pixels).astype(int).ravel().tolist()
 
 
 def _texture(background, width, height):
-    """The background as an RGB image of this many pixels."""
+    """The background as a width x height RGB image."""
     first, second = background.colours
     if background.texture == "plain":
         return Image.new("RGB", (width, height), first)
     if background.texture == "gradient":
-        # how much of the first colour is in each of the four corners, (2, 2, 1)
+        # share of the first colour in each of the four corners, (2, 2, 1)
         corner = np.cos(background.angle + np.array([[0, 1], [3, 2]]) * np.pi / 2)[..., None] / 2 + 0.5
         corners = corner * first + (1 - corner) * np.array(second)
         return Image.fromarray(corners.astype(np.uint8)).resize((width, height), Image.BILINEAR, (0.5, 0.5, 1.5, 1.5))
@@ -125,12 +123,8 @@ def _texture(background, width, height):
         grid = np.random.default_rng(background.seed).random((64, 64, 1), np.float32)
         grains = grid * first + (1 - grid) * np.array(second, np.float32)
         return Image.fromarray(grains.astype(np.uint8)).resize((width, height), Image.BILINEAR)
-    return _bands(background, width, height)
-
-
-def _bands(background, width, height):
-    """Stripes or checks."""
-    step = 1 / (background.period * max(width, height))  # periods for a pixel
+    # stripes or checks
+    step = 1 / (background.period * max(width, height))  # periods per pixel
     cos = math.cos(background.angle) * step
     sin = math.sin(background.angle) * step
     x = np.arange(width, dtype=np.float32)  # (W,)
@@ -146,7 +140,7 @@ def _bands(background, width, height):
 def draw(scene, long_side=256, supersample=1):
     """Draw a scene -> (RGB image, labels). labels (H, W) uint8: 0 background, i + 1 where object i shows.
 
-    long_side in pixels. supersample=2 or more draws larger and shrinks, for smooth edges.
+    long_side: in pixels. supersample: draw this many times as large and shrink, for smooth edges.
     """
     pixels = long_side * supersample
     width = max(round(scene.width * long_side), 1) * supersample
@@ -158,7 +152,7 @@ def draw(scene, long_side=256, supersample=1):
     for i, obj in enumerate(scene.objects):
         corners = _polygon(obj, pixels)
         label_pencil.polygon(corners, fill=i + 1)
-        image_pencil.polygon(corners, fill=COLOURS[obj.colour])  # the very pixels of the labels
+        image_pencil.polygon(corners, fill=COLOURS[obj.colour])  # exactly the pixels of its label
     index = np.array(labels)  # (H, W)
     if supersample > 1:
         image = image.reduce(supersample)
@@ -167,8 +161,8 @@ def draw(scene, long_side=256, supersample=1):
 
 
 def boxes_of(labels, targets):
-    """The tight boxes (n, 4) float32 (xmin, ymin, xmax, ymax) of the visible pixels of objects; the last pixel's far
-    edge is the box's edge."""
+    """Tight boxes around the visible pixels of objects: (n, 4) float32, (xmin, ymin, xmax, ymax), whose right and lower
+    edges are those of the last pixel."""
     boxes = np.zeros((len(targets), 4), np.float32)
     for row, target in enumerate(targets):
         mask = labels == target + 1

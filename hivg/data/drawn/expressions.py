@@ -1,9 +1,8 @@
-"""Referring expressions: each is true of one object of a scene (drawing.py).
+"""Referring expressions: each is true of one object of a scene (data/drawn/scenes.py).
 
-An expression is made by choosing its meaning first: a class of objects ("red circles"), then a condition that
-exactly one of them meets. The condition is tested twice, strictly for the target (it must meet it with a clear
-margin) and loosely for all others (none may come near), so that nobody has to guess. Then it is put into words. x and
-y are in units of the image's long side, y points down.
+The meaning comes first: a class of objects ("red circles"), then a condition that exactly one of them meets. The
+target must meet it by a clear margin, and no other object may come near, so that nobody has to guess. Then it is put
+into words.
 """
 
 import math
@@ -32,35 +31,36 @@ from hivg.data.drawn.phrases import (
 
 KINDS = ("attribute", "superlative", "ordinal", "relation", "conjunction")
 MAX_WORDS = 15
-MARGIN = 0.06          # by how much a target must be further left, higher, ... in long sides
-CLEAR_RATIO = 1.25     # closest: the runner-up is this much further away; furthest: this much nearer
+MARGIN = 0.06  # a target is at least this much further left, higher, ..., in units of the image's long side
+CLEAR_RATIO = 1.25  # closest: the runner-up is this many times as far away; furthest: the other way round
 
 # A class of objects is given by an example and a set of attributes: all objects that agree with the example in these.
 # The sets that people use, repeated by how natural they are. 0 is "any object".
 CLASSES = (SHAPE,) * 5 + (SHAPE | COLOUR,) * 4 + (COLOUR,) * 2 + (0,) * 2 + (
     SIZE, FILL, SHAPE | SIZE, SHAPE | FILL, COLOUR | SIZE, COLOUR | FILL, SHAPE | COLOUR | SIZE, SHAPE | COLOUR | FILL)
 
-# A direction is (axis, sign): an object is the further left, the larger -x is.
+# A direction is (axis, sign): the larger -x, the further left. y points down.
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "above": (1, -1), "below": (1, 1)}
 SIZE_RANK = {"small": 0, "medium": 1, "large": 2}
-FORMS = {  # of each kind, repeated by how often they are asked for
+FORMS = {  # of each kind, repeated by how often they are drawn
     "attribute": (None,),
     "superlative": tuple(BEFORE),
     "ordinal": tuple(SIDES),
     "relation": ("left", "right", "above", "below") * 3 + ("closest", "furthest") * 2 + ("between",),
-    "conjunction": ("two attributes", "attribute and relation", "two relations", "two relations", "two sides"),
-    # Of relations and ordinals, those that no shortcut answers: left of anything is, alone, the leftmost, and the third
-    # of three is the last.
+    "conjunction": ("two_attributes", "attribute_and_relation", "two_relations", "two_relations", "two_sides"),
+    # The relations and ordinals without a shortcut: "left of" anything is mostly the leftmost, the third of three is
+    # the last.
     "closeness": ("closest", "furthest"),
     "counting": tuple(SIDES)}
 
 
 @dataclass(frozen=True)
 class Expression:
-    """A text that is true of one object of its scene: `scene.objects[target]`."""
+    """A text that is true of one object of its scene, `scene.objects[target]`."""
+
     text: str
     target: int
-    kind: str  # one of KINDS, or "place" (pairs.py)
+    kind: str  # one of KINDS, or "place" (data/drawn/pairs.py)
 
 
 def the(rng, phrase, chance=0.5):
@@ -79,11 +79,6 @@ def includes(attributes, needed):
     return attributes & needed == needed
 
 
-def is_minimal(attributes, sets):
-    """Whether a set of attributes includes none of the other sets."""
-    return not any(other != attributes and includes(attributes, other) for other in sets)
-
-
 @cache
 def sets_within(attributes):
     """The sets that a set of attributes includes, as bits of an integer: bit n stands for the set n."""
@@ -91,18 +86,18 @@ def sets_within(attributes):
 
 
 @cache
-def all_but(sets):
-    """The sets of attributes that are not among these, which are given as bits: a list, and one of its minimal ones."""
-    others = [n for n in range(1, ALL + 1) if not sets >> n & 1]
-    return others, [attributes for attributes in others if is_minimal(attributes, others)]
+def sets_without(ambiguous):
+    """The sets of attributes that are not among these, given as bits: a list of all, and one of the minimal ones, which
+    include none of the others."""
+    sets = [n for n in range(1, ALL + 1) if not ambiguous >> n & 1]
+    return sets, [n for n in sets if not any(other != n and includes(n, other) for other in sets)]
 
 
 class Speaker:
-    """Makes expressions for one scene.
+    """Makes expressions for one scene. Objects are given by their number in it.
 
-    targets are the objects that may be meant; every head phrase names at least the attributes in `must`.
-    Each method named like a key of FORMS makes one attempt at a form of it: (text, target), or None if it found none.
-    Objects are given by their number in the scene.
+    targets: the objects that may be meant. must: attributes that every head phrase names. Each method named like a key
+    of FORMS makes one attempt at a form of it -> (text, target), or None if that failed.
     """
 
     def __init__(self, scene, rng, targets=None, must=0):
@@ -113,64 +108,59 @@ class Speaker:
         self.targets = self.indices if targets is None else targets
         self.at = [obj.x for obj in self.objects], [obj.y for obj in self.objects]  # by axis
         self.classes = {}  # of `members`
-        # shared[i][j]: the set of attributes on which objects i and j agree
-        self.shared = []
-        for a in self.objects:
+        self.shared = []  # shared[i][j]: the set of attributes on which objects i and j agree
+        self.unique = []  # the sets of attributes that single out each object
+        self.minimal = []  # and the minimal ones of them
+        for i, a in enumerate(self.objects):
             self.shared.append([shared_attributes(a, b) for b in self.objects])
-        # the sets of attributes that single out each object, and the minimal ones of them
-        self.unique = []
-        self.minimal = []
-        for i in self.indices:
             ambiguous = 0  # the sets on which another object agrees, as bits
             for j in self.indices:
                 if j != i:
                     ambiguous |= sets_within(self.shared[i][j])
-            unique, minimal = all_but(ambiguous)
+            unique, minimal = sets_without(ambiguous)
             self.unique.append(unique)
             self.minimal.append(minimal)
 
     def members(self, example, attributes):
         """The objects that agree with the example in these attributes; do not change the list."""
         if (example, attributes) not in self.classes:
-            rows = enumerate(self.shared[example])
-            self.classes[example, attributes] = [i for i, shared in rows if shared & attributes == attributes]
+            shared = self.shared[example]
+            self.classes[example, attributes] = [i for i in self.indices if includes(shared[i], attributes)]
         return self.classes[example, attributes]
 
     def rivals(self, target, attributes, anchors=()):
-        """The other members of the target's class, anchors excepted."""
+        """The other members of the target's class, without the anchors."""
         return [i for i in self.members(target, attributes) if i != target and i not in anchors]
 
     def name(self, i):
         """A noun phrase that singles out object i, an anchor, by its attributes alone."""
         attributes = pick(self.rng, self.minimal[i] if self.rng.random() < 0.7 else self.unique[i])
-        # Never "one": "the circle above the red one" is heard as "the red circle".
+        # never "one": "the circle above the red one" sounds like "the red circle"
         return noun_phrase(self.rng, self.objects[i], attributes, any_words=ANY_WORDS[:3])
 
     def head(self):
-        """A target and a set of attributes to name its class by."""
+        """A target, and a set of attributes that names its class."""
         target = pick(self.rng, self.targets)
         return target, pick(self.rng, CLASSES) | self.must
 
     def offset(self, i, j, direction):
-        """How far object i is in this direction from j, and how far off to the side."""
+        """How far object i is from j in this direction, and how far to the side, in long sides of the image."""
         axis, sign = DIRECTIONS[direction]
-        along = self.at[axis]
-        across = self.at[1 - axis]
+        along, across = self.at[axis], self.at[1 - axis]
         return sign * (along[i] - along[j]), abs(across[i] - across[j])
 
     def is_ahead(self, i, j, direction):
-        """Whether i is clearly further in this direction than j, by its centre and also by its edge."""
+        """Whether i is clearly further in this direction than j, by both its centre and its edge."""
         along, _ = self.offset(i, j, direction)
         return along >= MARGIN and along >= (self.objects[j].diameter - self.objects[i].diameter) / 2
 
     def distance(self, i, j):
-        """From centre to centre, and from edge to edge, taking both for circles."""
-        a = self.objects[i]
-        b = self.objects[j]
+        """From centre to centre, and from edge to edge as if both were circles."""
+        a, b = self.objects[i], self.objects[j]
         centres = math.hypot(a.x - b.x, a.y - b.y)
         return centres, centres - (a.diameter + b.diameter) / 2
 
-    # ---- the five kinds, and two of which only some forms are asked for
+    # ---- the five kinds, and two that are part of one
 
     def attribute(self, _):
         rng = self.rng
@@ -196,7 +186,7 @@ class Speaker:
         return the(rng, noun_phrase(rng, self.objects[target], attributes, (superlative,))), target
 
     def is_extreme(self, target, others, which):
-        """Whether the target is clearly ahead of all the others; in size, by a whole class."""
+        """Whether the target is clearly ahead of all others; in size, by a whole class."""
         if which in SIZE_RANK:
             sign = 1 if which == "large" else -1
             ranks = [sign * SIZE_RANK[self.objects[i].size] for i in others]
@@ -221,12 +211,12 @@ class Speaker:
         return the(rng, f"{noun} from {the(rng, SIDES[side], 0.75)}"), target
 
     def counting(self, side):
-        """An ordinal of four or more that does not mean the last."""
+        """An ordinal among four or more that does not mean the last."""
         return self.ordinal(side, fewest=4, with_last=False)
 
     def relation(self, which):
         rng = self.rng
-        needed = rng.random() < 0.9  # several objects fit the head alone, so that the relation is needed
+        needed = rng.random() < 0.9  # the head alone fits several objects, so the relation is needed
         target, attributes = self.head()
         anchors = self.anchors(target, 2 if which == "between" else 1)
         if anchors is None:
@@ -241,17 +231,17 @@ class Speaker:
         link += pick(rng, RELATION_WORDS[which])
         return the(rng, f"{noun_phrase(rng, self.objects[target], attributes)} {link} {anchor_names}"), target
 
-    closeness = relation  # with forms of its own
+    closeness = relation  # with fewer forms
 
     def anchors(self, target, count):
-        """Objects that can be named and are not the target; None if there are too few."""
+        """Other objects that can be singled out; None if there are too few."""
         options = [i for i in self.indices if i != target and self.unique[i]]
         if len(options) < count:
             return None
         return [options.pop(int(self.rng.random() * len(options))) for _ in range(count)]
 
     def meets(self, target, which, anchors, rivals):
-        """Whether the target clearly meets the condition and no rival comes near to it."""
+        """Whether the target clearly meets the condition and no rival comes near it."""
         if which == "between":
             if not self.is_between(target, *anchors, 0.25, 0.2):
                 return False
@@ -268,12 +258,12 @@ class Speaker:
         return all(here >= centres * CLEAR_RATIO and gap >= edges for centres, edges in others)
 
     def is_towards(self, i, j, direction, slope):
-        """Whether i is clearly in this direction from j: by at least MARGIN, and by `slope` times the way aside."""
+        """Whether i is clearly in this direction from j: by at least MARGIN and `slope` times the way to the side."""
         along, aside = self.offset(i, j, direction)
         return along >= MARGIN and along >= slope * aside
 
     def is_between(self, i, a, b, width, end):
-        """Whether i is in the band from a to b, cut short by `end` at both ends. width and end as shares of a to b."""
+        """Whether i is in the band from a to b. width: of the band, end: cut off at both ends, as shares of a to b."""
         a_to_b = self.objects[b].x - self.objects[a].x, self.objects[b].y - self.objects[a].y
         a_to_i = self.objects[i].x - self.objects[a].x, self.objects[i].y - self.objects[a].y
         length2 = a_to_b[0] * a_to_b[0] + a_to_b[1] * a_to_b[1]
@@ -282,14 +272,11 @@ class Speaker:
         return end < along < 1 - end and aside < width / 2
 
     def conjunction(self, form):
-        if form == "two attributes":
-            return self.two_attributes()
-        if form == "attribute and relation":
-            return self.attribute_and_relation()
-        return self.two_relations(1 if form == "two sides" else 2)
+        """form: one of the methods below."""
+        return getattr(self, form)()
 
     def two_attributes(self):
-        """"the shape that is big and red": two attributes moved behind the noun."""
+        """"the shape that is big and red": two attributes behind the noun."""
         rng = self.rng
         target = pick(rng, self.targets)
         options = [attributes for attributes in self.unique[target]
@@ -323,15 +310,19 @@ class Speaker:
         where = f"{pick(rng, RELATION_WORDS[which])} {the(rng, self.name(anchors[0]), 0.7)}"
         return the(rng, f"{noun} that is {word} and {where}", 0.8), target
 
-    def two_relations(self, count):
-        """"the circle above the square and left of the star", or with one anchor "left and above the star"."""
+    def two_sides(self):
+        """"the circle left and above the star"."""
+        return self.two_relations(1)
+
+    def two_relations(self, count=2):
+        """"the circle above the square and left of the star", or to two sides of one anchor."""
         rng = self.rng
         target, attributes = self.head()
         anchors = self.anchors(target, count)
         if anchors is None:
             return None
         first, second = self.two_conditions(anchors)
-        slope = 0.25 if count == 1 else 0.5  # left AND above one thing: 45 degrees, give or take
+        slope = 0.25 if count == 1 else 0.5  # left and above one thing: 45 degrees, give or take
         if not (self.is_towards(target, *first, slope) and self.is_towards(target, *second, slope)):
             return None
         rivals = self.rivals(target, attributes, anchors)
@@ -340,40 +331,37 @@ class Speaker:
         if any(map(all, zip(fit_first, fit_second))):
             return None
         if rng.random() < 0.7 and not (any(fit_first) and any(fit_second)):
-            return None  # favours pairs of conditions of which neither is enough alone
+            return None  # favours pairs of which neither condition is enough alone
         noun = noun_phrase(rng, self.objects[target], attributes)
         link = "that is " if rng.random() < 0.15 else ""
         return the(rng, f"{noun} {link}{self.two_places(first, second)}"), target
 
     def two_conditions(self, anchors):
-        """Two (anchor, direction); from one anchor, to a side and up or down."""
+        """Two (anchor, direction); of one anchor: to a side, and up or down."""
         rng = self.rng
-        pair = [pick(rng, ("left", "right")), pick(rng, ("above", "below"))]
+        first, second = pick(rng, ("left", "right")), pick(rng, ("above", "below"))
         if len(anchors) == 2 and rng.random() < 0.5:
-            pair = [pick(rng, tuple(DIRECTIONS)), pick(rng, tuple(DIRECTIONS))]
-        conditions = [(anchors[0], pair[0]), (anchors[-1], pair[1])]
-        if rng.random() < 0.5:
-            conditions.reverse()
-        return conditions
+            first, second = pick(rng, tuple(DIRECTIONS)), pick(rng, tuple(DIRECTIONS))
+        conditions = [(anchors[0], first), (anchors[-1], second)]
+        return conditions if rng.random() >= 0.5 else conditions[::-1]
 
     def two_places(self, first, second):
         """Two (anchor, direction) in words."""
         rng = self.rng
         if first[0] == second[0]:
-            words = pick(rng, FIRST_WORDS[first[1]])
-            words += " and " + pick(rng, SECOND_WORDS[second[1]])
+            words = f"{pick(rng, FIRST_WORDS[first[1]])} and {pick(rng, SECOND_WORDS[second[1]])}"
             return f"{words} {the(rng, self.name(first[0]), 0.8)}"
-        words = [pick(rng, RELATION_WORDS[first[1]]), pick(rng, RELATION_WORDS[second[1]])]
-        names = [the(rng, self.name(first[0]), 0.8), the(rng, self.name(second[0]), 0.8)]
+        words = [pick(rng, RELATION_WORDS[direction]) for _, direction in (first, second)]
+        names = [the(rng, self.name(anchor), 0.8) for anchor, _ in (first, second)]
         return f"{words[0]} {names[0]} and {words[1]} {names[1]}"
 
 
 def express(scene, rng, weights, count=4, targets=None, must=0, forms=3, attempts=40):
-    """`count` expressions with distinct texts, their kinds drawn by `weights` (key of FORMS -> weight), or None.
+    """`count` different expressions, a list, their kinds drawn by `weights` (key of FORMS -> weight); None if the scene
+    does not yield them.
 
-    For each, one form of its kind after another is drawn and attempted, so that easy forms do not crowd out hard ones;
-    to begin with, only an object that nothing was said about yet is accepted as target. None means that the scene does
-    not lend itself to it: draw another scene. targets and must as in Speaker.
+    Each draws a form of its kind, attempts it, then draws another, so that easy forms do not crowd out hard ones; at
+    first, only a target about which nothing has been said is accepted. targets and must as in Speaker.
     """
     speaker = Speaker(scene, rng, targets, must)
     totals = list(accumulate(weights.values()))
@@ -387,10 +375,8 @@ def express(scene, rng, weights, count=4, targets=None, must=0, forms=3, attempt
         for attempt in range(forms * attempts):
             if attempt % attempts == 0:
                 form = pick(rng, FORMS[asked])
-            if (made := make(form)) is None:
-                continue
-            text, target = made
-            if target in used and attempt < attempts // 2:
+            text, target = make(form) or ("", None)
+            if not text or target in used and attempt < attempts // 2:
                 continue
             if text not in found and len(text.split()) <= MAX_WORDS:
                 found[text] = Expression(text, target, kind)

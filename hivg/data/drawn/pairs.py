@@ -1,10 +1,10 @@
-"""The images and texts of the tiny CLIP's pre-training: pairs of scenes with phrases and expressions, no box.
+"""The images and texts of the tiny CLIP's pre-training: pairs of scenes with phrases and expressions, no boxes.
 
-In most of the images no two objects have the same colour, in the others no two have the same shape. Every object has a
-phrase, "a red star". Some have expressions, which do without the look that is theirs alone: "the second star from the
-left" of the language that HiVG is trained on, or by place alone "the star at the top left".
+In most images no two objects have the same colour, in the others no two have the same shape. Every object has a phrase,
+"a red star". Some have expressions that do not name the look that is theirs alone: "the second star from the left", in
+the language that HiVG is trained on, or by place, "the star at the top left".
 
-Images come in pairs, twins: in the twin every object has another shape (or another colour) and all else is the same.
+Images come in pairs, twins: in the twin every object has another shape (or another colour), and all else is the same.
 The same expressions hold there, with the other words.
 """
 
@@ -14,26 +14,32 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from hivg.data.drawn.drawing import COLOURS, SHAPES, draw
+from hivg.data.batches import collate
+from hivg.data.drawn.drawing import COLOURS, SHAPES, SIZES, draw
 from hivg.data.drawn.expressions import Expression, express, the
 from hivg.data.drawn.phrases import (
+    ALL,
     ANY_WORDS,
+    COLOUR,
     COLOUR_WORDS,
+    FILL,
     FILL_WORDS,
+    SHAPE,
+    SIZE,
     SIZE_WORDS,
     caption,
     object_phrases,
     pick,
     place,
 )
-from hivg.data.drawn.scenes import HELD_OUT, MAX_OBJECTS, attribute_ids, random_scene
+from hivg.data.drawn.scenes import HELD_OUT, MAX_OBJECTS, random_scene
 from hivg.data.transforms import Letterbox
 
 MIX = {"attribute": 0.1, "superlative": 0.2, "ordinal": 0.3, "relation": 0.28, "conjunction": 0.12}
-SPOKEN = 5  # expressions of an image, of the kinds of MIX, at most
-PLACES_NAMED = 2  # and so many by place alone, at most
+SPOKEN = 5  # most expressions of an image, of the kinds of MIX
+PLACES_NAMED = 2  # most expressions by place alone
 MAX_EXPRESSIONS = SPOKEN + PLACES_NAMED
-CAPTION_OBJECTS = 3  # a caption names at most so many
+CAPTION_OBJECTS = 3  # most objects that a caption names
 UNIQUE_SHAPES = 0.3  # share of the pairs in which an object's own look is its shape, not its colour
 STREAM = 1000  # of random numbers; the splits use those from 0 on (scenes.SPLITS)
 NO_PHRASE = -2  # fills `named` where an image has fewer objects than MAX_OBJECTS
@@ -60,51 +66,49 @@ class Pairs(Dataset):
         return 2**40
 
     def __getitem__(self, index):
+        """A dictionary of tensors and lists about two images of S x S pixels."""
         rng = np.random.default_rng([self.seed, STREAM, index])
         scenes, expressions = draw_pair(rng)
         few = rng.permutation(len(scenes[0].objects))[:CAPTION_OBJECTS]
-        pixels = []
-        padding = []
-        captions = []
-        phrases = []
-        named = []
-        attributes = []
-        texts = []
-        kinds = []
-        targets = []
-        for scene, said in zip(scenes, expressions):
-            image, _ = draw(scene)
-            letterbox = Letterbox(*image.size, self.image_size)
-            pixels.append(letterbox.pixels(image))
-            padding.append(letterbox.padding_mask())
-            captions.append(caption(replace(scene, objects=tuple(scene.objects[i] for i in few)), rng))
-            absent = MAX_OBJECTS - len(scene.objects)
-            object_texts, object_named = object_phrases(scene, rng)
-            phrases += object_texts + [""] * absent
-            ids = [attribute_ids(obj, names) for obj, names in zip(scene.objects, object_named)]
-            named.append(ids + [[NO_PHRASE] * 4] * absent)
-            attributes.append([attribute_ids(obj) for obj in scene.objects] + [[NO_OBJECT] * 4] * absent)
-            texts += [expression.text for expression in said]
-            kinds += [expression.kind for expression in said]
-            missing = MAX_EXPRESSIONS - len(said)
-            targets.append([expression.target for expression in said] + [NO_TARGET] * missing)
+        return collate([self.image_item(rng, *both, few) for both in zip(scenes, expressions)])
+
+    def image_item(self, rng, scene, expressions, few):
+        """The part of an item that is about one image. few: the numbers of the objects that the caption names."""
+        image, _ = draw(scene)
+        letterbox = Letterbox(*image.size, self.image_size)
+        text = caption(replace(scene, objects=tuple(scene.objects[i] for i in few)), rng)
+        phrases, named = object_phrases(scene, rng)
+        named = [attribute_ids(obj, attributes) for obj, attributes in zip(scene.objects, named)]
+        attributes = [attribute_ids(obj) for obj in scene.objects]
+        targets = [expression.target for expression in expressions]
+        absent = MAX_OBJECTS - len(scene.objects)
         return {
-            "pixels": torch.stack(pixels),  # (2, 3, S, S) uint8
-            "padding_mask": torch.stack(padding),  # (2, S, S) bool
-            "captions": captions,  # 2 strings
-            "phrases": phrases,  # 2 x 8 strings, "" where there is no object
-            "named": torch.tensor(named),  # (2, 8, 4), -1 where a phrase names no such attribute
-            "attributes": torch.tensor(attributes),  # (2, 8, 4)
-            "expressions": texts,  # as many strings as there are targets
-            "kinds": kinds,
-            "targets": torch.tensor(targets),  # (2, MAX_EXPRESSIONS), the number of the object that is meant
+            "pixels": letterbox.pixels(image)[None],  # (1, 3, S, S) uint8
+            "padding_mask": letterbox.padding_mask()[None],  # (1, S, S) bool
+            "captions": [text],
+            "phrases": phrases + [""] * absent,  # 8 strings
+            "named": torch.tensor([named + [[NO_PHRASE] * 4] * absent]),  # (1, 8, 4), -1: not named
+            "attributes": torch.tensor([attributes + [[NO_OBJECT] * 4] * absent]),  # (1, 8, 4)
+            "expressions": [expression.text for expression in expressions],
+            "kinds": [expression.kind for expression in expressions],
+            # (1, MAX_EXPRESSIONS), the object that each expression means
+            "targets": torch.tensor([targets + [NO_TARGET] * (MAX_EXPRESSIONS - len(targets))]),
         }
+
+
+def attribute_ids(obj, attributes=ALL):
+    """[shape, colour, fill, size] as numbers, -1 for those that are not in `attributes`."""
+    return [
+        SHAPES.index(obj.shape) if attributes & SHAPE else -1,
+        list(COLOURS).index(obj.colour) if attributes & COLOUR else -1,
+        int(obj.filled) if attributes & FILL else -1,
+        list(SIZES).index(obj.size) if attributes & SIZE else -1,
+    ]
 
 
 def draw_pair(rng):
     """-> (a scene, its twin), (the scene's expressions, the twin's)."""
-    own = "colour"  # the look that is an object's own
-    shared = "shape"  # the look in which the twins differ
+    own, shared = "colour", "shape"  # the look that is an object's own, and the one in which the twins differ
     if rng.random() < UNIQUE_SHAPES:
         own, shared = shared, own
     while True:  # until a scene yields expressions: about one in eight does
@@ -113,24 +117,23 @@ def draw_pair(rng):
             continue
         scene, twin, after = twins
         said = speak(rng, scene, own, shared)
-        if not said:
-            continue
         twin_said = []
         for expression in said:
             words = [after.get(word, word) for word in expression.text.split()]
             twin_said.append(replace(expression, text=" ".join(words)))
-        return (scene, twin), (said, twin_said)
+        if said:
+            return (scene, twin), (said, twin_said)
 
 
 def make_twins(rng, scene, own, shared):
-    """-> the scene with every object's own look unlike all others', its twin, and {word: that of the twin}; None if
-    there is no such pair without a held out colour and shape, as where eight objects have one shape."""
+    """-> the scene with a different own look for each object, its twin, and {word: the twin's word}. None if every such
+    pair shows a held-out colour and shape, for instance if eight objects have one shape."""
     looks = {"colour": tuple(COLOURS), "shape": SHAPES}
     for _ in range(1000):  # until no pair of colour and shape is held out
-        order = rng.permutation(MAX_OBJECTS)  # there are as many colours, and shapes, as there can be objects
+        order = rng.permutation(MAX_OBJECTS)  # there are as many colours and shapes as there can be objects
         unique = [replace(obj, **{own: looks[own][i]}) for obj, i in zip(scene.objects, order)]
         order = rng.permutation(MAX_OBJECTS)
-        after = {looks[shared][i]: looks[shared][j] for i, j in zip(order, np.roll(order, 1))}  # nothing stays
+        after = {looks[shared][i]: looks[shared][j] for i, j in zip(order, np.roll(order, 1))}  # none stays the same
         changed = [replace(obj, **{shared: after[getattr(obj, shared)]}) for obj in unique]
         if any((obj.colour, obj.shape) in HELD_OUT for obj in unique + changed):
             continue
@@ -149,11 +152,10 @@ def speak(rng, scene, own, shared):
     if not groups:
         return []
     objects = list(scene.objects)
-    targets = []
     for number, members in enumerate(groups):
-        targets += members
         for i in members:  # to the speaker all of a group have the same, nameless look
             objects[i] = replace(objects[i], **{own: f"@{number}"})
+    targets = sum(groups, [])
     said = []
     nameless = replace(scene, objects=tuple(objects))
     for expression in express(nameless, rng, MIX, SPOKEN, targets, attempts=12) or ():
@@ -165,9 +167,9 @@ def speak(rng, scene, own, shared):
     for _ in range(PLACES_NAMED):
         members = pick(rng, groups)
         noun = pick(rng, ANY_WORDS[:3])
-        of_all = rng.random() < 0.4  # "the shape at the top", of all objects
+        of_all = rng.random() < 0.4  # "the shape at the top", among all objects
         if of_all:
-            members = list(range(len(objects)))
+            members = range(len(objects))
         places = [place(scene, objects[i]) for i in members]
         alone = [i for i, where in zip(members, places) if places.count(where) == 1]
         if alone:
@@ -179,7 +181,7 @@ def speak(rng, scene, own, shared):
 
 
 def without_nameless(rng, text, own):
-    """The text without the nameless looks ("@0"); empty if it means something else without them."""
+    """The text without the nameless looks ("@0"); empty if that would change its meaning."""
     words = text.split()
     for at, word in enumerate(words):
         if not word.startswith("@"):

@@ -1,10 +1,10 @@
 """The words of the drawn world: noun phrases for its objects, captions of whole scenes.
 
-The captions, and a phrase for each object, are the texts of the tiny CLIP's pre-training; referring expressions are in
-expressions.py, objects and scenes in drawing.py.
+The captions, and a phrase for each object, are the texts of the tiny CLIP's pre-training. Referring expressions are
+made in data/drawn/expressions.py.
 """
 
-# Attributes are bits, so that a set of them is an integer.
+# Attributes are bits, so a set of them is an integer.
 SIZE = 1
 FILL = 2
 COLOUR = 4
@@ -48,12 +48,12 @@ NAMED = {SHAPE: 1, COLOUR: 1, FILL: 0.3, SIZE: 0.15}  # how often a phrase names
 
 
 def pick(rng, options):
-    """One of the options, all equally likely. (Much faster than rng.choice.)"""
+    """One of the options, all equally likely; much faster than rng.choice."""
     return options[int(rng.random() * len(options))]
 
 
 def attribute_words(rng, obj, attributes):
-    """The adjectives for a set of attributes, in the order English wants them: ["large", "red", "outlined"]."""
+    """The adjectives for a set of attributes, in the order of English: ["large", "outlined", "red"]."""
     words = []
     if attributes & SIZE:
         words.append(pick(rng, SIZE_WORDS[obj.size]))
@@ -62,13 +62,11 @@ def attribute_words(rng, obj, attributes):
         pair.append(pick(rng, FILL_WORDS[obj.filled]))
     if attributes & COLOUR:
         pair.append(pick(rng, COLOUR_WORDS.get(obj.colour, (obj.colour,))))
-    if rng.random() < 0.3:  # "outlined red", less often "red outlined"
-        pair.reverse()
-    return words + pair
+    return words + (pair[::-1] if rng.random() < 0.3 else pair)  # less often "red outlined"
 
 
 def noun_phrase(rng, obj, attributes, before=(), any_words=ANY_WORDS):
-    """"red circle", with a superlative or ordinal before it: "leftmost red circle"."""
+    """"red circle"; before: a superlative or ordinal, as in "leftmost red circle"."""
     noun = obj.shape if attributes & SHAPE else pick(rng, any_words)
     return " ".join([*before, *attribute_words(rng, obj, attributes), noun])
 
@@ -76,19 +74,16 @@ def noun_phrase(rng, obj, attributes, before=(), any_words=ANY_WORDS):
 def indefinite(rng, obj, attributes):
     """"a large red circle", with these attributes."""
     phrase = noun_phrase(rng, obj, attributes)
-    article = "an" if phrase[0] in "aeiou" else "a"
-    return f"{article} {phrase}"
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
 def place(scene, obj):
     """The ninth of the image that an object is in, in words."""
-    row = int(3 * obj.y / scene.height)
-    column = int(3 * obj.x / scene.width)
-    return PLACES[row][column]
+    return PLACES[int(3 * obj.y / scene.height)][int(3 * obj.x / scene.width)]
 
 
 def relate(rng, a, b):
-    """How a is to b: the one of the four directions that fits best, in words."""
+    """Where a is seen from b, in words: the one of four directions that fits best."""
     dx = a.x - b.x
     dy = a.y - b.y
     if abs(dx) > abs(dy):
@@ -99,9 +94,9 @@ def relate(rng, a, b):
 def caption(scene, rng):
     """A caption that names all objects of the scene in random order, in at most MAX_CAPTION_WORDS words.
 
-    Half of the captions do not say where the objects are, a quarter say where in the image, a quarter how they are to
-    each other. The shape of every object is named; size, fill and colour only in two captions of five each: a caption
-    that one attribute gives away (colours nearly always do) teaches nothing of the others.
+    A quarter of the captions say where in the image the objects are, a quarter where they are seen from each other. All
+    name the shapes; size, fill and colour are each named by two in five: where one attribute gives the scene away, as
+    colours nearly always do, the caption teaches nothing about the others.
     """
     objects = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
     attributes = SHAPE
@@ -116,25 +111,17 @@ def caption(scene, rng):
     elif style == "relative":
         parts = []
         for i in range(0, len(names) - 1, 2):
-            relation = relate(rng, objects[i], objects[i + 1])
-            parts.append(f"{names[i]} {relation} {names[i + 1]}")
+            parts.append(f"{names[i]} {relate(rng, objects[i], objects[i + 1])} {names[i + 1]}")
         parts += names[len(names) // 2 * 2:]  # the last of an odd number
-    if sum(len(part.split()) for part in parts) >= MAX_CAPTION_WORDS:  # so many that there is no room for places
+    if sum(len(part.split()) for part in parts) >= MAX_CAPTION_WORDS:  # too many objects to say where they are
         parts = names
-    if len(parts) == 1:
-        return parts[0]
-    return ", ".join(parts[:-1]) + " and " + parts[-1]
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def object_phrases(scene, rng):
-    """A phrase for each object, "a red star", true of it and perhaps of others: (phrases, the attributes that each
-    names, sets of bits)."""
+    """A phrase for each object, "a red star", true of it and perhaps of others -> (phrases, the set of attributes that
+    each names)."""
     named = []
     for _ in scene.objects:
-        attributes = 0
-        for attribute, chance in NAMED.items():
-            if rng.random() < chance:
-                attributes |= attribute
-        named.append(attributes)
-    texts = [indefinite(rng, obj, attributes) for obj, attributes in zip(scene.objects, named)]
-    return texts, named
+        named.append(sum(attribute for attribute, chance in NAMED.items() if rng.random() < chance))
+    return [indefinite(rng, obj, attributes) for obj, attributes in zip(scene.objects, named)], named

@@ -1,11 +1,10 @@
 """The bundled data set: images of coloured shapes, and expressions that each mean one of them.
 
-Nothing is stored. Item i of a split is drawn when it is asked for, from a random generator seeded with (seed,
-split, i), so it is the same on every machine. A scene is a short list of numbers, which can be drawn at any size;
-boxes and masks are read off the very pixels that were drawn, so they are exact.
+Nothing is stored: item i of a split is drawn on demand, by a random generator seeded with (seed, split, i), so it is
+the same on every machine. A scene is a short list of numbers, which can be drawn at any size; boxes and masks are read
+off the drawn pixels, so they are exact.
 
-    dataset = Shapes("train")
-    item = dataset[0]           # image, labels, expressions, targets, boxes, kinds, caption, ...
+    item = Shapes("train")[0]  # image, labels, expressions, targets, boxes, kinds, caption, ...
 """
 
 import math
@@ -15,22 +14,22 @@ import numpy as np
 
 from hivg.data.drawn.drawing import COLOURS, REACH, SHAPES, SIZES, TEXTURES, Background, Object, Scene, boxes_of, draw
 from hivg.data.drawn.expressions import express
-from hivg.data.drawn.phrases import ALL, COLOUR, FILL, SHAPE, SIZE, caption, object_phrases, pick
+from hivg.data.drawn.phrases import COLOUR, SHAPE, caption, pick
 
-# Pairs of colour and shape that only the split "compose" shows. No colour and no shape is in two of them, so each
-# is well known from other pairs.
+# Pairs of colour and shape that only the split "compose" shows. No colour or shape is in two of them, so each is well
+# known from other pairs.
 HELD_OUT = frozenset({("red", "star"), ("green", "heart"), ("blue", "triangle"), ("brown", "cross"),
                       ("purple", "circle"), ("black", "diamond")})
 
 EXPRESSIONS_PER_SCENE = 4
 MAX_OBJECTS = 8
-# How often each kind of expression is drawn. A scene that has none of a kind is replaced, so ordinals, which need
-# three of a class, end up a little rarer.
+# How often each kind of expression is drawn. A scene that cannot yield one is replaced, so ordinals, which need three
+# of a class, end up a little rarer.
 MIXED = {"attribute": 0.35, "superlative": 0.17, "ordinal": 0.10, "relation": 0.25, "conjunction": 0.13}
-# For long training: more of what is learned last (closeness: expressions.FORMS).
+# For long training: more of what is learned last. "closeness" is part of the relations (expressions.FORMS).
 HARD_MIX = {"attribute": 0.12, "superlative": 0.10, "ordinal": 0.25, "relation": 0.10, "closeness": 0.30,
             "conjunction": 0.13}
-SPLITS = {  # number of scenes, kinds of expressions. The order gives each split its seed: append only.
+SPLITS = {  # number of scenes, kinds of expressions. A split's position is part of its seed: append only.
     "train": (2**40, MIXED),  # endless in practice
     "val": (250, MIXED),
     "test": (1250, MIXED),
@@ -59,8 +58,8 @@ def _background(rng):
 
 
 def _looks(rng, held_out):
-    """The (shape, colour, size, filled) of 3..8 objects, of few colours and shapes, so that objects share attributes
-    and an expression needs its words. held_out is a (colour, shape) that at least one must have, or None."""
+    """The (shape, colour, size, filled) of 3 to 8 objects, of few colours and shapes, so that objects share attributes
+    and expressions need their words. held_out: a (colour, shape) that at least one has, or None."""
     colours = _some(rng, tuple(COLOURS), 2, 4)
     shapes = _some(rng, SHAPES, 2, 4)
     if held_out:
@@ -70,7 +69,7 @@ def _looks(rng, held_out):
     sizes = _some(rng, ("small", "small", "medium", "medium", "large"), 2, 5)  # large ones are rarer: they need room
     filled = pick(rng, ((True,), (True, False), (True, True, False)))
     if held_out:
-        pairs += [held_out] * (1 + len(pairs) * 2 // 3)  # often more than one, so that a place or relation is needed
+        pairs += [held_out] * (1 + len(pairs) * 2 // 3)  # often several, so that a place or relation is needed
     chosen = [pick(rng, pairs) for _ in range(3 + int(6 * rng.random()))]
     if held_out:
         chosen[0] = held_out
@@ -86,7 +85,7 @@ def _place(rng, looks, width, height):
         for _ in range(30):
             x = reach + rng.random() * (width - 2 * reach)
             y = reach + rng.random() * (height - 2 * reach)
-            # They may touch and overlap a little: corners reach further than half the diameter.
+            # they may overlap a little: corners reach further than half the diameter
             if all(math.hypot(x - other.x, y - other.y) > 0.49 * (diameter + other.diameter) for other in objects):
                 objects.append(Object(shape, colour, size, filled, x, y, diameter, rotation=20 * rng.random() - 10))
                 break
@@ -102,30 +101,19 @@ def random_scene(rng, held_out):
     return Scene(width, height, background, _place(rng, _looks(rng, held_out), width, height))
 
 
-def attribute_ids(obj, attributes=ALL):
-    """[shape, colour, filling, size] as numbers, -1 for those that are not in `attributes`."""
-    return [
-        SHAPES.index(obj.shape) if attributes & SHAPE else -1,
-        list(COLOURS).index(obj.colour) if attributes & COLOUR else -1,
-        int(obj.filled) if attributes & FILL else -1,
-        list(SIZES).index(obj.size) if attributes & SIZE else -1,
-    ]
-
-
 class Shapes:
-    """A split of the bundled data set, one of SPLITS; each item is an image with EXPRESSIONS_PER_SCENE expressions.
+    """A split of the bundled data set; each item is an image with EXPRESSIONS_PER_SCENE expressions.
 
     train          endless: any index is good
     val, test      1,000 and 5,000 expressions like those of train
-    testA          2,000 by attributes alone
-    testB          2,000 by relations and ordinals
+    testA, testB   2,000 by attributes alone, 2,000 by relations and ordinals
     compose        2,000 that mean and name a pair of colour and shape that no other split shows (HELD_OUT)
-    count          2,000 ordinals among four or more, none of which means the last, so that they need counting
+    count          2,000 ordinals among four or more that do not mean the last, so they need counting
     """
 
     def __init__(self, split, seed=0, weights=None, captions=True):
         """weights: how often each kind of expression is drawn, instead of the split's own. captions: whether items
-        have a caption and phrases; without them items are made faster."""
+        have a caption; without it they are made faster."""
         if split not in SPLITS:
             raise ValueError(f"no split {split!r} of shapes; there are {', '.join(SPLITS)}")
         self.split = split
@@ -139,35 +127,29 @@ class Shapes:
         """Number of scenes."""
         return self.size
 
-    def _rng(self, index):
+    def _make(self, index):
+        """(scene, expressions, the random generator after them)."""
         if not 0 <= index < self.size:
             raise IndexError(f"index {index} is not in 0..{self.size - 1}")
-        return np.random.default_rng([self.seed, self.number, index])
-
-    def _make(self, index):
-        """(scene, expressions, the generator after them)."""
-        rng = self._rng(index)
+        rng = np.random.default_rng([self.seed, self.number, index])
         for _ in range(1000):  # until a scene yields its expressions, usually the first or second
             held_out = pick(rng, sorted(HELD_OUT)) if self.split == "compose" else None
             scene = random_scene(rng, held_out)
-            if len(scene.objects) < 3:
-                continue
             targets = None
             must = 0
             if held_out:
                 targets = [i for i, obj in enumerate(scene.objects) if (obj.colour, obj.shape) == held_out]
                 must = COLOUR | SHAPE
-                if not targets:
-                    continue
+            if len(scene.objects) < 3 or targets == []:
+                continue
             expressions = express(scene, rng, self.weights, EXPRESSIONS_PER_SCENE, targets, must)
             if expressions:
                 return scene, expressions, rng
         raise RuntimeError("no scene yields its expressions")
 
     def scene(self, index):
-        """Item `index` as numbers and words: (Scene, list of Expression). Depends on (seed, split, index) only."""
-        scene, expressions, _ = self._make(index)
-        return scene, expressions
+        """(Scene, list of Expression) of an item; depends on (seed, split, index) only."""
+        return self._make(index)[:2]
 
     def __getitem__(self, index):
         """A dictionary:
@@ -178,11 +160,7 @@ class Shapes:
         targets       4 object indices
         boxes         (4, 4) float32, (xmin, ymin, xmax, ymax) in pixels, tight around the visible target
         kinds         4 of KINDS
-        and with `captions`:
-        caption       a string about the whole image
-        phrases       one for each object: a string, "a red star", true of it and perhaps of others
-        attributes    the objects' attributes (attribute_ids)
-        named         of these, the ones that each phrase names
+        caption       a string about the whole image, if asked for
         """
         scene, expressions, rng = self._make(index)
         image, labels = draw(scene)
@@ -197,7 +175,4 @@ class Shapes:
         }
         if self.captions:
             item["caption"] = caption(scene, rng)
-            item["phrases"], named = object_phrases(scene, rng)
-            item["attributes"] = [attribute_ids(obj) for obj in scene.objects]
-            item["named"] = [attribute_ids(obj, attributes) for obj, attributes in zip(scene.objects, named)]
         return item

@@ -1,7 +1,6 @@
 """The paper's five data sets and their mixture, as published: names, sizes, image folders, annotation files."""
 
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,54 +80,41 @@ def annotation_files(data_root, dataset, annotations=None):
     published = DATASETS[dataset]
     if annotations and os.path.isfile(annotations):  # unlike Path.is_file, False for a name that no file can have
         file = Path(annotations)
-        split = named_split(file.name, dataset) or (file.stem if file.stem in published.counts else None)
-        for other in DATASETS:
-            if not split and named_split(file.name, other):
-                raise ValueError(f"{shown(file, 60)}: by its name annotations of {other}, not of {dataset}; name "
-                                 f"{other} as the data set, or another file")
-        return [(split, file)]
+        other, split = named(file.name)
+        if other not in (None, dataset):
+            raise ValueError(f"{shown(file, 60)}: by its name annotations of {other}, not of {dataset}; name {other} "
+                             "as the data set, or another file")
+        return [(file.stem if file.stem in published.counts else split, file)]
     top = Path(annotations or data_root)
     folders = []
     for name in published.names:
         folders += [top / name, top / "refer" / name, top / "annotations" / name]
     files = []
     for folder in [top, *folders] if annotations else [*folders, top]:
-        for pattern in [*file_patterns(dataset), "{}.jsonl"]:
-            paths = []
-            with suppress(OSError, ValueError):  # a name that no folder can have
-                paths = sorted(folder.glob(pattern.format("*")))
-            for path in paths:
-                split = split_of(path.name, pattern)
-                # a .jsonl file in the data root itself may be anything
-                if split in published.counts or split and (annotations or folder != top or pattern != "{}.jsonl"):
-                    files.append((split, path))
+        try:
+            paths = sorted(folder.iterdir(), key=lambda path: (path.suffix != ".pth", path.name))
+        except (OSError, ValueError):  # missing, or a name that no folder can have
+            continue
+        for path in paths:
+            found, split = named(path.name)
+            is_alone = annotations or folder != top  # in the data root, a .jsonl file may be anything
+            if not found and path.suffix == ".jsonl" and (is_alone or path.stem in published.counts):
+                found, split = dataset, path.stem
+            if found == dataset:
+                files.append((split, path))
         files += [(None, folder / name) for name in published.refer_files if os.path.isfile(folder / name)]
     return files
 
 
-def file_patterns(dataset):
-    """Names of a data set's files that hold one split, with {} for the split."""
-    patterns = []
-    for name in DATASETS[dataset].names:
-        patterns += [f"{name}_{{}}.pth", f"finetune_{name}_{{}}.json", f"{name}_{{}}.jsonl"]
-    return patterns
-
-
-def named_split(file_name, dataset):
-    """The split of this data set that a file holds by its name, or None."""
-    return next(filter(None, (split_of(file_name, pattern) for pattern in file_patterns(dataset))), None)
-
-
-def split_of(file_name, pattern):
-    """The split that a file holds by its name; None if the name does not match, or matches a data set with a longer
-    name: gref_umd_val.pth is `val` of gref_umd, not `umd_val` of gref."""
-    head, tail = pattern.split("{}")
-    if not (file_name.startswith(head) and file_name.endswith(tail)):
-        return None
-    split = file_name[len(head) : -len(tail)]
-    start = head.removeprefix("finetune_")  # the name of the data set with its "_"
-    for published in DATASETS.values():
-        for name in published.names:
-            if len(name) >= len(start) and (start + split).startswith(name + "_"):
-                return None
-    return split
+def named(file_name):
+    """The data set and the split that a published file is of by its name, or None and None. The longest name of a data
+    set counts: gref_umd_val.pth is `val` of gref_umd, not `umd_val` of gref."""
+    stem, suffix = os.path.splitext(file_name)
+    stem = stem.removeprefix("finetune_")  # MDETR's
+    names = []
+    for dataset, published in DATASETS.items():
+        names += [(len(name), dataset) for name in published.names if stem.startswith(name + "_")]
+    if not names or suffix not in (".pth", ".json", ".jsonl"):
+        return None, None
+    length, dataset = max(names)
+    return dataset, stem[length + 1 :]

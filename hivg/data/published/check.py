@@ -28,7 +28,8 @@ def check(data_root, dataset, annotations=None, decode=False):
     problems = []  # the lines that say why rows or splits are left out
     images = {}  # (name, split): the ids of its images
     for name in names:
-        for split, count in counts_by_split(data_root, name).items():
+        counts = dict.fromkeys(splits_of(name, data_root) or ["train"]) if is_own(name) else DATASETS[name].counts
+        for split, count in counts.items():
             report = Report()
             try:
                 samples = read_samples(data_root, name, split, annotations, report)
@@ -54,13 +55,6 @@ def check(data_root, dataset, annotations=None, decode=False):
     return "\n".join(lines)
 
 
-def counts_by_split(data_root, name):
-    """{split: published number of expressions, or None}; people's own data have the splits in the file."""
-    if not is_own(name):
-        return DATASETS[name].counts
-    return dict.fromkeys(splits_of(name, data_root) or ["train"])
-
-
 def splits_of(dataset, data_root="data", annotations=None):
     """The splits that a data set's files have, a list in the published order, others after them.
 
@@ -77,8 +71,7 @@ def splits_of(dataset, data_root="data", annotations=None):
     published = list(DATASETS[dataset].counts)
     files = annotation_files(data_root, dataset, annotations)
     splits = {split for split, _ in files if split}
-    whole = next((path for split, path in files if split is None), None)
-    if whole:
+    if whole := next((path for split, path in files if split is None), None):
         _, rows = read_dataset(data_root, dataset, published[0], whole)
         if any(row.split is None for row in rows):
             return published  # one split, unnamed

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from hivg.data.images import ImageError, ImageTooLarge, most_pixels, stored_size, upright_size
-from hivg.data.masks import check_polygons, check_size, mask_of, run_lengths
+from hivg.data.masks import check_polygons, mask_of, run_lengths
 from hivg.data.published.catalogue import annotation_files, canonical, find_file
 from hivg.data.published.formats import USUAL_SPLITS, read_rows
 from hivg.utils.messages import quoted, shown
@@ -91,7 +91,8 @@ def read_samples(data_root, dataset, split, annotations=None, report=None):
     if not rows:
         raise ValueError(f"{shown(path, 80)}: it has no rows; there must be one for each expression")
     own = is_own(dataset)
-    if split == "train" and not own and is_of_any_split(dataset, path, rows):
+    is_unnamed = any(row.split is None and not row.problem for row in rows)
+    if is_unnamed and split == "train" and not own and not annotation_files("", canonical(dataset), path)[0][0]:
         raise ValueError(f"{shown(path, 60)}: neither its name nor its rows say which split it is, so `val` would be "
                          f"the same; name it {dataset}_train.pth and give --annotations the folder with it and val")
     if own and all(row.split != split for row in rows):
@@ -154,12 +155,6 @@ def refuse_annotations(dataset, annotations):
     if annotations:
         raise ValueError(f"--annotations {shown(annotations, 60)} is for a data set of the paper, and "
                          f"{shown(dataset, 60)} would ignore it; leave it out")
-
-
-def is_of_any_split(dataset, path, rows):
-    """Whether neither the name nor the rows of a published data set's file say which split it is."""
-    (named, _), = annotation_files("", canonical(dataset), path)
-    return named is None and any(row.split is None and not row.problem for row in rows)
 
 
 # ---- the checks of a row
@@ -280,10 +275,11 @@ def checked_segmentation(value, width, height, file):
     Raises Problem."""
     try:
         if isinstance(value, dict) and {"counts", "size"} <= value.keys():
-            rle = plain_rle(value)
-            check_size(rle, height, width)
-            run_lengths(rle)
-            return rle
+            run_lengths(value, (height, width))
+            counts = value["counts"]
+            if not isinstance(counts, str):
+                counts = counts.decode() if isinstance(counts, bytes) else list(counts)
+            return {"size": [int(side) for side in value["size"]], "counts": counts}
         if isinstance(value, list | tuple) and value:
             polygons = [part.tolist() if isinstance(part, np.ndarray) else part for part in value]
             if all(is_polygon(part) for part in polygons):
@@ -292,17 +288,6 @@ def checked_segmentation(value, width, height, file):
     except (TypeError, ValueError, OverflowError) as error:
         raise Problem("damaged segmentation", file, error) from None
     return None
-
-
-def plain_rle(rle):
-    """An RLE with a size of ints and counts as text or a list of ints. Raises TypeError, ValueError or
-    OverflowError."""
-    counts = rle["counts"]
-    if isinstance(counts, bytes):
-        counts = counts.decode()
-    elif not isinstance(counts, str):
-        counts = [int(n) for n in counts]
-    return {"size": [int(n) for n in rle["size"]], "counts": counts}
 
 
 def is_polygon(part):
