@@ -15,6 +15,7 @@ import torch
 from hivg.clip import resize_positions
 from hivg.model import LAYERS, HiVGConfig
 from hivg.utils.messages import quoted, shown
+from hivg.weights.check_config import CALLED
 from hivg.weights.clip_names import NotThisKind, huggingface_clip, rename, split_in_proj
 
 # backbone -> layers of its ViT, which decide where bridges and visual levels are
@@ -28,21 +29,20 @@ TEXT_LAYERS = {
     "referit": (6, 12),
 }
 LORA_ALPHA = 16  # W + (16 / r) B A, whatever the rank is
-FLAGS = {  # the flags that decide what the model computes: type, default (... if it has none)
-    "model": (str, ...),  # the backbone
-    "dataset": (str, ...),
-    "imsize": (int, ...),
+FLAGS = {  # the flags that decide what the model computes: type, default (None: it has none)
+    "model": (str, None),  # the backbone
+    "dataset": (str, None),
+    "imsize": (int, None),
     "mixup_pretrain": (bool, False),  # the bridge reads the projected final text feature
     "warmup": (bool, False),  # the phase without bridges that ViT-L begins with
     "enable_adaptive_weights": (bool, False),  # and with them a projection in the bridge
-    "vl_hidden_dim": (int, ...),
+    "vl_hidden_dim": (int, None),
     "vl_enc_layers": (int, 6),
     "vl_nheads": (int, 8),
     "vl_dim_feedforward": (int, 2048),
     "vl_dropout": (float, 0.1),
     "normalize_before": (bool, True),
 }
-CALLED = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 # (pattern in their name, what it becomes in ours), applied in this order; of all but CLIP
 RULES = [
@@ -94,8 +94,7 @@ def read_flags(args):
     for name, (kind, default) in FLAGS.items():
         value = getattr(args, name, default)
         if type(value) is not kind:  # isinstance would take True for an int
-            found = quoted(None if value is ... else value)
-            raise NotThisKind(f"its args say {name}={found}; a released HiVG has {CALLED[kind]} there")
+            raise NotThisKind(f"its args say {name}={quoted(value)}; a released HiVG has {CALLED[kind]} there")
         setattr(flags, name, value)
     if not flags.normalize_before:
         raise NotThisKind("its args say normalize_before=False, an encoder that normalizes after each part; the "
