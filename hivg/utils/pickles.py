@@ -222,13 +222,11 @@ class Reader(pickle.Unpickler):
 
     def persistent_load(self, saved):
         """("storage", type, key, device, size, ..) -> TensorOnDisk of its first element; `make_tensor` says more."""
-        if self.read_storage is None or not isinstance(saved, tuple) or saved[5:] not in ((), (None,)):
-            raise ValueError("a reference that is not to a tensor of PyTorch 0.4 or later")
-        _, storage_type, key, *_ = saved
-        if not isinstance(key, str):
-            raise ValueError("a storage without a name")
-        self.dtypes[key] = DTYPES[storage_type]
-        return TensorOnDisk(self.read_storage, key, DTYPES[storage_type])
+        match saved:
+            case (_, kind, str(key), _, _) | (_, kind, str(key), _, _, None) if self.read_storage:
+                self.dtypes[key] = DTYPES[kind]
+                return TensorOnDisk(self.read_storage, key, DTYPES[kind])
+        raise ValueError("a reference that is not to a tensor of PyTorch 0.4 or later")
 
 
 # ---- files
@@ -243,13 +241,9 @@ def read(path):
         if zipfile.is_zipfile(path):
             return read_zip(path)
         data = Path(path).read_bytes()
-        if data.startswith(b"PK"):
-            raise ValueError("cut short: a zip archive without its end")
-        if LEGACY in data[:64]:
-            return read_legacy(data)
         if not data.startswith((b"\x80", b"(", b"]", b"}", b"c")):
-            raise ValueError("not a file that PyTorch saved")
-        return unpickle(data)[0]
+            raise ValueError("not a file that PyTorch saved, or cut short")  # a zip archive has its table at its end
+        return read_legacy(data) if LEGACY in data[:64] else unpickle(data)[0]
     except (ValueError, OSError):
         raise
     except Exception as error:  # a damaged pickle can raise nearly anything
@@ -266,14 +260,13 @@ def read_zip(path):
     def read_entry(entry):
         try:
             info = archive.getinfo(entry)
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size > size:  # PyTorch never compresses
-                raise ValueError("compressed")
+            if info.compress_type != zipfile.ZIP_STORED or not info.compress_size == info.file_size <= size:
+                raise ValueError("compressed")  # PyTorch never compresses
             data = bytearray(info.file_size)
             with archive.open(info) as part:
-                if part.readinto(data) < len(data):
-                    raise ValueError("cut short")
+                part.readinto(data)  # checks the CRC
             return data
-        except (KeyError, ValueError, OSError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # zipfile raises errors of many classes
             raise ValueError(f"its part {shown(entry, 60)} is damaged ({shown(error, 80)})") from None
 
     @functools.lru_cache(1)  # views of one storage mostly follow each other
@@ -289,9 +282,7 @@ def read_legacy(data):
     end = 0
     for _ in range(4):
         value, end, dtypes = unpickle(data, end, lambda key: bytearray(memoryview(data)[slice(*parts[key])]))
-    keys, end, _ = unpickle(data, end) if dtypes else ([], end, None)
-    if not all(isinstance(key, str) for key in keys):
-        raise ValueError("no list of its tensors in it")
+    keys, end, _ = unpickle(data, end)
     for key in keys:
         start = end + 8  # behind the number of elements
         end = start + int.from_bytes(data[end:start], "little") * dtypes[key].itemsize

@@ -39,8 +39,7 @@ def describe(path):
             if name not in ("clip", "lora", "stage"):
                 rows[name] = value
     rows |= {shown(name): shown(value, 2000) for name, value in file.info.items()}
-    lines = [f"{name:<20} {value}" for name, value in rows.items()]
-    return "\n".join(lines)
+    return "\n".join(f"{name:<20} {value}" for name, value in rows.items())
 
 
 def convert(source, target):
@@ -57,7 +56,7 @@ def convert(source, target):
               file=sys.stderr)
 
 
-def arguments():
+def main():
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="fetch | convert | show")
     fetch = commands.add_parser("fetch", help="download OpenAI's weights and merge table into weights/")
@@ -67,11 +66,7 @@ def arguments():
     convert.add_argument("target", metavar="OUT", help="the file to make, .safetensors")
     show = commands.add_parser("show", help="show what is in a file")
     show.add_argument("file", metavar="FILE", help="a weights file of any kind")
-    return parser.parse_args()
-
-
-def main():
-    args = arguments()
+    args = parser.parse_args()
     if args.command == "fetch":
         for path in download.fetch(args.model, FOLDER):
             print(path)

@@ -4,7 +4,6 @@
 setting may have, and which layers exist in the CLIP.
 """
 
-import math
 from dataclasses import fields
 
 from hivg import lora
@@ -16,6 +15,7 @@ MAX_LAYERS = 1000
 LEAST = {"stage": 0, "lora_alpha": 0, "dropout": 0, "lora_dropout": 0, "context_length": 2}  # others: 1
 MOST = {"dropout": 1, "lora_dropout": 1, "lora_alpha": 10**6, "stage": 100, "encoder_layers": MAX_LAYERS,
         "vision_layers": MAX_LAYERS, "text_layers": MAX_LAYERS}  # others: MAX_SIZE
+CALLED = {str: "text", bool: "true or false", int: "a whole number", float: "a number", tuple: "whole numbers"}
 DIVIDES = [("patch_size", "image_size"), ("vision_heads", "vision_width"), ("text_heads", "text_width"),
            ("encoder_heads", "width")]
 
@@ -60,15 +60,15 @@ def check_types(kind, settings):
         value = settings[name]
         if name == "clip":
             check_types(CLIPConfig, vars(value) if isinstance(value, CLIPConfig) else value)
-        elif field.type is tuple:
-            if not isinstance(value, tuple | list) or not all(type(n) is int for n in value):
-                raise ValueError(f"{name} must be whole numbers, not {quoted(value)}")
+            continue
+        called = CALLED[field.type]
+        if field.type is tuple:
+            is_right = isinstance(value, tuple | list) and all(type(n) is int for n in value)
         elif field.type in (int, float):
             low, high = LEAST.get(name, 1), MOST.get(name, MAX_SIZE)
-            is_number = type(value) is int or (field.type is float and type(value) is float and math.isfinite(value))
-            if not is_number or not low <= value <= high:
-                called = "a whole number" if field.type is int else "a number"
-                raise ValueError(f"{name} must be {called} in {low}..{high}, not {quoted(value)}")
-        elif not isinstance(value, field.type):
-            called = {str: "text", bool: "true or false"}.get(field.type, field.type)
+            called += f" in {low}..{high}"
+            is_right = type(value) in (int, field.type) and low <= value <= high
+        else:
+            is_right = isinstance(value, field.type)
+        if not is_right:
             raise ValueError(f"{name} must be {called}, not {quoted(value)}")

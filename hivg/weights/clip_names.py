@@ -17,7 +17,7 @@ OPENAI = [
     (r"^transformer\.resblocks\.", "text.blocks."),
     (r"^(token_embedding|positional_embedding|ln_final|text_projection)\b", r"text.\1"),
 ]
-OPENAI_UNUSED = {"input_resolution", "context_length", "vocab_size"}  # sizes that the shapes say too
+OPENAI_UNUSED = r"input_resolution|context_length|vocab_size"  # sizes that the shapes say too
 
 HUGGING_FACE = [
     (r"^vision_model\.", "visual."),
@@ -27,60 +27,42 @@ HUGGING_FACE = [
     (r"\.layer_norm([12])\.", r".ln_\1."),
     (r"\.mlp\.fc1\.", ".mlp.c_fc."),
     (r"\.mlp\.fc2\.", ".mlp.c_proj."),
-    (r"^visual\.embeddings\.class_embedding$", "visual.class_embedding"),
-    (r"^visual\.embeddings\.patch_embedding\.", "visual.conv1."),
-    (r"^text\.embeddings\.token_embedding\.", "text.token_embedding."),
-    (r"\.embeddings\.position_embedding\.weight$", ".positional_embedding"),
-    (r"^visual\.pre_layrnorm\.", "visual.ln_pre."),
-    (r"^visual\.post_layernorm\.", "visual.ln_post."),
+    (r"\.embeddings\.", "."),
+    (r"\.position_embedding\.weight$", ".positional_embedding"),
+    (r"^visual\.patch_embedding\.", "visual.conv1."),
+    (r"^visual\.(pre|post)_laye?rnorm\.", r"visual.ln_\1."),  # pre_layrnorm in their code
     (r"^text\.final_layer_norm\.", "text.ln_final."),
     (r"^visual_projection\.weight$", "visual.proj"),
     (r"^text_projection\.weight$", "text.text_projection"),
 ]
-HUGGING_FACE_UNUSED = {"vision_model.embeddings.position_ids", "text_model.embeddings.position_ids"}
+HUGGING_FACE_UNUSED = r"(vision|text)_model\.embeddings\.position_ids"
 
 
 class NotThisKind(ValueError):
-    """The tensors are not what they were taken for; the message says why."""
-
-
-def kind_of(tensors):
-    """Whose CLIP the names look like: "openai", "huggingface" or None. Raises NotThisKind for a CLIP with a ResNet."""
-    for name in tensors:
-        if name.startswith("visual.layer1."):
-            raise NotThisKind("a CLIP with a ResNet (RN50, RN101, RN50x4, ..); HiVG needs a ViT: use ViT-B/32, "
-                              "ViT-B/16, ViT-L/14 or ViT-L/14@336px")
-    if any(re.match(r"visual\.(conv1|transformer)\.", name) for name in tensors):
-        return "openai"
-    if any(re.match(r"vision_model\.(embeddings|encoder)\.", name) for name in tensors):
-        return "huggingface"
-    return None
+    """The file is not what it was taken for; the message says why."""
 
 
 def openai_clip(tensors):
     """The state dict of OpenAI's CLIP -> (CLIPConfig, tensors with our names). Raises NotThisKind."""
-    tensors = rename(without(tensors, OPENAI_UNUSED), OPENAI)
-    tensors = split_in_proj(tensors)
+    tensors = split_in_proj(rename(tensors, OPENAI, OPENAI_UNUSED))
     return clip_config(tensors), tensors
 
 
 def huggingface_clip(tensors):
     """The state dict of a Hugging Face CLIPModel -> (CLIPConfig, tensors with our names). Raises NotThisKind."""
-    tensors = rename(without(tensors, HUGGING_FACE_UNUSED), HUGGING_FACE)
+    tensors = rename(tensors, HUGGING_FACE, HUGGING_FACE_UNUSED)
     for name in ("visual.proj", "text.text_projection"):
         if name in tensors and tensors[name].dim() == 2:
             tensors[name] = tensors[name].T  # theirs is the weight (E, C) of a linear layer, ours (C, E)
     return clip_config(tensors), tensors
 
 
-def without(tensors, unused):
-    return {name: tensor for name, tensor in tensors.items() if name not in unused}
-
-
-def rename(tensors, rules):
-    """Apply (pattern, replacement) rules in their order to each name."""
+def rename(tensors, rules, unused):
+    """Apply (pattern, replacement) rules in their order to each name, without the names that `unused` matches."""
     renamed = {}
     for name, tensor in tensors.items():
+        if re.fullmatch(unused, name):
+            continue
         for pattern, replacement in rules:
             name = re.sub(pattern, replacement, name)
         renamed[name] = tensor
@@ -94,10 +76,8 @@ def split_in_proj(tensors):
         match = re.fullmatch(r"(.*\.)in_proj_(weight|bias)", name)
         if match and tensor.dim() > 0 and tensor.shape[0] % 3 == 0:
             prefix, last = match.groups()
-            q, k, v = tensor.chunk(3)  # each (C, C) or (C,)
-            split[f"{prefix}q_proj.{last}"] = q
-            split[f"{prefix}k_proj.{last}"] = k
-            split[f"{prefix}v_proj.{last}"] = v
+            for part, matrix in zip("qkv", tensor.chunk(3)):  # each (C, C) or (C,)
+                split[f"{prefix}{part}_proj.{last}"] = matrix
         else:
             split[name] = tensor
     return split

@@ -36,8 +36,7 @@ def fetch(name, folder):
     downloaded again; a partial one (`.part`) is resumed. Raises ValueError."""
     if name not in FILES:
         raise ValueError(f"no weights are called {quoted(name)}; there are {', '.join(FILES)}")
-    names = dict.fromkeys((name, "table"))
-    return [download(*FILES[name], Path(folder)) for name in names]
+    return [download(*FILES[name], Path(folder)) for name in dict.fromkeys((name, "table"))]
 
 
 def download(address, sha256, folder):
@@ -53,16 +52,14 @@ def download(address, sha256, folder):
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     is_resumed = part.is_file() and part.stat().st_size > 0
-    get(address, part)
-    if hash_of(part) != sha256 and is_resumed:  # the part was wrong from the start: once more without it
-        part.unlink()
+    for _ in range(1 + is_resumed):  # a part may be wrong from the start: then once more without it
         get(address, part)
-    if hash_of(part) != sha256:
+        if hash_of(part) == sha256:
+            os.replace(part, path)
+            return path
         part.unlink()
-        raise ValueError(f"{address}: the server sent something other than the published file (its sha256 differs), "
-                         "which was removed; try again later, or from another network")
-    os.replace(part, path)
-    return path
+    raise ValueError(f"{address}: the server sent something other than the published file (its sha256 differs), which "
+                     "was removed; try again later, or from another network")
 
 
 def get(address, part):
@@ -76,9 +73,8 @@ def get(address, part):
             total = done + int(answer.headers.get("Content-Length", 0))
             progress = Progress(f"{part.name.removesuffix('.part')}, MB", round(total / 1e6))
             with writing(part):
-                file = open(part, "r+b" if done else "wb")
+                file = open(part, "ab" if done else "wb")
             with file:
-                file.seek(done)
                 while data := answer.read(CHUNK):
                     with writing(part):
                         file.write(data)
@@ -90,8 +86,8 @@ def get(address, part):
                              "command again to resume")
     except urllib.error.HTTPError as error:
         if error.code != 416:  # 416: nothing is left to send
-            reason = f"{error.code} {shown(error.reason, 60)}"
-            raise ValueError(f"{address}: the server answers {reason}; try again later") from None
+            raise ValueError(f"{address}: the server answers {error.code} {shown(error.reason, 60)}; try again "
+                             "later") from None
     except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
         reason = getattr(error, "reason", error)
         reason = shown(getattr(reason, "strerror", None) or reason, 36)

@@ -7,7 +7,7 @@ import torch
 from hivg.clip import CLIP, CLIPConfig
 from hivg.model import HiVG
 from hivg.utils.messages import shown
-from hivg.weights.reading import KINDS, WeightsError, misconfigured, read
+from hivg.weights.reading import KINDS, WeightsError, read, valid_settings
 
 
 def load(path):
@@ -41,11 +41,8 @@ def load_kind(path, kinds, wanted):
 
 def build(path, file):
     """A File -> its model. Empties `file.tensors`. path: for messages. Raises WeightsError."""
-    try:
-        with torch.device("meta"):  # no time spent on initial values that are overwritten
-            model = CLIP(file.config) if isinstance(file.config, CLIPConfig) else HiVG(file.config)
-    except Exception as error:  # a wrong setting can fail anywhere in the model
-        raise misconfigured(path, file.kind, error) from None
+    with valid_settings(path, file.kind), torch.device("meta"):  # no time spent on initial values
+        model = CLIP(file.config) if isinstance(file.config, CLIPConfig) else HiVG(file.config)
     differences = compare(file.tensors, model.state_dict())
     if differences:
         raise WeightsError(f"{shown(path, 80)}: not {KINDS[file.kind]} as its settings say; {differences}; use the "
@@ -74,22 +71,18 @@ def is_finite(tensor):
 
 
 def compare(tensors, expected):
-    """How names and shapes differ from the expected ones, in words: at most two lists. "" if they are the same."""
+    """How names and shapes differ from the expected ones, in words: at most two ways. "" if they are the same."""
     shapes = []
     for name in expected.keys() & tensors.keys():
         found = tuple(tensors[name].shape)
         wanted = tuple(expected[name].shape)
         if found != wanted:
             shapes.append(f"{name} {found} instead of {wanted}")
-    differences = {
-        "missing": expected.keys() - tensors.keys(),
-        "left over": tensors.keys() - expected.keys(),
-        "of another shape": shapes,
-    }
-    differences = [(title, sorted(names)) for title, names in differences.items() if names][:2]
-    lists = []
-    for title, names in differences:
-        few = names[: 3 - len(differences)]
-        more = f" and {len(names) - len(few)} more" if len(names) > len(few) else ""
-        lists.append(f"{title}: {', '.join(shown(name, 70) for name in few)}{more}")
-    return "; ".join(lists)
+    differences = []
+    for title, names in (("missing", expected.keys() - tensors.keys()),
+                         ("left over", tensors.keys() - expected.keys()),
+                         ("of another shape", shapes)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            differences.append(f"{title}: {shown(min(names), 70)}{more}")
+    return "; ".join(differences[:2])

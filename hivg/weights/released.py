@@ -15,7 +15,8 @@ import torch
 from hivg.clip import resize_positions
 from hivg.model import LAYERS, HiVGConfig
 from hivg.utils.messages import quoted, shown
-from hivg.weights.clip_names import NotThisKind, huggingface_clip, rename, split_in_proj, without
+from hivg.weights.check_config import CALLED
+from hivg.weights.clip_names import NotThisKind, huggingface_clip, rename, split_in_proj
 
 # backbone -> layers of its ViT, which decide where bridges and visual levels are
 BACKBONES = {"ViT-B/16": 12, "ViT-B/32": 12, "ViT-L/14": 24}
@@ -28,33 +29,29 @@ TEXT_LAYERS = {
     "referit": (6, 12),
 }
 LORA_ALPHA = 16  # W + (16 / r) B A, whatever the rank is
-FLAGS = {  # the flags that decide what the model computes: type, default (... if it has none)
-    "model": (str, ...),  # the backbone
-    "dataset": (str, ...),
-    "imsize": (int, ...),
+FLAGS = {  # the flags that decide what the model computes: type, default (None: it has none)
+    "model": (str, None),  # the backbone
+    "dataset": (str, None),
+    "imsize": (int, None),
     "mixup_pretrain": (bool, False),  # the bridge reads the projected final text feature
     "warmup": (bool, False),  # the phase without bridges that ViT-L begins with
     "enable_adaptive_weights": (bool, False),  # and with them a projection in the bridge
-    "vl_hidden_dim": (int, ...),
+    "vl_hidden_dim": (int, None),
     "vl_enc_layers": (int, 6),
     "vl_nheads": (int, 8),
     "vl_dim_feedforward": (int, 2048),
     "vl_dropout": (float, 0.1),
     "normalize_before": (bool, True),
 }
-CALLED = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
-# (pattern in their name, what it becomes in ours), applied in this order
-BRIDGE = [  # what follows a vision block's name -> in our Bridge
-    (r"^cross_norm\.", "ln."),
-    (r"^cross_attn\.", "attn."),
-    (r"^cross_mlp\.fc1\.", "mlp.c_fc."),
-    (r"^cross_mlp\.fc2\.", "mlp.c_proj."),
-    (r"^cross_gate\.", "proj."),
-]
-HEADS = [  # all that is neither CLIP nor bridge
+# (pattern in their name, what it becomes in ours), applied in this order; of all but CLIP
+RULES = [
+    (r"^vision_model\.encoder\.layers\.(\d+)\.cross_", r"bridges.\1."),  # a bridge lies in CLIP's block
+    (r"^(bridges\.\d+)\.norm\.", r"\1.ln."),
+    (r"^(bridges\.\d+)\.gate\.", r"\1.proj."),
     (r"^ml_visual_projection\.", "levels_proj."),
     (r"^condition_text_proj\.", "bridge_text_proj."),
+    (r"^reg_token\.weight$", "reg_token"),
     (r"^vl_pos_embed\.weight$", "position"),
     (r"^vl_transformer\.encoder\.layers\.", "encoder."),
     (r"^vl_transformer\.encoder\.norm\.", "encoder_norm."),
@@ -63,41 +60,30 @@ HEADS = [  # all that is neither CLIP nor bridge
     (r"^bbox_embed\.layers\.1\.", "box_head.2."),
     (r"^bbox_embed\.layers\.2\.", "box_head.4."),
     (r"^visu_proj\.", "visual_proj."),
-    (r"^visu_token_norm\.", "rtcc_norm."),
-    (r"^visu_token_mlp\.fc1\.", "rtcc_mlp.c_fc."),
-    (r"^visu_token_mlp\.fc2\.", "rtcc_mlp.c_proj."),
+    (r"^visu_token_", "rtcc_"),
+    (r"mlp\.fc1\.", "mlp.c_fc."),
+    (r"mlp\.fc2\.", "mlp.c_proj."),
     (r"^seg_conv1\.", "mask_convs.0."),
     (r"^seg_conv2\.", "mask_convs.1."),
     (r"^seg_conv3\.", "mask_convs.2."),
 ]
-UNUSED = {
-    "ml_text_feat_perceiver.weight",
-    "ml_text_feat_perceiver.bias",
-    "reg_pos_embed.weight",
-    "condition_text_pos_embed.weight",
-}
-UNUSED_UNLESS_MIXED = {"condition_text_proj.weight", "condition_text_proj.bias"}
-BRIDGE_NAME = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.(cross_.*)")  # block, rest of the name
-
-
-def looks_released(tensors):
-    return any(re.match(r"clip\..*vision_model\.", name) for name in tensors)
+UNUSED = r"ml_text_feat_perceiver\.(weight|bias)|(reg|condition_text)_pos_embed\.weight"
+UNUSED_UNLESS_PROJECTED = r"condition_text_proj\.(weight|bias)"
+UNUSED_IF_MIXED = r".*\.cross_(gate|adaptive_weights)\..*"  # of bridges; always created, unused in mixed pre-training
 
 
 def released_hivg(tensors, args):
     """`model` (as {name: tensor}) and `args` of a checkpoint -> (HiVGConfig, tensors under our names). Raises
     NotThisKind."""
     flags = read_flags(args)
-    clip, bridges, heads = split_parts(tensors)
+    clip, others = split_parts(tensors, flags)
     clip_config, clip = huggingface_clip(clip)
-    clip_config = resize_image(flags.imsize, clip_config, clip, heads)
-    config = hivg_config(flags, clip_config, heads)
-    ours = {f"clip.{name}": tensor for name, tensor in clip.items()}
-    ours |= bridge_tensors(flags, bridges)
+    clip_config = resize_image(flags.imsize, clip_config, clip, others)
+    config = hivg_config(flags, clip_config, others)
+    stack_adaptive_weights(flags, others)
     if not (flags.enable_adaptive_weights or flags.mixup_pretrain):
-        ours |= identity_bridges(config)
-    ours |= head_tensors(flags, heads)
-    return config, ours
+        others |= identity_bridges(config)
+    return config, {f"clip.{name}": tensor for name, tensor in clip.items()} | others
 
 
 # ---- its settings
@@ -107,10 +93,8 @@ def read_flags(args):
     flags = SimpleNamespace()
     for name, (kind, default) in FLAGS.items():
         value = getattr(args, name, default)
-        is_bool_for_int = isinstance(value, bool) and kind is not bool  # Python takes True for an int
-        if not isinstance(value, kind) or is_bool_for_int:
-            found = quoted(None if value is ... else value)
-            raise NotThisKind(f"its args say {name}={found}; a released HiVG has {CALLED[kind]} there")
+        if type(value) is not kind:  # isinstance would take True for an int
+            raise NotThisKind(f"its args say {name}={quoted(value)}; a released HiVG has {CALLED[kind]} there")
         setattr(flags, name, value)
     if not flags.normalize_before:
         raise NotThisKind("its args say normalize_before=False, an encoder that normalizes after each part; the "
@@ -121,13 +105,13 @@ def read_flags(args):
     return flags
 
 
-def hivg_config(flags, clip, heads):
+def hivg_config(flags, clip, others):
     blocks, levels = LAYERS[BACKBONES[flags.model]]
     layers = flags.text_layers
     if max(levels) > clip.vision_layers or max(layers) > clip.text_layers:
         raise NotThisKind(f"its args say model={flags.model}, dataset={flags.dataset}, which read more than its "
                           f"{clip.vision_layers} vision and {clip.text_layers} text blocks")
-    hidden = heads.get("visu_token_mlp.fc1.weight")
+    hidden = others.get("rtcc_mlp.c_fc.weight")
     if hidden is None or hidden.dim() != 2:
         raise NotThisKind("no matrix visu_token_mlp.fc1.weight in it")
     return HiVGConfig(
@@ -152,32 +136,41 @@ def hivg_config(flags, clip, heads):
 
 # ---- its tensors
 
-def split_parts(tensors):
-    """A checkpoint's tensors -> three dicts: CLIP under Hugging Face's names, its adapters folded; the bridges, whose
-    names lie among the CLIP's; everything else."""
+def split_parts(tensors, flags):
+    """A checkpoint's tensors -> two dicts: CLIP under Hugging Face's names, its adapters folded; everything else under
+    our names, without what the program does not use under these flags."""
     clip = {}
-    heads = {}
+    others = {}
     for name, tensor in tensors.items():
         if name.startswith("clip."):
             name = re.sub(r"^(base_model\.model\.)+", "", name.removeprefix("clip."))  # once for every wrapping by PEFT
             clip[name.replace(".base_layer.", ".")] = tensor  # which PEFT calls an adapted layer's own, from 0.6 on
         else:
-            heads[name] = tensor
+            others[name] = tensor
     fold_adapters(clip)
-    bridges = {name: clip.pop(name) for name in list(clip) if BRIDGE_NAME.match(name)}
-    return clip, bridges, heads
+    for name in list(clip):
+        if re.match(r"vision_model\.encoder\.layers\.\d+\.cross_", name):
+            others[name] = clip.pop(name)
+    unused = [UNUSED]
+    if flags.mixup_pretrain:
+        unused.append(UNUSED_IF_MIXED)
+    if flags.warmup or not flags.mixup_pretrain:
+        unused.append(UNUSED_UNLESS_PROJECTED)
+    others = split_in_proj(rename(others, RULES, "|".join(unused)))
+    token = others.get("reg_token")
+    if token is not None and token.dim() == 2 and len(token) == 1:
+        others["reg_token"] = token[0]  # (1, D) -> (D,)
+    return clip, others
 
 
-def fold_adapters(tensors, alpha=LORA_ALPHA):
+def fold_adapters(tensors):
     """Replace every layer that has an adapter by W + (alpha / r) B A in float32, in place. Raises NotThisKind."""
     for name in list(tensors):
-        if not name.endswith(".lora_A.default.weight"):
-            continue
         layer = name.removesuffix(".lora_A.default.weight")
         name_B = f"{layer}.lora_B.default.weight"
         name_W = f"{layer}.weight"
-        if name_B not in tensors or name_W not in tensors:
-            continue  # loading.compare reports the A that is left over
+        if layer == name or name_B not in tensors or name_W not in tensors:
+            continue  # loading.compare reports an A that is left over
         W = tensors[name_W].double()  # (out, in)
         A = tensors.pop(name).double()  # (r, in)
         B = tensors.pop(name_B).double()  # (out, r)
@@ -185,18 +178,18 @@ def fold_adapters(tensors, alpha=LORA_ALPHA):
         if rank == 0 or B.shape[1:] != (rank,) or B.shape[:1] + A.shape[1:] != W.shape:
             raise NotThisKind(f"the adapter of {shown(layer, 60)} has shapes {tuple(A.shape)} and {tuple(B.shape)}, "
                               f"its layer {tuple(W.shape)}")
-        tensors[name_W] = (W + alpha / rank * B @ A).float()
+        tensors[name_W] = (W + LORA_ALPHA / rank * B @ A).float()
 
 
-def resize_image(image_size, config, clip, heads):
+def resize_image(image_size, config, clip, others):
     """Resize the position table in `clip` to the image size of `args`, once, where the program does it in every forward
-    -> the CLIPConfig of that size. Raises NotThisKind unless the encoder's position table in `heads` has that size."""
+    -> the CLIPConfig of that size. Raises NotThisKind unless the encoder's position table in `others` has that size."""
     side, rest = divmod(image_size, config.patch_size)
     if image_size < 1 or rest:
         raise NotThisKind(f"its args say imsize={quoted(image_size)}, not a multiple of the patch size "
                           f"{config.patch_size}")
     positions = 2 + side**2 + config.context_length  # [REG], [CLS], patches, text
-    table = heads.get("vl_pos_embed.weight")
+    table = others.get("position")
     if table is None or table.shape[:1] != (positions,):
         found = "is not in it" if table is None else f"has the shape {tuple(table.shape)}"
         raise NotThisKind(f"its args say imsize={quoted(image_size)}, which makes {quoted(positions)} positions; its "
@@ -206,30 +199,21 @@ def resize_image(image_size, config, clip, heads):
     return replace(config, image_size=image_size)
 
 
-def bridge_tensors(flags, bridges):
-    """The bridges' tensors under our names. Raises NotThisKind."""
-    ours = {}
-    adaptive_weights = {}  # block -> {i: (77, D_t)}, a table per text layer
-    for name, tensor in bridges.items():
-        block, part = BRIDGE_NAME.match(name).groups()
-        if flags.mixup_pretrain and re.match(r"cross_(gate|adaptive_weights)\.", part):
-            continue  # the program always creates these, and does not use them in mixed pre-training
-        number = re.fullmatch(r"cross_adaptive_weights\.(\d+)\.weight", part)
-        if number:
-            adaptive_weights.setdefault(block, {})[int(number[1])] = tensor
-        else:
-            for pattern, replacement in BRIDGE:
-                part = re.sub(pattern, replacement, part)
-            ours[f"bridges.{block}.{part}"] = tensor
+def stack_adaptive_weights(flags, others):
+    """One table per text layer of each bridge -> one tensor, in place. Raises NotThisKind."""
+    blocks = {}  # block -> {i: (77, D_t)}
+    for name in list(others):
+        match = re.fullmatch(r"bridges\.(\d+)\.adaptive_weights\.(\d+)\.weight", name)
+        if match:
+            blocks.setdefault(match[1], {})[int(match[2])] = others.pop(name)
     K = len(flags.text_layers)
-    for block, tables in adaptive_weights.items():
+    for block, tables in blocks.items():
         if sorted(tables) != list(range(K)):
             raise NotThisKind(f"block {block} has adaptive weights {sorted(tables)}; dataset={flags.dataset} reads {K} "
                               "text layers")
         if len({table.shape for table in tables.values()}) > 1:
             raise NotThisKind(f"block {block} has adaptive weights of different shapes")
-        ours[f"bridges.{block}.adaptive_weights"] = torch.stack([tables[i] for i in range(K)])  # (K, 77, D_t)
-    return ours
+        others[f"bridges.{block}.adaptive_weights"] = torch.stack([tables[i] for i in range(K)])  # (K, 77, D_t)
 
 
 def identity_bridges(config):
@@ -244,16 +228,4 @@ def identity_bridges(config):
         ours[f"bridges.{block}.adaptive_weights"] = torch.zeros(1, clip.context_length, clip.text_width)
         ours[f"bridges.{block}.proj.weight"] = torch.eye(clip.vision_width)
         ours[f"bridges.{block}.proj.bias"] = torch.zeros(clip.vision_width)
-    return ours
-
-
-def head_tensors(flags, heads):
-    """Encoder, heads and projections under our names."""
-    is_projected = flags.mixup_pretrain and not flags.warmup  # without bridges there is nothing to project for
-    unused = UNUSED if is_projected else UNUSED | UNUSED_UNLESS_MIXED
-    heads = without(heads, unused)
-    token = heads.pop("reg_token.weight", None)  # (1, D)
-    ours = split_in_proj(rename(heads, HEADS))
-    if token is not None:
-        ours["reg_token"] = token[0] if token.dim() == 2 and len(token) == 1 else token  # (D,)
     return ours

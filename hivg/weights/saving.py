@@ -24,9 +24,7 @@ def save(path, model, info=None, dtype=None):
     info: plain data kept beside the weights, e.g. the accuracy. dtype: the dtype to store the tensors in (they load as
     float32); by default the model's own. Raises OSError, one line with the file, if it cannot be written.
     """
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        tensors[name] = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+    tensors = {name: t.to("cpu", dtype or t.dtype).contiguous() for name, t in model.state_dict().items()}
     metadata = {
         "format": "pt",
         "kind": "hivg" if isinstance(model, HiVG) else "clip",

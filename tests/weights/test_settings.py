@@ -26,7 +26,7 @@ WRONG = [  # (setting, value, part of the message); of the CLIP where its name b
     ("clip.text_layers", 10**400, "text_layers must be a whole number in 1..1000, not a huge number"),
     ("clip.text_layers", 999, "1004 layers and 4000 adapters, but only"),
     ("encoder_layers", 999, "1004 layers and 12 adapters, but only"),
-    ("clip", 3, "metadata is damaged"),
+    ("clip", 3, "settings are not valid for a HiVG model"),
     ("stage", -1, "stage must be a whole number in 0..100"),
     ("stage", 10**6, "stage must be a whole number in 0..100"),
     ("normalization", "resnet", "normalization must be clip or imagenet, not 'resnet'"),
@@ -75,7 +75,7 @@ def test_each_wrong_setting_has_its_line(tmp_path, parts, setting, value, expect
 def test_info_is_a_dict(tmp_path, parts, info):
     tensors, metadata = parts
     save_file(tensors, tmp_path / "x.safetensors", metadata | {"info": info})
-    assert "metadata is damaged" in message_of(tmp_path / "x.safetensors")
+    assert "settings are not valid for a HiVG model" in message_of(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("setting", ["bridge", "lora", "text_padding"])

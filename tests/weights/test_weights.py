@@ -149,10 +149,10 @@ def read_parts(path):
 @pytest.mark.parametrize("changes, expected", [
     ({"kind": "lora"}, "which this project does not write"),
     ({"config": None}, "no 'config' in it"),
-    ({"config": '{"clip": '}, "metadata"),
-    ({"config": "[1]"}, "metadata"),
+    ({"config": '{"clip": '}, "settings are not valid"),
+    ({"config": "[1]"}, "settings are not valid"),
     ({"tokenizer": None}, "tokenizer"),
-    ({"tokenizer": "a b c"}, "metadata"),
+    ({"tokenizer": "a b c"}, "settings are not valid"),
     ({"tokenizer": "a b\n"}, "vocabulary"),
 ], ids=str)
 def test_damaged_metadata_gets_one_line(tmp_path, kind, changes, expected):
