@@ -89,8 +89,8 @@ def test_dropped_outlines_and_boxes_of_0_to_1_are_told(tmp_path):
 
 
 @pytest.mark.parametrize("name, content", [
-    ("coco", None), ("refcoco", None), ("mine.jsonl", ""), ("mine.jsonl", "\n"), ("mine.jsonl", "hello"),
-    ("mine.jsonl", "{}"), ("mine.jsonl", '{"image": "b.png", "expression": "x"}')])
+    ("shapes", None), ("coco", None), ("refcoco", None), ("mine.jsonl", ""), ("mine.jsonl", "\n"),
+    ("mine.jsonl", "hello"), ("mine.jsonl", "{}"), ("mine.jsonl", '{"image": "b.png", "expression": "x"}')])
 def test_to_check_nothing_is_an_error(tmp_path, monkeypatch, capfd, name, content):
     monkeypatch.chdir(tmp_path)
     if content is not None:
@@ -139,8 +139,3 @@ def test_a_longer_name_of_a_data_set_is_another(tmp_path):
     assert splits_of("gref", tmp_path, flat) == ["train", "val"]  # under both of its names
     assert splits_of("refcocog", tmp_path, flat) == ["val", "test"]
     assert splits_of("gref_umd", tmp_path, flat / "gref_umd_test.pth") == ["test"]
-
-
-def test_drawn_data_has_no_files():
-    with pytest.raises(ValueError, match="shapes is drawn"):
-        check("data", "shapes")

@@ -97,8 +97,8 @@ def annotation_files(data_root, dataset, annotations=None):
             continue
         for path in paths:
             found, split = named(path.name)
-            is_alone = annotations or folder != top  # in the data root, a .jsonl file may be anything
-            if not found and path.suffix == ".jsonl" and (is_alone or path.stem in published.counts):
+            in_root = folder == top and not annotations  # where a .jsonl file may be anything
+            if not found and path.suffix == ".jsonl" and (not in_root or path.stem in published.counts):
                 found, split = dataset, path.stem
             if found == dataset:
                 files.append((split, path))
