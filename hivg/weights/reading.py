@@ -134,10 +134,8 @@ def read_foreign(path, data):
     if isinstance(args, pickles.Attributes) and isinstance(data.get("model"), dict):
         kind = "released"
         config, tensors = released_hivg(tensors_of(data["model"], most), args)
-        settings = {}
-        for name, value in vars(args).items():
-            if isinstance(name, str) and isinstance(value, str | int | float | bool | None):  # what JSON can hold
-                settings[name] = value
+        settings = {name: value for name, value in vars(args).items()  # what JSON can hold
+                    if isinstance(name, str) and isinstance(value, str | int | float | bool | None)}
         clip, info = config.clip, {"args": settings}
     else:
         tensors = tensors_of(data, most)

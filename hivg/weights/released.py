@@ -22,12 +22,7 @@ from hivg.weights.clip_names import NotThisKind, huggingface_clip, rename, split
 BACKBONES = {"ViT-B/16": 12, "ViT-B/32": 12, "ViT-L/14": 24}
 
 # text layers that the bridge fuses, by data set; the last one for every other
-TEXT_LAYERS = {
-    "gref": tuple(range(1, 13)),
-    "gref_umd": tuple(range(1, 13)),
-    "unc+": (6, 12),
-    "referit": (6, 12),
-}
+TEXT_LAYERS = {"unc+": (6, 12), "referit": (6, 12)} | dict.fromkeys(["gref", "gref_umd"], tuple(range(1, 13)))
 LORA_ALPHA = 16  # W + (16 / r) B A, whatever the rank is
 FLAGS = {  # the flags that decide what the model computes: type, default (None: it has none)
     "model": (str, None),  # the backbone
