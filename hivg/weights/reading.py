@@ -177,7 +177,7 @@ def tensors_of(data, most):
     for name, value in to_visit:  # grows: a module may hold one module under many names, at each of many levels
         if isinstance(value, pickles.Attributes):
             for part, inner in vars(value).items():
-                if len(to_visit) == MAX_NAMES or len(name) > MAX_NAME:
+                if len(to_visit) >= MAX_NAMES or len(name) > MAX_NAME:
                     raise ValueError("modules are nested too deeply")
                 if part != "attn_mask":  # the causal mask in OpenAI's archive is not a weight
                     to_visit.append((f"{name}.{shown(part, MAX_NAME)}", inner))
