@@ -56,7 +56,7 @@ def convert(source, target):
               file=sys.stderr)
 
 
-def main():
+def arguments():
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="fetch | convert | show")
     fetch = commands.add_parser("fetch", help="download OpenAI's weights and merge table into weights/")
@@ -66,7 +66,11 @@ def main():
     convert.add_argument("target", metavar="OUT", help="the file to make, .safetensors")
     show = commands.add_parser("show", help="show what is in a file")
     show.add_argument("file", metavar="FILE", help="a weights file of any kind")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = arguments()
     if args.command == "fetch":
         for path in download.fetch(args.model, FOLDER):
             print(path)

@@ -98,10 +98,10 @@ def clip_config(tensors):
         image_size=side * patch,
         patch_size=patch,
         vision_width=width,
-        vision_layers=depth_of(tensors, "visual", "image"),
+        vision_layers=depth_of(tensors, "visual"),
         vision_heads=width // HEAD_WIDTH,
         text_width=text_width,
-        text_layers=depth_of(tensors, "text", "text"),
+        text_layers=depth_of(tensors, "text"),
         text_heads=text_width // HEAD_WIDTH,
         embed_dim=embed,
         context_length=context,
@@ -116,10 +116,10 @@ def shape_of(tensors, name, dimensions):
     return tensors[name].shape
 
 
-def depth_of(tensors, tower, called):
+def depth_of(tensors, tower):
     """How many blocks a tower has: one more than the highest number in a name."""
-    found = [re.match(rf"{tower}\.blocks\.(\d{{1,4}})\.", name) for name in tensors]  # longer numbers are left over
-    blocks = [int(match[1]) for match in found if match]
+    pattern = re.compile(rf"{tower}\.blocks\.(\d{{1,4}})\.")  # longer numbers are left over
+    blocks = [int(match[1]) for match in map(pattern.match, tensors) if match]
     if not blocks:
-        raise NotThisKind(f"no transformer block in its {called} tower")
+        raise NotThisKind(f"no transformer block in its {tower} tower")
     return max(blocks) + 1

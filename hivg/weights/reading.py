@@ -134,10 +134,8 @@ def read_foreign(path, data):
     if isinstance(args, pickles.Attributes) and isinstance(data.get("model"), dict):
         kind = "released"
         config, tensors = released_hivg(tensors_of(data["model"], most), args)
-        settings = {}
-        for name, value in vars(args).items():
-            if isinstance(name, str) and isinstance(value, str | int | float | bool | None):  # what JSON can hold
-                settings[name] = value
+        settings = {name: value for name, value in vars(args).items()  # what JSON can hold
+                    if isinstance(name, str) and isinstance(value, str | int | float | bool | None)}
         clip, info = config.clip, {"args": settings}
     else:
         tensors = tensors_of(data, most)
@@ -179,7 +177,7 @@ def tensors_of(data, most):
     for name, value in to_visit:  # grows: a module may hold one module under many names, at each of many levels
         if isinstance(value, pickles.Attributes):
             for part, inner in vars(value).items():
-                if len(to_visit) == MAX_NAMES or len(name) > MAX_NAME:
+                if len(to_visit) >= MAX_NAMES or len(name) > MAX_NAME:
                     raise ValueError("modules are nested too deeply")
                 if part != "attn_mask":  # the causal mask in OpenAI's archive is not a weight
                     to_visit.append((f"{name}.{shown(part, MAX_NAME)}", inner))

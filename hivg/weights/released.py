@@ -22,12 +22,7 @@ from hivg.weights.clip_names import NotThisKind, huggingface_clip, rename, split
 BACKBONES = {"ViT-B/16": 12, "ViT-B/32": 12, "ViT-L/14": 24}
 
 # text layers that the bridge fuses, by data set; the last one for every other
-TEXT_LAYERS = {
-    "gref": tuple(range(1, 13)),
-    "gref_umd": tuple(range(1, 13)),
-    "unc+": (6, 12),
-    "referit": (6, 12),
-}
+TEXT_LAYERS = {"unc+": (6, 12), "referit": (6, 12)} | dict.fromkeys(["gref", "gref_umd"], tuple(range(1, 13)))
 LORA_ALPHA = 16  # W + (16 / r) B A, whatever the rank is
 FLAGS = {  # the flags that decide what the model computes: type, default (None: it has none)
     "model": (str, None),  # the backbone
@@ -69,7 +64,8 @@ RULES = [
 ]
 UNUSED = r"ml_text_feat_perceiver\.(weight|bias)|(reg|condition_text)_pos_embed\.weight"
 UNUSED_UNLESS_PROJECTED = r"condition_text_proj\.(weight|bias)"
-UNUSED_IF_MIXED = r".*\.cross_(gate|adaptive_weights)\..*"  # of bridges; always created, unused in mixed pre-training
+# the program always creates these of a bridge, and does not use them in mixed pre-training
+UNUSED_IF_MIXED = r"vision_model\.encoder\.layers\.\d+\.cross_(gate|adaptive_weights)\..*"
 
 
 def released_hivg(tensors, args):

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from hivg import weights
 from hivg.utils import pickles
+from hivg.weights.reading import tensors_of as tensors_in
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +206,18 @@ def test_tensors_stay_inside_their_storage(tmp_path):
     for changes in (dict(shape=(5,)), dict(offset=1), dict(shape=(2, 2), stride=(3, 1))):
         with pytest.raises(ValueError, match="too short"):
             pickles.TensorOnDisk(**(vars(tensor) | changes)).read()
+
+
+def test_shared_modules_are_not_visited_without_end():
+    """Beside more entries than may be visited, too: a module that holds one module twice, 40 levels deep."""
+    module = pickles.Attributes()
+    for _ in range(40):
+        outer = pickles.Attributes()
+        outer.__setstate__({"a": module, "b": module})
+        module = outer
+    for others in (0, 100_001):
+        with pytest.raises(ValueError, match="nested too deeply"):
+            tensors_in({str(i): i for i in range(others)} | {"module": module}, 10)
 
 
 @pytest.mark.parametrize("part", ["data.pkl", "data/0"])
