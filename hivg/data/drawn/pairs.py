@@ -15,24 +15,19 @@ import torch
 from torch.utils.data import Dataset
 
 from hivg.data.batches import collate
-from hivg.data.drawn.drawing import COLOURS, SHAPES, SIZES, draw
+from hivg.data.drawn.drawing import COLOURS, SHAPES, draw
 from hivg.data.drawn.expressions import Expression, express, the
 from hivg.data.drawn.phrases import (
-    ALL,
     ANY_WORDS,
-    COLOUR,
     COLOUR_WORDS,
-    FILL,
     FILL_WORDS,
-    SHAPE,
-    SIZE,
     SIZE_WORDS,
     caption,
     object_phrases,
     pick,
     place,
 )
-from hivg.data.drawn.scenes import HELD_OUT, MAX_OBJECTS, random_scene
+from hivg.data.drawn.scenes import HELD_OUT, MAX_OBJECTS, attribute_ids, random_scene
 from hivg.data.transforms import Letterbox
 
 MIX = {"attribute": 0.1, "superlative": 0.2, "ordinal": 0.3, "relation": 0.28, "conjunction": 0.12}
@@ -94,16 +89,6 @@ class Pairs(Dataset):
             # (1, MAX_EXPRESSIONS), the object that each expression means
             "targets": torch.tensor([targets + [NO_TARGET] * (MAX_EXPRESSIONS - len(targets))]),
         }
-
-
-def attribute_ids(obj, attributes=ALL):
-    """[shape, colour, fill, size] as numbers, -1 for those that are not in `attributes`."""
-    return [
-        SHAPES.index(obj.shape) if attributes & SHAPE else -1,
-        list(COLOURS).index(obj.colour) if attributes & COLOUR else -1,
-        int(obj.filled) if attributes & FILL else -1,
-        list(SIZES).index(obj.size) if attributes & SIZE else -1,
-    ]
 
 
 def draw_pair(rng):

@@ -14,7 +14,7 @@ import numpy as np
 
 from hivg.data.drawn.drawing import COLOURS, REACH, SHAPES, SIZES, TEXTURES, Background, Object, Scene, boxes_of, draw
 from hivg.data.drawn.expressions import express
-from hivg.data.drawn.phrases import COLOUR, SHAPE, caption, pick
+from hivg.data.drawn.phrases import ALL, COLOUR, FILL, SHAPE, SIZE, caption, object_phrases, pick
 
 # Pairs of colour and shape that only the split "compose" shows. No colour or shape is in two of them, so each is well
 # known from other pairs.
@@ -101,6 +101,16 @@ def random_scene(rng, held_out):
     return Scene(width, height, background, _place(rng, _looks(rng, held_out), width, height))
 
 
+def attribute_ids(obj, attributes=ALL):
+    """[shape, colour, fill, size] as numbers, -1 for those that are not in `attributes`."""
+    return [
+        SHAPES.index(obj.shape) if attributes & SHAPE else -1,
+        list(COLOURS).index(obj.colour) if attributes & COLOUR else -1,
+        int(obj.filled) if attributes & FILL else -1,
+        list(SIZES).index(obj.size) if attributes & SIZE else -1,
+    ]
+
+
 class Shapes:
     """A split of the bundled data set; each item is an image with EXPRESSIONS_PER_SCENE expressions.
 
@@ -113,7 +123,7 @@ class Shapes:
 
     def __init__(self, split, seed=0, weights=None, captions=True):
         """weights: how often each kind of expression is drawn, instead of the split's own. captions: whether items
-        have a caption; without it they are made faster."""
+        have a caption and phrases; without them they are made faster."""
         if split not in SPLITS:
             raise ValueError(f"no split {split!r} of shapes; there are {', '.join(SPLITS)}")
         self.split = split
@@ -160,7 +170,10 @@ class Shapes:
         targets       4 object indices
         boxes         (4, 4) float32, (xmin, ymin, xmax, ymax) in pixels, tight around the visible target
         kinds         4 of KINDS
-        caption       a string about the whole image, if asked for
+        caption       a string about the whole image; this and what follows only if asked for
+        phrases       one for each object: a string, "a red star", true of it and perhaps of others
+        attributes    the objects' attributes (attribute_ids)
+        named         of these, the ones that each phrase names
         """
         scene, expressions, rng = self._make(index)
         image, labels = draw(scene)
@@ -175,4 +188,7 @@ class Shapes:
         }
         if self.captions:
             item["caption"] = caption(scene, rng)
+            item["phrases"], named = object_phrases(scene, rng)
+            item["attributes"] = [attribute_ids(obj) for obj in scene.objects]
+            item["named"] = [attribute_ids(obj, attributes) for obj, attributes in zip(scene.objects, named)]
         return item
