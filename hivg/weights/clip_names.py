@@ -27,10 +27,12 @@ HUGGING_FACE = [
     (r"\.layer_norm([12])\.", r".ln_\1."),
     (r"\.mlp\.fc1\.", ".mlp.c_fc."),
     (r"\.mlp\.fc2\.", ".mlp.c_proj."),
-    (r"\.embeddings\.", "."),
-    (r"\.position_embedding\.weight$", ".positional_embedding"),
-    (r"^visual\.patch_embedding\.", "visual.conv1."),
-    (r"^visual\.(pre|post)_laye?rnorm\.", r"visual.ln_\1."),  # pre_layrnorm in their code
+    (r"^visual\.embeddings\.class_embedding$", "visual.class_embedding"),
+    (r"^visual\.embeddings\.patch_embedding\.", "visual.conv1."),
+    (r"^text\.embeddings\.token_embedding\.", "text.token_embedding."),
+    (r"\.embeddings\.position_embedding\.weight$", ".positional_embedding"),
+    (r"^visual\.pre_layrnorm\.", "visual.ln_pre."),  # the missing e is theirs
+    (r"^visual\.post_layernorm\.", "visual.ln_post."),
     (r"^text\.final_layer_norm\.", "text.ln_final."),
     (r"^visual_projection\.weight$", "visual.proj"),
     (r"^text_projection\.weight$", "text.text_projection"),

@@ -39,11 +39,17 @@ FLAGS = {  # the flags that decide what the model computes: type, default (None:
     "normalize_before": (bool, True),
 }
 
-# (pattern in their name, what it becomes in ours), applied in this order; of all but CLIP
-RULES = [
-    (r"^vision_model\.encoder\.layers\.(\d+)\.cross_", r"bridges.\1."),  # a bridge lies in CLIP's block
-    (r"^(bridges\.\d+)\.norm\.", r"\1.ln."),
-    (r"^(bridges\.\d+)\.gate\.", r"\1.proj."),
+# (pattern in their name, what it becomes in ours), applied in this order
+IN_BLOCK = r"^vision_model\.encoder\.layers\.(\d+)\.cross_"  # a bridge lies in CLIP's block
+BRIDGE = [
+    (rf"{IN_BLOCK}norm\.", r"bridges.\1.ln."),
+    (rf"{IN_BLOCK}attn\.", r"bridges.\1.attn."),
+    (rf"{IN_BLOCK}mlp\.fc1\.", r"bridges.\1.mlp.c_fc."),
+    (rf"{IN_BLOCK}mlp\.fc2\.", r"bridges.\1.mlp.c_proj."),
+    (rf"{IN_BLOCK}gate\.", r"bridges.\1.proj."),
+    (rf"{IN_BLOCK}adaptive_weights\.", r"bridges.\1.adaptive_weights."),
+]
+HEADS = [  # all that is neither CLIP nor bridge
     (r"^ml_visual_projection\.", "levels_proj."),
     (r"^condition_text_proj\.", "bridge_text_proj."),
     (r"^reg_token\.weight$", "reg_token"),
@@ -55,9 +61,9 @@ RULES = [
     (r"^bbox_embed\.layers\.1\.", "box_head.2."),
     (r"^bbox_embed\.layers\.2\.", "box_head.4."),
     (r"^visu_proj\.", "visual_proj."),
-    (r"^visu_token_", "rtcc_"),
-    (r"mlp\.fc1\.", "mlp.c_fc."),
-    (r"mlp\.fc2\.", "mlp.c_proj."),
+    (r"^visu_token_norm\.", "rtcc_norm."),
+    (r"^visu_token_mlp\.fc1\.", "rtcc_mlp.c_fc."),
+    (r"^visu_token_mlp\.fc2\.", "rtcc_mlp.c_proj."),
     (r"^seg_conv1\.", "mask_convs.0."),
     (r"^seg_conv2\.", "mask_convs.1."),
     (r"^seg_conv3\.", "mask_convs.2."),
@@ -65,7 +71,7 @@ RULES = [
 UNUSED = r"ml_text_feat_perceiver\.(weight|bias)|(reg|condition_text)_pos_embed\.weight"
 UNUSED_UNLESS_PROJECTED = r"condition_text_proj\.(weight|bias)"
 # the program always creates these of a bridge, and does not use them in mixed pre-training
-UNUSED_IF_MIXED = r"vision_model\.encoder\.layers\.\d+\.cross_(gate|adaptive_weights)\..*"
+BRIDGE_UNUSED_IF_MIXED = rf"{IN_BLOCK}(gate|adaptive_weights)\..*"
 
 
 def released_hivg(tensors, args):
@@ -144,15 +150,10 @@ def split_parts(tensors, flags):
         else:
             others[name] = tensor
     fold_adapters(clip)
-    for name in list(clip):
-        if re.match(r"vision_model\.encoder\.layers\.\d+\.cross_", name):
-            others[name] = clip.pop(name)
-    unused = [UNUSED]
-    if flags.mixup_pretrain:
-        unused.append(UNUSED_IF_MIXED)
-    if flags.warmup or not flags.mixup_pretrain:
-        unused.append(UNUSED_UNLESS_PROJECTED)
-    others = split_in_proj(rename(others, RULES, "|".join(unused)))
+    bridges = {name: clip.pop(name) for name in list(clip) if re.match(IN_BLOCK, name)}
+    bridges = rename(bridges, BRIDGE, BRIDGE_UNUSED_IF_MIXED if flags.mixup_pretrain else "")
+    unused = UNUSED if flags.mixup_pretrain and not flags.warmup else f"{UNUSED}|{UNUSED_UNLESS_PROJECTED}"
+    others = split_in_proj(rename(others, HEADS, unused)) | bridges
     token = others.get("reg_token")
     if token is not None and token.dim() == 2 and len(token) == 1:
         others["reg_token"] = token[0]  # (1, D) -> (D,)

@@ -265,6 +265,22 @@ def test_keys_and_shapes_must_be_exact(tmp_path, released, kind, name, ours):
         assert weights.KINDS[kind] in message and re.search(expected, message), message
 
 
+@pytest.mark.parametrize("kind, ending, other", [
+    ("huggingface", "vision_model.pre_layrnorm.bias", "vision_model.pre_layernorm.bias"),
+    ("huggingface", "vision_model.post_layernorm.bias", "vision_model.embeddings.ln_post.bias"),
+    ("released", "layers.3.cross_norm.bias", "layers.3.cross_ln.bias"),
+    ("released", "clip.base_model.model.vision_model.encoder.layers.3.cross_norm.bias",
+     "vision_model.encoder.layers.3.cross_norm.bias"),
+    ("released", "visu_token_mlp.fc1.bias", "visu_token_mlp.c_fc.bias"),
+])
+def test_names_that_no_published_file_has(tmp_path, released, kind, ending, other):
+    tensors = tensors_of(kind, released)
+    (name,) = [name for name in tensors if name.endswith(ending)]
+    tensors[name.removesuffix(ending) + other] = tensors.pop(name)
+    torch.save({"model": tensors, "args": released["args"]} if kind == "released" else tensors, tmp_path / "file")
+    assert "left over" in message_of(tmp_path / "file")
+
+
 def test_kinds_are_not_confused(tmp_path, released):
     save_file(to_huggingface(make_published_clip()), tmp_path / "hf.safetensors")
     torch.save(released, tmp_path / "released.pth")
