@@ -5,6 +5,7 @@ hivg/weights/ shows. And how a file that was read is compared, or its message ch
 import argparse
 import collections
 import gzip
+import pickle
 import re
 
 import pytest
@@ -113,6 +114,10 @@ def scripted(tensors):
 
 def half(tensors):
     return {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def save_bare(data, path, protocol=None):
+    path.write_bytes(pickle.dumps(data, protocol))
 
 
 def save_legacy(data, path):

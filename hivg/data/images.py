@@ -77,8 +77,12 @@ def upright_size(path):
     with _decoding(name), _open_file(path, name) as image:
         if image.format == "PNG":
             content = Path(path).read_bytes()  # Pillow finds a chunk after the pixels only while reading them
-            return open_image(path).size if any(mark in content for mark in PNG_MARKS) else image.size
-        if image.format in ("JPEG", "MPO", "WEBP", "GIF", "BMP"):
+            late = content[content.find(b"IDAT") :]
+            if any(mark in late for mark in PNG_MARKS):
+                return open_image(path).size
+            if not any(mark in content for mark in PNG_MARKS):
+                return image.size  # to ask for its EXIF would read its pixels
+        if image.format in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP"):
             is_turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by 90 degrees
             return image.size[::-1] if is_turned else image.size
     return open_image(path).size

@@ -53,6 +53,8 @@ def _rgb(image):
             raise ValueError(f"image must be a PIL image or (H, W, 3) uint8 with H, W > 0, got {image.shape} "
                              f"{image.dtype}")
         image = Image.fromarray(image)
+    if 0 in image.size:
+        raise ValueError("image has no pixels")
     return image.convert("RGB")  # a copy, also of an RGB image
 
 

@@ -29,6 +29,7 @@ from hivg.utils.messages import shown
 
 LEGACY = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # in the first pickle of torch.save before 1.6
 COPIES = 4  # elements that calls may copy, per byte of the pickle; real files stay below 2
+READINGS = 4  # how often the whole file may be read for its tensors: many may be parts of one storage
 MAX_TUPLES = 10_000  # that may be nested on an ordinary stack
 DTYPES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
           "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32,
@@ -269,19 +270,25 @@ def read_zip(path):
         except Exception as error:  # zipfile raises errors of many classes
             raise ValueError(f"its part {shown(entry, 60)} is damaged ({shown(error, 80)})") from None
 
-    @functools.lru_cache(1)  # views of one storage mostly follow each other
     def read_storage(key):
         return read_entry(f"{pickles[0].removesuffix('data.pkl')}data/{key}")
 
-    return unpickle(bytes(read_entry(pickles[0])), 0, read_storage)[0]
+    return unpickle(bytes(read_entry(pickles[0])), 0, limited(read_storage, size))[0]
 
 
 def read_legacy(data):
     """torch.save before 1.6: a magic number, a version, the machine, the value, the keys of the storages, and these."""
     parts = {}  # key: (start, end) in `data`
+
+    def read_part(key):
+        if key not in parts:
+            raise ValueError(f"the numbers of its tensor {shown(key, 60)} are not in it")
+        return bytearray(memoryview(data)[slice(*parts[key])])
+
+    read_storage = limited(read_part, len(data))
     end = 0
     for _ in range(4):
-        value, end, dtypes = unpickle(data, end, lambda key: bytearray(memoryview(data)[slice(*parts[key])]))
+        value, end, dtypes = unpickle(data, end, read_storage)
     keys, end, _ = unpickle(data, end)
     for key in keys:
         start = end + 8  # behind the number of elements
@@ -290,6 +297,23 @@ def read_legacy(data):
     if end > len(data):
         raise ValueError("cut short")
     return value
+
+
+def limited(read_storage, size):
+    """`read_storage` for a file of `size` bytes, with the last storage kept, as views of one mostly follow each other.
+    Raises ValueError once it has read far more than the file holds."""
+    left = READINGS * size
+
+    @functools.lru_cache(1)
+    def read_limited(key):
+        nonlocal left
+        data = read_storage(key)
+        left -= len(data)
+        if left < 0:
+            raise ValueError("its tensors are larger than the file")
+        return data
+
+    return read_limited
 
 
 def unpickle(data, start=0, read_storage=None):

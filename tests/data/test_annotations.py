@@ -130,6 +130,18 @@ def test_the_likelier_place_comes_first(tmp_path):
     assert found(read_samples(tmp_path, "refcoco", "val")) == expected(tmp_path, near)
 
 
+def test_other_files_are_no_splits(tmp_path):
+    """Results, a folder, or people's own .jsonl files in the data root, which are read only by their exact name."""
+    scenes = make_scenes(tmp_path, 3)
+    write_lines(tmp_path, {"val": scenes})
+    (tmp_path / "refcoco/refcoco_results.json").write_text("{}")
+    (tmp_path / "refcoco/refcoco_val.pth").mkdir()
+    (tmp_path / "refcoco/val.jsonl").rename(tmp_path / "val.jsonl")
+    write_list(tmp_path, {"train": scenes})
+    assert splits_of("refcoco", tmp_path) == ["train"]
+    assert found(read_samples(tmp_path, "refcoco", "val")) == expected(tmp_path, scenes)
+
+
 @pytest.mark.parametrize("name", ["rows.pth", "train.pth", "val.jsonl", "unc_train.pth", "finetune_refcoco_val.json"])
 def test_a_file_is_not_both_train_and_val(tmp_path, name):
     """One that does not say its split, in its name or its rows, can be evaluated on, not trained on."""
@@ -351,6 +363,7 @@ RLE = {"size": [2, 3], "counts": [1, 2, 3]}
     ((tuple(TRIANGLE),), [tuple(TRIANGLE)]), ([np.array(TRIANGLE)], [TRIANGLE]),
     ([TRIANGLE[:4]], None), ([[*TRIANGLE, 7.0]], None), ([TRIANGLE, ["r1"] * 6], None), (TRIANGLE, None),
     (RLE, RLE), ({"size": (np.int64(2), 3), "counts": (1, 2, 3)}, RLE),
+    ({"size": [2.0, "3"], "counts": [1.0, "2", 3]}, RLE),
     ({"size": [2, 3], "counts": b"123"}, {"size": [2, 3], "counts": "123"}), ({"size": [2, 3]}, None)], ids=str)
 def test_segmentations_are_plain_numbers(given, wanted):
     """Anything that is no segmentation, as mask names and lists of attributes, is none."""

@@ -216,6 +216,35 @@ def test_colours_change_and_places_do_not(change):
     assert max(differences) < 1e-6 if change.get("jitter") == 0 else 0.1 < np.mean(differences) < 1
 
 
+def test_how_often_colours_change():
+    """On white, which contrast and saturation leave as it is: it darkens in half of the jitters."""
+    white = Image.new("RGB", (8, 8), (255, 255, 255))
+    rng = np.random.default_rng(0)
+    augment = Augment()
+    levels = np.array([np.asarray(augment.recolour(rng, white))[0, 0, 0] for _ in range(400)])
+    assert 0.33 < (levels < 255).mean() < 0.47 and 153 <= levels.min() < 165  # 0.8 / 2; 0.6 * 255
+
+
+class SameFactors:
+    """A generator whose factors are always the same, and whose orders are random."""
+
+    def __init__(self, seed):
+        self.permutation = np.random.default_rng(seed).permutation
+
+    def random(self):
+        return 0.5
+
+    def uniform(self, low, high):
+        return high
+
+
+def test_colours_change_in_any_order():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    augment = Augment(jitter_p=1)
+    results = {augment.recolour(SameFactors(seed), image).tobytes() for seed in range(30)}
+    assert len(results) == 6
+
+
 @pytest.mark.parametrize("width, height", [(1, 1), (4000, 8), (8, 4000), (2, 3), (500, 333)])
 @pytest.mark.parametrize("expression", [FREE, POSITIONAL])
 def test_odd_images_and_a_box_of_everything(width, height, expression):

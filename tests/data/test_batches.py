@@ -210,6 +210,16 @@ def test_automatic_workers(monkeypatch, asked, device, ranks, cores, own, worker
     assert batches.choose_workers(asked, torch.device(device)) == workers
 
 
+def test_batches_are_pinned_for_a_gpu_alone(monkeypatch):
+    """The loader is told so; nothing else can be seen of it without a GPU."""
+    told = []
+    monkeypatch.setattr(batches, "DataLoader", lambda *args, pin_memory, **options: told.append(pin_memory) or ())
+    for device in ("cuda", "cpu"):
+        list(training_batches(ShapesTensors("train", 32), 0, 4, 1, device=torch.device(device)))
+        list(evaluation_batches(ShapesTensors("val", 32), device=torch.device(device)))
+    assert told == [True, True, False, False]
+
+
 def test_a_box_stands_in_for_a_mask(tmp_path):
     row = SampleTensors(make_samples(tmp_path, 1), 40)[0]
     assert not row["has_mask"].any()

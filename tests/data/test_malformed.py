@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from makers_weights import save_bare
 from PIL import Image
 
 from hivg.data.published.catalogue import COCO
@@ -20,12 +21,8 @@ class Payload:
         return os.system, (f"touch {self.path}",)
 
 
-def pickle_to(data, path, protocol=None):
-    path.write_bytes(pickle.dumps(data, protocol))
-
-
 @pytest.mark.parametrize("write, arguments", [
-    (pickle_to, {}), (pickle_to, {"protocol": 0}), (torch.save, {}),
+    (save_bare, {}), (save_bare, {"protocol": 0}), (torch.save, {}),
     (torch.save, {"_use_new_zipfile_serialization": False})], ids=["pickle", "pickle 0", "torch", "torch, old"])
 def test_a_command_in_a_pickle_is_not_run(tmp_path, write, arguments):
     for name in ("refs(unc).p", "refcoco_train.pth"):

@@ -183,6 +183,7 @@ def test_arguments_are_left_alone_and_may_be_lists():
     (dict(boxes=[[0, 0, 3, 4]], colours=[]), "colours"), (dict(boxes=[[0, 0, 3, 4]], colours="red"), "colours"),
     (dict(boxes=[], heatmap=np.ones(4)), "heatmap"), (dict(boxes=[], mask=np.ones((0, 4))), "mask"),
     (dict(boxes=[], image=np.ones((4, 4))), "uint8"), (dict(boxes=[], image=noise(4, 4)[:0]), "H, W > 0"),
+    (dict(boxes=[], image=Image.new("RGB", (0, 0))), "no pixels"),
 ])
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message):

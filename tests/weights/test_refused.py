@@ -14,6 +14,7 @@ from makers_weights import (
     make_published_clip,
     make_released,
     message_of,
+    save_bare,
     save_legacy,
     scripted,
     to_huggingface,
@@ -45,10 +46,6 @@ class Payload:
 
     def __reduce__(self):
         return os.system, (f"touch {self.path}",)
-
-
-def save_bare(data, path, protocol=None):
-    path.write_bytes(pickle.dumps(data, protocol))
 
 
 def save_zip(data, path):
@@ -206,6 +203,29 @@ def test_tensors_stay_inside_their_storage(tmp_path):
     for changes in (dict(shape=(5,)), dict(offset=1), dict(shape=(2, 2), stride=(3, 1))):
         with pytest.raises(ValueError, match="too short"):
             pickles.TensorOnDisk(**(vars(tensor) | changes)).read()
+
+
+@pytest.mark.parametrize("save", [torch.save, save_legacy])
+def test_many_parts_of_two_storages_are_not_read_without_end(tmp_path, save):
+    a, b = torch.zeros(2, 10_000)
+    save([(a.clone(), b.clone())], tmp_path / "x.pt")
+    a, b = pickles.read(tmp_path / "x.pt")[0]
+    for _ in range(1000):  # one after another: each is kept
+        assert a.read().shape == (10_000,)
+    with pytest.raises(ValueError, match="larger than the file"):
+        for _ in range(10):
+            a.read(), b.read()
+
+
+def test_older_torch_save_without_a_storage(tmp_path):
+    save_legacy({"w": torch.zeros(4)}, tmp_path / "x.pt")
+    key = pickles.read(tmp_path / "x.pt")["w"].key
+    data = (tmp_path / "x.pt").read_bytes()
+    keys = pickle.dumps([key], 2)
+    assert data.count(keys) == 1
+    (tmp_path / "x.pt").write_bytes(data.replace(keys, pickle.dumps([], 2)))
+    with pytest.raises(ValueError, match="numbers of its tensor .* are not in it"):
+        pickles.read(tmp_path / "x.pt")["w"].read()
 
 
 def test_shared_modules_are_not_visited_without_end():

@@ -199,7 +199,8 @@ def test_numbers_must_be_finite(tmp_path, kind, value, dtype):
 @pytest.mark.parametrize("value, expected", [(torch.tensor(1 + 1j), "is complex"),
                                              (torch.tensor(1e300, dtype=torch.float64), "holds NaN or infinity")])
 def test_values_that_float32_cannot_hold(tmp_path, value, expected):
-    pytest.importorskip("safetensors", minversion="0.7")  # older ones neither write nor read complex numbers
+    if value.is_complex():
+        pytest.importorskip("safetensors", minversion="0.7")  # older ones neither write nor read them
     path = tmp_path / "weights.safetensors"
     weights.save(path, make("clip"))
     tensors, metadata = read_parts(path)

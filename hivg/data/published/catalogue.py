@@ -58,11 +58,16 @@ def find_file(data_root, dataset, split, annotations=None):
     for name, path in files:
         if name in (split, None):
             return path
+    in_root = Path(data_root) / f"{split}.jsonl"  # which may be anything, so it is taken only where nothing else is
+    if not annotations and os.path.isfile(in_root):
+        return in_root
     where = shown(annotations or data_root, 60)
     if files:
         splits = ", ".join(sorted({name for name, _ in files}))
+        is_file = annotations and os.path.isfile(annotations)
+        advice = "; give --annotations the folder with all splits" if is_file else ""
         raise ValueError(f"{where}: no split {quoted(split, 20)} of {dataset}; there are "
-                         f"{shown(splits, 100)}, by file name")
+                         f"{shown(splits, 100)}, by file name{advice}")
     published = DATASETS[dataset]
     names = [f"{published.names[0]}_{shown(split, 20)}.pth", *published.refer_files[:1]]
     raise ValueError(f"{where}: no annotations of {dataset}, split {quoted(split, 20)}: no {' or '.join(names)} or the "
@@ -97,10 +102,10 @@ def annotation_files(data_root, dataset, annotations=None):
             continue
         for path in paths:
             found, split = named(path.name)
-            in_root = folder == top and not annotations  # where a .jsonl file may be anything
-            if not found and path.suffix == ".jsonl" and (not in_root or path.stem in published.counts):
+            in_root = folder == top and not annotations  # see find_file
+            if not found and path.suffix == ".jsonl" and not in_root:
                 found, split = dataset, path.stem
-            if found == dataset:
+            if found == dataset and os.path.isfile(path):
                 files.append((split, path))
         files += [(None, folder / name) for name in published.refer_files if os.path.isfile(folder / name)]
     return files
@@ -110,11 +115,12 @@ def named(file_name):
     """The data set and the split that a published file is of by its name, or None and None. The longest name of a data
     set counts: gref_umd_val.pth is `val` of gref_umd, not `umd_val` of gref."""
     stem, suffix = os.path.splitext(file_name)
-    stem = stem.removeprefix("finetune_")  # MDETR's
+    suffixes = (".json",) if stem.startswith("finetune_") else (".pth", ".jsonl")  # the first: MDETR's
+    stem = stem.removeprefix("finetune_")
     names = []
     for dataset, published in DATASETS.items():
         names += [(len(name), dataset) for name in published.names if stem.startswith(name + "_")]
-    if not names or suffix not in (".pth", ".json", ".jsonl"):
+    if not names or suffix not in suffixes:
         return None, None
     length, dataset = max(names)
     return dataset, stem[length + 1 :]

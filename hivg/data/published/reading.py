@@ -91,8 +91,8 @@ def read_samples(data_root, dataset, split, annotations=None, report=None):
     if not rows:
         raise ValueError(f"{shown(path, 80)}: it has no rows; there must be one for each expression")
     own = is_own(dataset)
-    is_unnamed = any(row.split is None and not row.problem for row in rows)
-    if is_unnamed and split == "train" and not own and not annotation_files("", canonical(dataset), path)[0][0]:
+    says_split = own or split != "train" or annotation_files("", canonical(dataset), path)[0][0]
+    if not says_split and any(row.split is None and not row.problem for row in rows):
         raise ValueError(f"{shown(path, 60)}: neither its name nor its rows say which split it is, so `val` would be "
                          f"the same; name it {dataset}_train.pth and give --annotations the folder with it and val")
     if own and all(row.split != split for row in rows):
@@ -275,11 +275,14 @@ def checked_segmentation(value, width, height, file):
     Raises Problem."""
     try:
         if isinstance(value, dict) and {"counts", "size"} <= value.keys():
-            run_lengths(value, (height, width))
             counts = value["counts"]
-            if not isinstance(counts, str):
-                counts = counts.decode() if isinstance(counts, bytes) else list(counts)
-            return {"size": [int(side) for side in value["size"]], "counts": counts}
+            if isinstance(counts, bytes):
+                counts = counts.decode()
+            elif not isinstance(counts, str):
+                counts = [int(count) for count in counts]
+            rle = {"size": [int(side) for side in value["size"]], "counts": counts}
+            run_lengths(rle, (height, width))
+            return rle
         if isinstance(value, list | tuple) and value:
             polygons = [part.tolist() if isinstance(part, np.ndarray) else part for part in value]
             if all(is_polygon(part) for part in polygons):
