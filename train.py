@@ -3,7 +3,7 @@
     python train.py                        all stages on the bundled data set, from the bundled tiny CLIP
     python train.py --plan                 print the table of the stages and exit; works with all other flags
     python train.py --name NAME --resume   resume after an interruption, bit for bit on a CPU
-    python train.py --finetune FILE        train an existing HiVG further, in a single stage
+    python train.py --finetune FILE        train an existing HiVG further, in one stage or those of --lora
 
 Writes runs/NAME/: the best weights of each stage, state.pt (to resume), log.jsonl, curves.png. Read this file from top
 to bottom: the settings, the stages as rows of a table, the start of a stage, and `train`, one loop for all stages.
@@ -22,10 +22,10 @@ from hivg.evaluate.metrics import accuracy, mean
 from hivg.evaluate.predict import predict
 from hivg.fusion import choose_backend
 from hivg.lora import MODES as LORA_MODES
+from hivg.lora import without_adapters
 from hivg.losses import DRAWN_WORLD, LossWeights
 from hivg.model import HiVG, HiVGConfig
 from hivg.training import distributed
-from hivg.training.checkpoint import restore
 from hivg.training.criterion import Criterion
 from hivg.training.log import LOG_STEPS
 from hivg.training.optimizers import clip_and_step, learning_rate, make_optimizers, set_learning_rate
@@ -119,7 +119,7 @@ def stages(s: Settings):
     elif s.bridgeless:
         rows = [("bridgeless", "none", 0), *rows]
     names = [name for name, *_ in rows]
-    longest = len(STAGES["hierarchical"]) + s.bridgeless
+    longest = len(names) if s.finetune else len(STAGES["hierarchical"]) + s.bridgeless
     epochs = values_of("epochs", s.epochs, names, longest)
     if len(names) < len(epochs):  # fair: the last stage gets the epochs of the missing ones
         epochs = (*epochs[: len(names) - 1], sum(epochs[len(names) - 1 :]))
@@ -164,7 +164,8 @@ def begin_stage(s: Settings, number, folder, hooks=Hooks()):
         before = weights.load_hivg(folder / f"{stages(s)[number - 1].name}.safetensors")  # the best of that stage
         model, best = grow(before, stage), before.info["accuracy"]
     if s.clip_rate:
-        model.clip.requires_grad_(True)
+        for p in without_adapters(model.clip):
+            p.requires_grad_(True)
     hooks.prepare(model)
     return model, best
 
@@ -220,7 +221,7 @@ def train(s: Settings, hooks=Hooks()):
         model = model.to(device).train()
         distributed.seed_rank()
         model.clip.visual.recompute = s.recompute
-        clip_rates = {p: s.clip_rate for p in model.clip.parameters()} if s.clip_rate else {}
+        clip_rates = dict.fromkeys(without_adapters(model.clip), s.clip_rate) if s.clip_rate else {}
         optimizers = make_optimizers(model, s.optimizer, s.weight_decay, clip_rates)
         dataset = open_split(s, model, "train")
         val = open_split(s, model, "val")  # here, so that a missing one is noticed before any work
@@ -229,7 +230,7 @@ def train(s: Settings, hooks=Hooks()):
         path = run.folder / f"{stage.name}.safetensors"
         first = 0
         if saved and number == saved["stage"]:
-            first, best = restore(saved, model, optimizers, log)
+            first, best = run.restore(model, optimizers)
         first_item = first_item_of(s, table, number, dataset.rows, hooks.one_stream)
         batches = training_batches(dataset, first_item, stage.batch_size, steps * stage.accumulate,
                                    first * stage.accumulate, s.workers, distributed.rank(), distributed.world_size(),
@@ -240,8 +241,8 @@ def train(s: Settings, hooks=Hooks()):
             best = scores["accuracy"]
             log.epoch(stage.name, 0, 0, scores, best)
         log.message(columns_text([stage_column(stage, model)]))
-        if stage.name == "finetune" and model.config.lora == "none":
-            log.message("CLIP is frozen and has no adapters to train; --lora vanilla or hierarchical adds them")
+        if stage.name == "finetune" and model.config.lora == "none" and not s.clip_rate:
+            log.message("CLIP is frozen and has no adapters to train; --lora hierarchical, shared or vanilla adds them")
         if first == 0 and best >= 0 and distributed.rank() == 0:
             weights.save(path, model, {"stage": stage.name, "accuracy": best})  # kept if the stage never improves it
         if number == 0 and first == 0:

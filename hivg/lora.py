@@ -16,7 +16,8 @@ The layers that a stage trains (`adapted_layers`), in ViT-B, L = 12 and G = 3, a
     vision      1-4     1-8     1-12
     text        1-12    1-12    1-12
 
-Nothing else of CLIP is ever trained; the bridges, the grounding encoder and the heads are trained in every stage.
+Nothing else of CLIP is trained (but with --clip_rate of train.py); the bridges, the grounding encoder and the heads are
+trained in every stage.
 
 The other modes, for comparison (`lora` of the configuration):
 
@@ -122,6 +123,15 @@ def adapted_layers(stage, n_layers, groups, mode="hierarchical", order="shallow_
     if order == "deep_first":
         return list(range(n_layers - last + 1, n_layers + 1))
     return list(range(1, last + 1))
+
+
+def without_adapters(model):
+    """The parameters of a model but for the A and B of its adapters, a list."""
+    adapters = set()
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            adapters.update(module.A, module.B)
+    return [p for p in model.parameters() if p not in adapters]
 
 
 def add_stage(blocks, stage, groups, rank=32, alpha=16, dropout=0.1, mode="hierarchical", order="shallow_first"):

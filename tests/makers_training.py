@@ -5,7 +5,7 @@ import os
 import re
 import runpy
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,7 +15,6 @@ from safetensors import safe_open
 import train
 from hivg.data.drawn.scenes import SPLITS
 from hivg.training import run
-from train import Settings
 
 NAMES = ["warmup", "lora1", "lora2", "lora3"]
 ON_CPU = {"dtype": "float32", "device": "cpu", "workers": 0}
@@ -128,7 +127,3 @@ def assert_one_line(result, *words):
 
 def ids(x):
     return "_".join(map(str, x)) if isinstance(x, (list, tuple)) else str(x)
-
-
-def default_settings():
-    return {f.name: f.default for f in fields(Settings)}

@@ -21,7 +21,7 @@ def init(device):
         torch.cuda.set_device(device)  # whose random numbers a checkpoint keeps
     if is_alone:
         return device
-    # DDP imports this, and its functions' defaults are the group there is: imported later it keeps that beyond `stop`
+    # DDP imports this, and its functions' defaults are the group there is: imported later it keeps it beyond `destroy`
     from torch.distributed.nn import functional  # noqa: F401
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -82,9 +82,7 @@ def gather_rows(rows):
 def mean(parts):
     """Dicts {name: scalar tensor} of the parts of a step -> one such dict, averaged over the parts and the ranks."""
     names = list(parts[0])
-    rows = []
-    for part in parts:
-        rows.append(torch.stack([part[name].detach().float() for name in names]))
+    rows = [torch.stack([part[name].detach().float() for name in names]) for part in parts]
     values = torch.stack(rows).mean(0)  # (names,)
     if world_size() > 1:
         dist.all_reduce(values)

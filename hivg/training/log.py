@@ -19,13 +19,15 @@ class Log:
         """run: the folder of the run. saved: the saved state that the run resumes from, or None."""
         self.run = run
         self.is_writer = distributed.rank() == 0
+        self.clear()
         if self.is_writer:
             run.mkdir(parents=True, exist_ok=True)
-            n_bytes = saved["log"]["bytes"] if saved else 0
+            n_bytes = 0
+            if saved:
+                n_bytes, self.sums, self.n = (saved["log"][name] for name in ("bytes", "sums", "n"))
             self.file = open(run / "log.jsonl", "r+" if n_bytes else "w")
             self.file.truncate(n_bytes)  # the steps after the saved state will be run, and logged, again
             self.file.seek(n_bytes)
-        self.clear()
 
     def clear(self):
         """Start the means of the next line."""
@@ -43,12 +45,6 @@ class Log:
             return None
         sums = {name: float(total) for name, total in self.sums.items()}
         return {"bytes": self.file.tell(), "sums": sums, "n": self.n}
-
-    def restore(self, state):
-        """Continue the means where `state` left them."""
-        self.clear()
-        self.sums = state["sums"]
-        self.n = state["n"]
 
     def message(self, text):
         """A line or several on stderr."""

@@ -84,7 +84,9 @@ def defaults_of(given, settings):
     Raises ValueError."""
     defaults = {}
     if given.get("finetune"):
-        new = [f.name for f in fields(settings) if f.metadata["of_model"] and f.name in given]
+        of_adapters = ("lora_rank", "lora_alpha") if given.get("lora", "none") == "none" else ()
+        new = [f.name for f in fields(settings)
+               if f.name in given and (f.metadata["of_model"] or f.name in of_adapters)]
         if new:
             raise ValueError(f"--finetune keeps the model of its file; leave out --{', --'.join(new)}")
         defaults = finetune_defaults(given["finetune"], given.get("lora", "none"))

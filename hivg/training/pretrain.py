@@ -31,7 +31,6 @@ from hivg.data.drawn.scenes import Shapes
 from hivg.losses import contrastive_loss
 from hivg.tokenizer import Tokenizer, learn_merges
 from hivg.training import distributed
-from hivg.training.checkpoint import restore
 from hivg.training.optimizers import clip_and_step, learning_rate, make_optimizers, set_learning_rate
 from hivg.training.run import Run
 from hivg.training.settings import RunSettings, setting, settings_from_flags
@@ -207,14 +206,15 @@ def pretrain(s: Settings):
     torch.manual_seed(s.seed)
     model = new_clip(s.seed).to(device).train()
     optimizers = make_optimizers(model, s.optimizer, s.weight_decay)
-    for group in [group for optimizer in optimizers[1:] for group in optimizer.param_groups]:
-        group["rate"] = s.adamw_share  # of AdamW beside Muon
+    for optimizer in optimizers[1:]:  # AdamW beside Muon
+        for group in optimizer.param_groups:
+            group["rate"] = s.adamw_share
     steps_per_epoch = math.ceil(s.epoch_samples / s.batch_size)
     steps = s.epochs * steps_per_epoch
     first = 0
     best = -1.0
     if saved:
-        first, best = restore(saved, model, optimizers, log)
+        first, best = run.restore(model, optimizers)
     dataset = Pairs(model.config.image_size, s.seed)
     batches = training_batches(dataset, 0, s.batch_size, steps, first, s.workers, distributed.rank(),
                                distributed.world_size(), device, model.tokenizer)

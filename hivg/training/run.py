@@ -1,14 +1,21 @@
-"""A run: what a training needs besides its model and data, whichever training it is."""
+"""A run: what a training needs besides its model and data, whichever training it is.
+
+It resumes from runs/NAME/state.pt: on a CPU bit for bit. On a GPU the data, their order and the random numbers are the
+same, but sums are not always added in the same order, above all in the backward of the mask loss's interpolation, so
+last digits may differ.
+"""
 
 import time
+from dataclasses import asdict
 
 import torch
 
 from hivg.training import distributed
-from hivg.training.checkpoint import open_run, save_state
+from hivg.training.checkpoint import open_run
 from hivg.training.log import Log
 from hivg.training.settings import RUNS
 from hivg.utils.cli import choose_device, choose_dtype
+from hivg.utils.files import write_whole
 
 
 class Run:
@@ -30,9 +37,54 @@ class Run:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def save(self, stage, step, best, model, optimizers):
-        """Write the state after `step` steps of stage number `stage`."""
-        save_state(self.folder, self.settings, stage, step, best, model, optimizers, self.log)
+        """Write the state after `step` steps of stage number `stage`. Every rank calls it; rank 0 writes.
+
+        It holds the parameters that this stage trains. The others, above all the frozen CLIP, come from the file that
+        the stage started from.
+        """
+        random = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            random["cuda"] = torch.cuda.get_rng_state()
+        state = {
+            "settings": asdict(self.settings),
+            "stage": stage,
+            "step": step,
+            "best": best,
+            "trained": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "random": distributed.gather_rows([random]),  # each rank has its own
+            "log": self.log.state(),
+        }
+        if distributed.rank() == 0:
+            path = self.folder / "state.pt"
+            advice = "make room, then " + ("continue with --resume" if path.exists() else "start again")
+            write_whole(path, lambda part: torch.save(state, part), advice)
         self.saved_at = time.monotonic()
+
+    def restore(self, model, optimizers):
+        """Restore the trained parameters, optimizers and random numbers of the saved state -> (steps done, best
+        accuracy).
+
+        model: as its stage starts. Raises ValueError for a state of another number of processes.
+        """
+        state = self.saved
+        if len(state["random"]) != distributed.world_size():
+            raise ValueError(f"this run was trained by {len(state['random'])} process(es) and is resumed by "
+                             f"{distributed.world_size()}; resume it with as many as before")
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if trained.keys() != state["trained"].keys():
+            raise ValueError("the state is of a model with other trained parameters; train again under another --name")
+        with torch.no_grad():
+            for name, p in trained.items():
+                p.copy_(state["trained"][name])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        random = state["random"][distributed.rank()]
+        torch.set_rng_state(random["cpu"])
+        if "cuda" in random:
+            torch.cuda.set_rng_state(random["cuda"])
+        self.log.restart_clock()
+        return state["step"], state["best"]
 
     def save_is_due(self, end_of_epoch):
         """Whether it is time to save the state, the same on all ranks."""

@@ -8,7 +8,8 @@
 """
 
 import argparse
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+import math
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -19,7 +20,7 @@ RUNS = Path("runs")  # every run has a folder in here, named by its --name
 GROUPS = ("The run", "Data", "Model", "Optimization", "Machine")  # the headings of --help, in their order
 
 
-def setting(default, text, *, group=None, choices=None, low=None, high=None, resumable=False, of_model=False):
+def setting(default, text, *, group=None, choices=None, low=None, high=math.inf, resumable=False, of_model=False):
     """A field of a settings dataclass.
 
     default: its value without the flag. Where that is a dataclass, the flag takes NAME=VALUE pairs for its fields.
@@ -116,7 +117,6 @@ def add_flags(parser, settings):
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
     title = GROUPS[0]
     for f in fields(settings):
-        assert f.default is not MISSING, f"{f.name} has no default"
         title = f.metadata["group"] or title
         group = groups[title]
         options = {"dest": f.name, "default": argparse.SUPPRESS}
@@ -154,11 +154,12 @@ def settings_from_flags(settings, description, defaults_of=None):
         return settings(**with_flags(defaults, given))
 
     run = RUNS / given.get("name", defaults["name"])
+    state = load_state(run)["settings"]
     try:
-        saved = asdict(settings(**load_state(run)["settings"]))
+        saved = vars(settings(**state))
     except TypeError:  # a setting that is unknown
         saved = {}
-    if saved.keys() != defaults.keys():
+    if state.keys() != saved.keys():
         raise ValueError(f"{run}/state.pt: a state of another version of the program; train again under another --name")
     wanted = with_flags(saved, given)
     free = {f.name for f in fields(settings) if f.metadata["resumable"]}

@@ -91,11 +91,9 @@ def stage_column(stage, model):
     modules.append(("parameters trained", model.parameters()))
     for name, parameters in modules:
         column[name] = f"{sum(p.numel() for p in parameters if p.requires_grad):,}"
-    column["parameters in all"] = f"{sum(p.numel() for p in model.parameters()):,}"
-    in_adapters = 0
-    for module in model.modules():
-        if isinstance(module, lora.LoRALinear):
-            in_adapters += sum(p.numel() for p in (*module.A, *module.B))
+    in_all = sum(p.numel() for p in model.parameters())
+    in_adapters = in_all - sum(p.numel() for p in lora.without_adapters(model))
+    column["parameters in all"] = f"{in_all:,}"
     column["  in adapters, of all stages"] = f"{in_adapters:,}"
     return column
 

@@ -111,11 +111,17 @@ def test_bad_flags_get_one_line(world, clip_file, monkeypatch, capfd, args, word
     assert not list(world.glob("runs/*/state.pt"))
 
 
+@pytest.mark.parametrize("numbers", [("3", "9"), ("3", "9", "9", "9")])
 @pytest.mark.parametrize("flag", ["--epochs", "--lr", "--accumulate"])
-def test_a_finetuning_is_one_stage(world, monkeypatch, capfd, flag):
+def test_a_finetuning_is_one_stage(world, monkeypatch, capfd, flag, numbers):
     """A second number would be left out without a word."""
-    result = run_script(monkeypatch, capfd, "--finetune", str(BUNDLED), flag, "3", "9")
-    assert_one_line(result, f"{flag}: 2 values, 1 needed (finetune)")
+    result = run_script(monkeypatch, capfd, "--finetune", str(BUNDLED), flag, *numbers)
+    assert_one_line(result, f"{flag}: {len(numbers)} values, 1 needed (finetune)")
+
+
+@pytest.mark.parametrize("flag", ["--lora_rank", "--lora_alpha"])
+def test_a_finetuning_without_adapters_has_no_rank(world, monkeypatch, capfd, flag):
+    assert_one_line(run_script(monkeypatch, capfd, "--finetune", str(BUNDLED), flag, "8"), f"leave out {flag}")
 
 
 def test_a_finetuning_adds_adapters_only_where_there_are_none(world, monkeypatch, capfd):
@@ -149,7 +155,7 @@ def test_a_batch_is_of_whole_scenes(world, tiny):
 def test_a_batch_is_refused_before_the_start_of_a_fine_tuning_is_measured(world, tiny, monkeypatch):
     monkeypatch.setattr(train, "validate", None)  # calling it would be a TypeError
     with pytest.raises(ValueError, match="multiple of 4"):
-        train.train(replace(tiny, finetune=str(BUNDLED), lora="none", batch_size=6))
+        train.train(replace(tiny, finetune=str(BUNDLED), lora="none", epochs=(1,), lr=(1e-3,), batch_size=6))
 
 
 def test_help_explains_every_setting_by_group(monkeypatch, capfd):
@@ -169,10 +175,12 @@ def test_a_setting_is_checked_wherever_it_comes_from():
     class Small(RunSettings):
         n: int = setting(2, "a number", low=1, high=3)
         kinds: str = setting("a", "a kind", choices=("a", "b"))
+        least: int = setting(2, "a number without an upper bound", low=1)
         rates: tuple[float, ...] = setting((1.0,), "rates", low=0, high=1e9)
 
     Small(n=3, kinds="b", rates=(0.0,))
     for wrong, words in (({"n": 4}, "--n must be from 1 to 3, not 4"), ({"kinds": "c"}, "--kinds must be one of a, b"),
+                         ({"least": 0}, "--least must be 1 or more, not 0"),
                          ({"rates": (float("nan"),)}, "--rates must be 0 or more, not nan")):
         with pytest.raises(ValueError, match=words):
             Small(**wrong)

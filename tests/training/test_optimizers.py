@@ -26,6 +26,20 @@ def test_learning_rate_of_a_stage_shorter_than_its_rise():
     assert learning_rate(0, 1, 1.0, 0) == learning_rate(0, 1, 1.0, 100) == 1.0
 
 
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_some_parameters_have_a_share_of_the_rate(kind):
+    """As CLIP has with --clip_rate."""
+    model = make_hivg(fresh=True)
+    model.clip.requires_grad_(True)
+    of_clip = set(model.clip.parameters())
+    optimizers = make_optimizers(model, kind, 0.1, {p: 0.1 for p in of_clip})
+    set_learning_rate(optimizers, 2e-3)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    for group in groups:
+        assert {p in of_clip for p in group["params"]} == {group["lr"] == pytest.approx(2e-4)}
+
+
 def test_muon_steps_the_matrices_of_linear_layers():
     model = make_hivg(dtype=torch.float32, stage=2)
     muon, adamw = make_optimizers(model, "muon", 0.0)

@@ -205,6 +205,20 @@ def test_resume_by_command(begun, whole, monkeypatch, capfd):
     assert_same_run(Path("runs/tiny"), whole)
 
 
+def test_the_same_command_resumes(world, clip_file, monkeypatch, capfd, tiny):
+    """Also one that gives some of the loss weights."""
+    words = flags(tiny, epochs=(1, 0, 0, 0), loss_weights={"clc": 0.0})
+    assert run_script(monkeypatch, capfd, *words)[0] == 0
+    code, out, err = run_script(monkeypatch, capfd, *words, "--resume")
+    assert (code, out) == (0, "runs/tiny/lora3.safetensors\n"), err
+
+
+def drop_a_setting(path):
+    state = torch.load(path, weights_only=True)
+    del state["settings"]["clip_rate"]
+    torch.save(state, path)
+
+
 def flip_a_byte(path):
     """In the middle of the numbers, where only a checksum can tell."""
     data = bytearray(path.read_bytes())
@@ -214,11 +228,11 @@ def flip_a_byte(path):
 
 @pytest.mark.parametrize("spoil", [lambda path: path.write_bytes(b""),
                                    lambda path: path.write_bytes(path.read_bytes()[:1000]),
-                                   flip_a_byte,
+                                   flip_a_byte, drop_a_setting,
                                    lambda path: path.write_text("<html>"),
                                    lambda path: torch.save({"settings": Path("x")}, path),
                                    lambda path: torch.save({"settings": {"old": 1}}, path)],
-                         ids=["empty", "cut", "flipped", "html", "objects", "another version"])
+                         ids=["empty", "cut", "flipped", "older", "html", "objects", "another version"])
 def test_damaged_state_gets_one_line(begun, monkeypatch, capfd, spoil):
     spoil(Path("runs/tiny/state.pt"))
     assert_one_line(run_script(monkeypatch, capfd, "--name", "tiny", "--resume"), "runs/tiny/state.pt")

@@ -1,5 +1,6 @@
 """A run: what it writes and keeps, and that every setting of the optimization does what it says."""
 
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import train
 from hivg import weights
 from hivg.data.drawn.scenes import HARD_MIX, SPLITS
+from hivg.lora import without_adapters
 from hivg.losses import LossWeights
 from hivg.training import optimizers
 from hivg.training.optimizers import learning_rate
@@ -251,6 +253,20 @@ def test_hard_mix_is_of_the_training_alone():
     assert train.open_split(Settings(), model, "train").shapes.weights == SPLITS["train"][1] != HARD_MIX
 
 
+def test_clip_rate_is_of_clips_own_weights(whole, tiny):
+    """Adapters are trained as without it: those of this stage alone, at the full rate."""
+    usual, _ = train.begin_stage(tiny, 2, whole)
+    also, _ = train.begin_stage(replace(tiny, clip_rate=0.1), 2, whole)
+    names = [name for name, _ in also.named_parameters() if name.startswith("clip.")]
+    own = {name for name in names if not re.search(r"\.[AB]\.\d", name)}
+    assert trained(also) == trained(usual) | own and trained(usual).isdisjoint(own)
+    assert len(without_adapters(also.clip)) == len(own)
+
+
+def trained(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
 # --- an existing HiVG trained further ---
 
 
@@ -279,7 +295,8 @@ def test_finetune_keeps_its_start_if_it_gets_worse(whole, world, tiny, monkeypat
     """Measured before the first step, for the accuracy in the file may be of another data set."""
     scores = iter([0.5, 0.4, 0.45])
     monkeypatch.setattr(train, "validate", lambda *args: {"accuracy": next(scores)})
-    path = train.train(replace(tiny, finetune=str(whole / "lora3.safetensors"), lora="none", epochs=(2,)))
+    path = train.train(replace(tiny, finetune=str(whole / "lora3.safetensors"), lora="none", epochs=(2,),
+                               lr=(1e-3,)))
     assert [(row["epoch"], row["accuracy"]) for row in log_of("runs/tiny") if "epoch" in row] == [
         (0, 0.5), (1, 0.4), (2, 0.45)]
     kept = weights.load_hivg(path)
@@ -291,7 +308,7 @@ def test_finetune_keeps_its_start_if_it_gets_worse(whole, world, tiny, monkeypat
 def test_finetune_adds_adapters_to_a_model_without(whole, world, tiny, capfd):
     """A released checkpoint has its adapters folded: the start says so, and --lora adds some."""
     weights.save("folded.safetensors", (folded := weights.load_hivg(whole / "lora3.safetensors").merged()), folded.info)
-    s = replace(tiny, finetune="folded.safetensors", lora="none", epochs=(1,), epoch_samples=8)
+    s = replace(tiny, finetune="folded.safetensors", lora="none", epochs=(1,), lr=(1e-3,), epoch_samples=8)
     train.train(s)
     assert "no adapters to train; --lora" in capfd.readouterr().err
     path = train.train(replace(s, name="adapted", lora="vanilla", lora_rank=3, lora_alpha=6.0))
