@@ -51,10 +51,9 @@ def comparisons(found):
     A claim that was tried with one seed alone is left out, as nothing tells its spread."""
     pairs = []
     for arm in COMPARED:
-        if arm.name in found and arm.against in found:
-            seeds = sorted(found[arm.name].rows.keys() & found[arm.against].rows.keys())
-            if seeds:
-                pairs.append((arm, seeds))
+        seeds = shared_seeds(found, arm)
+        if seeds:
+            pairs.append((arm, seeds))
     told = {arm.claim for arm, seeds in pairs if len(seeds) > 1}
     pairs = [(arm, seeds) for arm, seeds in pairs if arm.claim in told]
     results = []
@@ -64,6 +63,13 @@ def comparisons(found):
         for (arm, _), d in zip(of_claim, differences(right, EXPRESSIONS_PER_SCENE, len(pairs))):
             results.append((arm, d))
     return results
+
+
+def shared_seeds(found, arm):
+    """The seeds that an arm and the one it is compared with both have, ascending."""
+    if arm.name not in found or arm.against not in found:
+        return []
+    return sorted(found[arm.name].rows.keys() & found[arm.against].rows.keys())
 
 
 def groups_of_test():
@@ -126,7 +132,7 @@ def groups_table(found, arms):
     base = 100 * found["base"].right(found["base"].rows).mean(0)  # (n,)
     rows = [("base", "", *(f"{base[of_group].mean():.1f}" for of_group in groups.values()))]
     for arm in arms:
-        seeds = sorted(found[arm.name].rows.keys() & found[arm.against].rows.keys())
+        seeds = shared_seeds(found, arm)
         gain = 100 * (found[arm.name].right(seeds).astype(float) - found[arm.against].right(seeds)).mean(0)  # (n,)
         means = [f"{gain[of_group].mean():+.1f}" for of_group in groups.values()]
         rows.append((arm.name, arm.against, *means))

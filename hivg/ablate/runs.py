@@ -302,8 +302,9 @@ def run_in_process(key):
     with open(log, "a") as file:
         done = subprocess.run([*command, "--seeds", str(seed)], stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"})
     row = read_results().get(key)
+    title = f"{arm}, rate {lr:g}, seed {seed}"
     if done.returncode or row is None:
-        return f"{FAILED} {arm}, rate {lr:g}, seed {seed}: {log} says why; start again to try it again"
+        return f"{FAILED} {title}: {log} says why; start again to try it again"
     if "diverged" in row:
-        return f"{arm}, rate {lr:g}, seed {seed}: diverged"
-    return f"{arm}, rate {lr:g}, seed {seed}: {row['test']['accuracy']:.3f} of test"
+        return f"{title}: diverged"
+    return f"{title}: {row['test']['accuracy']:.3f} of test"

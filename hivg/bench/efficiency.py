@@ -18,11 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hivg.bench.timing import CPU, Report, measure, name_of, peak_memory, product_rate, reset_peak_memory
+from hivg.bench.timing import CPU, Report, measure, peak_memory, product_rate, reset_peak_memory
 from hivg.bench.training import forward_backward, last_stage, random_batch, train_step_of
 from hivg.clip import CLIP_SIZES
 from hivg.model import HiVG, HiVGConfig
-from hivg.utils.cli import choose_device, choose_dtype
+from hivg.utils.cli import choose_device, choose_dtype, name_of
 
 STAGES = ("warm-up", "Hi LoRA 1", "Hi LoRA 2", "Hi LoRA 3")
 REPEATS = 5

@@ -94,10 +94,6 @@ def show(name, times):
     print(f"{name:<52}{median:9.1f} ms   ({low:.1f} to {high:.1f})", flush=True)
 
 
-def name_of(dtype):
-    return str(dtype).removeprefix("torch.")
-
-
 class Report:
     """Text and tables in Markdown, printed as they come; `save` writes them with a chart."""
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from hivg.bench.timing import CPU, measure, name_of, peak_memory, reset_peak_memory, show
+from hivg.bench.timing import CPU, measure, peak_memory, reset_peak_memory, show
 from hivg.clip import CLIP_SIZES
 from hivg.data.augment import Augment
 from hivg.data.batches import SampleTensors, ShapesTensors
@@ -23,7 +23,7 @@ from hivg.model import HiVG, HiVGConfig
 from hivg.training.criterion import Criterion
 from hivg.training.optimizers import make_optimizers, step_optimizers
 from hivg.training.presets import preset_of
-from hivg.utils.cli import choose_device, choose_dtype
+from hivg.utils.cli import choose_device, choose_dtype, name_of
 
 
 def bench_data(args):

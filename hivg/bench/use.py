@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hivg.bench.timing import ROOT, measure, measure_alone, name_of, run_program, show
+from hivg.bench.timing import ROOT, measure, measure_alone, run_program, show
 from hivg.bench.training import random_batch
 from hivg.clip import CLIP, CLIP_SIZES
 from hivg.data.published.catalogue import COCO
 from hivg.grounder import Grounder
-from hivg.utils.cli import choose_device, choose_dtype
+from hivg.utils.cli import choose_device, choose_dtype, name_of
 
 EXPRESSIONS = 3  # per object, in REFER's file
 

@@ -25,7 +25,7 @@ from hivg.evaluate.compare import compare
 from hivg.evaluate.metrics import accuracy
 from hivg.evaluate.predict import predict
 from hivg.evaluate.report import guessers, report, sheet, shuffled
-from hivg.utils.cli import Parser, Progress, add_machine_flags, choose_device, choose_dtype, run
+from hivg.utils.cli import Parser, Progress, add_machine_flags, choose_device, choose_dtype, name_of, run
 from hivg.utils.files import image_format, save_image
 from hivg.utils.messages import quoted, shown
 from hivg.weights import build, bundled, load_hivg, need_tokenizer, read, save
@@ -126,8 +126,7 @@ def evaluate(args, model, dataset, device, dtype):
     if calibration:
         for row in rows:
             row["score"] = calibrated(row["score"], *calibration)
-    precision = str(dtype).removeprefix("torch.")
-    print(f"{shown(args.weights, 300)} on {shown(args.dataset, 300)} {shown(args.split)} in {precision}, "
+    print(f"{shown(args.weights, 300)} on {shown(args.dataset, 300)} {shown(args.split)} in {name_of(dtype)}, "
           f"{total / seconds:.0f} expressions a second")
     print(report(rows, calibration is not None))
     if args.dataset == "shapes":

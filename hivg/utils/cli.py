@@ -101,6 +101,11 @@ def choose_dtype(name, device):
     return torch.bfloat16 if fast else torch.float32
 
 
+def name_of(dtype):
+    """torch.float32 -> "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 class Progress:
     """Call with the number done: prints it on stderr, in place on a terminal, as a line every 30 s elsewhere."""
 
