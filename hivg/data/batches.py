@@ -29,9 +29,9 @@ class ShapesTensors(Dataset):
     rows = EXPRESSIONS_PER_SCENE  # of an item
     texts = {"token_ids": "expressions"}  # {name of the token ids: name of their texts}
 
-    def __init__(self, split, size, normalization="clip", seed=0, weights=None):
-        """size: side of the square in pixels. weights: how often each kind of expression is drawn (see Shapes)."""
-        self.shapes = Shapes(split, seed, weights, captions=False)
+    def __init__(self, split, size, normalization="clip", seed=0, weights=None, wide=False):
+        """size: side of the square in pixels. weights, wide: see Shapes."""
+        self.shapes = Shapes(split, seed, weights, captions=False, wide=wide)
         self.size = size
         self.normalization = normalization
 
@@ -54,7 +54,7 @@ class ShapesTensors(Dataset):
             "pixels": pixels.expand(n, -1, -1, -1),  # (n, 3, S, S) uint8
             "padding_mask": letterbox.padding_mask().expand(n, -1, -1),  # (n, S, S) bool
             "boxes": letterbox.boxes_to_square(boxes),  # (n, 4) cxcywh in 0..1
-            "masks": labels == targets[:, None, None] + 1,  # (n, S, S) bool
+            "masks": (labels == targets[:, None, None] + 1) & (targets >= 0)[:, None, None],  # (n, S, S) bool
             "image_ids": torch.full((n,), index),
             "expressions": item["expressions"],
             "kinds": item["kinds"],

@@ -45,6 +45,7 @@ class Settings(RunSettings):
     """Every setting is a flag of the same name. Those that every training has are in RunSettings."""
 
     name: str = setting("clip", "the run's folder under runs/", group="The run")
+    wide: bool = setting(True, "the wider drawn world, shapes-wide, instead of shapes", group="Data")
     epochs: int = setting(6, "number of epochs", low=1, high=10**6, group="Optimization")
     epoch_samples: int = setting(8192, "images in an epoch", low=1, high=10**9)
     val_images: int = setting(1984, "images to validate on, in batches of 64", low=64, high=10**9)
@@ -169,11 +170,11 @@ class ContrastiveCriterion(torch.nn.Module):
 
 # ---- training
 
-def new_clip(seed):
-    """The tiny CLIP at random, with a merge table learned from the words of `shapes`."""
-    shapes = Shapes("train", seed)
+def new_clip(seed, wide):
+    """The tiny CLIP at random, with a merge table learned from the words of the drawn world."""
+    shapes = Shapes("train", seed, wide=wide)
     texts = []
-    for index in range(1500):
+    for index in range(6000 if wide else 1500):
         item = shapes[index]
         texts += [item["caption"], *item["expressions"]]
     tokenizer = Tokenizer(learn_merges(texts, N_MERGES))
@@ -186,7 +187,7 @@ def new_clip(seed):
 def validate(criterion, s: Settings, device):
     """-> {"accuracy": how often an expression fits its object best, on images that training does not see}."""
     clip = criterion.model
-    pairs = Pairs(clip.config.image_size, s.seed + 1)
+    pairs = Pairs(clip.config.image_size, s.seed + 1, s.wide)
     clip.eval()
     meant = []
     batches = training_batches(pairs, 0, 64, s.val_images // 64, workers=s.workers, device=device,
@@ -204,7 +205,7 @@ def pretrain(s: Settings):
     path = run.folder / "clip.safetensors"
 
     torch.manual_seed(s.seed)
-    model = new_clip(s.seed).to(device).train()
+    model = new_clip(s.seed, s.wide).to(device).train()
     optimizers = make_optimizers(model, s.optimizer, s.weight_decay)
     for optimizer in optimizers[1:]:  # AdamW beside Muon
         for group in optimizer.param_groups:
@@ -215,7 +216,7 @@ def pretrain(s: Settings):
     best = -1.0
     if saved:
         first, best = run.restore(model, optimizers)
-    dataset = Pairs(model.config.image_size, s.seed)
+    dataset = Pairs(model.config.image_size, s.seed, s.wide)
     batches = training_batches(dataset, 0, s.batch_size, steps, first, s.workers, distributed.rank(),
                                distributed.world_size(), device, model.tokenizer)
     if not saved:

@@ -29,6 +29,17 @@ class Object:
     y: float
     diameter: float
     rotation: float
+    stretch: float = 1.0  # width / height before it is turned; its area stays the same
+    rgb: tuple | None = None  # another shade of its colour
+
+    @property
+    def extents(self):
+        """Its width and height: those of the box around it if it is long, else the diameter."""
+        if self.stretch == 1:
+            return self.diameter, self.diameter
+        wide, high = self.diameter * self.stretch**0.5, self.diameter / self.stretch**0.5
+        cos, sin = abs(math.cos(math.radians(self.rotation))), abs(math.sin(math.radians(self.rotation)))
+        return cos * wide + sin * high, sin * wide + cos * high
 
 
 @dataclass(frozen=True)
@@ -94,14 +105,24 @@ HOLES["cross"] = _cross(0.39, 0.07)
 HOLES["arrow"] = _arrow(-0.34, 0.25, -0.03, 0.1, 0.38)
 REACH = 0.63  # no corner is further from the middle, with some room left to the image's edge
 SHAPES = tuple(CORNERS)
+LONG = {"bar": "square", "ellipse": "circle"}  # of the wider world: a stretched square and circle
+CORNERS |= {shape: CORNERS[source] for shape, source in LONG.items()}
+# Pairs of colour and shape that only the split "compose" shows. No colour or shape is in two of them, so each is well
+# known from other pairs.
+HELD_OUT = frozenset({("red", "star"), ("green", "heart"), ("blue", "triangle"), ("brown", "cross"),
+                      ("purple", "circle"), ("black", "diamond")})
 
 
 def _polygon(obj, pixels):
     """The corners of an object as a flat list of pixel coordinates; if outlined, the path goes around the outside, then
     around the hole."""
-    corners = CORNERS[obj.shape]  # (n, 2)
+    corners = CORNERS[obj.shape] * (obj.stretch**0.5, obj.stretch**-0.5)  # (n, 2)
     if not obj.filled:
-        hole = HOLES[obj.shape]
+        if obj.stretch == 1:
+            hole = HOLES[obj.shape]
+        else:  # a border as thick on all sides
+            half = corners.max(0)  # (2,) half of the width and height
+            hole = corners * (1 - min(0.12, 0.45 * half.min()) / half)
         corners = np.concatenate([corners, corners[:1], hole, hole[:1]])
     angle = math.radians(obj.rotation)
     cos, sin = math.cos(angle), math.sin(angle)
@@ -152,7 +173,7 @@ def draw(scene, long_side=256, supersample=1):
     for i, obj in enumerate(scene.objects):
         corners = _polygon(obj, pixels)
         label_pencil.polygon(corners, fill=i + 1)
-        image_pencil.polygon(corners, fill=COLOURS[obj.colour])  # exactly the pixels of its label
+        image_pencil.polygon(corners, fill=obj.rgb or COLOURS[obj.colour])  # exactly the pixels of its label
     index = np.array(labels)  # (H, W)
     if supersample > 1:
         image = image.reduce(supersample)
@@ -162,9 +183,11 @@ def draw(scene, long_side=256, supersample=1):
 
 def boxes_of(labels, targets):
     """Tight boxes around the visible pixels of objects: (n, 4) float32, (xmin, ymin, xmax, ymax), whose right and lower
-    edges are those of the last pixel."""
+    edges are those of the last pixel. Zeros for a target of -1, nothing."""
     boxes = np.zeros((len(targets), 4), np.float32)
     for row, target in enumerate(targets):
+        if target < 0:
+            continue
         mask = labels == target + 1
         x = np.flatnonzero(mask.any(0))
         y = np.flatnonzero(mask.any(1))

@@ -11,18 +11,13 @@ from functools import cache
 from itertools import accumulate
 
 from hivg.data.drawn.phrases import (
-    AFTER,
     ALL,
-    ANY_WORDS,
-    BEFORE,
     COLOUR,
     FILL,
     FIRST_WORDS,
-    ORDINALS,
-    RELATION_WORDS,
+    PLAIN,
     SECOND_WORDS,
     SHAPE,
-    SIDES,
     SIZE,
     attribute_words,
     noun_phrase,
@@ -30,7 +25,9 @@ from hivg.data.drawn.phrases import (
 )
 
 KINDS = ("attribute", "superlative", "ordinal", "relation", "conjunction")
+KIND_OF = {"closeness": "relation", "counting": "ordinal", "beyond": "absent rank"}  # of what is asked for, else itself
 MAX_WORDS = 15
+NOTHING = -1  # the target of an expression that is true of no object
 MARGIN = 0.06  # a target is at least this much further left, higher, ..., in units of the image's long side
 CLEAR_RATIO = 1.25  # closest: the runner-up is this many times as far away; furthest: the other way round
 
@@ -44,19 +41,19 @@ DIRECTIONS = {"left": (0, -1), "right": (0, 1), "above": (1, -1), "below": (1, 1
 SIZE_RANK = {"small": 0, "medium": 1, "large": 2}
 FORMS = {  # of each kind, repeated by how often they are drawn
     "attribute": (None,),
-    "superlative": tuple(BEFORE),
-    "ordinal": tuple(SIDES),
+    "superlative": tuple(PLAIN.before),
+    "ordinal": tuple(PLAIN.sides),
     "relation": ("left", "right", "above", "below") * 3 + ("closest", "furthest") * 2 + ("between",),
     "conjunction": ("two_attributes", "attribute_and_relation", "two_relations", "two_relations", "two_sides"),
     # The relations and ordinals without a shortcut: "left of" anything is mostly the leftmost, the third of three is
     # the last.
     "closeness": ("closest", "furthest"),
-    "counting": tuple(SIDES)}
+    "counting": tuple(PLAIN.sides)}
 
 
 @dataclass(frozen=True)
 class Expression:
-    """A text that is true of one object of its scene, `scene.objects[target]`."""
+    """A text that is true of one object of its scene, `scene.objects[target]`, or of NOTHING in it."""
 
     text: str
     target: int
@@ -86,27 +83,33 @@ def sets_within(attributes):
 
 
 @cache
-def sets_without(ambiguous):
-    """The sets of attributes that are not among these, given as bits: a list of all, and one of the minimal ones, which
-    include none of the others."""
-    sets = [n for n in range(1, ALL + 1) if not ambiguous >> n & 1]
+def sets_without(ambiguous, never=0):
+    """The sets of attributes, without those of `never`, that are not among these, given as bits: a list of all, and one
+    of the minimal ones, which include none of the others."""
+    sets = [n for n in range(1, ALL + 1) if not ambiguous >> n & 1 and not n & never]
     return sets, [n for n in sets if not any(other != n and includes(n, other) for other in sets)]
 
 
 class Speaker:
     """Makes expressions for one scene. Objects are given by their number in it.
 
-    targets: the objects that may be meant. must: attributes that every head phrase names. Each method named like a key
-    of FORMS makes one attempt at a form of it -> (text, target), or None if that failed.
+    targets: the objects that may be meant. must: attributes that every head phrase names. never: attributes that no
+    phrase names. Each method named like a key of FORMS makes one attempt at a form of it -> (text, target), or None if
+    that failed.
     """
 
-    def __init__(self, scene, rng, targets=None, must=0):
+    words = PLAIN
+    forms = FORMS
+
+    def __init__(self, scene, rng, targets=None, must=0, never=0):
         self.rng = rng
         self.objects = scene.objects
         self.must = must
+        self.never = never
         self.indices = range(len(self.objects))
         self.targets = self.indices if targets is None else targets
         self.at = [obj.x for obj in self.objects], [obj.y for obj in self.objects]  # by axis
+        self.widths = [obj.extents[0] for obj in self.objects], [obj.extents[1] for obj in self.objects]
         self.classes = {}  # of `members`
         self.shared = []  # shared[i][j]: the set of attributes on which objects i and j agree
         self.unique = []  # the sets of attributes that single out each object
@@ -117,7 +120,7 @@ class Speaker:
             for j in self.indices:
                 if j != i:
                     ambiguous |= sets_within(self.shared[i][j])
-            unique, minimal = sets_without(ambiguous)
+            unique, minimal = sets_without(ambiguous, never)
             self.unique.append(unique)
             self.minimal.append(minimal)
 
@@ -135,13 +138,19 @@ class Speaker:
     def name(self, i):
         """A noun phrase that singles out object i, an anchor, by its attributes alone."""
         attributes = pick(self.rng, self.minimal[i] if self.rng.random() < 0.7 else self.unique[i])
-        # never "one": "the circle above the red one" sounds like "the red circle"
-        return noun_phrase(self.rng, self.objects[i], attributes, any_words=ANY_WORDS[:3])
+        return noun_phrase(self.rng, self.objects[i], attributes, words=self.words, anchor=True)
+
+    def noun(self, i, attributes, before=()):
+        """A noun phrase with these attributes of object i."""
+        return noun_phrase(self.rng, self.objects[i], attributes, before, self.words)
+
+    def adjective(self, i, attribute):
+        return attribute_words(self.rng, self.objects[i], attribute, self.words)[0]
 
     def head(self):
         """A target, and a set of attributes that names its class."""
         target = pick(self.rng, self.targets)
-        return target, pick(self.rng, CLASSES) | self.must
+        return target, pick(self.rng, CLASSES) & ~self.never | self.must
 
     def offset(self, i, j, direction):
         """How far object i is from j in this direction, and how far to the side, in long sides of the image."""
@@ -152,13 +161,17 @@ class Speaker:
     def is_ahead(self, i, j, direction):
         """Whether i is clearly further in this direction than j, by both its centre and its edge."""
         along, _ = self.offset(i, j, direction)
-        return along >= MARGIN and along >= (self.objects[j].diameter - self.objects[i].diameter) / 2
+        widths = self.widths[DIRECTIONS[direction][0]]
+        return along >= MARGIN and along >= (widths[j] - widths[i]) / 2
 
     def distance(self, i, j):
-        """From centre to centre, and from edge to edge as if both were circles."""
+        """From centre to centre, and from edge to edge: of circles, or of boxes where one is long."""
         a, b = self.objects[i], self.objects[j]
         centres = math.hypot(a.x - b.x, a.y - b.y)
-        return centres, centres - (a.diameter + b.diameter) / 2
+        if a.stretch == b.stretch == 1:
+            return centres, centres - (a.diameter + b.diameter) / 2
+        gaps = [max(abs(at[i] - at[j]) - (width[i] + width[j]) / 2, 0) for at, width in zip(self.at, self.widths)]
+        return centres, math.hypot(*gaps)
 
     # ---- the five kinds, and two that are part of one
 
@@ -169,7 +182,7 @@ class Speaker:
         options = [attributes for attributes in names if includes(attributes, self.must)]
         if not options:
             return None
-        return the(rng, noun_phrase(rng, self.objects[target], pick(rng, options))), target
+        return the(rng, self.noun(target, pick(rng, options))), target
 
     def superlative(self, which):
         rng = self.rng
@@ -179,11 +192,11 @@ class Speaker:
         others = self.rivals(target, attributes)
         if not others or not self.is_extreme(target, others, which):
             return None
-        if which in AFTER and rng.random() < 0.4:
-            noun = noun_phrase(rng, self.objects[target], attributes)
-            return the(rng, f"{noun} {pick(rng, AFTER[which])}"), target
-        superlative = pick(rng, BEFORE[which])
-        return the(rng, noun_phrase(rng, self.objects[target], attributes, (superlative,))), target
+        if which in self.words.after and rng.random() < 0.4:
+            noun = self.noun(target, attributes)
+            return the(rng, f"{noun} {pick(rng, self.words.after[which])}"), target
+        superlative = pick(rng, self.words.before[which])
+        return the(rng, self.noun(target, attributes, (superlative,))), target
 
     def is_extreme(self, target, others, which):
         """Whether the target is clearly ahead of all others; in size, by a whole class."""
@@ -207,8 +220,8 @@ class Speaker:
         target = members[rank - 1]
         if target not in self.targets:
             return None
-        noun = noun_phrase(rng, self.objects[target], attributes, (pick(rng, ORDINALS[rank]),))
-        return the(rng, f"{noun} from {the(rng, SIDES[side], 0.75)}"), target
+        noun = self.noun(target, attributes, (pick(rng, self.words.ordinals[rank]),))
+        return the(rng, f"{noun} from {the(rng, self.words.sides[side], 0.75)}"), target
 
     def counting(self, side):
         """An ordinal among four or more that does not mean the last."""
@@ -228,8 +241,8 @@ class Speaker:
             return None
         anchor_names = " and ".join([the(rng, self.name(i), 0.7) for i in anchors])
         link = "that is " if rng.random() < 0.15 else ""
-        link += pick(rng, RELATION_WORDS[which])
-        return the(rng, f"{noun_phrase(rng, self.objects[target], attributes)} {link} {anchor_names}"), target
+        link += pick(rng, self.words.relation[which])
+        return the(rng, f"{self.noun(target, attributes)} {link} {anchor_names}"), target
 
     closeness = relation  # with fewer forms
 
@@ -289,8 +302,8 @@ class Speaker:
             behind.pop(int(rng.random() * 3))
         if rng.random() < 0.5:
             behind.reverse()
-        words = [attribute_words(rng, self.objects[target], attribute)[0] for attribute in behind]
-        noun = noun_phrase(rng, self.objects[target], attributes & ~sum(behind))
+        words = [self.adjective(target, attribute) for attribute in behind]
+        noun = self.noun(target, attributes & ~sum(behind))
         return the(rng, f"{noun} that is {words[0]} and {words[1]}", 0.8), target
 
     def attribute_and_relation(self):
@@ -305,9 +318,9 @@ class Speaker:
         rivals = self.rivals(target, attributes | behind, anchors)
         if not self.meets(target, which, anchors, rivals):
             return None
-        noun = noun_phrase(rng, self.objects[target], attributes & ~behind)
-        word = attribute_words(rng, self.objects[target], behind)[0]
-        where = f"{pick(rng, RELATION_WORDS[which])} {the(rng, self.name(anchors[0]), 0.7)}"
+        noun = self.noun(target, attributes & ~behind)
+        word = self.adjective(target, behind)
+        where = f"{pick(rng, self.words.relation[which])} {the(rng, self.name(anchors[0]), 0.7)}"
         return the(rng, f"{noun} that is {word} and {where}", 0.8), target
 
     def two_sides(self):
@@ -332,7 +345,7 @@ class Speaker:
             return None
         if rng.random() < 0.7 and not (any(fit_first) and any(fit_second)):
             return None  # favours pairs of which neither condition is enough alone
-        noun = noun_phrase(rng, self.objects[target], attributes)
+        noun = self.noun(target, attributes)
         link = "that is " if rng.random() < 0.15 else ""
         return the(rng, f"{noun} {link}{self.two_places(first, second)}"), target
 
@@ -351,35 +364,35 @@ class Speaker:
         if first[0] == second[0]:
             words = f"{pick(rng, FIRST_WORDS[first[1]])} and {pick(rng, SECOND_WORDS[second[1]])}"
             return f"{words} {the(rng, self.name(first[0]), 0.8)}"
-        words = [pick(rng, RELATION_WORDS[direction]) for _, direction in (first, second)]
+        words = [pick(rng, self.words.relation[direction]) for _, direction in (first, second)]
         names = [the(rng, self.name(anchor), 0.8) for anchor, _ in (first, second)]
         return f"{words[0]} {names[0]} and {words[1]} {names[1]}"
 
 
-def express(scene, rng, weights, count=4, targets=None, must=0, forms=3, attempts=40):
-    """`count` different expressions, a list, their kinds drawn by `weights` (key of FORMS -> weight); None if the scene
-    does not yield them.
+def express(speaker, weights, count=4, forms=3, attempts=40):
+    """`count` different expressions, a list, their kinds drawn by `weights` (key of the speaker's forms -> weight);
+    None if the scene does not yield them.
 
     Each draws a form of its kind, attempts it, then draws another, so that easy forms do not crowd out hard ones; at
-    first, only a target about which nothing has been said is accepted. targets and must as in Speaker.
+    first, only a target about which nothing has been said is accepted.
     """
-    speaker = Speaker(scene, rng, targets, must)
+    rng = speaker.rng
     totals = list(accumulate(weights.values()))
     found = {}  # text: Expression
     used = set()  # targets
     for _ in range(count):
         level = rng.random() * totals[-1]
         asked = next(k for k, total in zip(weights, totals) if level < total)
-        kind = {"closeness": "relation", "counting": "ordinal"}.get(asked, asked)
+        kind = KIND_OF.get(asked, asked)
         make = getattr(speaker, asked)
         for attempt in range(forms * attempts):
             if attempt % attempts == 0:
-                form = pick(rng, FORMS[asked])
+                form = pick(rng, speaker.forms[asked])
             text, target = make(form) or ("", None)
-            if not text or target in used and attempt < attempts // 2:
+            if not text or target in used and target != NOTHING and attempt < attempts // 2:
                 continue
             if text not in found and len(text.split()) <= MAX_WORDS:
-                found[text] = Expression(text, target, kind)
+                found[text] = Expression(text, target, f"absent {form}" if asked == "absent" else kind)
                 used.add(target)
                 break
         else:

@@ -15,22 +15,18 @@ import torch
 from torch.utils.data import Dataset
 
 from hivg.data.batches import collate
-from hivg.data.drawn.drawing import COLOURS, SHAPES, draw
-from hivg.data.drawn.expressions import Expression, express, the
-from hivg.data.drawn.phrases import (
-    ANY_WORDS,
-    COLOUR_WORDS,
-    FILL_WORDS,
-    SIZE_WORDS,
-    caption,
-    object_phrases,
-    pick,
-    place,
-)
-from hivg.data.drawn.scenes import HELD_OUT, MAX_OBJECTS, attribute_ids, random_scene
+from hivg.data.drawn.drawing import COLOURS, HELD_OUT, LONG, SHAPES, draw
+from hivg.data.drawn.expressions import Expression, Speaker, express, the
+from hivg.data.drawn.phrases import COLOUR, PLAIN, SHAPE, WIDE, caption, noun_phrase, object_phrases, pick, place
+from hivg.data.drawn.scenes import MAX_OBJECTS, ROWS, attribute_ids, background, random_scene
+from hivg.data.drawn.wide_expressions import WIDE_SHAPES, WideSpeaker, asked
+from hivg.data.drawn.wide_scenes import row_scene, wide_scene
 from hivg.data.transforms import Letterbox
 
 MIX = {"attribute": 0.1, "superlative": 0.2, "ordinal": 0.3, "relation": 0.28, "conjunction": 0.12}
+WIDE_MIX = {"attribute": 0.1, "superlative": 0.3, "relation": 0.32, "conjunction": 0.12, "negation": 0.16}
+ROWS_SHARE = 0.5  # of the scenes, of which few have the objects that they need
+ROW_MIX = {"ordinal": 0.8, "superlative": 0.1, "relation": 0.1}  # where there is a row
 SPOKEN = 5  # most expressions of an image, of the kinds of MIX
 PLACES_NAMED = 2  # most expressions by place alone
 MAX_EXPRESSIONS = SPOKEN + PLACES_NAMED
@@ -41,11 +37,6 @@ NO_PHRASE = -2  # fills `named` where an image has fewer objects than MAX_OBJECT
 NO_OBJECT = -3  # fills `attributes` there
 NO_TARGET = -1  # fills `targets` where an image has fewer expressions than MAX_EXPRESSIONS
 
-ADJECTIVES = set(COLOURS)
-for _words in (*SIZE_WORDS.values(), *FILL_WORDS.values(), *COLOUR_WORDS.values()):
-    ADJECTIVES.update(_words)
-
-
 class Pairs(Dataset):
     """Endless pairs of images with their texts, as tensors and lists. Item i depends on (seed, i) only."""
 
@@ -53,8 +44,9 @@ class Pairs(Dataset):
     texts = {"caption_ids": "captions", "phrase_ids": "phrases", "token_ids": "expressions"}  # what is tokenised
     normalization = "clip"
 
-    def __init__(self, image_size, seed=0):
+    def __init__(self, image_size, seed=0, wide=False):
         self.image_size = image_size
+        self.wide = wide
         self.seed = seed
 
     def __len__(self):
@@ -62,8 +54,8 @@ class Pairs(Dataset):
 
     def __getitem__(self, index):
         """A dictionary of tensors and lists about two images of S x S pixels."""
-        rng = np.random.default_rng([self.seed, STREAM, index])
-        scenes, expressions = draw_pair(rng)
+        rng = np.random.default_rng([self.seed, STREAM + self.wide, index])
+        scenes, expressions = draw_pair(rng, self.wide)
         few = rng.permutation(len(scenes[0].objects))[:CAPTION_OBJECTS]
         return collate([self.image_item(rng, *both, few) for both in zip(scenes, expressions)])
 
@@ -71,8 +63,9 @@ class Pairs(Dataset):
         """The part of an item that is about one image. few: the numbers of the objects that the caption names."""
         image, _ = draw(scene)
         letterbox = Letterbox(*image.size, self.image_size)
-        text = caption(replace(scene, objects=tuple(scene.objects[i] for i in few)), rng)
-        phrases, named = object_phrases(scene, rng)
+        words = WIDE if self.wide else PLAIN
+        text = caption(replace(scene, objects=tuple(scene.objects[i] for i in few)), rng, words)
+        phrases, named = object_phrases(scene, rng, words)
         named = [attribute_ids(obj, attributes) for obj, attributes in zip(scene.objects, named)]
         attributes = [attribute_ids(obj) for obj in scene.objects]
         targets = [expression.target for expression in expressions]
@@ -91,95 +84,97 @@ class Pairs(Dataset):
         }
 
 
-def draw_pair(rng):
+def draw_pair(rng, wide):
     """-> (a scene, its twin), (the scene's expressions, the twin's)."""
-    own, shared = "colour", "shape"  # the look that is an object's own, and the one in which the twins differ
+    own, shared = COLOUR, SHAPE  # the look that is an object's own, and the one in which the twins differ
     if rng.random() < UNIQUE_SHAPES:
         own, shared = shared, own
-    while True:  # until a scene yields expressions: about one in eight does
-        twins = make_twins(rng, random_scene(rng, None), own, shared)
-        if twins is None:
+    while True:  # until a scene yields expressions
+        made = new_scene(rng, own, shared, wide)
+        twins = made and make_twins(rng, *made[:2], own)
+        if not twins:
             continue
-        scene, twin, after = twins
-        said = speak(rng, scene, own, shared)
-        twin_said = []
-        for expression in said:
-            words = [after.get(word, word) for word in expression.text.split()]
-            twin_said.append(replace(expression, text=" ".join(words)))
-        if said:
-            return (scene, twin), (said, twin_said)
+        seed = int(rng.random() * 2**53)
+        said, twin_said = (speak(np.random.default_rng(seed), scene, own, shared, made[2], wide) for scene in twins)
+        if said and [e.target for e in said] == [e.target for e in twin_said]:
+            return twins, (said, twin_said)
 
 
-def make_twins(rng, scene, own, shared):
-    """-> the scene with a different own look for each object, its twin, and {word: the twin's word}. None if every such
-    pair shows a held-out colour and shape, for instance if eight objects have one shape."""
-    looks = {"colour": tuple(COLOURS), "shape": SHAPES}
+def new_scene(rng, own, shared, wide):
+    """-> (scene, {colour: RGB, or None}, row or None) of at most MAX_OBJECTS objects, or None if that failed."""
+    if not wide:
+        return random_scene(rng, None), dict.fromkeys(COLOURS), None
+    shapes = SHAPES if own == SHAPE else WIDE_SHAPES
+    row = None
+    if rng.random() < ROWS_SHARE:
+        made = row_scene(rng, background, ROWS["ordinal"], attributes=shared, shapes=shapes)
+        if not made:
+            return None
+        scene, row, shades = made
+    else:
+        made = wide_scene(rng, background, shapes=shapes)
+        if not made:
+            return None
+        scene, shades = made
+    most = len(shades) if own == COLOUR else MAX_OBJECTS
+    if not 1 < len(scene.objects) <= most or row and any(scene.objects[i].shape in LONG for i in row.members):
+        return None
+    return scene, shades, row
+
+
+def make_twins(rng, scene, shades, own):
+    """-> the scene with a different own look for each object, and its twin. None if every such pair shows a held-out
+    colour and shape, for instance if eight objects have one shape."""
+    looks = {COLOUR: tuple(shades), SHAPE: SHAPES}
+    shared = (COLOUR | SHAPE) ^ own
     for _ in range(1000):  # until no pair of colour and shape is held out
-        order = rng.permutation(MAX_OBJECTS)  # there are as many colours and shapes as there can be objects
-        unique = [replace(obj, **{own: looks[own][i]}) for obj, i in zip(scene.objects, order)]
-        order = rng.permutation(MAX_OBJECTS)
+        order = rng.permutation(len(looks[own]))
+        unique = [with_look(obj, own, looks[own][i], shades) for obj, i in zip(scene.objects, order)]
+        order = rng.permutation(len(looks[shared]))
         after = {looks[shared][i]: looks[shared][j] for i, j in zip(order, np.roll(order, 1))}  # none stays the same
-        changed = [replace(obj, **{shared: after[getattr(obj, shared)]}) for obj in unique]
-        if any((obj.colour, obj.shape) in HELD_OUT for obj in unique + changed):
-            continue
-        if shared == "colour":
-            after["violet"] = after["purple"]
-        return replace(scene, objects=tuple(unique)), replace(scene, objects=tuple(changed)), after
+        after |= {"bar": "ellipse", "ellipse": "bar"}
+        changed = [with_look(obj, shared, after[obj.shape if shared == SHAPE else obj.colour], shades)
+                   for obj in unique]
+        if not any((obj.colour, obj.shape) in HELD_OUT for obj in unique + changed):
+            return replace(scene, objects=tuple(unique)), replace(scene, objects=tuple(changed))
     return None
 
 
-def speak(rng, scene, own, shared):
-    """Expressions that do not name an object's own look; an empty list if the scene has none."""
+def with_look(obj, attribute, value, shades):
+    """The object in another colour or shape."""
+    if attribute == COLOUR:
+        return replace(obj, colour=value, rgb=shades[value])
+    return replace(obj, shape=value)
+
+
+def speak(rng, scene, own, shared, row, wide):
+    """Expressions that do not name an object's own look; an empty list if the scene has none. With the same random
+    numbers, they are those of its twin in the twin's words."""
     groups = {}
     for i, obj in enumerate(scene.objects):
-        groups.setdefault(getattr(obj, shared), []).append(i)
+        groups.setdefault(obj.shape if shared == SHAPE else obj.colour, []).append(i)
     groups = [members for members in groups.values() if len(members) > 1]
     if not groups:
         return []
-    objects = list(scene.objects)
-    for number, members in enumerate(groups):
-        for i in members:  # to the speaker all of a group have the same, nameless look
-            objects[i] = replace(objects[i], **{own: f"@{number}"})
-    targets = sum(groups, [])
-    said = []
-    nameless = replace(scene, objects=tuple(objects))
-    for expression in express(nameless, rng, MIX, SPOKEN, targets, attempts=12) or ():
-        text = without_nameless(rng, expression.text, own)
-        if text:
-            said.append(replace(expression, text=text))
+    if wide:
+        speaker = WideSpeaker(scene, rng, sum(groups, []), never=own, row=row)
+    else:
+        speaker = Speaker(scene, rng, sum(groups, []), never=own)
+    mix = MIX if not wide else ROW_MIX if row else WIDE_MIX
+    said = express(speaker, mix, SPOKEN, attempts=12) or []
+    if wide:
+        said = [replace(expression, text=asked(rng, expression.text)) for expression in said]
     if not said:
         return []
     for _ in range(PLACES_NAMED):
         members = pick(rng, groups)
-        noun = pick(rng, ANY_WORDS[:3])
         of_all = rng.random() < 0.4  # "the shape at the top", among all objects
         if of_all:
-            members = range(len(objects))
-        places = [place(scene, objects[i]) for i in members]
+            members = range(len(scene.objects))
+        places = [place(scene, scene.objects[i]) for i in members]
         alone = [i for i, where in zip(members, places) if places.count(where) == 1]
         if alone:
-            obj = scene.objects[target := pick(rng, alone)]
-            if not of_all:
-                noun = obj.shape if shared == "shape" else f"{obj.colour} {noun}"
-            said.append(Expression(the(rng, f"{noun} {place(scene, obj)}"), target, "place"))
+            target = pick(rng, alone)
+            noun = noun_phrase(rng, scene.objects[target], 0 if of_all else shared, words=speaker.words, anchor=True)
+            said.append(Expression(the(rng, f"{noun} {place(scene, scene.objects[target])}"), target, "place"))
     return said
-
-
-def without_nameless(rng, text, own):
-    """The text without the nameless looks ("@0"); empty if that would change its meaning."""
-    words = text.split()
-    for at, word in enumerate(words):
-        if not word.startswith("@"):
-            continue
-        if own == "colour":  # "second @0 large star": the noun must name the group's shape
-            noun = next((w for w in words[at + 1:] if w not in ADJECTIVES), "")
-            if noun not in SHAPES:
-                return ""
-        else:  # "second large red @0": the adjectives must name the group's colour
-            first = at
-            while first and words[first - 1] in ADJECTIVES:
-                first -= 1
-            if not any(w in COLOURS or w == "violet" for w in words[first:at]):
-                return ""
-            words[at] = pick(rng, ANY_WORDS[:3])  # "second large red thing"
-    return " ".join(word for word in words if not word.startswith("@"))

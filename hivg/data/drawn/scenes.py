@@ -8,18 +8,28 @@ off the drawn pixels, so they are exact.
 """
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 
-from hivg.data.drawn.drawing import COLOURS, REACH, SHAPES, SIZES, TEXTURES, Background, Object, Scene, boxes_of, draw
-from hivg.data.drawn.expressions import express
-from hivg.data.drawn.phrases import ALL, COLOUR, FILL, SHAPE, SIZE, caption, object_phrases, pick
-
-# Pairs of colour and shape that only the split "compose" shows. No colour or shape is in two of them, so each is well
-# known from other pairs.
-HELD_OUT = frozenset({("red", "star"), ("green", "heart"), ("blue", "triangle"), ("brown", "cross"),
-                      ("purple", "circle"), ("black", "diamond")})
+from hivg.data.drawn.drawing import (
+    COLOURS,
+    HELD_OUT,
+    REACH,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Background,
+    Object,
+    Scene,
+    boxes_of,
+    draw,
+)
+from hivg.data.drawn.expressions import Speaker, express
+from hivg.data.drawn.phrases import ALL, COLOUR, FILL, PLAIN, SHAPE, SIZE, WIDE, caption, object_phrases, pick
+from hivg.data.drawn.wide_expressions import WIDE_SHAPES, WideSpeaker, asked
+from hivg.data.drawn.wide_scenes import row_scene, wide_scene
 
 EXPRESSIONS_PER_SCENE = 4
 MAX_OBJECTS = 8
@@ -39,6 +49,23 @@ SPLITS = {  # number of scenes, kinds of expressions. A split's position is part
     "count": (500, {"counting": 1.0}),
 }
 
+# The wider world
+WIDE_MIX = {"attribute": 0.25, "superlative": 0.13, "ordinal": 0.2, "relation": 0.18, "conjunction": 0.07,
+            "negation": 0.07, "absent": 0.08, "beyond": 0.02}
+ROWS = {"ordinal": (2, 3, 4, 5, 6), "counting": (4, 5, 6), "beyond": (2, 3, 4, 5)}  # kinds that need a row, its sizes
+WIDE_SPLITS = {
+    "train": (2**40, WIDE_MIX),
+    "val": (500, WIDE_MIX),
+    "test": (1250, WIDE_MIX),
+    "testA": (500, {"attribute": 1.0}),
+    "testB": (500, {"superlative": 0.4, "relation": 0.6}),
+    "compose": (500, {k: share for k, share in WIDE_MIX.items() if k not in ("absent", "beyond")}),
+    "ordinal": (500, {"ordinal": 1.0}),
+    "count": (500, {"counting": 1.0}),
+    "negation": (500, {"negation": 1.0}),
+    "absent": (500, {"absent": 0.8, "beyond": 0.2}),
+}
+
 
 def _some(rng, options, low, high):
     """low to high different options."""
@@ -46,11 +73,11 @@ def _some(rng, options, low, high):
     return [options[i] for i in rng.permutation(len(options))[:count]]
 
 
-def _background(rng):
-    light = 200 + 45 * rng.random()
-    first = light + 30 * (rng.random(3) - 0.5)  # (3,) RGB
+def background(rng, darkest=200, tint=30, floor=180):
+    light = darkest + (245 - darkest) * rng.random()
+    first = light + tint * (rng.random(3) - 0.5)  # (3,) RGB
     second = first + (10 + 14 * rng.random()) * (1 if rng.random() < 0.5 else -1)
-    colours = np.clip([first, second], 180, 252).astype(int).tolist()
+    colours = np.clip([first, second], floor, 252).astype(int).tolist()
     texture = pick(rng, TEXTURES)
     period = 0.04 + 0.08 * rng.random()
     angle = math.pi * rng.random()
@@ -97,18 +124,24 @@ def random_scene(rng, held_out):
     aspect = 2 ** (rng.random() + rng.random() - 1)  # width / height from 1:2 to 2:1, mostly near 1:1
     width = min(1.0, aspect)
     height = min(1.0, 1 / aspect)
-    background = _background(rng)
-    return Scene(width, height, background, _place(rng, _looks(rng, held_out), width, height))
+    return Scene(width, height, background(rng), _place(rng, _looks(rng, held_out), width, height))
 
 
 def attribute_ids(obj, attributes=ALL):
     """[shape, colour, fill, size] as numbers, -1 for those that are not in `attributes`."""
     return [
-        SHAPES.index(obj.shape) if attributes & SHAPE else -1,
+        WIDE_SHAPES.index(obj.shape) if attributes & SHAPE else -1,
         list(COLOURS).index(obj.colour) if attributes & COLOUR else -1,
         int(obj.filled) if attributes & FILL else -1,
         list(SIZES).index(obj.size) if attributes & SIZE else -1,
     ]
+
+
+def meant(scene, held_out):
+    """(the objects that may be meant, None if all; the attributes that every expression names) of a split."""
+    if not held_out:
+        return None, 0
+    return [i for i, obj in enumerate(scene.objects) if (obj.colour, obj.shape) == held_out], COLOUR | SHAPE
 
 
 class Shapes:
@@ -119,18 +152,26 @@ class Shapes:
     testA, testB   2,000 by attributes alone, 2,000 by relations and ordinals
     compose        2,000 that mean and name a pair of colour and shape that no other split shows (HELD_OUT)
     count          2,000 ordinals among four or more that do not mean the last, so they need counting
+
+    The wider world has these with `wide` (val: 2,000), and three more:
+
+    ordinal        2,000 from the first to the last of two to six
+    negation       2,000 like "the star that is not red"
+    absent         2,000 that are true of nothing in the image
     """
 
-    def __init__(self, split, seed=0, weights=None, captions=True):
+    def __init__(self, split, seed=0, weights=None, captions=True, wide=False):
         """weights: how often each kind of expression is drawn, instead of the split's own. captions: whether items
         have a caption and phrases; without them they are made faster."""
-        if split not in SPLITS:
-            raise ValueError(f"no split {split!r} of shapes; there are {', '.join(SPLITS)}")
+        splits = WIDE_SPLITS if wide else SPLITS
+        if split not in splits:
+            raise ValueError(f"no split {split!r} of shapes; there are {', '.join(splits)}")
         self.split = split
         self.seed = seed
         self.captions = captions
-        self.number = list(SPLITS).index(split)
-        self.size, split_weights = SPLITS[split]
+        self.wide = wide
+        self.number = list(splits).index(split) + 100 * wide
+        self.size, split_weights = splits[split]
         self.weights = weights or split_weights
 
     def __len__(self):
@@ -142,20 +183,53 @@ class Shapes:
         if not 0 <= index < self.size:
             raise IndexError(f"index {index} is not in 0..{self.size - 1}")
         rng = np.random.default_rng([self.seed, self.number, index])
+        make = self._make_wide if self.wide else self._make_plain
         for _ in range(1000):  # until a scene yields its expressions, usually the first or second
-            held_out = pick(rng, sorted(HELD_OUT)) if self.split == "compose" else None
-            scene = random_scene(rng, held_out)
-            targets = None
-            must = 0
-            if held_out:
-                targets = [i for i, obj in enumerate(scene.objects) if (obj.colour, obj.shape) == held_out]
-                must = COLOUR | SHAPE
-            if len(scene.objects) < 3 or targets == []:
-                continue
-            expressions = express(scene, rng, self.weights, EXPRESSIONS_PER_SCENE, targets, must)
-            if expressions:
-                return scene, expressions, rng
+            made = make(rng, pick(rng, sorted(HELD_OUT)) if self.split == "compose" else None)
+            if made:
+                return *made, rng
         raise RuntimeError("no scene yields its expressions")
+
+    def _make_plain(self, rng, held_out):
+        scene = random_scene(rng, held_out)
+        targets, must = meant(scene, held_out)
+        if len(scene.objects) < 3 or targets == []:
+            return None
+        expressions = express(Speaker(scene, rng, targets, must), self.weights, EXPRESSIONS_PER_SCENE)
+        return expressions and (scene, expressions)
+
+    def _make_wide(self, rng, held_out):
+        kinds = {False: {}, True: {}}
+        for kind, share in self.weights.items():
+            kinds[kind in ROWS][kind] = share
+        in_row = rng.random() * sum(self.weights.values()) < sum(kinds[True].values())
+        weights = kinds[in_row]
+        row = None
+        if in_row:
+            sizes = ROWS[pick(rng, tuple(weights))] if len(weights) == 1 else ROWS["ordinal"]
+            made = row_scene(rng, background, sizes, held_out)
+            if not made:
+                return None
+            scene, row, _ = made
+            if "beyond" in weights and len(row.members) == 6:
+                weights = {"ordinal": 1.0}
+        else:
+            made = wide_scene(rng, background, held_out)
+            if not made:
+                return None
+            scene, _ = made
+        targets, must = meant(scene, held_out)
+        if targets == [] or not scene.objects:
+            return None
+        if len(scene.objects) == 1:
+            weights = {kind: share for kind, share in weights.items() if kind in ("attribute", "absent")}
+            if not weights:
+                return None
+        speaker = WideSpeaker(scene, rng, targets, must, row=row)
+        expressions = express(speaker, weights, EXPRESSIONS_PER_SCENE)
+        if not expressions:
+            return None
+        return scene, [replace(expression, text=asked(rng, expression.text)) for expression in expressions]
 
     def scene(self, index):
         """(Scene, list of Expression) of an item; depends on (seed, split, index) only."""
@@ -187,8 +261,9 @@ class Shapes:
             "kinds": [expression.kind for expression in expressions],
         }
         if self.captions:
-            item["caption"] = caption(scene, rng)
-            item["phrases"], named = object_phrases(scene, rng)
+            words = WIDE if self.wide else PLAIN
+            item["caption"] = caption(scene, rng, words)
+            item["phrases"], named = object_phrases(scene, rng, words)
             item["attributes"] = [attribute_ids(obj) for obj in scene.objects]
             item["named"] = [attribute_ids(obj, attributes) for obj, attributes in zip(scene.objects, named)]
         return item

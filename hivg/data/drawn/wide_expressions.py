@@ -1,0 +1,224 @@
+"""The wider language of the drawn world: what people type beyond `expressions.py`.
+
+Ordinals from the first to the sixth and from the last, "the middle square", "the star that is not red", questions and
+requests, and expressions that are true of nothing in the image.
+"""
+
+from dataclasses import dataclass, replace
+
+from hivg.data.drawn.drawing import COLOURS, HELD_OUT, LONG, SHAPES, SIZES
+from hivg.data.drawn.expressions import DIRECTIONS, FORMS, MARGIN, NOTHING, Speaker, includes, the
+from hivg.data.drawn.phrases import ALL, COLOUR, FILL, SHAPE, SIZE, WIDE, noun_phrase, pick
+
+WIDE_SHAPES = (*SHAPES, *LONG)
+LOOKS = {SIZE: "size", FILL: "filled", COLOUR: "colour", SHAPE: "shape"}
+LAST = {0: ("last", "last", "very last"), 1: ("second to last", "next to last", "second-last"), 2: ("third to last",)}
+NUMBERS = ("one", "two", "three", "four", "five", "six")
+FROM = ("from the {}", "from the {}", "from the {}", "from {}", "counting from the {}", "from the {} side",
+        "starting from the {}")
+MIDDLE = ("middle {}", "{} in the middle", "central {}", "centre {}", "center {}")
+ASKED = ("where is {}?", "where is {}", "where's {}?", "find {}", "find {} please", "please find {}", "click {}",
+         "click on {}", "please click on {}", "tap {}", "can you find {}?", "can you see {}?", "could you point at {}?",
+         "point to {}", "point at {}", "show me {}", "select {}", "please select {}", "which one is {}?", "locate {}",
+         "highlight {}", "look for {}", "pick {}", "i mean {}", "give me {}", "mark {}", "it is {}", "what about {}?")
+WIDE_FORMS = FORMS | {
+    "ordinal": (None,), "counting": (None,), "beyond": (None,),  # of the scene's row
+    "negation": (COLOUR, COLOUR, FILL, SHAPE, SIZE),
+    "absent": ("thing", "thing", "thing", "anchor", "anchor", "anchor", "side", "not"),
+}
+
+
+def plural(noun):
+    """"stars", "crosses"."""
+    return noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A class of objects one after another: their numbers from the left, or from the top."""
+
+    members: tuple
+    axis: int  # 0: from left to right, 1: from top to bottom
+    attributes: int  # that name the class
+
+
+class WideSpeaker(Speaker):
+    """Makes expressions of the wider language for one scene; `row` is the scene's, if it has one."""
+
+    words = WIDE
+    forms = WIDE_FORMS
+
+    def __init__(self, scene, rng, targets=None, must=0, never=0, row=None):
+        if len({obj.size for obj in scene.objects}) == 1:  # how large is large shows beside others only
+            never |= SIZE
+        super().__init__(scene, rng, targets, must, never)
+        self.row = row
+
+    def noun(self, i, attributes, before=()):
+        """A noun phrase; with a superlative now and then as "the leftmost of the red stars"."""
+        if before and before[0].endswith(("most", "est", "st", "nd", "rd", "th", "last")) and self.rng.random() < 0.12:
+            return f"{' '.join(before)} of the {plural(super().noun(i, attributes))}"
+        return super().noun(i, attributes, before)
+
+    def attribute(self, _):
+        made = super().attribute(_)
+        if made and self.rng.random() < 0.04:
+            return plural(made[0]), made[1]
+        return made
+
+    # ---- ordinals, of the scene's row
+
+    def ordinal(self, _):
+        """One of its members, by its rank from one of two sides."""
+        return self.rank(range(1, len(self.row.members) + 1))
+
+    def counting(self, _):
+        """Neither the first nor the last."""
+        return self.rank(range(2, len(self.row.members)))
+
+    def beyond(self, _):
+        """A rank that nothing has: "the fifth" of three."""
+        return self.rank(range(len(self.row.members) + 1, 7))
+
+    def rank(self, ranks):
+        rng = self.rng
+        sides = [side for side, (axis, _) in DIRECTIONS.items() if axis == self.row.axis]
+        side = pick(rng, sides)
+        members = self.row.members[:: -DIRECTIONS[side][1]]  # as seen from this side
+        rank = pick(rng, ranks)
+        behind = len(members) - rank  # how many come after it
+        target = members[rank - 1] if behind >= 0 else NOTHING
+        if target not in (NOTHING, *self.targets):
+            return None
+        some = members[0]
+        if behind == rank - 1 > 0 and rng.random() < 0.3 and self.is_middle(target):
+            return the(rng, pick(rng, MIDDLE).format(self.noun(some, self.row.attributes))), target
+        counted = pick(rng, self.words.ordinals[rank])
+        if behind in LAST and rank > 1 and rng.random() < (0.4, 0.3, 0.15)[behind]:
+            counted = pick(rng, LAST[behind])
+        where = pick(rng, FROM).format(self.words.sides[side])
+        style = rng.random()
+        if style < 0.05:
+            return the(rng, f"{self.noun(some, self.row.attributes)} number {NUMBERS[rank - 1]} {where}"), target
+        if style < 0.13:
+            return the(rng, f"{self.noun(some, self.row.attributes)} that is {counted} {where}"), target
+        return the(rng, f"{self.noun(some, self.row.attributes, (counted,))} {where}", 0.7), target
+
+    def is_middle(self, target):
+        """Whether the middle one of the row is in the middle of its other axis too, or the row is flat there."""
+        along, across = ([self.at[axis][i] for i in self.row.members] for axis in (self.row.axis, 1 - self.row.axis))
+        is_flat = max(across) - min(across) < 0.4 * (max(along) - min(along))
+        return is_flat or sorted(across)[len(across) // 2] == self.at[1 - self.row.axis][target]
+
+    # ---- negation
+
+    def negation(self, attribute):
+        """"the star that is not red": all other stars are red."""
+        rng = self.rng
+        target, attributes = self.head()
+        attributes &= ~attribute
+        if attribute & (self.never | self.must):
+            return None
+        others = self.rivals(target, attributes)
+        look = LOOKS[attribute]
+        if {getattr(self.objects[i], look) for i in others} in ({getattr(self.objects[target], look)}, set()):
+            return None
+        if len({getattr(self.objects[i], look) for i in others}) > 1 or self.agree(target, others[0], attribute):
+            return None
+        return self.negated(target, attributes, others[0], attribute), target
+
+    def agree(self, i, j, attribute):
+        return includes(self.shared[i][j], attribute)
+
+    def negated(self, i, attributes, other, attribute):
+        """In words: of the class of i by these attributes, the one that has not this attribute of the other."""
+        rng = self.rng
+        noun = self.noun(i, attributes)
+        link = pick(rng, ("that is not", "that is not", "that isn't", "which is not"))
+        if attribute == SHAPE:
+            other_noun = super().noun(other, SHAPE)
+            return the(rng, f"{noun} {link} {'an' if other_noun[0] in 'aeiou' else 'a'} {other_noun}")
+        adjective = self.adjective(other, attribute)
+        style = rng.random()
+        if style < 0.65:
+            return the(rng, f"{noun} {link} {adjective}")
+        if style < 0.8:
+            return f"{the(rng, noun)} not the {adjective} one"
+        return the(rng, f"{pick(rng, ('not', 'non'))} {adjective} {noun}")
+
+    # ---- true of nothing
+
+    def absent(self, form):
+        text = getattr(self, "no_" + form)()
+        return text and (text, NOTHING)
+
+    def ghost(self, attributes):
+        """An object that is not there: one of the scene's with another look, such that no object agrees with it in all
+        of these attributes; None if that failed."""
+        rng = self.rng
+        changed = pick(rng, [attribute for attribute in LOOKS if attributes & attribute])
+        obj = pick(rng, self.objects)
+        looks = {SIZE: tuple(SIZES), FILL: (True, False), COLOUR: tuple(COLOURS), SHAPE: WIDE_SHAPES}
+        obj = replace(obj, **{LOOKS[changed]: pick(rng, looks[changed])})
+        named = [LOOKS[attribute] for attribute in LOOKS if attributes & attribute]
+        if any(all(getattr(obj, look) == getattr(other, look) for look in named) for other in self.objects):
+            return None
+        there = {other.shape for other in self.objects}
+        if any(obj.shape in pair and there & set(pair) for pair in LONG.items()):  # a square may pass for a rectangle
+            return None
+        return None if (obj.colour, obj.shape) in HELD_OUT else obj
+
+    def no_thing(self):
+        """"the purple star", also "the leftmost purple star"."""
+        rng = self.rng
+        attributes = pick(rng, (SHAPE, SHAPE | COLOUR, SHAPE | COLOUR, SHAPE | COLOUR, COLOUR, SHAPE | FILL, ALL & ~SIZE))
+        ghost = self.ghost(attributes)
+        if not ghost:
+            return None
+        before = (pick(rng, pick(rng, tuple(self.words.before.values()))),) if rng.random() < 0.2 else ()
+        phrase = noun_phrase(rng, ghost, attributes, before, WIDE)
+        if not before and rng.random() < 0.25 and (anchors := self.anchors(NOTHING, 1)):
+            phrase += f" {pick(rng, self.words.relation[pick(rng, tuple(DIRECTIONS))])} {the(rng, self.name(*anchors))}"
+        return the(rng, phrase)
+
+    def no_anchor(self):
+        """"the star left of the heart", and no heart is there."""
+        rng = self.rng
+        target, attributes = self.head()
+        named = pick(rng, (SHAPE, SHAPE, SHAPE | COLOUR, SHAPE | COLOUR, COLOUR))
+        ghost = self.ghost(named)
+        if not ghost:
+            return None
+        which = pick(rng, (*DIRECTIONS, *DIRECTIONS, "closest"))
+        return the(rng, f"{self.noun(target, attributes)} {pick(rng, self.words.relation[which])} "
+                        f"{the(rng, noun_phrase(rng, ghost, named, words=WIDE), 0.8)}")
+
+    def no_side(self):
+        """"the star left of the square", and all stars are right of it."""
+        rng = self.rng
+        target, attributes = self.head()
+        anchors = self.anchors(target, 1)
+        if not anchors:
+            return None
+        which = pick(rng, tuple(DIRECTIONS))
+        members = [target, *self.rivals(target, attributes, anchors)]
+        if any(self.offset(i, anchors[0], which)[0] > -MARGIN for i in members):
+            return None
+        return the(rng, f"{self.noun(target, attributes)} {pick(rng, self.words.relation[which])} "
+                        f"{the(rng, self.name(anchors[0]), 0.8)}")
+
+    def no_not(self):
+        """"the star that is not red", and all are."""
+        target, attributes = self.head()
+        attribute = pick(self.rng, (COLOUR, COLOUR, FILL))
+        attributes &= ~attribute
+        if not all(self.agree(target, i, attribute) for i in self.rivals(target, attributes)):
+            return None
+        return self.negated(target, attributes, target, attribute)
+
+
+def asked(rng, text):
+    """The expression as a question or a request, now and then."""
+    if rng.random() > 0.12:
+        return text
+    return pick(rng, ASKED).format(text if text.startswith("the ") else "the " + text)

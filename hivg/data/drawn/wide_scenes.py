@@ -1,0 +1,197 @@
+"""Scenes of the wider world: paper of any lightness, shades of the colours, long shapes, one to ten objects, and rows of
+two to six of a class, for ordinals.
+"""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from hivg.data.drawn.drawing import COLOURS, HELD_OUT, LONG, REACH, SHAPES, SIZES, Object, Scene
+from hivg.data.drawn.expressions import MARGIN
+from hivg.data.drawn.phrases import COLOUR, SHAPE, pick
+from hivg.data.drawn.wide_expressions import WIDE_SHAPES, Row
+
+MOST = 10  # objects of a scene
+CONTRAST = 80  # of a shade to the paper, at least: the distance of two points in RGB
+SIZE_MIXES = (("small",), ("medium",), ("large",), ("small", "large"), ("small", "small", "medium", "large"))
+
+
+def shades_on(rng, paper):
+    """{colour: RGB} of the colours that stand out on the paper, each in a shade of its own."""
+    shades = {}
+    for colour, rgb in COLOURS.items():
+        shade = np.clip(rgb + 50 * (rng.random(3) - 0.5), 0, 255).astype(int)
+        if all(np.linalg.norm(shade - other) >= CONTRAST for other in paper.colours):
+            shades[colour] = tuple(shade.tolist())
+    return shades
+
+
+def page(rng, new_background):
+    """(width, height, background, shades) of a new scene."""
+    aspect = 2 ** (rng.random() + rng.random() - 1)  # width / height from 1:2 to 2:1, mostly near 1:1
+    background = new_background(rng, 8, 40, 0)
+    return min(1.0, aspect), min(1.0, 1 / aspect), background, shades_on(rng, background)
+
+
+def form(rng, shape, colour, size, filled, unit, shades):
+    """An object of this look, not placed yet. unit: the length that SIZES are shares of."""
+    stretch, rotation = 1.0, 20 * rng.random() - 10
+    if shape in LONG:
+        stretch = 1.6 * (6 / 1.6) ** rng.random()
+        if rng.random() < 0.5:
+            stretch = 1 / stretch
+        if rng.random() < 0.2:
+            rotation = 180 * rng.random()
+    elif shape not in LONG.values() and filled and rng.random() < 0.3:
+        stretch = 2 ** (0.8 * rng.random() - 0.4)
+    diameter = SIZES[size] * unit * (0.95 + 0.1 * rng.random())
+    return Object(shape, colour, size, filled, 0.0, 0.0, diameter, rotation, stretch, shades[colour])
+
+
+def reaches(obj):
+    """How far it reaches to the side and up and down, with some room left."""
+    share = 0.52 if obj.shape in LONG else REACH
+    return share * obj.extents[0], share * obj.extents[1]
+
+
+def overlap(a, b):
+    """Whether more than a corner of one may hide the other."""
+    if a.stretch == b.stretch == 1:
+        return math.hypot(a.x - b.x, a.y - b.y) <= 0.49 * (a.diameter + b.diameter)
+    (aw, ah), (bw, bh) = a.extents, b.extents
+    return abs(a.x - b.x) < 0.5 * (aw + bw) and abs(a.y - b.y) < 0.5 * (ah + bh)
+
+
+def place(rng, objects, width, height, placed=()):
+    """Those placed and these, the largest first; one that finds no room in 30 tries is left out."""
+    placed = list(placed)
+    for obj in sorted(objects, key=lambda obj: -obj.diameter):
+        reach_x, reach_y = reaches(obj)
+        if 2 * reach_x >= width or 2 * reach_y >= height:
+            continue
+        for _ in range(30):
+            x = reach_x + rng.random() * (width - 2 * reach_x)
+            y = reach_y + rng.random() * (height - 2 * reach_y)
+            there = replace(obj, x=x, y=y)
+            if not any(overlap(there, other) for other in placed):
+                placed.append(there)
+                break
+    return tuple(placed)
+
+
+def some(rng, options, low, high):
+    """low to high different options."""
+    count = low + int(rng.random() * (high - low + 1))
+    return [options[i] for i in rng.permutation(len(options))[:count]]
+
+
+def wide_scene(rng, new_background, held_out=None, shapes=WIDE_SHAPES):
+    """-> (a scene of one to ten objects, shades), or None if a colour needed does not show on its paper.
+
+    held_out: a (colour, shape) that at least one object has, or None. shapes: those that may be drawn.
+    """
+    width, height, background, shades = page(rng, new_background)
+    colours = some(rng, tuple(shades), 2, 4)
+    shapes = some(rng, shapes, 2, 5)
+    if held_out:
+        if held_out[0] not in shades:
+            return None
+        colours = [held_out[0], *(colour for colour in colours if colour != held_out[0])]
+        shapes = [held_out[1], *(shape for shape in shapes if shape != held_out[1])]
+    looks = [(colour, shape) for colour in colours for shape in shapes if (colour, shape) not in HELD_OUT]
+    if held_out:
+        looks += [held_out] * (1 + len(looks) * 2 // 3)  # often several, so that a place or relation is needed
+    chosen = [pick(rng, looks) for _ in range(1 + int(MOST * rng.random()))]
+    if held_out:
+        chosen[0] = held_out
+    sizes = pick(rng, SIZE_MIXES)
+    filled = pick(rng, ((True,), (True, False), (True, True, False)))
+    unit = math.sqrt(width * height) * (0.6 + 0.4 * rng.random())
+    objects = [form(rng, shape, colour, pick(rng, sizes), pick(rng, filled), unit, shades) for colour, shape in chosen]
+    return Scene(width, height, background, place(rng, objects, width, height)), shades
+
+
+def row_scene(rng, new_background, sizes, held_out=None, attributes=0, shapes=WIDE_SHAPES):
+    """-> (a scene with a row, Row, shades), or None if that failed.
+
+    sizes: how many a class may have; each is drawn in proportion to itself, so that each (rank, size) is drawn equally
+    often. attributes: what names the class, 0 = any of three. Others as in wide_scene.
+    """
+    width, height, background, shades = page(rng, new_background)
+    axis = int(rng.random() * 2)
+    n = pick(rng, [size for size in sizes for _ in range(size)])
+    attributes = attributes or pick(rng, (SHAPE, SHAPE, SHAPE | COLOUR, SHAPE | COLOUR, COLOUR))
+    if held_out:
+        attributes = SHAPE | COLOUR
+    colour, shape = held_out or (pick(rng, tuple(shades)), pick(rng, shapes))
+    if colour not in shades or (colour, shape) in HELD_OUT and not held_out:
+        return None
+    if (width, height)[axis] < 0.75:
+        width, height = height, width
+    lengths = width, height  # of the image, by axis
+
+    def look(is_member):
+        """A random (colour, shape), in the class or not."""
+        while True:
+            pair = (colour if attributes & COLOUR and is_member else pick(rng, tuple(shades)),
+                    shape if attributes & SHAPE and is_member else pick(rng, shapes))
+            fits = (pair[0] == colour or not attributes & COLOUR) and (pair[1] == shape or not attributes & SHAPE)
+            alike = any({pair[1], shape} == set(both) for both in LONG.items())  # a square may pass for a bar
+            if fits == is_member and (pair not in HELD_OUT or pair == held_out) and (is_member or not alike):
+                return pair
+
+    is_flat = rng.random() < 0.4
+    small = SIZES["small"] * math.sqrt(width * height)
+    room = lengths[axis] * (0.9 if is_flat else 1.6) / (n * small)
+    unit = math.sqrt(width * height) * min(1.0, room) * (0.7 + 0.3 * rng.random())
+    mix = ("small",) if n > 3 else pick(rng, (("small",), ("small", "medium"), ("medium",)))
+    filled = pick(rng, ((True,), (True, False)))
+    members = []
+    for _ in range(n):
+        member_colour, member_shape = look(True)
+        obj = form(rng, member_shape, member_colour, pick(rng, mix), pick(rng, filled), unit, shades)
+        if is_flat and obj.shape in LONG and (obj.stretch > 1) == (axis == 0):  # they stand side by side
+            obj = replace(obj, stretch=1 / obj.stretch)
+        members.append(obj)
+    members = in_a_row(rng, members, axis, lengths, is_flat)
+    if members is None:
+        return None
+    others = []
+    for _ in range(int(rng.random() * min(5, MOST - n + 1))):
+        other_colour, other_shape = look(False)
+        others.append(form(rng, other_shape, other_colour, pick(rng, mix), pick(rng, filled), unit, shades))
+    objects = place(rng, others, width, height, members)
+    return Scene(width, height, background, objects), Row(tuple(range(n)), axis, attributes), shades
+
+
+def in_a_row(rng, members, axis, lengths, is_flat):
+    """The members, placed one after another along an axis, evenly now and then; None if there is no room.
+
+    is_flat: about level, else anywhere on the other axis.
+    """
+    n = len(members)
+    before, after = reaches(members[0])[axis], reaches(members[-1])[axis]
+    gaps = [1.15 * MARGIN] * (n - 1)
+    if is_flat:
+        gaps = [max(1.15 * MARGIN, 0.9 * (reaches(a)[axis] + reaches(b)[axis])) for a, b in zip(members, members[1:])]
+    free = lengths[axis] - before - after - sum(gaps)
+    if free < 0:
+        return None
+    extra = np.sort(rng.random(n)) * free
+    if rng.random() < 0.4:
+        extra = np.linspace(*np.sort(rng.random(2)), n) * free
+    along = before + extra + np.concatenate([[0], np.cumsum(gaps)])
+    level = rng.random()
+    placed = []
+    for obj, at in zip(members, along.tolist()):
+        reach = reaches(obj)[1 - axis]
+        share = level + 0.1 * (rng.random() - 0.5) if is_flat else rng.random()
+        across = reach + min(max(share, 0.0), 1.0) * (lengths[1 - axis] - 2 * reach)
+        placed.append(replace(obj, **dict(zip("xy" if axis == 0 else "yx", (at, across)))))
+    clear = all(a + MARGIN <= b for a, b in zip(along, along[1:]))
+    fits = all(reaches(obj)[1 - axis] * 2 < lengths[1 - axis] for obj in members)
+    inside = all(reaches(obj)[axis] <= at <= lengths[axis] - reaches(obj)[axis] for obj, at in zip(members, along))
+    if not (clear and fits and inside) or any(overlap(a, b) for i, a in enumerate(placed) for b in placed[:i]):
+        return None
+    return placed
