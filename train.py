@@ -18,7 +18,8 @@ import torch
 from hivg import weights
 from hivg.bridge import KINDS as BRIDGE_KINDS
 from hivg.data.batches import MASKS, STAGE_ITEMS, evaluation_batches, open_dataset, to_device, training_batches
-from hivg.evaluate.metrics import accuracy, mean
+from hivg.data.drawn.scenes import DRAWN
+from hivg.evaluate.metrics import accuracy, mean, present
 from hivg.evaluate.predict import predict
 from hivg.fusion import choose_backend
 from hivg.lora import MODES as LORA_MODES
@@ -48,7 +49,8 @@ class Settings(RunSettings):
                           group="The run")
     plan: bool = setting(False, "print the stages and exit; needs neither data nor a published CLIP", resumable=True)
 
-    dataset: str = setting("shapes", "shapes, a data set of the paper, or your own .jsonl file", group="Data")
+    dataset: str = setting("shapes", "shapes, shapes-wide, a data set of the paper, or your own .jsonl file",
+                           group="Data")
     data_root: str = setting("data", "the folder with the data sets, laid out as published")
     annotations: str = setting("", "annotation file or folder, if not in the published layout")
     hard_mix: bool = setting(False, "draw more ordinals and distances, which are learned last (shapes only)")
@@ -86,8 +88,9 @@ class Settings(RunSettings):
         super().__post_init__()
         if self.hard_mix and self.dataset != "shapes":
             raise ValueError("--hard_mix is for the data set shapes; leave it out")
-        if self.dataset == "shapes" and (self.masks != "auto" or self.annotations):
-            raise ValueError("--masks and --annotations are for data sets from files, shapes is drawn; leave them out")
+        if self.dataset in DRAWN and (self.masks != "auto" or self.annotations):
+            raise ValueError(f"--masks and --annotations are for data sets from files, {self.dataset} is drawn; leave "
+                             "them out")
         if not any(vars(self.loss_weights).values()):
             raise ValueError("--loss_weights are all 0, so nothing would be learned; give one of them a weight")
         stages(self)
@@ -179,7 +182,7 @@ def open_split(s: Settings, model, split):
 
 
 def count_steps_per_epoch(s: Settings, stage, dataset):
-    whole = SHAPES_EPOCH if s.dataset == "shapes" else len(dataset) * dataset.rows
+    whole = SHAPES_EPOCH if s.dataset in DRAWN else len(dataset) * dataset.rows
     return math.ceil((s.epoch_samples or whole) / (stage.batch_size * stage.accumulate))
 
 
@@ -195,7 +198,7 @@ def validate(s: Settings, dataset, model, device):
     """-> {"accuracy": Acc@0.5 of `val`, which decides the state of a stage that is kept, "mean_iou": ..}."""
     batches = evaluation_batches(dataset, 64, s.workers, distributed.rank(), distributed.world_size(), device)
     rows = distributed.gather_rows(predict(model, batches, device))  # every sample once, however many ranks
-    ious = [row["iou"] for row in rows]
+    ious = [row["iou"] for row in present(rows)]
     return {"accuracy": accuracy(ious), "mean_iou": mean(ious)}
 
 

@@ -11,6 +11,9 @@ import torch.nn.functional as F
 
 from hivg.boxes import box_on_grid, cxcywh_to_xyxy, giou
 
+NO_IMAGE = -1  # in image_ids: the expression was said of no image
+IGNORED = -100  # the class that a cross entropy leaves out
+
 
 def box_loss(boxes, targets, kind="smooth_l1"):
     """boxes and targets (B, 4) cxcywh in 0..1: summed over the four numbers, averaged over the batch.
@@ -40,17 +43,20 @@ def contrastive_loss(logits_per_text, image_ids=None):
     parallelism B is the batch of all GPUs together.
 
     image_ids (B,): which image each row is of, None if all differ. Expressions of one image are not negatives of each
-    other: that image is right for both. The released code takes them for negatives.
+    other: that image is right for both. The released code takes them for negatives. A row of NO_IMAGE is left out.
     """
     B = len(logits_per_text)
     own = torch.arange(B, device=logits_per_text.device)  # (B,): expression i was said of image i
     if image_ids is not None:
-        same_image = image_ids[:, None] == image_ids  # (B, B), symmetric
+        no_image = image_ids == NO_IMAGE  # (B,)
+        no_pair = (image_ids[:, None] == image_ids) | no_image[:, None] | no_image  # (B, B), symmetric
         itself = torch.eye(B, dtype=torch.bool, device=image_ids.device)
         # exp(-inf) = 0 takes these pairs out of the softmax, for the rows and for the columns alike
-        logits_per_text = logits_per_text.masked_fill(same_image & ~itself, float("-inf"))
-    text_to_image = F.cross_entropy(logits_per_text, own)
-    image_to_text = F.cross_entropy(logits_per_text.T, own)
+        logits_per_text = logits_per_text.masked_fill(no_pair & ~itself, float("-inf"))
+        own = own.masked_fill(no_image, IGNORED)
+    count = (own != IGNORED).sum().clamp(min=1)
+    text_to_image = F.cross_entropy(logits_per_text, own, ignore_index=IGNORED, reduction="sum") / count
+    image_to_text = F.cross_entropy(logits_per_text.T, own, ignore_index=IGNORED, reduction="sum") / count
     return (text_to_image + image_to_text) / 2
 
 
@@ -79,21 +85,24 @@ def patch_box_loss(patch_boxes, targets, on_grid):
     (B, 4) cxcywh in 0..1, on_grid (B, P) of 0. and 1.; averaged over these patches, then over B.
 
     A hint of ours. [REG] can learn a box only from the patches it looks at, and where to look only from its box; what
-    the patches themselves make of the box gives the head, and what is known of places, a gradient from the start.
+    the patches themselves make of the box gives the head, and what is known of places, a gradient from the start. A row
+    without such patches adds nothing.
     """
     targets = targets[:, None].expand_as(patch_boxes)  # (B, P, 4)
     l1 = (patch_boxes - targets).abs().sum(-1)  # (B, P)
     loss = l1 + 1 - giou(cxcywh_to_xyxy(patch_boxes), cxcywh_to_xyxy(targets))  # (B, P)
-    return ((loss * on_grid).sum(1) / on_grid.sum(1)).mean()
+    return ((loss * on_grid).sum(1) / on_grid.sum(1).clamp(min=1)).mean()
 
 
 def reg_attention_loss(log_shares, on_grid):
     """-log of the share of [REG]'s attention that lies on the target: log_shares (L, B, heads, P) of L layers, on_grid
-    (B, P) of 0. and 1.; averaged over layers, samples and heads. The other hint of ours: where [REG] should look."""
-    outside = on_grid[:, None] == 0  # (B, 1, P)
+    (B, P) of 0. and 1.; averaged over layers, samples and heads. The other hint of ours: where [REG] should look. A row
+    without a target adds nothing."""
+    has_target = on_grid.amax(1, keepdim=True)  # (B, 1) of 0. and 1.
+    outside = (on_grid < has_target)[:, None]  # (B, 1, P)
     log_shares = log_shares.clamp(min=-30)  # padding has a share of 0, whose logarithm has no gradient
     share = log_shares.masked_fill(outside, float("-inf")).logsumexp(-1)  # (L, B, heads)
-    return -share.mean()
+    return -(share * has_target).mean()
 
 
 @dataclass(frozen=True)
@@ -118,10 +127,16 @@ DRAWN_WORLD = LossWeights(clc=0.1, patch_box=2.0, reg_attention=0.5)
 def grounding_losses(output, batch, logits_per_text, image_ids, weights: LossWeights, box_kind="smooth_l1"):
     """All terms, weighted: output an HiVGOutput, batch a dict with images (B, 3, S, S), boxes (B, 4) cxcywh in 0..1,
     masks (B, M, M) bool, to whose size the mask logits are resized; logits_per_text (n, n) and image_ids (n,) are those
-    of all ranks -> {name: scalar tensor}; their sum is the loss."""
+    of all ranks -> {name: scalar tensor}; their sum is the loss.
+
+    The drawn world may also have present (B,) bool, false for an expression that is true of nothing in its image, whose
+    mask is empty. The paper's task has no such thing.
+    """
     targets = batch["boxes"]
     # all in float32: in bfloat16 a GIoU is mostly rounding, and the sums of the dice losses lose digits
     boxes = output.boxes.float()
+    absent = ~batch["present"][:, None] if "present" in batch else targets.new_zeros(1, dtype=torch.bool)  # (B, 1)
+    boxes, targets = boxes.masked_fill(absent, 1.0), targets.masked_fill(absent, 1.0)  # no box: equal ones cost nothing
     terms = {}
 
     if weights.box:
@@ -135,6 +150,7 @@ def grounding_losses(output, batch, logits_per_text, image_ids, weights: LossWei
     if weights.rtcc_focal or weights.rtcc_dice or weights.patch_box or weights.reg_attention:
         side = round(output.token_similarity.shape[1] ** 0.5)  # the grid is square, as the letterbox is
         on_grid = box_on_grid(targets, (side, side), batch["images"].shape[-1])  # (B, P)
+        on_grid = on_grid.masked_fill(absent, 0.0)  # the text is like no patch
     if weights.rtcc_focal:
         terms["rtcc_focal"] = weights.rtcc_focal * focal_loss(output.token_similarity.float(), on_grid)
     if weights.rtcc_dice:

@@ -7,16 +7,19 @@ from functools import cache
 
 import numpy as np
 
-from hivg.data.drawn.scenes import SIZES, SPLITS, Shapes
+from hivg.data.drawn.scenes import SIZES, SPLITS, WIDE_SPLITS, Shapes
 
 EXPRESSED = list(SPLITS)
-COUNTS = {"train": 400, "val": 250, "test": 250, "testA": 150, "testB": 250, "compose": 300, "count": 250}
+WIDE_EXPRESSED = [f"wide {split}" for split in WIDE_SPLITS]
+COUNTS = {"train": 400, "testA": 150, "compose": 300, "wide train": 600, "wide ordinal": 500}  # others 250
 
 
 @cache
 def scenes(split):
-    """[(scene, its expressions), ...], the first of a split, made once for all tests."""
-    return list(map(Shapes(split).scene, range(COUNTS[split])))
+    """[(scene, its expressions), ...], the first of a split, made once for all tests. split: "train" is of the plain
+    world, "wide train" of the wider one."""
+    *wide, name = split.split()
+    return list(map(Shapes(name, wide=bool(wide)).scene, range(COUNTS.get(split, 250))))
 
 
 def expressions(split):
@@ -36,22 +39,59 @@ ADJECTIVES = spelled({
 ADJECTIVES |= {colour: ("colour", colour) for colour in "red green blue brown orange black pink".split()}
 NOUNS = {shape: shape for shape in "circle square triangle star heart diamond cross arrow".split()}
 NOUNS |= spelled({None: "shape, object, thing, one"})
-RANKS = spelled({2: "second, 2nd", 3: "third, 3rd", 4: "fourth, 4th", 5: "fifth, 5th"})
+# What the wider world's words add to these
+WIDE_ADJECTIVES = spelled({
+    ("size", "small"): "mini", ("size", "medium"): "mid-sized, middle-sized", ("size", "large"): "huge, giant",
+    ("filled", True): "filled-in", ("filled", False): "unfilled", ("colour", "red"): "crimson, scarlet",
+    ("colour", "green"): "emerald", ("colour", "blue"): "cobalt, navy", ("colour", "brown"): "chocolate, chestnut",
+    ("colour", "purple"): "plum", ("colour", "orange"): "tangerine", ("colour", "black"): "jet-black, ebony",
+    ("colour", "pink"): "rose, hot pink"})
+WIDE_NOUNS = spelled({
+    None: "figure, item", "square": "box, block", "triangle": "wedge, pyramid", "star": "star shape, five-pointed star",
+    "heart": "heart shape, love heart", "diamond": "rhombus, lozenge", "cross": "plus, plus sign",
+    "arrow": "pointer, arrow sign", "bar": "bar, rectangle, strip", "ellipse": "ellipse, oval"})
+BOTH = spelled({("circle", True): "disc, disk, dot", ("circle", False): "ring, hoop"})  # a shape and its filling
+RANKS = spelled({1: "first, 1st", 2: "second, 2nd", 3: "third, 3rd", 4: "fourth, 4th", 5: "fifth, 5th",
+                 6: "sixth, 6th", -1: "last, very last", -2: "second to last, next to last, second-last",
+                 -3: "third to last"})
+NUMBERS = spelled({1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"})
+MIDDLES = "middle, central, centre, center".split(", ")
 SUPERLATIVES = spelled({
     "left": "leftmost, left, furthest left, on the left, on the far left, furthest to the left",
     "right": "rightmost, right, furthest right, on the right, on the far right, furthest to the right",
     "above": "topmost, top, highest, uppermost, at the top, at the very top",
     "below": "lowest, bottom, bottommost, at the bottom, at the very bottom",
     "largest": "largest, biggest", "smallest": "smallest, tiniest"})
+WIDE_SUPERLATIVES = spelled({
+    "left": "left-most, far left, to the left, at the left",
+    "right": "right-most, far right, to the right, at the right",
+    "above": "upper, top-most, on top, up top", "below": "lower, lowermost, bottom-most, down below, on the bottom",
+    "smallest": "littlest"})
 RELATIONS = [  # the first that matches counts
-    (r"(?:to the |on the )?(left|right)(?: side)?(?: of)?\b", None),
-    (r"(?:above|over|higher(?: than)?)\b", "above"),
-    (r"(?:below|under|beneath|lower(?: than)?)\b", "below"),
-    (r"(?:closest to|nearest to|next to)\b", "closest"),
-    (r"(?:furthest from|farthest from|furthest away from)\b", "furthest"),
-    (r"between\b", "between")]
+    (r"(?:to the |on the )?(left|right)(?: side)?(?: of| from)?\b", None),
+    (r"(?:above|over|higher(?: than)?|further up than)\b", "above"),
+    (r"(?:below|under|beneath|lower(?: than)?|underneath|further down than)\b", "below"),
+    (r"(?:closest to|nearest to|next to|beside|near|close to|by)\b", "closest"),
+    (r"(?:furthest from|farthest from|furthest away from|most distant from|far from|far away from)\b", "furthest"),
+    (r"(?:in )?between\b", "between")]
 SIDES = {"left": "left", "right": "right", "top": "above", "bottom": "below"}
-ANY_ADJECTIVE = "(" + "|".join(ADJECTIVES) + ")"
+REQUEST = re.compile(
+    r"(?:where is|where's|(?:please |can you )?find|(?:please )?click(?: on)?|tap|can you see|could you point at|"
+    r"point (?:to|at)|show me|(?:please )?select|which one is|locate|highlight|look for|pick|i mean|give me|mark|it is|"
+    r"what about) (the .*?)(?: please)?\??")
+
+
+def any_of(words):
+    """A pattern of these words, of which the longest counts."""
+    return "(" + "|".join(sorted(map(re.escape, words), key=len, reverse=True)) + ")"
+
+
+ALL_ADJECTIVES = ADJECTIVES | WIDE_ADJECTIVES
+ALL_NOUNS = NOUNS | WIDE_NOUNS
+ALL_NOUNS |= {word + ("es" if word[-1] in "sx" else "s"): meaning for word, meaning in ALL_NOUNS.items()}
+ALL_SUPERLATIVES = SUPERLATIVES | WIDE_SUPERLATIVES
+SPECIAL = ALL_SUPERLATIVES | RANKS | {word: word for word in MIDDLES}
+ANY_ADJECTIVE = any_of(ALL_ADJECTIVES)
 
 
 class Listener:
@@ -59,8 +99,10 @@ class Listener:
     its object, raises AssertionError, KeyError or TypeError."""
 
     def __init__(self, scene, text):
+        self.scene = scene
         self.objects = scene.objects
-        self.rest = text
+        request = REQUEST.fullmatch(text)
+        self.rest = request[1] if request else text
         self.kind = None  # of the expression
         self.open_head = None  # whether a relation's head alone fits several objects
 
@@ -74,32 +116,49 @@ class Listener:
     def noun_phrase(self):
         """(superlative or rank or None, the objects that the adjectives and the noun fit)."""
         self.take("the")
-        special = None
+        unwanted = None
+        if self.take("(?:not|non)"):  # "the not red star"
+            self.kind = "negation"
+            unwanted = self.take(ANY_ADJECTIVE)[1]
+        special = self.take(any_of(SPECIAL))
+        if special:
+            special = SPECIAL[special[1]]
+            self.take("of the")
         wanted = {}
-        while True:
-            word = (self.take("furthest (?:left|right)") or self.take(r"\S+"))[0].strip()
-            if word in NOUNS:
-                if NOUNS[word]:
-                    wanted["shape"] = NOUNS[word]
-                return special, [i for i in range(len(self.objects)) if self.fits(i, wanted)]
-            if word in ADJECTIVES:
-                key, value = ADJECTIVES[word]
-                assert key not in wanted, f"{key} said twice"
-                wanted[key] = value
-            else:
-                assert special is None and not wanted, f"unknown or misplaced word {word!r}"
-                special = RANKS.get(word) or SUPERLATIVES[word]
+        while found := self.take(ANY_ADJECTIVE):
+            key, value = ALL_ADJECTIVES[found[1]]
+            assert key not in wanted, f"{key} said twice"
+            wanted[key] = value
+        both = self.take(any_of(BOTH) + "s?")
+        if both:
+            assert "filled" not in wanted
+            wanted["shape"], wanted["filled"] = BOTH[both[1]]
+        else:
+            shape = ALL_NOUNS[self.take(any_of(ALL_NOUNS))[1]]
+            if shape:
+                wanted["shape"] = shape
+        members = [i for i in range(len(self.objects)) if self.fits(i, wanted)]
+        if unwanted:
+            members = self.without(members, unwanted)
+        return special, members
+
+    def without(self, members, adjective):
+        """Those that are not so; all others are, or "not red" would be a strange thing to say."""
+        kept = [i for i in members if not self.has(i, adjective)]
+        assert len(kept) <= 1 and (len(members) > 1 or not kept)
+        return kept
 
     def fits(self, i, wanted):
         return all(getattr(self.objects[i], key) == value for key, value in wanted.items())
 
     def has(self, i, adjective):
-        return self.fits(i, dict([ADJECTIVES[adjective]]))
+        return self.fits(i, dict([ALL_ADJECTIVES[adjective]]))
 
     def anchor(self):
+        """The one object meant; -1 if nothing is."""
         special, members = self.noun_phrase()
-        assert special is None and len(members) == 1, "an anchor must be named by its attributes"
-        return members[0]
+        assert special is None and len(members) <= 1, "an anchor must be named by its attributes"
+        return members[0] if members else -1
 
     def relation(self):
         for pattern, name in RELATIONS:
@@ -117,7 +176,10 @@ class Listener:
         return {"left": -x, "right": x, "above": -y, "below": y}[direction]
 
     def extreme(self, members, name):
-        """The one that is clearly furthest in a direction, or the only one of the largest or smallest size."""
+        """The one that is clearly furthest in a direction, or the only one of the largest or smallest size, in a list.
+        """
+        if not members:
+            return []
         assert len(members) >= 2, "a superlative among one"
         if name in ("largest", "smallest"):
             sign = 1 if name == "largest" else -1
@@ -128,11 +190,29 @@ class Listener:
             margin = 0.06 - 1e-9
         first, second = sorted(members, key=measures.get, reverse=True)[:2]
         assert measures[first] - measures[second] >= margin, "not clear"
-        return first
+        return [first]
+
+    def middle(self, members, of_image):
+        """The middle one from left to right and from top to bottom; one of them alone counts where the members stand in
+        a line. of_image: it must be the one nearest to the image's middle, too, as "in the middle" may mean that."""
+        self.kind = "ordinal"
+        assert len(members) % 2 and len(members) > 1
+        orders = [sorted(members, key=lambda i: self.along(i, side)) for side in ("right", "below")]
+        wide, high = (self.along(order[-1], side) - self.along(order[0], side)
+                      for order, side in zip(orders, ("right", "below")))
+        across, down = (order[len(members) // 2] for order in orders)
+        assert across == down or max(wide, high) > 2 * min(wide, high), "not clear"
+        found = across if wide > high else down
+        if of_image:
+            middle = self.scene.width / 2, self.scene.height / 2
+            assert found == min(members, key=lambda i: math.dist(self.place(i), middle)), "not clear"
+        return [found]
 
     def related(self, candidates, name, anchors):
         """The candidates that meet the condition, however narrowly; anchors are not among them."""
         candidates = [i for i in candidates if i not in anchors]
+        if not candidates or -1 in anchors:
+            return []
         if name in ("closest", "furthest"):
             distances = {i: math.dist(self.place(i), self.place(anchors[0])) for i in candidates}
             best, next_best = sorted(candidates, key=distances.get, reverse=name == "furthest")[:2]
@@ -146,8 +226,9 @@ class Listener:
             return kept
         start = self.along(anchors[0], name)
         kept = [i for i in candidates if self.along(i, name) > start]
-        if len(kept) == 1:
-            assert self.along(kept[0], name) >= start + 0.06 - 1e-9, "not clear"
+        nearest = max(candidates, key=lambda i: self.along(i, name))
+        if len(kept) < 2:
+            assert abs(self.along(nearest, name) - start) >= 0.06 - 1e-9, "not clear"
         return kept
 
     def is_between(self, i, a, b, end, width):
@@ -161,31 +242,56 @@ class Listener:
     def referents(self):
         """All objects the text may mean."""
         special, members = self.noun_phrase()
+        if special in MIDDLES or self.take("in the middle"):
+            assert not self.rest
+            return self.middle(members, of_image=special != "middle")
+        if found := self.take("(?:number|that is) " + any_of(NUMBERS | RANKS)):
+            special = (NUMBERS | RANKS)[found[1]]
         if isinstance(special, int):
             return self.ordinal(special, members)
-        location = SUPERLATIVES.get(self.rest)
+        location = ALL_SUPERLATIVES.get(self.rest)
         if special or location:
             assert not (special and self.rest), "words after a superlative"
             self.kind = "superlative"
-            return [self.extreme(members, special or location)]
+            return self.extreme(members, special or location)
         if not self.rest:
-            self.kind = "attribute"
+            self.kind = self.kind or "attribute"
             return members
+        if self.take("(?:that is not|that isn't|which is not)"):
+            return self.negation(members)
+        if found := self.take(f"not the {ANY_ADJECTIVE} one"):
+            self.kind = "negation"
+            return self.without(members, found[1])
         if self.take("that is"):
             adjective = self.take(ANY_ADJECTIVE)
             if adjective:
                 return self.conjunction(members, adjective[1])
         return self.relations(members)
 
+    def negation(self, members):
+        self.kind = "negation"
+        if found := self.take("an? " + any_of(ALL_NOUNS)):
+            shape = ALL_NOUNS[found[1]]
+            kept = [i for i in members if self.objects[i].shape != shape]
+            shapes = {shape, *(self.objects[i].shape for i in kept)}  # a square may pass for a bar
+            assert len(members) > 1 and shapes not in ({"square", "bar"}, {"circle", "ellipse"}), "not clear"
+        else:
+            kept = self.without(members, self.take(ANY_ADJECTIVE)[1])
+        assert not self.rest, f"left over: {self.rest!r}"
+        return kept
+
     def ordinal(self, rank, members):
+        """Counted from a side; from behind for a rank below 0."""
         self.kind = "ordinal"
-        assert self.take("from") and len(members) >= 3
+        assert self.take("(?:counting |starting )?from") and len(members) >= 2
         self.take("the")
-        side = SIDES[self.rest]
+        side = SIDES[self.rest.removesuffix(" side")]
         order = sorted(members, key=lambda i: self.along(i, side), reverse=True)
         steps = -np.diff([self.along(i, side) for i in order])
         assert min(steps) >= 0.06 - 1e-9, "not clear"
-        return [order[rank - 1]]
+        number = rank if rank > 0 else len(order) + 1 + rank
+        assert number > 0
+        return order[number - 1 : number]
 
     def conjunction(self, members, adjective):
         """After "that is ADJECTIVE": another adjective, or a relation."""

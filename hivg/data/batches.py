@@ -12,7 +12,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from hivg.data.augment import Augment
-from hivg.data.drawn.scenes import EXPRESSIONS_PER_SCENE, HARD_MIX, Shapes
+from hivg.data.drawn.expressions import NOTHING
+from hivg.data.drawn.scenes import DRAWN, EXPRESSIONS_PER_SCENE, HARD_MIX, Shapes
 from hivg.data.images import ImageError, open_image, open_published
 from hivg.data.published.reading import read_samples, refuse_annotations
 from hivg.data.transforms import Letterbox, normalise
@@ -24,7 +25,7 @@ STAGE_ITEMS = 2**32  # the data of stage n begin at item n times this
 
 
 class ShapesTensors(Dataset):
-    """A split of `shapes` as tensors: item i is scene i, with a row for each of its expressions."""
+    """A split of the drawn world as tensors: item i is scene i, with a row for each of its expressions."""
 
     rows = EXPRESSIONS_PER_SCENE  # of an item
     texts = {"token_ids": "expressions"}  # {name of the token ids: name of their texts}
@@ -50,17 +51,20 @@ class ShapesTensors(Dataset):
         boxes = torch.from_numpy(item["boxes"])  # (n, 4)
         labels = letterbox.labels(item["labels"])  # (S, S), i + 1 where object i shows
         targets = torch.tensor(item["targets"])  # (n,)
+        present = targets != NOTHING  # (n,)
         return {
             "pixels": pixels.expand(n, -1, -1, -1),  # (n, 3, S, S) uint8
             "padding_mask": letterbox.padding_mask().expand(n, -1, -1),  # (n, S, S) bool
-            "boxes": letterbox.boxes_to_square(boxes),  # (n, 4) cxcywh in 0..1
-            "masks": (labels == targets[:, None, None] + 1) & (targets >= 0)[:, None, None],  # (n, S, S) bool
+            "present": present,  # (n,) bool: false for an expression that is true of nothing in the image
+            "boxes": letterbox.boxes_to_square(boxes) * present[:, None],  # (n, 4) cxcywh in 0..1, or zeros
+            "masks": (labels == targets[:, None, None] + 1) & present[:, None, None],  # (n, S, S) bool
             "image_ids": torch.full((n,), index),
             "expressions": item["expressions"],
             "kinds": item["kinds"],
+            "details": item["details"],
             "image_names": [f"{self.shapes.split} {index}"] * n,
-            "has_mask": torch.ones(n, dtype=torch.bool),
-            "pixel_boxes": boxes,  # (n, 4) xyxy in the image's pixels
+            "has_mask": present,
+            "pixel_boxes": boxes,  # (n, 4) xyxy in the image's pixels, or zeros
             "letterboxes": [letterbox] * n,
         }
 
@@ -136,11 +140,13 @@ class SampleTensors(Dataset):
         return {
             "pixels": row["pixels"][None],  # (1, 3, S, S) uint8
             "padding_mask": row["padding_mask"][None],  # (1, S, S) bool
+            "present": torch.ones(1, dtype=torch.bool),
             "boxes": row["box"][None],  # (1, 4) cxcywh in 0..1
             "masks": row["mask"][None],  # (1, S, S) bool
             "image_ids": torch.tensor([self.image_ids[number]]),
             "expressions": [sample.expression],
             "kinds": [""],
+            "details": [""],
             "image_names": [str(sample.image)],
             "has_mask": torch.tensor([mask is not None]),
             "pixel_boxes": box[None],  # (1, 4) xyxy in the image's pixels
@@ -167,14 +173,15 @@ cached_samples = cache(read_samples)  # every stage and every validation reads t
 
 def open_dataset(dataset, split, size, normalization="clip", seed=0, data_root="data", annotations=None, train=False,
                  hard_mix=False, masks="auto"):
-    """A split of `shapes`, of a data set of published/catalogue.py, or of a .jsonl file.
+    """A split of a drawn data set, of one of published/catalogue.py, or of a .jsonl file.
 
     train: endless and augmented. hard_mix: train on more of the expressions that are learned last (shapes only). masks:
-    see SampleTensors; those of `shapes` are always exact. Raises ValueError.
+    see SampleTensors; drawn ones are always exact. Raises ValueError.
     """
-    if dataset == "shapes":
+    if dataset in DRAWN:
         refuse_annotations(dataset, annotations)
-        return ShapesTensors(split, size, normalization, seed, weights=HARD_MIX if hard_mix and train else None)
+        weights = HARD_MIX if hard_mix and train else None
+        return ShapesTensors(split, size, normalization, seed, weights, wide=dataset == "shapes-wide")
     samples = cached_samples(data_root, dataset, split, annotations)
     if not samples:
         raise ValueError(f"{shown(dataset)} {shown(split, 30)}: no samples are left; `python -m hivg.data check "

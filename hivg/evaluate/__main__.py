@@ -7,8 +7,9 @@
 
 Prints Acc@0.5 with its 95 % interval, Acc@0.6 to 0.9, mean IoU, mask IoU where there are masks, and accuracy and mean
 IoU by expression length. IoU is between float boxes in pixels of the original image; every sample counts once. On the
-bundled data set it also prints the accuracy of guessing the largest or a random object, and of the model with the
-expressions shuffled among the images. --calibrate fits two numbers that turn the score into the probability that a box
+drawn data sets it also prints the accuracy of guessing the largest or a random object, and of the model with the
+expressions shuffled among the images. Expressions that are true of nothing are counted apart: how many are scored below
+0.5. --calibrate fits two numbers that turn the score into the probability that a box
 is right, and writes the weights file with them; for calibrated weights a reliability table is printed as well.
 """
 
@@ -19,10 +20,11 @@ import time
 from pathlib import Path
 
 from hivg.data.batches import evaluation_batches, open_dataset
+from hivg.data.drawn.scenes import DRAWN
 from hivg.data.published.check import splits_of
 from hivg.evaluate.calibration import calibrated, calibration_of, fit_calibration
 from hivg.evaluate.compare import compare
-from hivg.evaluate.metrics import accuracy
+from hivg.evaluate.metrics import accuracy, present
 from hivg.evaluate.predict import predict
 from hivg.evaluate.report import guessers, report, sheet, shuffled
 from hivg.utils.cli import Parser, Progress, add_machine_flags, choose_device, choose_dtype, name_of, run
@@ -34,13 +36,15 @@ DEFAULT_SPLITS = ("test", "testA", "val")  # without --split, the first of these
 
 
 def arguments():
-    drawn = splits_of("shapes")
+    drawn = {dataset: splits_of(dataset) for dataset in DRAWN}
     parser = Parser(description=__doc__)
     parser.add_argument("--weights", default=str(bundled("hivg-tiny.safetensors")), metavar="FILE",
                         help="a HiVG weights file")
-    parser.add_argument("--dataset", default="shapes", help="shapes, a data set of the paper, or a .jsonl file")
-    parser.add_argument("--split", help=f"of shapes: {', '.join(drawn)}; default: the first of "
-                        f"{', '.join(DEFAULT_SPLITS)} that the data set has, with --calibrate val")
+    parser.add_argument("--dataset", default="shapes", help="shapes, shapes-wide, a data set of the paper, or a .jsonl "
+                        "file")
+    parser.add_argument("--split", help=f"of shapes: {', '.join(drawn['shapes'])}; of shapes-wide: "
+                        f"{', '.join(drawn['shapes-wide'])}; default: the first of {', '.join(DEFAULT_SPLITS)} that "
+                        "the data set has, with --calibrate val")
     parser.add_argument("--data_root", default="data", metavar="DIR", help="folder of the data sets; default: data")
     parser.add_argument("--annotations", metavar="FILE", help="a file or folder, if not at its published place")
     parser.add_argument("--per_sample", metavar="FILE.jsonl", help="write a JSON object a line for every expression")
@@ -63,8 +67,9 @@ def arguments():
         parser.error(f"--calibrate {shown(args.calibrate)}: it writes a weights file; name it OUT.safetensors")
     if args.compare and (args.per_sample or args.sheet or args.calibrate):
         parser.error("--compare writes no file; leave out --per_sample, --sheet and --calibrate")
-    if args.dataset == "shapes" and args.split and args.split not in drawn:
-        parser.error(f"shapes has no split {quoted(args.split)} to evaluate on; it has {', '.join(drawn)}")
+    if args.dataset in DRAWN and args.split and args.split not in drawn[args.dataset]:
+        parser.error(f"{args.dataset} has no split {quoted(args.split)} to evaluate on; it has "
+                     f"{', '.join(drawn[args.dataset])}")
     check_outputs(args)
     return args
 
@@ -129,9 +134,9 @@ def evaluate(args, model, dataset, device, dtype):
     print(f"{shown(args.weights, 300)} on {shown(args.dataset, 300)} {shown(args.split)} in {name_of(dtype)}, "
           f"{total / seconds:.0f} expressions a second")
     print(report(rows, calibration is not None))
-    if args.dataset == "shapes":
+    if args.dataset in DRAWN and present(rows):
         moved = predictions("evaluated shuffled", shuffled(rows))
-        others = {"expressions shuffled": accuracy(row["iou"] for row in moved)} | guessers(dataset.shapes)
+        others = {"expressions shuffled": accuracy(row["iou"] for row in present(moved))} | guessers(dataset.shapes)
         print("for comparison, Acc@0.5: " + ", ".join(f"{name} {value:.4f}" for name, value in others.items()))
     return rows
 

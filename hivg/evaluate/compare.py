@@ -2,7 +2,7 @@
 
 import json
 
-from hivg.evaluate.metrics import accuracy, mcnemar
+from hivg.evaluate.metrics import accuracy, mcnemar, present
 from hivg.utils.messages import shown
 
 
@@ -13,6 +13,7 @@ def compare(path_a, path_b):
     if not a or samples_of(a) != samples_of(b):
         raise ValueError(f"{shown(path_a, 80)} ({len(a):,} rows) and {shown(path_b, 80)} ({len(b):,}) are not of the "
                          "same samples; evaluate both on the same split")
+    a, b = present(a), present(b)
     only_a = [(x, y) for x, y in zip(a, b) if x["iou"] >= 0.5 > y["iou"]]  # pairs that the first alone has right
     only_b = [(x, y) for x, y in zip(a, b) if y["iou"] >= 0.5 > x["iou"]]
     p = mcnemar(len(only_a), len(only_b))
@@ -40,7 +41,7 @@ def rows_of(path):
         with open(path, encoding="utf-8") as file:
             for line in file:
                 row = json.loads(line)
-                numbers = [*row["target"], row["iou"]]
+                numbers = [*([0] * 4 if row["target"] is None else row["target"]), row["iou"]]  # None: true of nothing
                 # neither bool nor NaN, nor an int that no float can hold
                 if len(numbers) != 5 or not all(type(v) in (int, float) and abs(v) < 1e9 for v in numbers):
                     raise ValueError

@@ -14,6 +14,11 @@ def accuracy(ious, threshold=0.5):
     return mean(iou >= threshold for iou in ious)
 
 
+def present(rows):
+    """Of the rows of `predict` those whose expression is true of something: all but some of the wider drawn world."""
+    return [row for row in rows if row["target"]]
+
+
 def mean(values):
     """nan for none."""
     values = list(values)

@@ -10,7 +10,8 @@ from hivg.data.batches import to_device
 @torch.no_grad()
 def predict(model, batches, device="cpu", expressions=None, progress=None, masks=False):
     """Ground every row of the batches -> list of {"image", "expression", "kind", "image_id", "box", "target", "iou",
-    "score"}, boxes (xmin, ymin, xmax, ymax) floats in the original image's pixels. The model keeps its mode.
+    "score"}, boxes (xmin, ymin, xmax, ymax) floats in the original image's pixels. The model keeps its mode. For an
+    expression that is true of nothing, target is None and iou 0.0. "detail" is added where there is one (Expression).
 
     expressions: texts to use in place of the batches' own, in their order. progress: called with the number of rows
     done. masks: add "mask_iou", on the model's square, to the rows that have a mask. Raises ValueError for a model
@@ -48,10 +49,12 @@ def predict_batch(model, batch, texts, device, masks):
             "kind": batch["kinds"][i],
             "image_id": int(batch["image_ids"][i]),
             "box": box.tolist(),
-            "target": target.tolist(),
+            "target": target.tolist() if batch["present"][i] else None,
             "iou": iou(box, target).item(),
             "score": scores[i],
         }
+        if batch["details"][i]:
+            row["detail"] = batch["details"][i]
         if with_mask and batch["has_mask"][i]:
             row["mask_iou"] = overlaps[i].item()
         rows.append(row)

@@ -10,7 +10,7 @@ from hivg.data.drawn.drawing import boxes_of
 from hivg.data.drawn.expressions import KINDS
 from hivg.data.drawn.scenes import EXPRESSIONS_PER_SCENE
 from hivg.evaluate.calibration import reliability_lines
-from hivg.evaluate.metrics import accuracy, auroc, by_length, interval, mean
+from hivg.evaluate.metrics import accuracy, auroc, by_length, interval, mean, present
 from hivg.utils.draw import contact_sheet, draw_boxes
 
 SHEET = 8  # worst samples on a contact sheet, and as many random ones
@@ -18,9 +18,23 @@ SHEET = 8  # worst samples on a contact sheet, and as many random ones
 
 def report(rows, is_calibrated=False):
     """The rows of `predict` -> the text of an evaluation. is_calibrated: whether to include a reliability table."""
-    ious = [row["iou"] for row in rows]
-    right = [overlap >= 0.5 for overlap in ious]
+    there = present(rows)
+    lines = accuracy_lines(there) if there else []
+    for kind, group in grouped([row for row in rows if not row["target"]], "kind").items():
+        low = mean(row["score"] < 0.5 for row in group)
+        lines.append(f"  {kind:<14}{len(group):>6} expressions of nothing there, scored below 0.5 in {low:.4f}")
+    right = [row["iou"] >= 0.5 for row in rows]  # no box is right where nothing is there
     scores = [row["score"] for row in rows]
+    if any(right) and not all(right):  # else there is nothing to tell apart
+        lines.append(f"score tells right from wrong boxes: AUROC {auroc(scores, right):.3f} (0.5 = not at all)")
+    if is_calibrated:
+        lines += reliability_lines(scores, right)
+    return "\n".join(lines)
+
+
+def accuracy_lines(rows):
+    """How often the boxes are right, of expressions that are true of something: in all, by length, kind and rank."""
+    ious = [row["iou"] for row in rows]
     acc = accuracy(ious)
     low, high = interval(acc, len(ious))
     stricter = ", ".join(f"Acc@{t} {accuracy(ious, t):.4f}" for t in (0.6, 0.7, 0.8, 0.9))
@@ -33,23 +47,32 @@ def report(rows, is_calibrated=False):
         stricter,
     ]
     groups = by_length([row["expression"] for row in rows], ious)
-    for kind in KINDS:
-        group = [row["iou"] for row in rows if row["kind"] == kind]
+    for kind, group in grouped(rows, "kind").items():
+        group = [row["iou"] for row in group]
         groups[kind] = (len(group), accuracy(group), mean(group))
     for name, (count, group_acc, group_iou) in groups.items():
         if count:
             lines.append(f"  {name:<14}{count:>6} expressions, Acc@0.5 {group_acc:.4f}, mean IoU {group_iou:.4f}")
-    if 0 < acc < 1:  # else there is nothing to tell apart
-        lines.append(f"score tells right from wrong boxes: AUROC {auroc(scores, right):.3f} (0.5 = not at all)")
-    if is_calibrated:
-        lines += reliability_lines(scores, right)
-    return "\n".join(lines)
+    ranks = sorted(grouped(rows, "detail").items(), key=lambda item: item[0].split()[::-1])  # "3 of 5": by the 5, the 3
+    if ranks:
+        lines.append("Acc@0.5 by rank and number: " + ", ".join(
+            f"{rank} {accuracy(row['iou'] for row in group):.3f} of {len(group)}" for rank, group in ranks))
+    return lines
+
+
+def grouped(rows, key):
+    """{value: its rows}, of the rows that have one; the kinds in the order of KINDS, others in that of the alphabet."""
+    groups = {value: [] for value in KINDS} if key == "kind" else {}
+    for row in sorted(rows, key=lambda row: row.get(key, "")):
+        groups.setdefault(row.get(key, ""), []).append(row)
+    return {value: group for value, group in groups.items() if value and group}
 
 
 def sheet(dataset, rows):
     """The SHEET worst samples and as many random others on one PIL image, each with the box wanted and the one found.
     """
-    order = sorted(range(len(rows)), key=lambda number: rows[number]["iou"])
+    # of expressions of nothing those with the highest score
+    order = sorted(range(len(rows)), key=lambda n: rows[n]["iou"] if rows[n]["target"] else 1 - rows[n]["score"])
     others = order[SHEET:]
     picked = [("worst", number) for number in order[:SHEET]]
     picked += [("random", number) for number in random.Random(0).sample(others, min(SHEET, len(others)))]
@@ -59,11 +82,14 @@ def sheet(dataset, rows):
 
 def sheet_tile(dataset, rows, number):
     row = rows[number]
-    return draw_boxes(dataset.image(number), [row["target"], row["box"]], ["wanted", f"found, IoU {row['iou']:.2f}"])
+    image = dataset.image(number)
+    if not row["target"]:
+        return draw_boxes(image, [row["box"]], [f"nothing there, score {row['score']:.2f}"])
+    return draw_boxes(image, [row["target"], row["box"]], ["wanted", f"found, IoU {row['iou']:.2f}"])
 
 
 def guessers(shapes):
-    """Acc@0.5 of guessing without language on a split of `shapes` -> {"largest object": of always taking the object
+    """Acc@0.5 of guessing without language on a drawn split -> {"largest object": of always taking the object
     with the most visible pixels, "random object": expected, of taking any of the image's objects}."""
     largest = []
     at_random = []
@@ -73,6 +99,8 @@ def guessers(shapes):
         boxes = torch.from_numpy(boxes_of(item["labels"], range(n)))  # (n, 4)
         visible = np.bincount(item["labels"].ravel())[1:]  # (n,) pixels; label 0 is the background
         for target in torch.from_numpy(item["boxes"]):
+            if not target.any():
+                continue  # nothing is meant
             right = iou(boxes, target) >= 0.5  # (n,)
             largest.append(right[int(visible.argmax())].item())
             at_random.append(right.float().mean().item())
@@ -80,7 +108,7 @@ def guessers(shapes):
 
 
 def shuffled(rows):
-    """The expressions of the rows of `shapes`, each moved to another image, half the split further on."""
+    """The expressions of the rows of a drawn split, each moved to another image, half the split further on."""
     texts = [row["expression"] for row in rows]
     scenes = len(texts) // EXPRESSIONS_PER_SCENE
     shift = scenes // 2 * EXPRESSIONS_PER_SCENE  # whole images: none keeps one of its own expressions

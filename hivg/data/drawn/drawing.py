@@ -106,6 +106,7 @@ HOLES["arrow"] = _arrow(-0.34, 0.25, -0.03, 0.1, 0.38)
 REACH = 0.63  # no corner is further from the middle, with some room left to the image's edge
 SHAPES = tuple(CORNERS)
 LONG = {"bar": "square", "ellipse": "circle"}  # of the wider world: a stretched square and circle
+ALIKE = {frozenset(both) for both in LONG.items()}  # a square may pass for a bar
 CORNERS |= {shape: CORNERS[source] for shape, source in LONG.items()}
 # Pairs of colour and shape that only the split "compose" shows. No colour or shape is in two of them, so each is well
 # known from other pairs.

@@ -57,7 +57,8 @@ class Expression:
 
     text: str
     target: int
-    kind: str  # one of KINDS, or "place" (data/drawn/pairs.py)
+    kind: str  # one of KINDS or of the wider world's, or "place" (data/drawn/pairs.py)
+    detail: str = ""  # of an ordinal in a row: its rank and how many there are, "3 of 5"
 
 
 def the(rng, phrase, chance=0.5):
@@ -388,11 +389,11 @@ def express(speaker, weights, count=4, forms=3, attempts=40):
         for attempt in range(forms * attempts):
             if attempt % attempts == 0:
                 form = pick(rng, speaker.forms[asked])
-            text, target = make(form) or ("", None)
+            text, target, *detail = make(form) or ("", None)
             if not text or target in used and target != NOTHING and attempt < attempts // 2:
                 continue
             if text not in found and len(text.split()) <= MAX_WORDS:
-                found[text] = Expression(text, target, f"absent {form}" if asked == "absent" else kind)
+                found[text] = Expression(text, target, f"absent {form}" if asked == "absent" else kind, *detail)
                 used.add(target)
                 break
         else:

@@ -37,6 +37,7 @@ NO_PHRASE = -2  # fills `named` where an image has fewer objects than MAX_OBJECT
 NO_OBJECT = -3  # fills `attributes` there
 NO_TARGET = -1  # fills `targets` where an image has fewer expressions than MAX_EXPRESSIONS
 
+
 class Pairs(Dataset):
     """Endless pairs of images with their texts, as tensors and lists. Item i depends on (seed, i) only."""
 
@@ -172,7 +173,8 @@ def speak(rng, scene, own, shared, row, wide):
         if of_all:
             members = range(len(scene.objects))
         places = [place(scene, scene.objects[i]) for i in members]
-        alone = [i for i, where in zip(members, places) if places.count(where) == 1]
+        alone = [i for i, where in zip(members, places)
+                 if places.count(where) == 1 and not (row and where == "in the middle")]  # or of the row?
         if alone:
             target = pick(rng, alone)
             noun = noun_phrase(rng, scene.objects[target], 0 if of_all else shared, words=speaker.words, anchor=True)

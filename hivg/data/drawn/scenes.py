@@ -65,6 +65,7 @@ WIDE_SPLITS = {
     "negation": (500, {"negation": 1.0}),
     "absent": (500, {"absent": 0.8, "beyond": 0.2}),
 }
+DRAWN = {"shapes": SPLITS, "shapes-wide": WIDE_SPLITS}  # the data sets that are drawn
 
 
 def _some(rng, options, low, high):
@@ -163,9 +164,10 @@ class Shapes:
     def __init__(self, split, seed=0, weights=None, captions=True, wide=False):
         """weights: how often each kind of expression is drawn, instead of the split's own. captions: whether items
         have a caption and phrases; without them they are made faster."""
-        splits = WIDE_SPLITS if wide else SPLITS
+        dataset = "shapes-wide" if wide else "shapes"
+        splits = DRAWN[dataset]
         if split not in splits:
-            raise ValueError(f"no split {split!r} of shapes; there are {', '.join(splits)}")
+            raise ValueError(f"no split {split!r} of {dataset}; there are {', '.join(splits)}")
         self.split = split
         self.seed = seed
         self.captions = captions
@@ -241,9 +243,10 @@ class Shapes:
         image         PIL RGB image, long side 256
         labels        (H, W) uint8: 0 background, i + 1 where object i shows
         expressions   4 strings
-        targets       4 object indices
-        boxes         (4, 4) float32, (xmin, ymin, xmax, ymax) in pixels, tight around the visible target
-        kinds         4 of KINDS
+        targets       4 object indices, or NOTHING
+        boxes         (4, 4) float32, (xmin, ymin, xmax, ymax) in pixels, tight around the visible target, or zeros
+        kinds         4 of KINDS or of the wider world's
+        details       4 of Expression.detail
         caption       a string about the whole image; this and what follows only if asked for
         phrases       one for each object: a string, "a red star", true of it and perhaps of others
         attributes    the objects' attributes (attribute_ids)
@@ -259,6 +262,7 @@ class Shapes:
             "targets": targets,
             "boxes": boxes_of(labels, targets),
             "kinds": [expression.kind for expression in expressions],
+            "details": [expression.detail for expression in expressions],
         }
         if self.captions:
             words = WIDE if self.wide else PLAIN

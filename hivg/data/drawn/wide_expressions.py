@@ -4,9 +4,10 @@ Ordinals from the first to the sixth and from the last, "the middle square", "th
 requests, and expressions that are true of nothing in the image.
 """
 
+import math
 from dataclasses import dataclass, replace
 
-from hivg.data.drawn.drawing import COLOURS, HELD_OUT, LONG, SHAPES, SIZES
+from hivg.data.drawn.drawing import ALIKE, COLOURS, HELD_OUT, LONG, SHAPES, SIZES
 from hivg.data.drawn.expressions import DIRECTIONS, FORMS, MARGIN, NOTHING, Speaker, includes, the
 from hivg.data.drawn.phrases import ALL, COLOUR, FILL, SHAPE, SIZE, WIDE, noun_phrase, pick
 
@@ -52,6 +53,7 @@ class WideSpeaker(Speaker):
         if len({obj.size for obj in scene.objects}) == 1:  # how large is large shows beside others only
             never |= SIZE
         super().__init__(scene, rng, targets, must, never)
+        self.scene = scene
         self.row = row
 
     def noun(self, i, attributes, before=()):
@@ -90,19 +92,27 @@ class WideSpeaker(Speaker):
         target = members[rank - 1] if behind >= 0 else NOTHING
         if target not in (NOTHING, *self.targets):
             return None
-        some = members[0]
+        text = self.ranked(members[0], target, rank, behind, side)
+        return text, target, f"{rank} of {len(members)}" if target != NOTHING else ""
+
+    def ranked(self, some, target, rank, behind, side):
+        """The rank in words; some: a member of the row, behind: how many come after the target."""
+        rng = self.rng
         if behind == rank - 1 > 0 and rng.random() < 0.3 and self.is_middle(target):
-            return the(rng, pick(rng, MIDDLE).format(self.noun(some, self.row.attributes))), target
+            words = pick(rng, MIDDLE)
+            if not self.is_central(target):  # "in the middle" may mean the image's
+                words = MIDDLE[0]
+            return the(rng, words.format(self.noun(some, self.row.attributes)))
         counted = pick(rng, self.words.ordinals[rank])
         if behind in LAST and rank > 1 and rng.random() < (0.4, 0.3, 0.15)[behind]:
             counted = pick(rng, LAST[behind])
         where = pick(rng, FROM).format(self.words.sides[side])
         style = rng.random()
         if style < 0.05:
-            return the(rng, f"{self.noun(some, self.row.attributes)} number {NUMBERS[rank - 1]} {where}"), target
+            return the(rng, f"{self.noun(some, self.row.attributes)} number {NUMBERS[rank - 1]} {where}")
         if style < 0.13:
-            return the(rng, f"{self.noun(some, self.row.attributes)} that is {counted} {where}"), target
-        return the(rng, f"{self.noun(some, self.row.attributes, (counted,))} {where}", 0.7), target
+            return the(rng, f"{self.noun(some, self.row.attributes)} that is {counted} {where}")
+        return the(rng, f"{self.noun(some, self.row.attributes, (counted,))} {where}", 0.7)
 
     def is_middle(self, target):
         """Whether the middle one of the row is in the middle of its other axis too, or the row is flat there."""
@@ -110,11 +120,16 @@ class WideSpeaker(Speaker):
         is_flat = max(across) - min(across) < 0.4 * (max(along) - min(along))
         return is_flat or sorted(across)[len(across) // 2] == self.at[1 - self.row.axis][target]
 
+    def is_central(self, target):
+        """Whether no other of the row is nearer to the image's middle."""
+        x, y = self.scene.width / 2, self.scene.height / 2
+        away = [math.hypot(self.at[0][i] - x, self.at[1][i] - y) for i in self.row.members]
+        return away[self.row.members.index(target)] == min(away)
+
     # ---- negation
 
     def negation(self, attribute):
         """"the star that is not red": all other stars are red."""
-        rng = self.rng
         target, attributes = self.head()
         attributes &= ~attribute
         if attribute & (self.never | self.must):
@@ -124,6 +139,8 @@ class WideSpeaker(Speaker):
         if {getattr(self.objects[i], look) for i in others} in ({getattr(self.objects[target], look)}, set()):
             return None
         if len({getattr(self.objects[i], look) for i in others}) > 1 or self.agree(target, others[0], attribute):
+            return None
+        if attribute == SHAPE and {self.objects[target].shape, self.objects[others[0]].shape} in ALIKE:
             return None
         return self.negated(target, attributes, others[0], attribute), target
 
@@ -171,7 +188,7 @@ class WideSpeaker(Speaker):
     def no_thing(self):
         """"the purple star", also "the leftmost purple star"."""
         rng = self.rng
-        attributes = pick(rng, (SHAPE, SHAPE | COLOUR, SHAPE | COLOUR, SHAPE | COLOUR, COLOUR, SHAPE | FILL, ALL & ~SIZE))
+        attributes = pick(rng, (SHAPE, *(SHAPE | COLOUR,) * 3, COLOUR, SHAPE | FILL, ALL & ~SIZE))
         ghost = self.ghost(attributes)
         if not ghost:
             return None

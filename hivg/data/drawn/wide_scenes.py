@@ -1,5 +1,5 @@
-"""Scenes of the wider world: paper of any lightness, shades of the colours, long shapes, one to ten objects, and rows of
-two to six of a class, for ordinals.
+"""Scenes of the wider world: paper of any lightness, shades of the colours, long shapes, one to ten objects, and rows
+of two to six of a class, for ordinals.
 """
 
 import math
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from hivg.data.drawn.drawing import COLOURS, HELD_OUT, LONG, REACH, SHAPES, SIZES, Object, Scene
+from hivg.data.drawn.drawing import ALIKE, COLOURS, HELD_OUT, LONG, REACH, SIZES, Object, Scene
 from hivg.data.drawn.expressions import MARGIN
 from hivg.data.drawn.phrases import COLOUR, SHAPE, pick
 from hivg.data.drawn.wide_expressions import WIDE_SHAPES, Row
@@ -137,8 +137,8 @@ def row_scene(rng, new_background, sizes, held_out=None, attributes=0, shapes=WI
             pair = (colour if attributes & COLOUR and is_member else pick(rng, tuple(shades)),
                     shape if attributes & SHAPE and is_member else pick(rng, shapes))
             fits = (pair[0] == colour or not attributes & COLOUR) and (pair[1] == shape or not attributes & SHAPE)
-            alike = any({pair[1], shape} == set(both) for both in LONG.items())  # a square may pass for a bar
-            if fits == is_member and (pair not in HELD_OUT or pair == held_out) and (is_member or not alike):
+            is_clear = is_member or {pair[1], shape} not in ALIKE
+            if fits == is_member and (pair not in HELD_OUT or pair == held_out) and is_clear:
                 return pair
 
     is_flat = rng.random() < 0.4

@@ -48,7 +48,7 @@ def canonical(dataset):
             return name
         others += published.names[1:]
     raise ValueError(f"no data set {quoted(dataset, 40)}; there are shapes, {', '.join(DATASETS)} (also as "
-                     f"{', '.join(sorted(others))}), or a .jsonl file of your own")
+                     f"{', '.join(sorted(others))}), shapes-wide, or a .jsonl file of your own")
 
 
 def find_file(data_root, dataset, split, annotations=None):

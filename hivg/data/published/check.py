@@ -2,7 +2,7 @@
 
 import os
 
-from hivg.data.drawn.scenes import SPLITS
+from hivg.data.drawn.scenes import DRAWN
 from hivg.data.images import ImageError, open_image, open_published
 from hivg.data.published.catalogue import DATASETS, annotation_files, canonical
 from hivg.data.published.reading import Report, is_own, read_dataset, read_samples, refuse_annotations
@@ -19,8 +19,8 @@ def check(data_root, dataset, annotations=None, decode=False):
 
     decode: also read the pixels of every image and list the damaged ones, minutes for a hundred thousand.
     """
-    if dataset == "shapes":
-        raise ValueError("shapes is drawn as it is needed; there are no files to check")
+    if dataset in DRAWN:
+        raise ValueError(f"{dataset} is drawn as it is needed; there are no files to check")
     names = [dataset] if is_own(dataset) else [canonical(dataset)]
     if names == ["mixup"] and not (annotations and os.path.isfile(annotations)):  # a single file is the mixture's alone
         names = ["mixup", *(name for name in DATASETS if name != "mixup")]
@@ -58,12 +58,12 @@ def check(data_root, dataset, annotations=None, decode=False):
 def splits_of(dataset, data_root="data", annotations=None):
     """The splits that a data set's files have, a list in the published order, others after them.
 
-    dataset: "shapes" (without its endless splits), the name of a data set, or a .jsonl file. Raises ValueError for a
+    dataset: a drawn one (without its endless splits), the name of a data set, or a .jsonl file. Raises ValueError for a
     file that cannot be read, and if there is none.
     """
-    if dataset == "shapes":
+    if dataset in DRAWN:
         refuse_annotations(dataset, annotations)
-        return [split for split, (scenes, _) in SPLITS.items() if scenes < 2**40]
+        return [split for split, (scenes, _) in DRAWN[dataset].items() if scenes < 2**40]
     if is_own(dataset):
         _, rows = read_dataset(data_root, dataset, None, annotations)
         return sorted({row.split for row in rows if row.split})
