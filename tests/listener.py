@@ -95,8 +95,8 @@ ANY_ADJECTIVE = any_of(ALL_ADJECTIVES)
 
 
 class Listener:
-    """Reads one expression; `kind` and `open_head` say what it read. One that is not understood, or not clearly true of
-    its object, raises AssertionError, KeyError or TypeError."""
+    """Reads one expression; `kind`, `detail` and `open_head` say what it read. One that is not understood, or not
+    clearly true of its object, raises AssertionError, KeyError or TypeError."""
 
     def __init__(self, scene, text):
         self.scene = scene
@@ -104,6 +104,7 @@ class Listener:
         request = REQUEST.fullmatch(text)
         self.rest = request[1] if request else text
         self.kind = None  # of the expression
+        self.detail = ""  # of an ordinal: "3 of 5"
         self.open_head = None  # whether a relation's head alone fits several objects
 
     def take(self, pattern):
@@ -203,6 +204,7 @@ class Listener:
         across, down = (order[len(members) // 2] for order in orders)
         assert across == down or max(wide, high) > 2 * min(wide, high), "not clear"
         found = across if wide > high else down
+        self.detail = f"{len(members) // 2 + 1} of {len(members)}"
         if of_image:
             middle = self.scene.width / 2, self.scene.height / 2
             assert found == min(members, key=lambda i: math.dist(self.place(i), middle)), "not clear"
@@ -291,6 +293,7 @@ class Listener:
         assert min(steps) >= 0.06 - 1e-9, "not clear"
         number = rank if rank > 0 else len(order) + 1 + rank
         assert number > 0
+        self.detail = f"{number} of {len(order)}"
         return order[number - 1 : number]
 
     def conjunction(self, members, adjective):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from hivg.boxes import box_on_grid, cxcywh_to_xyxy, iou
 from hivg.evaluate.metrics import accuracy
 from hivg.losses import (
+    NO_IMAGE,
     LossWeights,
     box_loss,
     contrastive_loss,
@@ -178,6 +179,77 @@ def test_box_losses_of_bfloat16_are_in_float32():
     assert terms["giou"].dtype == terms["box"].dtype == torch.float32
     expected = 2 * giou_loss(PREDICTED.bfloat16().float(), TARGET.float())
     assert torch.equal(terms["giou"], expected)
+
+
+# --- rows of which nothing is true ---
+
+
+def test_contrast_without_rows_of_no_image():
+    """It is that of the other rows."""
+    logits = random(5, 5).requires_grad_()
+    images = torch.tensor([3, NO_IMAGE, 3, 8, NO_IMAGE])
+    kept = torch.tensor([0, 2, 3])
+    loss = contrastive_loss(logits, images)
+    assert_close("the rest", loss, contrastive_loss(logits[kept][:, kept], images[kept]), 1e-12)
+    loss.backward()
+    assert not logits.grad[[1, 4]].any() and not logits.grad[:, [1, 4]].any()
+    assert contrastive_loss(logits, torch.full((5,), NO_IMAGE)).item() == 0
+
+
+def losses_of(present, image_ids):
+    """-> {name: term} of a batch of four, and the gradients of the boxes, the patches' boxes and [REG]'s attention. A
+    row that is not present has zeros as its box and an empty mask."""
+    hinted = {"with_patch_boxes": True, "with_reg_attention": True}
+    images, padding_mask, token_ids = make_batch()
+    output = make_hivg()(images, padding_mask, token_ids, **hinted)
+    batch = {"images": images, "boxes": to_cxcywh(random_boxes(4)), "masks": torch.ones(4, 8, 8, dtype=torch.bool)}
+    if present is not None:
+        present = torch.tensor(present)
+        batch["boxes"] = batch["boxes"] * present[:, None]
+        batch["masks"] = batch["masks"] & present[:, None, None]
+        batch["present"] = present
+    weights = LossWeights(patch_box=1.0, reg_attention=1.0)
+    terms = grounding_losses(output, batch, output.logits_per_text, torch.tensor(image_ids), weights)
+    inputs = output.boxes, output.patch_boxes, output.reg_attention
+    return terms, torch.autograd.grad(sum(terms.values()), inputs)
+
+
+BOX_TERMS = "box", "giou", "patch_box", "reg_attention"
+
+
+def test_a_batch_of_present_rows_is_one_that_says_nothing_of_it():
+    terms, gradients = losses_of([True] * 4, range(4))
+    others, other_gradients = losses_of(None, range(4))
+    assert list(terms) == list(others)
+    assert all(torch.equal(terms[name], others[name]) for name in terms)
+    assert all(map(torch.equal, gradients, other_gradients))
+
+
+def test_rows_of_nothing_have_no_box_loss():
+    """Nor a gradient from there; what other rows add is as ever. Their empty token map and mask count."""
+    parts = [losses_of([i in kept for i in range(4)], range(4))[0] for kept in ({0}, {1, 3}, {2}, {0, 1, 2, 3})]
+    for name in BOX_TERMS:
+        assert_close(name, parts[0][name] + parts[1][name] + parts[2][name], parts[3][name], 1e-5)
+        assert parts[0][name] > 0
+    terms, (boxes, patch_boxes, attention) = losses_of([True, False, True, False], range(4))
+    for gradient, rows in ((boxes, boxes), (patch_boxes, patch_boxes), (attention, attention.transpose(0, 1))):
+        assert gradient.isfinite().all() and not rows[[1, 3]].any() and rows[[0, 2]].any()
+    _, gradients = losses_of([False] * 4, [NO_IMAGE] * 4)
+    assert not any(gradient.any() for gradient in gradients)
+    images, *_ = make_batch()
+    logits = torch.zeros(4, 16, requires_grad=True)
+    empty = SimpleNamespace(boxes=torch.rand(4, 4), token_similarity=logits, mask_logits=None)
+    batch = {"images": images, "boxes": torch.zeros(4, 4), "present": torch.zeros(4, dtype=torch.bool)}
+    focal = grounding_losses(empty, batch, None, None, LossWeights(clc=0, mask_focal=0, mask_dice=0))["rtcc_focal"]
+    assert focal.item() == pytest.approx(20 * 0.75 * math.log(2) / 4)  # all patches are background
+    focal.backward()
+    assert (logits.grad > 0).all()
+
+
+def test_a_batch_of_nothing_has_finite_losses():
+    terms, _ = losses_of([False] * 4, [NO_IMAGE] * 4)
+    assert all(term.isfinite() for term in terms.values())
+    assert [name for name in terms if terms[name] == 0] == ["box", "giou", "clc", "patch_box", "reg_attention"]
 
 
 @needs_golden

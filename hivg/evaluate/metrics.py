@@ -16,7 +16,7 @@ def accuracy(ious, threshold=0.5):
 
 def present(rows):
     """Of the rows of `predict` those whose expression is true of something: all but some of the wider drawn world."""
-    return [row for row in rows if row["target"]]
+    return [row for row in rows if row.get("target", ()) is not None]
 
 
 def mean(values):

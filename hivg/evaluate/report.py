@@ -20,7 +20,7 @@ def report(rows, is_calibrated=False):
     """The rows of `predict` -> the text of an evaluation. is_calibrated: whether to include a reliability table."""
     there = present(rows)
     lines = accuracy_lines(there) if there else []
-    for kind, group in grouped([row for row in rows if not row["target"]], "kind").items():
+    for kind, group in grouped([row for row in rows if row.get("target", ()) is None], "kind").items():
         low = mean(row["score"] < 0.5 for row in group)
         lines.append(f"  {kind:<14}{len(group):>6} expressions of nothing there, scored below 0.5 in {low:.4f}")
     right = [row["iou"] >= 0.5 for row in rows]  # no box is right where nothing is there

@@ -26,6 +26,7 @@ from hivg.data.published.reading import Sample
 from hivg.data.transforms import NORMALIZATION
 
 ROWS = {  # the keys of a row: shape and type of the tensors, None for lists
+    "present": ((), torch.bool), "details": None,
     "pixels": ((3, 32, 32), torch.uint8), "padding_mask": ((32, 32), torch.bool), "boxes": ((4,), torch.float32),
     "masks": ((32, 32), torch.bool), "image_ids": ((), torch.int64), "has_mask": ((), torch.bool),
     "pixel_boxes": ((4,), torch.float32), "expressions": None, "kinds": None, "image_names": None, "letterboxes": None}
@@ -36,10 +37,10 @@ def make_samples(folder, n=10):
     return [Sample(folder / "a.png", f"cup {i}", (10.0, 10.0, 30.0, 20.0), None, "a.png") for i in range(n)]
 
 
-@pytest.mark.parametrize("kind", ["shapes", "samples", "augmented"])
+@pytest.mark.parametrize("kind", ["shapes", "shapes-wide", "samples", "augmented"])
 def test_keys_shapes_and_types(tmp_path, kind):
-    if kind == "shapes":
-        dataset = ShapesTensors("train", 32)
+    if "shapes" in kind:
+        dataset = open_dataset(kind, "train", 32)
     else:
         dataset = SampleTensors(make_samples(tmp_path), 32, augment=Augment() if kind == "augmented" else None)
     batch = next(iter(training_batches(dataset, 0, 8, 1)))
@@ -66,6 +67,18 @@ def test_drawn_scenes_as_tensors():
             assert torch.equal(mask, letterbox.mask(item["labels"] == target + 1)) and mask.any()
         assert row["image_ids"].tolist() == [index] * 4
         assert row["image_names"] == [f"train {index}"] * 4
+
+
+def test_rows_of_nothing_have_no_box_and_no_mask():
+    dataset = open_dataset("shapes-wide", "train", 64)
+    item = collate([dataset[index] for index in range(20)])
+    assert 0 < (~item["present"]).sum() < 20
+    assert torch.equal(item["present"], item["masks"].flatten(1).any(1))
+    for name in ("boxes", "pixel_boxes"):
+        assert torch.equal(item["present"], (item[name] != 0).any(1)), name
+    assert item["present"].tolist() == [not kind.startswith("absent") for kind in item["kinds"]]
+    assert not open_dataset("shapes-wide", "absent", 64)[0]["present"].any()
+    assert open_dataset("shapes", "val", 64)[0]["present"].all()
 
 
 def test_samples_from_files_are_what_shapes_draws(tmp_path):

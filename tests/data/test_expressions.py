@@ -4,23 +4,44 @@ import re
 from collections import Counter
 
 import pytest
-from listener import ADJECTIVES, EXPRESSED, NOUNS, Listener, expressions, scenes
+from listener import (
+    ADJECTIVES,
+    ALL_ADJECTIVES,
+    ALL_NOUNS,
+    BOTH,
+    EXPRESSED,
+    NOUNS,
+    REQUEST,
+    SIDES,
+    SPECIAL,
+    WIDE_EXPRESSED,
+    Listener,
+    expressions,
+    scenes,
+)
 
 from hivg.data.drawn import scenes as shapes
-from hivg.data.drawn.expressions import KINDS
-from hivg.data.drawn.scenes import MIXED, SIZES, Shapes
+from hivg.data.drawn.expressions import KINDS, NOTHING
+from hivg.data.drawn.scenes import MIXED, SIZES, WIDE_MIX, Shapes
+
+ABSENT = {f"absent {what}" for what in ("thing", "anchor", "side", "not", "rank")}
 
 
-@pytest.mark.parametrize("split", EXPRESSED)
+@pytest.mark.parametrize("split", EXPRESSED + WIDE_EXPRESSED)
 def test_every_expression_means_its_target_and_nothing_else(split):
+    """Or nothing at all, if it is of an absent kind."""
     for scene, expression in expressions(split):
         listener = Listener(scene, expression.text)
         try:
             referents = listener.referents()
         except Exception as error:
             raise AssertionError(f"{expression.text!r} in {scene}: {error!r}") from error
-        assert referents == [expression.target], (expression, referents, scene)
-        assert listener.kind == expression.kind, expression
+        if expression.target == NOTHING:
+            assert referents == [] and expression.kind in ABSENT, (expression, referents, scene)
+        else:
+            assert referents == [expression.target], (expression, referents, scene)
+            assert listener.kind == expression.kind, expression
+            assert expression.detail == (listener.detail if split in WIDE_EXPRESSED else ""), expression
 
 
 # --- the listener itself ---
@@ -48,7 +69,14 @@ BY_HAND = shapes.Scene(1.0, 1.0, BACKGROUND, (
     ("circle next to the hollow thing", [1]), ("the circle furthest from the hollow shape", [0]),
     ("one between the big circle and the empty object", [1]), ("circle left and above the star", [0, 1]),
     ("the circle above the star and left of the hollow thing", [0, 1]), ("one that is red and above the star", [0, 2]),
-    ("the thing that is small and red", [2]), ("circle that is on the left side of the blue one", [0])])
+    ("the thing that is small and red", [2]), ("circle that is on the left side of the blue one", [0]),
+    ("where is the first circle from the left?", [0]), ("last of the circles counting from the left side", [2]),
+    ("circle that is second to last from the left", [1]), ("the circle number three from right", [0]),
+    ("the sixth circle from the left", []), ("the middle circle", [1]), ("circle in the middle", [1]),
+    ("the filled circle that isn't red", [1]), ("please click on the not crimson disc please", [1]),
+    ("circle not the solid one", [2]), ("hoop", [2]), ("emerald block", [4]), ("the bar", []), ("lowest oval", []),
+    ("the dot left of the heart", []), ("the hoop left from the square", []), ("the circle that is not scarlet", [1]),
+    ("star nearest to the bar", []), ("small one that is not a circle", [4]), ("the star that is not red", [])])
 def test_listener_on_a_scene_by_hand(text, meant):
     """The listener must be able to find several objects or none, or it would prove nothing."""
     assert Listener(BY_HAND, text).referents() == meant
@@ -56,7 +84,9 @@ def test_listener_on_a_scene_by_hand(text, meant):
 
 @pytest.mark.parametrize("text", [
     "smallest circle", "leftmost star", "third star from the top", "thing left of the circle", "bottom circle above",
-    "circle closest to the star", "the pretty circle", "red red circle", "lowest circle of all"])
+    "circle closest to the star", "the pretty circle", "red red circle", "lowest circle of all", "the middle star",
+    "thing in the middle", "first star from the left", "thing that is not blue", "oval that is not a star",
+    "where is circle", "the star below the hollow one from the left"])
 def test_listener_refuses_unclear_expressions(text):
     with pytest.raises((AssertionError, KeyError, TypeError)):
         Listener(BY_HAND, text).referents()
@@ -65,14 +95,16 @@ def test_listener_refuses_unclear_expressions(text):
 # --- their texts ---
 
 
-@pytest.mark.parametrize("split", EXPRESSED)
+@pytest.mark.parametrize("split", EXPRESSED + WIDE_EXPRESSED)
 def test_expressions_of_a_scene(split):
     for scene, spoken in scenes(split):
         texts = [e.text for e in spoken]
         assert len(set(texts)) == len(texts) == 4
         for text in texts:
-            assert re.fullmatch(r"[a-z0-9-]+( [a-z0-9-]+){0,14}", text), text
-        assert all(0 <= e.target < len(scene.objects) for e in spoken)
+            request = REQUEST.fullmatch(text)
+            assert not request or split in WIDE_EXPRESSED
+            assert re.fullmatch(r"[a-z0-9-]+( [a-z0-9'-]+){0,15}", request[1] if request else text), text
+        assert all(NOTHING <= e.target < len(scene.objects) for e in spoken)
 
 
 def shares_of_kinds(split):
@@ -87,6 +119,38 @@ def test_kinds_of_expressions():
     for split in ("train", "val", "test", "compose"):
         assert shares_of_kinds(split).keys() == set(KINDS)
     assert shares_of_kinds("train") == pytest.approx(MIXED, abs=0.05)
+
+
+def test_kinds_of_the_wider_world():
+    wide = {"attribute", "superlative", "relation", "conjunction", "negation", "ordinal"}
+    for split, kinds in {"testA": {"attribute"}, "testB": {"superlative", "relation"}, "ordinal": {"ordinal"},
+                         "count": {"ordinal"}, "negation": {"negation"}, "absent": ABSENT, "train": wide | ABSENT,
+                         "val": wide | ABSENT, "test": wide | ABSENT, "compose": wide}.items():
+        assert shares_of_kinds(f"wide {split}").keys() == kinds, split
+    shares = shares_of_kinds("wide train")
+    absent = sum(shares.pop(kind) for kind in ABSENT)
+    assert absent == pytest.approx(0.1, abs=0.03)
+    assert shares == pytest.approx({kind: WIDE_MIX[kind] for kind in shares}, abs=0.12)
+
+
+def test_ordinals_of_every_rank_and_number():
+    """From the first to the last of two to six, about equally often, from all four sides; "last" of any number."""
+    pairs = Counter(e.detail for _, e in expressions("wide ordinal"))
+    assert pairs.keys() == {f"{rank} of {n}" for n in range(2, 7) for rank in range(1, n + 1)}
+    mean = pairs.total() / len(pairs)
+    assert 0.6 * mean < min(pairs.values()) and max(pairs.values()) < 1.6 * mean, pairs
+    texts = {e.detail: "" for _, e in expressions("wide ordinal")}
+    for _, e in expressions("wide ordinal"):
+        texts[e.detail] += f" {e.text} "
+    for n in range(2, 7):
+        for word in ("first", "last", *SIDES):
+            assert any(f" {word} " in texts[f"{rank} of {n}"] for rank in range(1, n + 1)), (word, n)
+        for word in ("first", "1st", "last"):  # neither tells the number
+            assert f" {word} " in texts[f"{n if word == 'last' else 1} of {n}"], (word, n)
+        assert n % 2 == 0 or " middle " in texts[f"{n // 2 + 1} of {n}"]
+    for _, e in expressions("wide count"):
+        rank, n = map(int, e.detail.split(" of "))
+        assert 1 < rank < n >= 4
 
 
 def test_closeness_can_be_asked_for_alone():
@@ -126,6 +190,26 @@ def test_expressions_vary():
     lengths = Counter(len(text.split()) for text in texts)
     assert lengths[1] > 0 and sum(n for length, n in lengths.items() if length >= 11) > 0.02 * len(texts)
     assert len(set(texts)) > 0.7 * len(texts)
+
+
+def test_the_wider_language_varies():
+    texts = [e.text for split in ("train", "val", "test", "ordinal", "count") for _, e in expressions(f"wide {split}")]
+    text = f" {' '.join(texts)} "
+    needed = {*ALL_ADJECTIVES, *ALL_NOUNS, *BOTH, *SPECIAL} - {word for word in ALL_NOUNS if word.endswith("s")}
+    assert {word for word in needed if f" {word} " not in text} <= {"third to last"}
+    requests = sum(bool(REQUEST.fullmatch(text)) for text in texts)
+    assert 0.08 < requests / len(texts) < 0.16
+    plural = sum(bool(re.search("(stars|circles|squares|hearts)( |$)", text)) for text in texts)
+    assert plural > 0.01 * len(texts)
+
+
+@pytest.mark.parametrize("split", WIDE_EXPRESSED)
+def test_sizes_are_named_beside_others_only(split):
+    """Where all are large, nothing shows that they are."""
+    for scene, expression in expressions(split):
+        named = [word for word, (key, _) in ALL_ADJECTIVES.items() if key == "size"]
+        if any(f" {word} " in f" {expression.text} " for word in named):
+            assert len({obj.size for obj in scene.objects}) > 1, expression
 
 
 def test_a_scene_speaks_of_several_objects():

@@ -2,13 +2,16 @@
 
 import dataclasses
 import math
+import re
 from itertools import islice
 
 import numpy as np
 import pytest
-from listener import EXPRESSED, expressions, scenes
+from listener import ALL_ADJECTIVES, ALL_NOUNS, BOTH, EXPRESSED, WIDE_EXPRESSED, expressions, scenes
 
 from hivg.data.drawn import scenes as shapes
+from hivg.data.drawn.drawing import LONG
+from hivg.data.drawn.expressions import NOTHING
 from hivg.data.drawn.pairs import Pairs
 from hivg.data.drawn.scenes import COLOURS, HELD_OUT, SHAPES, SIZES, Shapes, boxes_of, draw
 
@@ -33,19 +36,28 @@ def test_same_item_on_every_machine():
     assert item["caption"] == (
         "a tiny filled triangle at the bottom left, a big filled triangle on the left, a big filled triangle at the "
         "bottom right and a medium hollow triangle at the top right")
-    pair = Pairs(32)[0]
-    assert pair["phrases"][:3] == ["a big brown heart", "a filled blue heart", "an orange star"]
-    assert pair["captions"][0] == "a heart to the right of a star and a star"
-    assert pair["expressions"][:3] == ["the second heart from right", "tiniest heart",
-                                       "the star closest to the medium-sized heart"]
     assert item["image"].size == (240, 256)
     boxes = [[139, 22, 219, 95], [117, 119, 227, 215], [117, 119, 227, 215], [27, 176, 84, 228]]
     assert np.abs(item["boxes"] - boxes).max() <= 1
 
 
+def test_same_pairs_on_every_machine():
+    """Change this only together with the published CLIP; the wider world's with all numbers on it, too."""
+    assert [e.text for e in Shapes("test", wide=True).scene(0)[1]] == [
+        "4th red one counting from the top", "second red item starting from the top", "2nd scarlet figure from bottom",
+        "the first crimson shape starting from the top"]
+    assert Pairs(32)[0]["expressions"][:3] == [
+        "square at the very bottom", "the lowest square", "2nd filled square from left"]
+    pair = Pairs(32, wide=True)[0]
+    assert pair["phrases"][:3] == ["a chocolate box", "a medium-sized filled-in cobalt block", "a mini plum square"]
+    assert pair["captions"][0] == ("a little disc on the right, a medium solid square at the top and a mid-sized "
+                                   "filled-in square at the bottom left")
+    assert pair["expressions"][:2] == ["the very last block from the right", "the last block starting from the left"]
+
+
 def test_splits_share_no_scene():
     seen = []
-    for split in EXPRESSED:
+    for split in EXPRESSED + WIDE_EXPRESSED:
         seen += [scene.objects for scene, _ in scenes(split)]
     assert len(set(seen)) == len(seen)
 
@@ -54,26 +66,46 @@ def pairs_of(scene):
     return {(o.colour, o.shape) for o in scene.objects}
 
 
+def named_pairs(text):
+    """{(colour, shape)} that a text names of one thing: with nothing but other adjectives between them."""
+    colours = {word: value for word, (key, value) in ALL_ADJECTIVES.items() if key == "colour"}
+    nouns = ALL_NOUNS | {word: shape for word, (shape, _) in BOTH.items()}
+    pattern = rf"\b({'|'.join(colours)}) (?:(?:{'|'.join(ALL_ADJECTIVES)}) )*({'|'.join(nouns)})\b"
+    return {(colours[colour], nouns[noun]) for colour, noun in re.findall(pattern, text)}
+
+
 def test_held_out_pairs_are_in_compose_only():
+    """Neither shown nor named elsewhere, of absent things neither."""
     assert len(HELD_OUT) == 6
-    for split in EXPRESSED:
+    assert named_pairs("the crimson filled star left of a big emerald thing") == {("red", "star"), ("green", None)}
+    for split in EXPRESSED + WIDE_EXPRESSED:
         pairs = set()
-        for scene, _ in scenes(split):
+        named = set()
+        for scene, spoken in scenes(split):
             pairs |= pairs_of(scene)
-        if split != "compose":
-            assert not pairs & HELD_OUT, split
+            for expression in spoken:
+                named |= named_pairs(expression.text)
+        if "compose" in split:
+            assert named >= HELD_OUT and pairs >= HELD_OUT
+        else:
+            assert len(named) > 10 and not (pairs | named) & HELD_OUT, split
         if split == "train":
             assert len(pairs) == 64 - 6
             assert {c for c, _ in pairs} == set(COLOURS) and {s for _, s in pairs} == set(SHAPES)
 
 
-def test_compose_means_and_names_a_held_out_pair():
+@pytest.mark.parametrize("split", ["compose", "wide compose"])
+def test_compose_means_and_names_a_held_out_pair(split):
     meant = set()
-    for scene, expression in expressions("compose"):
+    for scene, expression in expressions(split):
         target = scene.objects[expression.target]
-        words = expression.text.split()
         assert (target.colour, target.shape) in HELD_OUT, expression
-        assert target.shape in words and ("violet" if "violet" in words else target.colour) in words, expression
+        text = f" {expression.text} "
+        colours = [word for word, said in ALL_ADJECTIVES.items() if said == ("colour", target.colour)]
+        shapes = [word for word, shape in ALL_NOUNS.items() if shape == target.shape] + ["disc", "disk", "dot", "ring"]
+        shapes += ["hoop", "discs", "disks", "dots", "rings", "hoops"]
+        assert any(f" {word} " in text for word in colours), expression
+        assert any(re.search(rf" {word}\b", text) for word in shapes), expression
         meant.add((target.colour, target.shape))
     assert meant == HELD_OUT
 
@@ -82,8 +114,13 @@ def test_lengths_and_bad_arguments():
     assert {split: 4 * len(Shapes(split)) for split in EXPRESSED[1:]} == {
         "val": 1000, "test": 5000, "testA": 2000, "testB": 2000, "compose": 2000, "count": 2000}
     assert len(Shapes("train")) >= 2**30
-    with pytest.raises(ValueError, match="'dev'.*train, val, test, testA, testB, compose, count"):
+    assert {split: 4 * len(Shapes(split.split()[1], wide=True)) for split in WIDE_EXPRESSED[1:]} == {
+        "wide val": 2000, "wide test": 5000, "wide testA": 2000, "wide testB": 2000, "wide compose": 2000,
+        "wide ordinal": 2000, "wide count": 2000, "wide negation": 2000, "wide absent": 2000}
+    with pytest.raises(ValueError, match="'dev' of shapes; .*train, val, test, testA, testB, compose, count$"):
         Shapes("dev")
+    with pytest.raises(ValueError, match="'dev' of shapes-wide; .*train, val.*, ordinal, count, negation, absent$"):
+        Shapes("dev", wide=True)
     for index in (-1, 250):
         with pytest.raises(IndexError, match=str(index)):
             Shapes("val")[index]
@@ -113,35 +150,67 @@ def test_scenes_are_as_promised():
         assert {getattr(o, attribute) for o in objects} == set(values)
 
 
-def test_items():
+def test_scenes_of_the_wider_world():
+    """Paper of any lightness on which all things stand out, bars of up to 6 : 1 both ways, one to ten objects."""
+    lightness = []
+    sides = {shape: [] for shape in (*SHAPES, *LONG)}
+    large = []
+    for scene, _ in scenes("wide train"):
+        paper = np.array(scene.background.colours)
+        lightness.append(paper.mean() / 255)
+        assert max(scene.width, scene.height) == 1 and 0.499 <= scene.width / scene.height <= 2.001
+        for o in scene.objects:
+            assert np.linalg.norm(paper - o.rgb, axis=1).min() >= 80
+            assert np.abs(np.subtract(o.rgb, COLOURS[o.colour])).max() <= 25
+            sides[o.shape].append(o.stretch)
+            large += [o.extents[0]] * (o.size == "large")
+    assert np.histogram(lightness, 5, (0, 1))[0].min() > 0.1 * len(lightness)
+    assert {len(scene.objects) for scene, _ in scenes("wide train")} == set(range(1, 11))
+    for shape, stretches in sides.items():
+        low, high = min(stretches), max(stretches)
+        if shape in LONG:
+            assert 1 / 6 <= low < 1 / 5 and 5 < high <= 6 and not any(1 / 1.59 < s < 1.59 for s in stretches)
+        elif shape in LONG.values():
+            assert low == high == 1  # it would pass for a long one
+        else:
+            assert 0.7 < low < 0.85 and 1.2 < high < 1.4
+    assert max(large) > 1.8 * min(large)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_items(wide):
     for index in range(40):
-        item = Shapes("train")[index]
+        item = Shapes("train", wide=wide)[index]
         width, height = item["image"].size
         assert item["image"].mode == "RGB" and max(width, height) == 256
         assert item["labels"].shape == (height, width) and item["labels"].dtype == np.uint8
         assert item["boxes"].shape == (4, 4) and item["boxes"].dtype == np.float32
         for target, (xmin, ymin, xmax, ymax) in zip(item["targets"], item["boxes"].astype(int)):
+            if target == NOTHING:
+                assert (xmin, ymin, xmax, ymax) == (0, 0, 0, 0)
+                continue
             mask = item["labels"] == target + 1
             inside = mask[ymin:ymax, xmin:xmax]
             assert inside.sum() == mask.sum() > 0  # nothing outside, and no slack
             assert inside[0].any() and inside[-1].any() and inside[:, 0].any() and inside[:, -1].any()
-        _, spoken = Shapes("train").scene(index)
+        _, spoken = Shapes("train", wide=wide).scene(index)
         assert item["expressions"] == [e.text for e in spoken] and item["targets"] == [e.target for e in spoken]
-        assert item["kinds"] == [e.kind for e in spoken]
+        assert item["kinds"] == [e.kind for e in spoken] and item["details"] == [e.detail for e in spoken]
 
 
 # ---- drawing
 
 
-@pytest.mark.parametrize("split", ("train", "compose"))
+@pytest.mark.parametrize("split", ("train", "compose", "wide train", "wide ordinal"))
 def test_masks_are_the_pixels(split):
     """A pixel has an object's colour exactly where the labels say so; each object shows 75 % of itself or more."""
     for scene, _ in scenes(split)[:60]:
         image, labels = draw(scene)
         pixels = np.asarray(image)
-        for name, colour in COLOURS.items():
-            own = [i + 1 for i, o in enumerate(scene.objects) if o.colour == name]
-            assert np.array_equal((pixels == colour).all(-1), np.isin(labels, own)), name
+        colours = [o.rgb or COLOURS[o.colour] for o in scene.objects]
+        for colour in colours:
+            own = [i + 1 for i, other in enumerate(colours) if other == colour]
+            assert np.array_equal((pixels == colour).all(-1), np.isin(labels, own)), colour
         for i, o in enumerate(scene.objects):
             alone = draw(dataclasses.replace(scene, objects=(o,)))[1] == 1
             visible = labels == i + 1

@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from listener import ALL_ADJECTIVES, ALL_NOUNS, Listener
 from makers_training import ON_CPU, Killed, assert_same_run, kill, log_of
 
 from hivg import weights
 from hivg.clip import CLIP, CLIPConfig
 from hivg.data.drawn.pairs import MAX_EXPRESSIONS, NO_PHRASE, NO_TARGET, STREAM, Pairs, draw_pair, make_twins
-from hivg.data.drawn.scenes import HELD_OUT, SPLITS, Shapes
+from hivg.data.drawn.phrases import COLOUR
+from hivg.data.drawn.scenes import COLOURS, DRAWN, HELD_OUT, MAX_OBJECTS, Shapes
 from hivg.tokenizer import split_words
 from hivg.training import optimizers, pretrain
 from hivg.training.pretrain import Settings, phrase_truth
@@ -39,13 +41,13 @@ def test_pretraining(run):
     assert 0 <= clip.info["accuracy"] <= 1 and clip.info["stage"] == "pretrain"
 
 
-def test_every_word_of_shapes_is_a_token(run):
+def test_every_word_is_a_token(run):
     """So a row has as many tokens as its text has words."""
     tokenizer = weights.load_clip(run / "clip.safetensors").tokenizer
     words = set()
-    for split in ("val", "testA", "testB", "compose"):
+    for split in ("val", "testA", "testB", "compose", "ordinal", "negation", "absent"):
         for index in range(60):
-            item = Shapes(split)[index]
+            item = Shapes(split, wide=True)[index]
             for text in [item["caption"], *item["expressions"]]:
                 words.update(split_words(text))
     assert len(words) > 80
@@ -58,7 +60,7 @@ def folder(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tokenizer = weights.load_clip(run / "clip.safetensors").tokenizer
 
-    def new_clip(seed):  # the same, but for the seconds that learning the words takes
+    def new_clip(seed, wide):  # the same, but for the seconds that learning the words takes
         clip = CLIP(replace(SMALL, vocab_size=tokenizer.vocab_size))
         clip.tokenizer = tokenizer
         return clip
@@ -100,13 +102,15 @@ def test_phrase_truth():
 # --- the data ---
 
 
-def test_twins_differ_in_one_look_alone():
-    """Every object's own look is unlike all others', and its twin has another shape, or another colour."""
+@pytest.mark.parametrize("wide", [False, True])
+def test_twins_differ_in_one_look_alone(wide):
+    """Every object's own look is unlike all others', and its twin has another shape, or another colour. Both are told
+    truly, by expressions that mean the same object."""
     for index in range(40):
-        (scene, twin), (said, twin_said) = draw_pair(np.random.default_rng(index))
+        (scene, twin), (said, twin_said) = draw_pair(np.random.default_rng(index), wide)
         changed = set()
         for a, b in zip(scene.objects, twin.objects):
-            assert (a.x, a.y, a.size, a.filled) == (b.x, b.y, b.size, b.filled)
+            assert (a.x, a.y, a.size, a.filled, a.stretch) == (b.x, b.y, b.size, b.filled, b.stretch)
             changed.add((a.colour != b.colour, a.shape != b.shape))
             assert (a.colour, a.shape) not in HELD_OUT and (b.colour, b.shape) not in HELD_OUT
         assert changed in ({(True, False)}, {(False, True)})
@@ -114,16 +118,25 @@ def test_twins_differ_in_one_look_alone():
         looks = [getattr(obj, own) for obj in scene.objects]
         assert len(set(looks)) == len(looks)
         assert [e.target for e in said] == [e.target for e in twin_said] and said
+        assert len(scene.objects) <= MAX_OBJECTS and all(e.target >= 0 for e in said)
+        for one, spoken in ((scene, said), (twin, twin_said)):
+            for expression in spoken:
+                if expression.kind != "place":
+                    assert Listener(one, expression.text).referents() == [expression.target], expression
         for expression in said:  # an expression does without the look that gives its object away
-            assert getattr(scene.objects[expression.target], own) not in expression.text.split()
+            look = getattr(scene.objects[expression.target], own)
+            words = [word for word, said in ALL_ADJECTIVES.items() if said == ("colour", look)]
+            words += [word for word, shape in ALL_NOUNS.items() if shape == look]
+            assert not any(f" {word} " in f" {expression.text} " for word in words)
 
 
 def test_scenes_without_twins_end():
     """Eight objects of one shape need all colours, and one of them is held out for that shape."""
     rng = np.random.default_rng(0)
-    obj = draw_pair(rng)[0][0].objects[0]
-    scene = replace(draw_pair(rng)[0][0], objects=tuple(replace(obj, shape="star") for _ in range(8)))
-    assert make_twins(rng, scene, "colour", "shape") is None
+    scene = draw_pair(rng, False)[0][0]
+    obj = scene.objects[0]
+    scene = replace(scene, objects=tuple(replace(obj, shape="star") for _ in range(8)))
+    assert make_twins(rng, scene, dict.fromkeys(COLOURS), COLOUR) is None
 
 
 def test_items_depend_on_their_index_alone():
@@ -135,7 +148,8 @@ def test_items_depend_on_their_index_alone():
 
 
 def test_no_split_draws_from_the_random_numbers_of_the_pairs():
-    assert STREAM not in {Shapes(split).number for split in SPLITS}
+    numbers = [Shapes(split, wide=dataset == "shapes-wide").number for dataset in DRAWN for split in DRAWN[dataset]]
+    assert len(set(numbers)) == len(numbers) and not {STREAM, STREAM + 1} & set(numbers)
 
 
 # --- the contrasts ---

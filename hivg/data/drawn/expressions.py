@@ -312,6 +312,8 @@ class Speaker:
         rng = self.rng
         target, attributes = self.head()
         behind = pick(rng, (SIZE, FILL, COLOUR))
+        if behind & self.never:
+            return None
         which = pick(rng, tuple(DIRECTIONS))
         anchors = self.anchors(target, 1)
         if anchors is None:
