@@ -6,7 +6,7 @@ from makers import make_batch, make_hivg
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hivg.clip import similarity
-from hivg.losses import LossWeights
+from hivg.losses import NO_IMAGE, LossWeights
 from hivg.training import criterion as module
 from hivg.training import distributed
 from hivg.training.criterion import Criterion
@@ -32,6 +32,17 @@ def test_contrast_of_bfloat16_features_is_in_float32(monkeypatch):
     assert output.text_features.dtype == torch.bfloat16 and logits_per_text.dtype == torch.float32
     expected = similarity(output.text_features.float(), output.image_features.float(), model.clip.logit_scale)
     assert torch.equal(logits_per_text, expected)
+
+
+def test_contrast_leaves_out_what_was_said_of_no_image(monkeypatch):
+    seen = []
+    whole = module.grounding_losses
+    monkeypatch.setattr(module, "grounding_losses", lambda *args: seen.append(args[3]) or whole(*args))
+    batch = make_training_batch()
+    criterion = Criterion(make_hivg(dtype=torch.float32), LossWeights(), "l1")
+    criterion(batch)
+    criterion(batch | {"present": torch.arange(len(batch["boxes"])) != 1})
+    assert seen[0].tolist() == [0, 1, 2, 3] and seen[1].tolist() == [0, NO_IMAGE, 2, 3]
 
 
 class NoReading(TorchDispatchMode):
@@ -67,6 +78,7 @@ def test_a_step_waits_for_no_number(optimizer):
     loss = Criterion(model, LossWeights(patch_box=1.0, reg_attention=1.0), "l1")
     optimizers = make_optimizers(model, optimizer, 1e-4)
     batch = make_training_batch()
+    batch["present"] = torch.arange(len(batch["boxes"])) != 1
     for _ in range(2):  # the optimizers' state is made in the first
         with NoReading(), torch.autocast("cpu", torch.bfloat16):
             set_learning_rate(optimizers, 1e-3)

@@ -16,7 +16,7 @@ from makers_use import assert_fails, call
 from hivg import weights
 from hivg.data.batches import ShapesTensors, evaluation_batches
 from hivg.data.drawn.expressions import KINDS
-from hivg.data.drawn.scenes import SPLITS, Shapes
+from hivg.data.drawn.scenes import SPLITS, WIDE_SPLITS, Shapes
 from hivg.evaluate import __main__ as evaluate
 from hivg.evaluate import report as reports
 from hivg.evaluate.predict import mask_iou
@@ -28,6 +28,8 @@ SCENES = 6
 def small_splits(monkeypatch):
     for name in ("val", "testB"):
         monkeypatch.setitem(SPLITS, name, (SCENES, SPLITS[name][1]))
+    for name in ("test", "ordinal", "absent"):
+        monkeypatch.setitem(WIDE_SPLITS, name, (SCENES, WIDE_SPLITS[name][1]))
 
 
 def batches(batch_size=64, split="val"):
@@ -176,6 +178,33 @@ def test_report():
     assert evaluate.report(rows).splitlines()[1].endswith(", mask IoU 0.5000 of 2")
 
 
+def test_report_on_the_wider_world():
+    """Of nothing there: counted apart by kind, wrong for the score, and in no accuracy. Ordinals by rank and number."""
+    rows = []
+    for kind, target, iou, score, detail in (
+            ("negation", [0, 0, 9, 9], 0.9, 0.8, ""), ("absent thing", None, 0.0, 0.4, ""),
+            ("ordinal", [0, 0, 9, 9], 0.9, 0.7, "2 of 3"), ("absent rank", None, 0.0, 0.5, ""),
+            ("ordinal", [0, 0, 9, 9], 0.1, 0.7, "1 of 5"), ("absent thing", None, 0.0, 0.6, ""),
+            ("ordinal", [0, 0, 9, 9], 0.2, 0.7, "2 of 3"), ("ordinal", [0, 0, 9, 9], 0.8, 0.9, "3 of 3")):
+        rows.append({"expression": "red star", "kind": kind, "target": target, "iou": iou, "score": score}
+                    | ({"detail": detail} if detail else {}))
+    text = evaluate.report(rows, True)
+    first, _, *lines = text.splitlines()
+    assert first.startswith("Acc@0.5 0.6000 ") and first.endswith(" mean IoU 0.5800, 5 expressions")
+    assert lines[:8] == [
+        "  1-5 words          5 expressions, Acc@0.5 0.6000, mean IoU 0.5800",
+        "  ordinal            4 expressions, Acc@0.5 0.5000, mean IoU 0.5000",
+        "  negation           1 expressions, Acc@0.5 1.0000, mean IoU 0.9000",
+        "Acc@0.5 by rank and number: 2 of 3 0.500 of 2, 3 of 3 1.000 of 1, 1 of 5 0.000 of 1",
+        "  absent rank        1 expressions of nothing there, scored below 0.5 in 0.0000",
+        "  absent thing       2 expressions of nothing there, scored below 0.5 in 0.5000",
+        "score tells right from wrong boxes: AUROC 0.933 (0.5 = not at all)",
+        "score as the chance of being right: expected calibration error 0.3625"]
+    assert "  0.4 to 0.5         1 expressions, mean score 0.400, Acc@0.5 0.000" in lines
+    nothing = [row for row in rows if row["target"] is None]
+    assert evaluate.report(nothing).splitlines() == lines[4:6]
+
+
 # --- the command line (test_evaluate_files.py has people's own files) ---
 
 
@@ -201,6 +230,27 @@ def test_command(model, weights_file, monkeypatch, capfd, tmp_path):
     compared |= evaluate.guessers(Shapes("val"))
     assert last == "for comparison, Acc@0.5: " + ", ".join(f"{k} {v:.4f}" for k, v in compared.items())
     assert (tmp_path / "sheet.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("split", ["test", "ordinal", "absent"])
+def test_command_on_the_wider_world(weights_file, monkeypatch, capfd, tmp_path, split):
+    """To the end, whatever the split has; what it writes can be compared."""
+    path = tmp_path / "rows.jsonl"
+    code, out, err = run(monkeypatch, capfd, "--weights", weights_file, "--dataset", "shapes-wide", "--split", split,
+                         "--device", "cpu", "--per_sample", path, "--sheet", tmp_path / "sheet.png")
+    assert code == 0 and "error" not in err and "nan" not in out
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    kinds = {row["kind"] for row in rows}
+    for row in rows:
+        assert (row["target"] is None) == row["kind"].startswith("absent")
+        assert ("detail" in row) == (row["kind"] == "ordinal")
+        assert row["target"] is not None or row["iou"] == 0 and "mask_iou" not in row
+    for kind in kinds:
+        assert f"\n  {kind} " in out
+    assert ("for comparison" in out) == ("Acc@0.5 by rank" in out) == (split != "absent")
+    if split != "absent":
+        code, out, _ = run(monkeypatch, capfd, "--compare", path, path)
+        assert code == 0 and f"{len([row for row in rows if row['target']])} samples" in out
 
 
 def test_weights_that_are_damaged(model, monkeypatch, capfd, tmp_path):
@@ -231,6 +281,7 @@ def test_sheet_shows_the_worst_first(model, monkeypatch):
 
 @pytest.mark.parametrize("args, word", [
     (["--split", "nope"], "nope"),
+    (["--dataset", "shapes-wide", "--split", "nope"], "shapes-wide has no split"),
     (["--split", "train"], "train"),
     (["--split", "pretrain"], "pretrain"),
     (["--dataset", "coco"], "coco"),
