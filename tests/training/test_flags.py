@@ -84,6 +84,8 @@ def test_presets_are_defaults(monkeypatch):
     (["--masks", "polygon"], "auto, box, segmentation"),
     (["--masks", "box"], "shapes is drawn"),
     (["--annotations", "somewhere"], "shapes is drawn"),
+    (["--dataset", "shapes-wide", "--masks", "box"], "shapes-wide is drawn"),
+    (["--dataset", "shapes-wide", "--hard_mix"], "--hard_mix is for the data set shapes"),
     (["--clip_grad", "0"], "clip_grad"),
     (["--bridge", "golden"], "golden"),
     (["--lora", "deep"], "deep"),

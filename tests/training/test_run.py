@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import train
 from hivg import weights
-from hivg.data.drawn.scenes import HARD_MIX, SPLITS
+from hivg.data.drawn.scenes import HARD_MIX, SPLITS, WIDE_SPLITS
 from hivg.lora import without_adapters
 from hivg.losses import LossWeights
 from hivg.training import optimizers
@@ -35,6 +35,23 @@ def test_what_a_run_writes(whole):
         assert row["lr"] == learning_rate(row["step"] - 1, row["step"], stage.lr, 2)
         assert names <= row.keys()
         assert sum(row[name] for name in names) == pytest.approx(row["loss"], abs=1e-3)
+
+
+def test_a_run_on_the_wider_world(world, tiny, monkeypatch):
+    """Of nothing there it learns and validates, and counts the others alone."""
+    monkeypatch.setitem(WIDE_SPLITS, "val", (6, WIDE_SPLITS["absent"][1] | {"attribute": 1.0}))
+    seen = []
+    predict = train.predict
+
+    def predict_well(*args):
+        rows = predict(*args)
+        seen.extend(rows)
+        return [row | {"iou": 0.9 if row["target"] else 0.0} for row in rows]
+
+    monkeypatch.setattr(train, "predict", predict_well)
+    path = train.train(replace(tiny, dataset="shapes-wide", lora="none", epochs=(1,), epoch_samples=16, lr=(2e-3,)))
+    assert 0 < sum(row["target"] is None for row in seen) < len(seen)
+    assert weights.load(path).info["accuracy"] == 1.0
 
 
 @pytest.mark.slow
