@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from makers_data import (
+    PROGRAMS,
     expected,
     found,
     make_scenes,
@@ -17,6 +18,7 @@ from makers_data import (
     write_list,
     write_mdetr,
     write_own,
+    write_program,
     write_refer,
     xywh,
 )
@@ -40,6 +42,7 @@ WRITERS = {  # name: the function and its arguments
     ".pth, named unc": (write_list, {"dataset": "unc"}),
     "MDETR": (write_mdetr, {}),
     "JSON lines": (write_lines, {}),
+    **{name: (write_program, {"program": name}) for name in PROGRAMS},
 }
 
 
@@ -182,6 +185,62 @@ def test_a_file_of_another_data_set_is_refused(tmp_path, dataset, name):
         splits_of(dataset, tmp_path, file)
 
 
+def test_one_file_may_hold_splits_and_rows_several_expressions(tmp_path):
+    """As SeqTR's does."""
+    splits = {split: make_scenes(tmp_path, 2, seed) for seed, split in enumerate(("train", "val"))}
+    write_program(tmp_path, splits, "SeqTR, SimVG")
+    files = {split: tmp_path / f"refcoco/{split}.json" for split in splits}
+    data = {split: json.loads(file.read_text()) for split, file in files.items()}
+    data["val"][0]["expressions"] = ["the cup", "the red cup"]
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(data, indent=1))
+    assert splits_of("unc", tmp_path, path) == ["train", "val"]
+    assert found(read_samples(tmp_path, "unc", "train", path)) == expected(tmp_path, splits["train"])
+    first, second, *rest = read_samples(tmp_path, "unc", "val", path)
+    assert (first.expression, second.expression) == ("the cup", "the red cup")
+    assert first.box == second.box == splits["val"][0].box
+    assert found(rest) == expected(tmp_path, splits["val"][1:])
+
+
+@pytest.mark.parametrize("name", ["000000001000", "COCO_train2014_000000001000_7", "1000", "train2014/1000.jpg",
+                                  "D:\\coco\\COCO_train2014_000000001000.jpg"])
+def test_a_published_image_has_many_names(tmp_path, name):
+    """Without its suffix, by its number alone, with an object's number behind, and on another machine."""
+    scene = make_scenes(tmp_path, 1, seed=1)[0]
+    path = tmp_path / "unc_val.json"
+    path.write_text(json.dumps([{"image": name, "expression": "cup", "bbox": scene.box}]))
+    sample, = read_samples(tmp_path, "unc", "val", path)
+    assert sample.image == tmp_path / COCO / scene.file and sample.image_id == scene.file
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize("dataset", ["unc", "own"])
+def test_an_unknown_shape_is_refused_by_its_keys(tmp_path, dataset, suffix):
+    path = (tmp_path / "rows").with_suffix(suffix)
+    row = {"id": 1, "image": "a.png", "conversations": [{"from": "human", "value": "the cup"}]}
+    path.write_text(json.dumps([row]) if suffix == ".json" else json.dumps(row) + "\n" + json.dumps(row))
+    with pytest.raises(ValueError) as caught:
+        read_samples(tmp_path, *(("unc", "val", path) if dataset == "unc" else (path, "val")))
+    message = str(caught.value)
+    assert "its rows have id, image, conversations; they need image, expression and bbox" in message
+    assert "\n" not in message and len(message) <= 290
+
+
+def test_empty_lists_and_other_files_are_no_splits(tmp_path):
+    """`trainval` is published empty; results lie among the lists."""
+    write_list(tmp_path, {"val": make_scenes(tmp_path, 2), "trainval": [], "mine": make_scenes(tmp_path, 1, 1)}, "unc")
+    write_list(tmp_path, {"old": []}, "unc", legacy=True)
+    for name in ("refcoco_results.jsonl", "predictions.jsonl"):
+        (tmp_path / "unc" / name).write_text("{}")
+    assert splits_of("unc", tmp_path) == ["val", "mine"]
+    with pytest.raises(ValueError, match="no split 'test' of refcoco; there are mine, val, by file name$"):
+        read_samples(tmp_path, "unc", "test")
+    for path in (tmp_path / "unc").glob("*_*"):
+        path.unlink()
+    with pytest.raises(ValueError, match="no annotations of refcoco"):
+        splits_of("unc", tmp_path)
+
+
 # --- names ---
 
 
@@ -289,7 +348,7 @@ def test_own_images_are_below_the_data_root_or_beside_the_file(tmp_path):
 def test_problems_are_counted_named_and_left_out(tmp_path, capsys):
     """The kinds are in test_lines.py."""
     Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
-    good = {"image": "a.png", "expression": "x", "bbox": [0, 0, 30.5, 20]}  # half a pixel too wide is how people draw
+    good = {"image": "a.png", "expression": "x", "bbox": [9, 0, 30.5, 20]}  # half a pixel too wide is how people draw
     path = tmp_path / "mine.jsonl"
     with open(path, "w") as file:
         for change in ({}, {"image": "b.png"}, {"bbox": [5, 5, 5, 10]}, {"bbox": [9, 5, 7, 10]}):
@@ -297,7 +356,7 @@ def test_problems_are_counted_named_and_left_out(tmp_path, capsys):
         file.write("not JSON\n")
     report = Report()
     samples = read_samples(tmp_path, path, "train", report=report)
-    assert [s.box for s in samples] == [(0.0, 0.0, 30.5, 20.0)]
+    assert [s.box for s in samples] == [(9.0, 0.0, 30.5, 20.0)]
     assert report.problems == {"missing image": 1, "box without area": 2, "incomplete row": 1}
     assert report.first["missing image"].startswith("line 2: ")
     assert report.first["box without area"] == "line 3: a.png: (5.0, 5.0, 5.0, 10.0); boxes are xmin ymin xmax ymax"
@@ -361,7 +420,9 @@ RLE = {"size": [2, 3], "counts": [1, 2, 3]}
 @pytest.mark.parametrize("given, wanted", [
     (None, None), ([], None), ("7.mat", None), ([TRIANGLE, TRIANGLE], [TRIANGLE, TRIANGLE]),
     ((tuple(TRIANGLE),), [tuple(TRIANGLE)]), ([np.array(TRIANGLE)], [TRIANGLE]),
-    ([TRIANGLE[:4]], None), ([[*TRIANGLE, 7.0]], None), ([TRIANGLE, ["r1"] * 6], None), (TRIANGLE, None),
+    ([TRIANGLE[:4]], None), ([[*TRIANGLE, 7.0]], None), ([["r1", ["none"]]], None), (TRIANGLE, None),
+    ([TRIANGLE, ["r1"] * 6, TRIANGLE[:4], TRIANGLE[:2], [], [*TRIANGLE[:5], np.nan]], [TRIANGLE]),
+    ([RLE], [RLE]), ([TRIANGLE, RLE, RLE | {"size": [3, 3]}], [TRIANGLE, RLE]),
     (RLE, RLE), ({"size": (np.int64(2), 3), "counts": (1, 2, 3)}, RLE),
     ({"size": [2.0, "3"], "counts": [1.0, "2", 3]}, RLE),
     ({"size": [2, 3], "counts": b"123"}, {"size": [2, 3], "counts": "123"}), ({"size": [2, 3]}, None)], ids=str)
