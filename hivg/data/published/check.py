@@ -46,7 +46,7 @@ def check(data_root, dataset, annotations=None, decode=False):
             problems += report.lines()
             if decode:
                 lines += decoded(f"{shown(name)} {shown(split, 40)}", samples)
-    if not any(images.values()):
+    if not images or is_own(dataset) and not any(images.values()):
         raise ValueError(problems[0] if problems else f"{shown(dataset)}: it has no expressions")
     lines += leakage(names[0], images)
     if is_own(dataset) and (dataset, "val") not in images:

@@ -152,7 +152,8 @@ def mdetr_rows(data):
 
 
 def lines_rows(path, dataset):
-    """JSON lines: {"image", "expression", "bbox": [xmin, ymin, xmax, ymax]}, optionally "segmentation" and "split"."""
+    """JSON lines: {"image", "expression", "bbox": [xmin, ymin, xmax, ymax]}, optionally "segmentation", "split", and the
+    "width" and "height" of the image."""
     published = DATASETS.get(dataset)
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines() also splits at U+2028, within a text
@@ -169,7 +170,8 @@ def lines_rows(path, dataset):
             rows.append(Row(problem=problem, line=number))
             continue
         rows.append(Row(record.get("image"), record.get("expression"), record.get("bbox"), "xyxy",
-                        published.image_folder if published else None, record.get("segmentation"), split, line=number))
+                        published.image_folder if published else None, record.get("segmentation"), split,
+                        stated_size(record), line=number))
     if not published:
         name_splits(rows)
     return rows

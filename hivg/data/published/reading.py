@@ -190,7 +190,10 @@ class RowCheck:
             raise Problem("no image named", quoted(row.file))
         check_expression(row.expression, row.file)
         image = self.image(row.file, row.image_folder)
-        size = row.size or self.size_of(image)
+        size = self.size_of(image, row.size)
+        if row.size and row.size != size:  # its box is one of another image: a smaller copy, say, or a turned one
+            raise Problem("image of another size than its annotation says", row.file,
+                          "{} x {}, annotated as {} x {}".format(*size, *row.size))
         box = checked_box(row.bbox, row.form, *size, row.file, self.own)
         segmentation = self.segmentation(row.segmentation, size, row.file)
         if self.own and row.segmentation and not segmentation:
@@ -218,14 +221,17 @@ class RowCheck:
                 self.names[folder] = set()
         return self.names[folder]
 
-    def size_of(self, image):
+    def size_of(self, image, stated):
+        """(width, height) of an image. Of a damaged one of a published data set it is the stated one: it stays, and to
+        open it will name it."""
         if image not in self.sizes:
             try:
                 self.sizes[image] = upright_size(image) if self.own else stored_size(image)
-            except ImageTooLarge:
-                raise Problem(f"image of more than {most_pixels()}", image) from None
-            except ImageError:
-                raise Problem("damaged image", image) from None
+            except ImageError as error:
+                if stated and not self.own:
+                    return stated
+                too_large = isinstance(error, ImageTooLarge)
+                raise Problem(f"image of more than {most_pixels()}" if too_large else "damaged image", image) from None
         return self.sizes[image]
 
     def segmentation(self, value, size, file):
