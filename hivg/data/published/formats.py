@@ -152,8 +152,8 @@ def mdetr_rows(data):
 
 
 def lines_rows(path, dataset):
-    """JSON lines: {"image", "expression", "bbox": [xmin, ymin, xmax, ymax]}, optionally "segmentation", "split", and the
-    "width" and "height" of the image."""
+    """JSON lines: {"image", "expression", "bbox": [xmin, ymin, xmax, ymax]}, and optionally "segmentation", "split",
+    and "width" and "height" of the image."""
     published = DATASETS.get(dataset)
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines() also splits at U+2028, within a text
