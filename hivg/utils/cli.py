@@ -65,7 +65,7 @@ def run(main, interrupted="interrupted"):
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):  # killed while the model computes, mostly for its memory
             raise
-        fail(f"{error}; give --workers 0, or free memory")
+        fail(f"{str(error).strip('. ')}; give --workers 0, or free memory")
     sys.exit(code or 0)
 
 
