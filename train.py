@@ -26,6 +26,7 @@ from hivg.lora import without_adapters
 from hivg.losses import DRAWN_WORLD, LossWeights
 from hivg.model import HiVG, HiVGConfig
 from hivg.training import distributed
+from hivg.training.checkpoint import damaged
 from hivg.training.criterion import Criterion
 from hivg.training.log import LOG_STEPS
 from hivg.training.optimizers import clip_and_step, learning_rate, make_optimizers, set_learning_rate
@@ -213,6 +214,8 @@ def train(s: Settings, hooks=Hooks()):
     device, log, saved = run.device, run.log, run.saved
     log.message(f"fusion by {choose_backend(device.type)}")
     table = stages(s)
+    if saved and saved["stage"] >= len(table):
+        raise damaged(run.folder)
 
     for number, stage in enumerate(table):
         if saved and number < saved["stage"]:
@@ -230,7 +233,9 @@ def train(s: Settings, hooks=Hooks()):
         path = run.folder / f"{stage.name}.safetensors"
         first = 0
         if saved and number == saved["stage"]:
-            first, best = run.restore(model, optimizers)
+            first, best = run.restore(model, optimizers, steps)
+            if best >= 0:
+                weights.load_hivg(path)  # the next stage starts from it, so that it can be read is known now
         first_item = first_item_of(s, table, number, dataset.rows, hooks.one_stream)
         batches = training_batches(dataset, first_item, stage.batch_size, steps * stage.accumulate,
                                    first * stage.accumulate, s.workers, distributed.rank(), distributed.world_size(),

@@ -153,7 +153,7 @@ def write_mdetr(root, splits):
         (root / f"finetune_refcoco_{split}.json").write_text(json.dumps(data))
 
 
-def write_lines(root, splits):
+def write_lines(root, splits, sizes=False):
     for split, scenes in splits.items():
         path = root / "refcoco" / f"{split}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,6 +162,8 @@ def write_lines(root, splits):
                 row = {"image": s.file, "expression": s.expression, "bbox": s.box, "id": i}
                 if s.segmentation:
                     row["segmentation"] = s.segmentation
+                if sizes:
+                    row |= s.coco_size()
                 file.write(json.dumps(row) + "\n")
 
 

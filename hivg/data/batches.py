@@ -4,8 +4,10 @@ Worker processes read, augment and tokenise. Images stay bytes until they are on
 """
 
 import os
+import sys
 from functools import cache, lru_cache
 from itertools import chain
+from multiprocessing import Queue, queues
 
 import numpy as np
 import torch
@@ -21,6 +23,10 @@ from hivg.utils.messages import shown
 CPU = torch.device("cpu")
 MASKS = ("auto", "box", "segmentation")
 STAGE_ITEMS = 2**32  # the data of stage n begin at item n times this
+SHARED_MEMORY = "/dev/shm"  # where Linux keeps what processes share; workers send their batches through it
+MORE = "a container gets more by --shm-size=8g"
+LOST = (f"the data workers cannot send their batches: too little shared memory ({MORE}), memory, or open files "
+        "(ulimit -n); --workers 0 does without them")
 
 
 class ShapesTensors(Dataset):
@@ -218,33 +224,68 @@ def evaluation_batches(dataset, batch_size=64, workers=0, rank=0, world_size=1, 
     return make_loader(dataset, order, workers, device)
 
 
-def choose_workers(workers, device):
+def choose_workers(workers, device, batch_bytes=0):
     """The number of processes that prepare this rank's data. -1 = automatic: one for a CPU, whose other cores the model
-    needs; up to 8 for a GPU, out of the cores that each rank has to itself."""
+    needs; up to 8 for a GPU, out of the cores that each rank has to itself; fewer where the shared memory has no room
+    for their batches of so many bytes."""
     if workers >= 0:
         return workers
-    if device.type == "cpu":
-        return 1
-    cores = os.cpu_count() or 1
-    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    if own == cores:  # else the launcher has given each rank cores of its own
-        own //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks on this machine, from torchrun
-    return min(8, max(1, own - 1))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine, from torchrun
+    wanted = 1
+    if device.type != "cpu":
+        cores = os.cpu_count() or 1
+        own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+        if own == cores:  # else the launcher has given each rank cores of its own
+            own //= ranks
+        wanted = min(8, max(1, own - 1))
+    if not batch_bytes or not os.path.isdir(SHARED_MEMORY):
+        return wanted
+    shared = os.statvfs(SHARED_MEMORY)
+    batches = shared.f_bavail * shared.f_frsize // (batch_bytes * ranks)
+    chosen = min(wanted, max(0, batches - 2) // 2)  # two of each worker, and two that the model has or had
+    if chosen < wanted and os.environ.get("LOCAL_RANK", "0") == "0":
+        tell(f"data workers: {chosen} instead of {wanted}, as {SHARED_MEMORY} has no room for more; {MORE}")
+    return chosen
+
+
+@cache  # each line once, not in every epoch
+def tell(line):
+    print(line, file=sys.stderr)
 
 
 def make_loader(dataset, order, workers, device, tokenizer=None):
     """Batches one after another. order: the item indices of each batch. Other arguments as in training_batches.
 
     Raises an item's ValueError, for instance a damaged image's, with its own message: a DataLoader would add the
-    worker's traceback to it."""
+    worker's traceback to it. Raises ValueError if a worker is lost."""
+    # of a row: 3 bytes a pixel, and two masks
+    batch_bytes = max(map(len, order), default=0) * dataset.rows * 5 * dataset.size**2
+    workers = choose_workers(workers, device, batch_bytes)
     # a generator of its own: the loader must not draw from the training's random numbers
     loader = DataLoader(Batches(dataset, order, tokenizer), batch_size=None, collate_fn=unchanged,
-                        num_workers=choose_workers(workers, device), generator=torch.Generator(),
+                        num_workers=workers, worker_init_fn=end_with_a_lost_batch, generator=torch.Generator(),
                         pin_memory=device.type == "cuda")  # lets a GPU copy in the background
-    for batch in loader:
-        if isinstance(batch, ValueError):
-            raise batch
-        yield batch
+    try:
+        if workers:  # as many pipes and semaphores as the loader will make, which prints a traceback if it cannot
+            [Queue() for _ in range(2 * workers + 4)]
+        for batch in loader:
+            if isinstance(batch, ValueError):
+                raise batch
+            yield batch
+    except (RuntimeError, OSError, EOFError) as error:
+        if not workers or str(error).startswith("Caught "):  # raised by an item, not by the loader
+            raise
+        raise ValueError(LOST) from None
+
+
+def end_with_a_lost_batch(worker):
+    """Make this worker end if a batch cannot be sent: its queue would drop the batch, with a traceback, and the loader
+    wait for it for ever. The end of a worker it notices."""
+    def end(*error):
+        os._exit(0)  # with another code the loader raises in the midst of a step, not where it waits for a batch
+
+    queues.Queue._on_queue_feeder_error = end  # no room in the shared memory
+    sys.excepthook = end  # of the thread that hands over open files: no more of them
 
 
 class Batches(Dataset):

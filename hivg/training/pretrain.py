@@ -214,7 +214,7 @@ def pretrain(s: Settings):
     first = 0
     best = -1.0
     if saved:
-        first, best = run.restore(model, optimizers)
+        first, best = run.restore(model, optimizers, steps)
     dataset = Pairs(model.config.image_size, s.seed)
     batches = training_batches(dataset, 0, s.batch_size, steps, first, s.workers, distributed.rank(),
                                distributed.world_size(), device, model.tokenizer)

@@ -11,7 +11,7 @@ from dataclasses import asdict
 import torch
 
 from hivg.training import distributed
-from hivg.training.checkpoint import open_run
+from hivg.training.checkpoint import damaged, open_run
 from hivg.training.log import Log
 from hivg.training.settings import RUNS
 from hivg.utils.cli import choose_device, choose_dtype
@@ -61,28 +61,39 @@ class Run:
             write_whole(path, lambda part: torch.save(state, part), advice)
         self.saved_at = time.monotonic()
 
-    def restore(self, model, optimizers):
+    def restore(self, model, optimizers, steps):
         """Restore the trained parameters, optimizers and random numbers of the saved state -> (steps done, best
         accuracy).
 
-        model: as its stage starts. Raises ValueError for a state of another number of processes.
+        model: as its stage starts. steps: of the stage. Raises ValueError for a state of another number of processes,
+        or one that was damaged or edited.
         """
         state = self.saved
         if len(state["random"]) != distributed.world_size():
             raise ValueError(f"this run was trained by {len(state['random'])} process(es) and is resumed by "
                              f"{distributed.world_size()}; resume it with as many as before")
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if trained.keys() != state["trained"].keys():
+        if {name: p.shape for name, p in trained.items()} != {name: p.shape for name, p in state["trained"].items()}:
             raise ValueError("the state is of a model with other trained parameters; train again under another --name")
         with torch.no_grad():
             for name, p in trained.items():
                 p.copy_(state["trained"][name])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        random = state["random"][distributed.rank()]
-        torch.set_rng_state(random["cpu"])
-        if "cuda" in random:
-            torch.cuda.set_rng_state(random["cuda"])
+        try:
+            if state["step"] > steps:
+                raise ValueError
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                groups = optimizer.state_dict()["param_groups"]  # its numbers are settings
+                optimizer.load_state_dict(saved | {"param_groups": groups})
+                if any(t.ndim and t.shape != p.shape for p, kept in optimizer.state.items() for t in kept.values()):
+                    raise ValueError
+            random = state["random"][distributed.rank()]
+            torch.set_rng_state(random["cpu"])
+            if "cuda" in random:
+                torch.cuda.set_rng_state(random["cuda"])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # anything can be in a state that was edited
+            raise damaged(self.folder) from None
         self.log.restart_clock()
         return state["step"], state["best"]
 

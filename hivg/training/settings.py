@@ -68,6 +68,9 @@ class RunSettings:
                 value = type(f.default)(**value)
                 setattr(self, f.name, value)
             choices = f.metadata["choices"]
+            kind = (float, int) if f.type is float else type(f.default)
+            if not isinstance(value, kind):
+                raise ValueError(f"--{f.name} must be of type {type(f.default).__name__}, not {value!r:.60}")
             if choices and value not in choices:
                 raise ValueError(f"--{f.name} must be one of {', '.join(choices)}, not {value!r:.60}")
             numbers = vars(value).values() if is_dataclass(value) else value if isinstance(value, tuple) else [value]
@@ -157,7 +160,7 @@ def settings_from_flags(settings, description, defaults_of=None):
     state = load_state(run)["settings"]
     try:
         saved = vars(settings(**state))
-    except TypeError:  # a setting that is unknown
+    except (TypeError, ValueError):  # a setting that is unknown, or not what it may be
         saved = {}
     if state.keys() != saved.keys():
         raise ValueError(f"{run}/state.pt: a state of another version of the program; train again under another --name")

@@ -62,6 +62,10 @@ def run(main, interrupted="interrupted"):
         fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error)
     except ValueError as error:
         fail(error)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):  # killed while the model computes, mostly for its memory
+            raise
+        fail(f"{str(error).strip('. ')}; give --workers 0, or free memory")
     sys.exit(code or 0)
 
 

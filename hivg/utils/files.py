@@ -13,7 +13,8 @@ FULL_DISK = ("[enforce fail", "PytorchStreamWriter", "basic_ios")  # how torch.s
 
 
 def write_whole(path, write, advice=ADVICE):
-    """Call write(a path beside it), then rename: a program that is killed leaves the old file or the new one, whole.
+    """Call write(a path beside it), then rename: a program that is killed, or a power cut, leaves the old file or the
+    new one, whole.
 
     advice: how the error message ends. Raises OSError, one line that names the file.
     """
@@ -21,6 +22,8 @@ def write_whole(path, write, advice=ADVICE):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(part)
+        with open(part, "rb+") as file:  # else a power cut may keep the new name and lose what it names
+            os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save, on a full disk
         with suppress(OSError):

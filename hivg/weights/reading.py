@@ -51,8 +51,11 @@ class File(NamedTuple):
 
 
 def read(path):
-    """Any weights file -> File. Raises WeightsError."""
+    """Any weights file -> File. weights/NAME, as settings and pages call a file, is found from any folder: if it is not
+    below the current one, it is the one beside the program. Raises WeightsError."""
     path = Path(path)
+    if path.parent == Path("weights") and not os.path.exists(path) and os.path.isfile(bundled(path.name)):
+        path = bundled(path.name)
     try:
         if not os.path.isfile(path):  # unlike path.is_file(), False for a name that no file can have
             raise NotThisKind("is a folder; name a weights file in it" if os.path.isdir(path) else

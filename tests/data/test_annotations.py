@@ -26,11 +26,13 @@ from PIL import Image
 
 from hivg.data.batches import open_dataset
 from hivg.data.published.catalogue import COCO, DATASETS, FLICKR, REFERIT, canonical
-from hivg.data.published.check import splits_of
+from hivg.data.published.check import check, splits_of
 from hivg.data.published.formats import val_images
 from hivg.data.published.reading import Report, checked_segmentation, read_samples
 from hivg.utils.messages import shown
 
+TURNED = Image.Exif()
+TURNED[0x0112] = 6  # by 90 degrees
 WRITERS = {  # name: the function and its arguments
     "REFER, Python 2": (write_refer, {"dump": python2}),
     "REFER, Python 3": (write_refer, {"dump": pickle.dumps}),
@@ -401,7 +403,47 @@ def test_file_names_without_their_object(tmp_path):
     assert found(read_samples(tmp_path, "refcoco", "val")) == expected(tmp_path, scenes)
 
 
-def test_a_stated_size_saves_opening_the_image(tmp_path):
+SIZED = {name: WRITERS[name] for name in ("REFER, Python 2", ".pth", "MDETR")} | {
+    "JSON lines": (write_lines, {"sizes": True})}
+
+
+@pytest.mark.parametrize("change", [lambda width, height: (width // 2, height // 2),
+                                    lambda width, height: (height, width + 1)], ids=["smaller", "turned"])
+@pytest.mark.parametrize("writer", SIZED)
+def test_an_image_of_another_size_than_stated_is_left_out(tmp_path, writer, change):
+    """Its boxes are those of another image."""
+    scenes = make_scenes(tmp_path)
+    write, arguments = SIZED[writer]
+    write(tmp_path, {"train": scenes}, **arguments)
+    assert found(read_samples(tmp_path, "refcoco", "train")) == expected(tmp_path, scenes)
+    bad = scenes[0]
+    size = change(*bad.size)
+    Image.new("RGB", size).save(tmp_path / COCO / bad.file)
+    report = Report()
+    samples = read_samples(tmp_path, "refcoco", "train", report=report)
+    assert found(samples) == expected(tmp_path, [scene for scene in scenes if scene.file != bad.file])
+    line, = report.lines()
+    assert f"{bad.file}: {size[0]} x {size[1]}, annotated as {bad.size[0]} x {bad.size[1]}" in line
+    assert line in check(tmp_path, "refcoco", decode=True)
+    for scene in scenes:
+        Image.new("RGB", change(*scene.size)).save(tmp_path / COCO / scene.file)
+    assert f"{len(scenes)} left out, image of another size" in check(tmp_path, "refcoco", decode=True)
+
+
+def test_a_size_stated_for_own_images_is_that_of_the_upright_one(tmp_path):
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=TURNED)
+    row = {"image": "a.jpg", "expression": "cup", "bbox": [1, 2, 11, 25], "width": 20, "height": 30}
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps(row))
+    assert len(read_samples("nowhere", path, "train")) == 1
+    path.write_text(json.dumps(row | {"width": 30, "height": 20}))
+    report = Report()
+    assert not read_samples("nowhere", path, "train", report=report)
+    assert "a.jpg: 20 x 30, annotated as 30 x 20" in report.lines()[0]
+
+
+def test_a_damaged_image_whose_size_is_stated_stays(tmp_path):
+    """It is named when it is opened."""
     scenes = make_scenes(tmp_path)
     write_list(tmp_path, {"val": scenes})
     write_list(tmp_path, {"val": scenes}, "unc+", new=False)

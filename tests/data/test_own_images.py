@@ -157,7 +157,7 @@ def test_too_large_an_image_is_not_damaged(tmp_path, own):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_outline_of_another_size_is_named(tmp_path, workers):
-    """A published list that states another size than the image has."""
+    """The image was replaced after its annotations were read."""
     scenes = make_scenes(tmp_path, 1)[:1]
     path = tmp_path / COCO / scenes[0].file
     width, height = scenes[0].size
@@ -165,8 +165,8 @@ def test_an_outline_of_another_size_is_named(tmp_path, workers):
     row = (scenes[0].file, scenes[0].coco_size(), [1, 1, 5, 5], "cup", rle)
     (tmp_path / "unc").mkdir()
     torch.save([row], tmp_path / "unc/unc_val.pth")
-    Image.new("RGB", (7, 7)).save(path)
     data = open_dataset("unc", "val", 32, data_root=tmp_path, masks="segmentation")
+    Image.new("RGB", (7, 7)).save(path)
     with pytest.raises(ValueError) as caught:
         list(training_batches(data, 0, 1, 1, workers=workers))
     message = str(caught.value)

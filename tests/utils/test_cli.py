@@ -39,8 +39,16 @@ def test_what_went_wrong_is_one_line(capfd):
 
 
 def test_an_error_of_the_program_keeps_its_traceback():
-    with pytest.raises(KeyError):
-        run(raising(KeyError("x")))
+    for error in (KeyError("x"), RuntimeError("x")):
+        with pytest.raises(type(error)):
+            run(raising(error))
+
+
+def test_a_worker_that_the_system_ends_is_one_line(capfd):
+    """As PyTorch's signal handler raises it, anywhere in the program."""
+    told = "DataLoader worker (pid 7) is killed by signal: Killed"
+    assert ended(capfd, raising(RuntimeError(f"{told}. "))) == (
+        2, "begun\n", f"error: {told}; give --workers 0, or free memory\n")
 
 
 @pytest.mark.parametrize("capability, wanted", [((7, 5), torch.float32), ((8, 0), torch.bfloat16),

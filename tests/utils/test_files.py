@@ -45,6 +45,16 @@ def test_a_full_disk_leaves_the_old_file_alone(tmp_path, write):
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"] and path.read_text() == "old"
 
 
+def test_the_bytes_are_on_the_disk_before_the_name(tmp_path, monkeypatch):
+    """Else a power cut may keep the name alone."""
+    calls = []
+    for name in ("fsync", "replace"):
+        function = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, f=function, name=name: calls.append(name) or f(*args))
+    write_whole(tmp_path / "a", lambda part: part.write_text("new"))
+    assert calls == ["fsync", "replace"]
+
+
 def test_folders_are_made_and_nothing_else_is_left(tmp_path):
     write_whole(tmp_path / "a" / "b.pt", lambda part: part.write_text("new"))
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["b.pt"]

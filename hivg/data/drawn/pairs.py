@@ -53,8 +53,8 @@ class Pairs(Dataset):
     texts = {"caption_ids": "captions", "phrase_ids": "phrases", "token_ids": "expressions"}  # what is tokenised
     normalization = "clip"
 
-    def __init__(self, image_size, seed=0):
-        self.image_size = image_size
+    def __init__(self, size, seed=0):
+        self.size = size
         self.seed = seed
 
     def __len__(self):
@@ -70,7 +70,7 @@ class Pairs(Dataset):
     def image_item(self, rng, scene, expressions, few):
         """The part of an item that is about one image. few: the numbers of the objects that the caption names."""
         image, _ = draw(scene)
-        letterbox = Letterbox(*image.size, self.image_size)
+        letterbox = Letterbox(*image.size, self.size)
         text = caption(replace(scene, objects=tuple(scene.objects[i] for i in few)), rng)
         phrases, named = object_phrases(scene, rng)
         named = [attribute_ids(obj, attributes) for obj, attributes in zip(scene.objects, named)]

@@ -35,9 +35,11 @@ def check(data_root, dataset, annotations=None, decode=False):
             try:
                 samples = read_samples(data_root, name, split, annotations, report)
             except ValueError as error:
-                if name == names[0]:
+                if name == names[0] and isinstance(error, NoSplit):
+                    missing.append(str(error))
+                elif name == names[0]:
                     lines.append(str(error))
-                    (missing if isinstance(error, NoSplit) else problems).append(str(error))
+                    problems.append(str(error))
                 continue
             images[name, split] = {sample.image_id for sample in samples}
             published = f" ({count:,} published)" if count else ""
@@ -47,8 +49,9 @@ def check(data_root, dataset, annotations=None, decode=False):
             problems += report.lines()
             if decode:
                 lines += decoded(f"{shown(name)} {shown(split, 40)}", samples)
-    if not any(images.values()):
+    if not images or is_own(dataset) and not any(images.values()):
         raise ValueError([*problems, *missing, f"{shown(dataset)}: it has no expressions"][0])
+    lines += missing  # after the reasons of the rows that there are
     lines += leakage(names[0], images)
     if is_own(dataset) and (dataset, "val") not in images:
         lines.append(f'{shown(dataset)}: it has no val, which train.py needs; write "split": "val" in the rows of some '

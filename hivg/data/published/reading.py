@@ -185,7 +185,10 @@ class RowCheck:
         """A Row -> Sample. Raises Problem."""
         image, image_id = self.image(row)
         check_expression(row.expression, row.file)
-        size = self.size_of(row, image)
+        size = self.size_of(image, row.size)
+        if row.size and row.size != size:  # its box is one of another image: a smaller copy, say, or a turned one
+            raise Problem("image of another size than its annotation says", row.file,
+                          "{} x {}, annotated as {} x {}".format(*size, *row.size))
         box = checked_box(row.bbox, row.form, *size, row.file, self.own)
         segmentation = self.segmentation(row.segmentation, size, row.file)
         if self.own and row.segmentation and not segmentation:
@@ -229,17 +232,17 @@ class RowCheck:
                 self.folders[folder] = "", {}
         return self.folders[folder]
 
-    def size_of(self, row, image):
-        """(width, height): people's own images are measured. Raises Problem."""
-        if row.size and not self.own:
-            return row.size
+    def size_of(self, image, stated):
+        """(width, height) of an image. Of a damaged one of a published data set it is the stated one: it stays, and to
+        open it will name it."""
         if image not in self.sizes:
             try:
                 self.sizes[image] = upright_size(image) if self.own else stored_size(image)
-            except ImageTooLarge:
-                raise Problem(f"image of more than {most_pixels()}", image) from None
-            except ImageError:
-                raise Problem("damaged image", image) from None
+            except ImageError as error:
+                if stated and not self.own:
+                    return stated
+                too_large = isinstance(error, ImageTooLarge)
+                raise Problem(f"image of more than {most_pixels()}" if too_large else "damaged image", image) from None
         return self.sizes[image]
 
     def refuse_other_form(self, rows):
@@ -248,7 +251,7 @@ class RowCheck:
         for row in rows:
             try:
                 if row.place and all(map(isfinite, box := four_numbers(row.bbox, own=True))):
-                    boxes.append((box, row.form, self.size_of(row, self.image(row)[0])))
+                    boxes.append((box, row.form, row.size or self.size_of(self.image(row)[0], None)))
             except (Problem, TypeError, ValueError, OverflowError):  # told where the row is read
                 continue
         if found := other_form(boxes):
