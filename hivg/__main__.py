@@ -90,7 +90,8 @@ def list_images(names):
             paths.append(str(name))
             continue
         try:
-            inside = sorted(path for path in Path(name).iterdir() if path.suffix.lower() in suffixes)
+            visible = [path for path in Path(name).iterdir() if not path.name.startswith(".")]
+            inside = sorted(path for path in visible if path.suffix.lower() in suffixes)
         except OSError as error:
             raise ImageError(f"{shown(name)}: cannot be listed ({error.strerror}); check the folder") from None
         if not inside:
