@@ -235,14 +235,14 @@ def choose_workers(workers, device):
 def make_loader(dataset, order, workers, device, tokenizer=None):
     """Batches one after another. order: the item indices of each batch. Other arguments as in training_batches.
 
-    Raises an item's ValueError, for instance a damaged image's, with its own message: a DataLoader would add the
-    worker's traceback to it."""
+    Raises an item's ValueError or MemoryError, for instance a damaged image's, with its own message: a DataLoader would
+    add the worker's traceback to it."""
     # a generator of its own: the loader must not draw from the training's random numbers
     loader = DataLoader(Batches(dataset, order, tokenizer), batch_size=None, collate_fn=unchanged,
                         num_workers=choose_workers(workers, device), generator=torch.Generator(),
                         pin_memory=device.type == "cuda")  # lets a GPU copy in the background
     for batch in loader:
-        if isinstance(batch, ValueError):
+        if isinstance(batch, Exception):
             raise batch
         yield batch
 
@@ -261,7 +261,7 @@ class Batches(Dataset):
     def __getitem__(self, number):
         try:
             batch = collate([self.dataset[index] for index in self.order[number]])
-        except ValueError as error:
+        except (ValueError, MemoryError) as error:
             return error
         batch["normalization"] = self.dataset.normalization
         if self.tokenizer:

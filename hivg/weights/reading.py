@@ -15,6 +15,7 @@ from hivg.clip import CLIPConfig
 from hivg.model import HiVGConfig
 from hivg.tokenizer import Tokenizer
 from hivg.utils import pickles
+from hivg.utils.memory import enough_memory, is_out_of_memory
 from hivg.utils.messages import quoted, shown
 from hivg.weights.check_config import check_config, check_types
 from hivg.weights.clip_names import NotThisKind, huggingface_clip, openai_clip
@@ -54,16 +55,17 @@ class File(NamedTuple):
 
 
 def read(path):
-    """Any weights file -> File. Raises WeightsError."""
+    """Any weights file -> File. Raises WeightsError, and MemoryError, one line too, where memory runs out."""
     path = Path(path)
     try:
         if not os.path.isfile(path):  # unlike path.is_file(), False for a name that no file can have
             raise NotThisKind("is a folder; name a weights file in it" if os.path.isdir(path) else
                               f"no such weights file; {shown(bundled('README.md'), 80)} says where to get some")
-        file = read_any(path)
-        with valid_settings(path, file.kind):
-            check_config(file.config, len(file.tensors))
-        return file
+        with enough_memory(f"{shown(path)}: ", "close other programs, or use a smaller model"):
+            file = read_any(path)
+            with valid_settings(path, file.kind):
+                check_config(file.config, len(file.tensors))
+            return file
     except WeightsError:
         raise
     except (NotThisKind, pickles.RefusedError) as error:
@@ -83,6 +85,8 @@ def valid_settings(path, kind):
     try:
         yield
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = f"no {shown(error)} in it" if isinstance(error, KeyError) else shown(error)
         source = "that this version of train.py wrote" if kind in ("clip", "hivg") else "as it was published"
         raise WeightsError(f"{shown(path)}: its settings are not valid for {KINDS[kind]} ({reason}); use a file "
