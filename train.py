@@ -307,4 +307,5 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main, "interrupted; the same command with --resume continues")
+    run(main, "interrupted; the same command with --resume continues",
+        "lower --batch_size and raise --accumulate as much, set --recompute, or lower --workers")

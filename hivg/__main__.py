@@ -19,11 +19,13 @@ from hivg.data.images import ImageError
 from hivg.grounder import DEFAULT_WEIGHTS, HEATMAPS, Grounder, draw_results
 from hivg.utils.cli import Parser, Progress, add_machine_flags, run
 from hivg.utils.files import save_image
+from hivg.utils.memory import enough_memory
 from hivg.utils.messages import shown
 from hivg.weights import bundled
 
 EXAMPLE = bundled("example.png")
 EXAMPLE_EXPRESSION = "the star left of the blue square"
+LOWER = "make the image smaller, or give fewer expressions at a time"  # where memory runs out
 UNREADABLE = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow recognises these, but cannot read them
 
 
@@ -90,7 +92,8 @@ def list_images(names):
             paths.append(str(name))
             continue
         try:
-            inside = sorted(path for path in Path(name).iterdir() if path.suffix.lower() in suffixes)
+            visible = [path for path in Path(name).iterdir() if not path.name.startswith(".")]
+            inside = sorted(path for path in visible if path.suffix.lower() in suffixes)
         except OSError as error:
             raise ImageError(f"{shown(name)}: cannot be listed ({error.strerror}); check the folder") from None
         if not inside:
@@ -182,8 +185,9 @@ def main():
     warnings = [line for text in dict.fromkeys(args.expression) for line in grounder.warnings(text)]
     for number, image in enumerate(images):
         try:
-            results = grounder.ground(image, args.expression, attention=args.heatmap == "attention")
-        except ImageError as error:
+            with enough_memory(f"{shown(image, 150)}: ", LOWER):
+                results = grounder.ground(image, args.expression, attention=args.heatmap == "attention")
+        except (ImageError, MemoryError) as error:
             if not several:
                 raise
             print(f"error: {error}", file=sys.stderr)
@@ -206,7 +210,7 @@ def main():
 
 def start():
     """The command `hivg-ground`."""
-    run(main)
+    run(main, lower=LOWER)
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def draw_results(results, heatmap=False, mask=False, min_score=0.0):
             boxes.append([factor * v for v in result.box])
             labels.append(drawable(clean_text(result.expression), f"#{number}"))
     return draw_boxes(
-        ImageOps.scale(first.image, factor, Image.Resampling.NEAREST),
+        ImageOps.scale(first.image, factor, Image.Resampling.NEAREST) if factor > 1 else first.image,  # it is copied
         boxes,
         labels,
         heatmap=first.on_square(heatmap)[window] if heatmap else None,

@@ -256,8 +256,8 @@ def tell(line):
 def make_loader(dataset, order, workers, device, tokenizer=None):
     """Batches one after another. order: the item indices of each batch. Other arguments as in training_batches.
 
-    Raises an item's ValueError, for instance a damaged image's, with its own message: a DataLoader would add the
-    worker's traceback to it. Raises ValueError if a worker is lost."""
+    Raises an item's ValueError or MemoryError, for instance a damaged image's, with its own message: a DataLoader would
+    add the worker's traceback to it. Raises ValueError if a worker is lost."""
     # of a row: 3 bytes a pixel, and two masks
     batch_bytes = max(map(len, order), default=0) * dataset.rows * 5 * dataset.size**2
     workers = choose_workers(workers, device, batch_bytes)
@@ -269,7 +269,7 @@ def make_loader(dataset, order, workers, device, tokenizer=None):
         if workers:  # as many pipes and semaphores as the loader will make, which prints a traceback if it cannot
             [Queue() for _ in range(2 * workers + 4)]
         for batch in loader:
-            if isinstance(batch, ValueError):
+            if isinstance(batch, Exception):
                 raise batch
             yield batch
     except (RuntimeError, OSError, EOFError) as error:
@@ -302,7 +302,7 @@ class Batches(Dataset):
     def __getitem__(self, number):
         try:
             batch = collate([self.dataset[index] for index in self.order[number]])
-        except ValueError as error:
+        except (ValueError, MemoryError) as error:
             return error
         batch["normalization"] = self.dataset.normalization
         if self.tokenizer:

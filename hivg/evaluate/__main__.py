@@ -178,4 +178,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, lower="lower --batch_size or --workers, or make the largest images smaller")

@@ -7,6 +7,7 @@ import zipfile
 import torch
 
 from hivg.training import distributed
+from hivg.utils.memory import is_out_of_memory
 
 try:
     import fcntl
@@ -58,9 +59,9 @@ def load_state(run):
         return state
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error}); nothing of it is lost") from None
-    except MemoryError:
-        raise ValueError(f"{path}: not enough memory to read it; nothing of it is lost") from None
-    except Exception:  # torch.load raises nearly anything
+    except Exception as error:  # torch.load raises nearly anything
+        if is_out_of_memory(error):
+            raise ValueError(f"{path}: not enough memory to read it; nothing of it is lost") from None
         raise damaged(run) from None
 
 

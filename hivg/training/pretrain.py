@@ -261,4 +261,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main, "interrupted; the same command with --resume continues")
+    run(main, "interrupted; the same command with --resume continues", "lower --batch_size or --workers")

@@ -16,6 +16,7 @@ from hivg.training.log import Log
 from hivg.training.settings import RUNS
 from hivg.utils.cli import choose_device, choose_dtype
 from hivg.utils.files import write_whole
+from hivg.utils.memory import is_out_of_memory
 
 
 class Run:
@@ -90,9 +91,9 @@ class Run:
             torch.set_rng_state(random["cpu"])
             if "cuda" in random:
                 torch.cuda.set_rng_state(random["cuda"])
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # anything can be in a state that was edited
+        except Exception as error:  # anything can be in a state that was edited
+            if is_out_of_memory(error):
+                raise
             raise damaged(self.folder) from None
         self.log.restart_clock()
         return state["step"], state["best"]

@@ -8,6 +8,7 @@ import time
 
 import torch
 
+from hivg.utils.memory import enough_memory
 from hivg.utils.messages import shown
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -47,11 +48,13 @@ def fail(message, code=2):
     raise SystemExit(code)
 
 
-def run(main, interrupted="interrupted"):
-    """Call main() and exit with the code it returns. A ValueError or OSError is printed as one line, code 2; Ctrl-C
-    prints `interrupted`, code 130; a reader that closes the output early, such as `head`, ends it quietly, code 1."""
+def run(main, interrupted="interrupted", lower="close other programs, or use a machine with more"):
+    """Call main() and exit with the code it returns. A ValueError or OSError is printed as one line, code 2, and where
+    memory runs out one that ends with `lower`; Ctrl-C prints `interrupted`, code 130; a reader that closes the output
+    early, such as `head`, ends it quietly, code 1."""
     try:
-        code = main()
+        with enough_memory("", lower):
+            code = main()
         sys.stdout.flush()  # raises BrokenPipeError here, where it is caught, and not at exit
     except KeyboardInterrupt:
         fail(interrupted, code=130)
@@ -60,7 +63,7 @@ def run(main, interrupted="interrupted"):
         code = 1
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error)
-    except ValueError as error:
+    except (ValueError, MemoryError) as error:
         fail(error)
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):  # killed while the model computes, mostly for its memory

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from hivg.utils.memory import is_out_of_memory
 from hivg.utils.messages import shown
 
 ADVICE = "make room, or write elsewhere"
@@ -28,6 +29,8 @@ def write_whole(path, write, advice=ADVICE):
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save, on a full disk
         with suppress(OSError):
             part.unlink()
+        if is_out_of_memory(error):
+            raise
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         if reason.startswith(FULL_DISK):
             reason = "the disk may be full"

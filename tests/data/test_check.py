@@ -95,7 +95,7 @@ def test_the_reason_of_rows_that_exist_comes_first(tmp_path):
         image.unlink()
     first, reason, *others = check(tmp_path, "refcoco").splitlines()
     assert "refcoco val: 0 expressions" in first and "refcoco_val.pth, val: 2 left out, missing image" in reason
-    assert "no split 'train'" in others[0]
+    assert "no split 'train'" in others[1]
     rows = (tmp_path / "refcoco/refcoco_val.pth").rename(tmp_path / "rows")
     assert "rows, val: 2 left out, missing image" in check(tmp_path, "refcoco", rows)
 

@@ -92,8 +92,9 @@ def test_json_of_several(run, grounder):
 
 
 def test_a_folder_of_other_files(run):
-    """What Pillow knows by name but cannot read is left out, as notes are."""
+    """What Pillow knows by name but cannot read is left out, as notes and a system's hidden files are."""
     make_folder("more", "a.png")
+    Path("more/._a.png").write_bytes(b"\0\x05\x16\x07\0\x02\0\0Mac OS X        ")
     for name in ("film.mpg", "numbers.h5", "weather.grib", "drawing.wmf"):
         Path("more", name).write_bytes(b"no picture")
     assert ground.list_images(["more"]) == ["more/a.png"]
