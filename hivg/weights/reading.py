@@ -52,12 +52,15 @@ class File(NamedTuple):
 
 def read(path):
     """Any weights file -> File. Raises WeightsError."""
+    if not isinstance(path, str | os.PathLike):
+        raise WeightsError(f"{quoted(path)} is not the path of a weights file; give a string or a Path")
     path = Path(path)
     try:
         if not os.path.isfile(path):  # unlike path.is_file(), False for a name that no file can have
             raise NotThisKind("is a folder; name a weights file in it" if os.path.isdir(path) else
                               f"no such weights file; {shown(bundled('README.md'), 80)} says where to get some")
-        file = read_any(path)
+        with torch.device("cpu"):  # whatever the caller's default is
+            file = read_any(path)
         with valid_settings(path, file.kind):
             check_config(file.config, len(file.tensors))
         return file

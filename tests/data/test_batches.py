@@ -1,5 +1,7 @@
 """From data sets to batches of tensors: the same from files as drawn, in an order that depends on the step alone."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -90,6 +92,30 @@ def test_only_training_is_augmented_and_harder(tmp_path):
     assert open_dataset("shapes", "train", 32, train=True, hard_mix=True).shapes.weights == HARD_MIX
     for options in ({"train": True}, {"hard_mix": True}):
         assert open_dataset("shapes", "val", 32, **options).shapes.weights != HARD_MIX
+
+
+def test_a_file_that_was_corrected_is_read_again(tmp_path, monkeypatch):
+    """One that was not, once only; another of the same name is another."""
+    read = []
+    monkeypatch.setattr(batches, "read_samples", lambda *args: read.append(args) or make_samples(tmp_path, 1))
+    path = write_own(tmp_path, 2, split="val")
+    for _ in range(2):
+        open_dataset(str(path), "val", 32)
+    assert len(read) == 1
+    before = os.stat(path)
+    text = path.read_text()
+    path.write_text(text.replace("cup", "CUP") if "cup" in text else text[::-1])  # of the same length
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    open_dataset(str(path), "val", 32)
+    assert len(read) == 2
+    refer = tmp_path / "refcoco"
+    refer.mkdir()
+    for name in ("refs(unc).p", "instances.json"):
+        (refer / name).write_text("x")
+    open_dataset("refcoco", "val", 32, data_root=tmp_path)
+    (refer / "instances.json").write_text("corrected")
+    open_dataset("refcoco", "val", 32, data_root=tmp_path)
+    assert len(read) == 4
 
 
 def test_a_data_set_without_samples_is_refused(tmp_path, capsys):
