@@ -18,7 +18,7 @@ from PIL import Image
 from hivg.data.images import ImageError
 from hivg.grounder import DEFAULT_WEIGHTS, HEATMAPS, Grounder, draw_results
 from hivg.utils.cli import Parser, Progress, add_machine_flags, run
-from hivg.utils.files import save_image
+from hivg.utils.files import refuse_to_replace, save_image
 from hivg.utils.memory import enough_memory
 from hivg.utils.messages import shown
 from hivg.weights import bundled
@@ -130,21 +130,7 @@ def refuse_to_overwrite(images, targets):
     targets = [target for target in targets if target]
     if len(set(map(os.path.abspath, targets))) < len(targets):
         raise ValueError("a drawing would replace a mask; give --output and --save_masks different folders")
-    image_at = {file_id(image): image for image in images}
-    for target in targets:
-        found = file_id(target)
-        if found and found in image_at:
-            raise ValueError(f"{image_at[found]}: {target} would replace the image; give another --output or "
-                             "--save_masks")
-
-
-def file_id(path):
-    """(device, inode) of a file, the same by whatever path; None if there is none."""
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError):  # ValueError: a name that no file can have
-        return None
-    return found.st_dev, found.st_ino
+    refuse_to_replace(images, targets, "give another --output or --save_masks")
 
 
 def report(args, image, results):
@@ -172,7 +158,6 @@ def report(args, image, results):
 def main():
     """-> the exit code: 0, or 1 if one of several images could not be read."""
     args = arguments()
-    sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack characters of an expression
     images = list_images(args.images)
     grounder = Grounder.from_pretrained(args.weights, args.device, args.dtype)
     several = len(images) > 1 or os.path.isdir(args.images[0])

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from hivg.utils.charts import plot_panels
+from hivg.utils.files import write_whole
 
 ROOT = Path(__file__).parents[2]
 QUANTILES = (0.2, 0.5, 0.8)
@@ -114,7 +115,7 @@ class Report:
 
     def save(self, folder, name, charts):
         """FOLDER/NAME.md and, of charts {(title, y label): {curve: [(batch size, y)]}}, FOLDER/NAME.png."""
-        (folder / f"{name}.md").write_text("\n".join(self.lines) + "\n")
+        write_whole(folder / f"{name}.md", lambda part: part.write_text("\n".join(self.lines) + "\n"))
         panels = []
         for (title, y_label), curves in charts.items():
             curves = {curve: sorted(points) for curve, points in curves.items()}

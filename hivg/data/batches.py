@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from hivg.data.augment import Augment
 from hivg.data.drawn.scenes import EXPRESSIONS_PER_SCENE, HARD_MIX, Shapes
 from hivg.data.images import ImageError, open_image, open_published
-from hivg.data.published.reading import read_samples, refuse_annotations
+from hivg.data.published.reading import annotation_path, read_samples, refuse_annotations
 from hivg.data.transforms import Letterbox, normalise
 from hivg.utils.messages import shown
 
@@ -168,7 +168,17 @@ def box_mask(box, size):
     return rows[:, None] & columns
 
 
-cached_samples = cache(read_samples)  # every stage and every validation reads the same
+@lru_cache(maxsize=8)  # every stage and every validation reads the same
+def cached_samples(data_root, dataset, split, annotations, stamps):
+    """read_samples, once for each state of the files; stamps: what changes with it."""
+    return read_samples(data_root, dataset, split, annotations)
+
+
+def stamps_of(data_root, dataset, split, annotations):
+    """What the system knows of the annotation files of a split: it changes with their content. Raises ValueError."""
+    path = annotation_path(data_root, dataset, split, annotations)
+    stats = [os.stat(file) for file in (path, path.with_name("instances.json")) if file.is_file()]
+    return tuple((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats)
 
 
 def open_dataset(dataset, split, size, normalization="clip", seed=0, data_root="data", annotations=None, train=False,
@@ -181,7 +191,8 @@ def open_dataset(dataset, split, size, normalization="clip", seed=0, data_root="
     if dataset == "shapes":
         refuse_annotations(dataset, annotations)
         return ShapesTensors(split, size, normalization, seed, weights=HARD_MIX if hard_mix and train else None)
-    samples = cached_samples(data_root, dataset, split, annotations)
+    stamps = stamps_of(data_root, dataset, split, annotations)
+    samples = cached_samples(data_root, dataset, split, annotations, stamps)
     if not samples:
         raise ValueError(f"{shown(dataset)} {shown(split, 30)}: no samples are left; `python -m hivg.data check "
                          f"{shown(dataset, 90)}` says why")

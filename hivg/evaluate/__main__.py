@@ -20,13 +20,14 @@ from pathlib import Path
 
 from hivg.data.batches import evaluation_batches, open_dataset
 from hivg.data.published.check import splits_of
+from hivg.data.published.reading import annotation_path
 from hivg.evaluate.calibration import calibrated, calibration_of, fit_calibration
 from hivg.evaluate.compare import compare
 from hivg.evaluate.metrics import accuracy
 from hivg.evaluate.predict import predict
 from hivg.evaluate.report import guessers, report, sheet, shuffled
 from hivg.utils.cli import Parser, Progress, add_machine_flags, choose_device, choose_dtype, name_of, run
-from hivg.utils.files import image_format, save_image
+from hivg.utils.files import image_format, refuse_to_replace, save_image, write_whole, written
 from hivg.utils.messages import quoted, shown
 from hivg.weights import build, bundled, load_hivg, need_tokenizer, read, save
 
@@ -72,6 +73,7 @@ def arguments():
 def check_outputs(args):
     """Raises ValueError, before any work, for a file that cannot be written or would replace one that is read."""
     outputs = [path for path in (args.per_sample, args.sheet, args.calibrate) if path]
+    names = list(map(os.path.realpath, outputs))
     for path in outputs:
         is_new = not os.path.exists(path)
         try:
@@ -82,7 +84,7 @@ def check_outputs(args):
                              "folder") from None
         if is_new:
             os.unlink(path)
-        if outputs.count(path) > 1:
+        if names.count(os.path.realpath(path)) > 1:
             raise ValueError(f"{shown(path)}: named twice; give --per_sample, --sheet and --calibrate different files")
         if path == args.calibrate and not is_new and not os.path.samefile(path, args.weights):
             raise ValueError(f"{shown(path)}: exists already; name a new file, or that of --weights")
@@ -91,6 +93,15 @@ def check_outputs(args):
             raise ValueError(f"{shown(path)}: would be replaced while it is read; name another file to write")
     if args.sheet:
         image_format(args.sheet)
+
+
+def refuse_to_replace_data(args, samples):
+    """Raises ValueError for a file to be written that is an image or an annotation file of the data."""
+    outputs = [path for path in (args.per_sample, args.sheet, args.calibrate) if path]
+    advice = "name another file to write"
+    refuse_to_replace({sample.image for sample in samples}, outputs, advice)
+    path = annotation_path(args.data_root, args.dataset, args.split, args.annotations)
+    refuse_to_replace([path, path.with_name("instances.json")], outputs, advice, "annotations")
 
 
 def choose_split(args):
@@ -149,16 +160,17 @@ def save_calibrated(args, calibration, count):
 
 
 def save_rows(path, rows):
-    try:
-        with open(path, "w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    except OSError as error:  # on a full disk it does not name the file
-        raise OSError(f"{shown(path)}: cannot be written ({error.strerror}); make room, or name another file") from None
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device, as /dev/stdout
+        with written(path):
+            Path(path).write_text(text)
+    else:
+        target = os.path.realpath(path) if os.path.islink(path) else path
+        write_whole(Path(target), lambda part: part.write_text(text))
 
 
 def main():
     args = arguments()
-    sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack characters of an expression
     if args.compare:
         print(compare(*args.compare))
         return
@@ -170,6 +182,8 @@ def main():
     args.split = args.split or choose_split(args)
     dataset = open_dataset(args.dataset, args.split, model.config.clip.image_size, model.config.normalization,
                            data_root=args.data_root, annotations=args.annotations, masks="segmentation")
+    if args.dataset != "shapes":
+        refuse_to_replace_data(args, dataset.samples)
     rows = evaluate(args, model, dataset, device, dtype)
     if args.per_sample:
         save_rows(args.per_sample, rows)

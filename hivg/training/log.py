@@ -7,7 +7,7 @@ import time
 
 from hivg.training import distributed
 from hivg.utils.charts import plot_panels
-from hivg.utils.files import write_whole
+from hivg.utils.files import write_whole, written
 
 LOG_STEPS = 50  # steps to a line
 TITLES = {"loss": "Training loss", "accuracy": "Accuracy on val", "lr": "Learning rate"}  # the panels of curves.png
@@ -64,8 +64,9 @@ class Log:
             print(text, file=sys.stderr)
 
     def write(self, row):
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        with written(self.run / "log.jsonl"):
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
 
     def step(self, stage, step, steps, lr, values):
         """Log step `step` (from 1) of `steps`. values: {name: scalar tensor}."""

@@ -13,9 +13,9 @@ import torch
 from hivg.training import distributed
 from hivg.training.checkpoint import damaged, open_run
 from hivg.training.log import Log
-from hivg.training.settings import RUNS
-from hivg.utils.cli import choose_device, choose_dtype
-from hivg.utils.files import write_whole
+from hivg.training.settings import folder_of
+from hivg.utils.cli import check_compile, choose_device, choose_dtype
+from hivg.utils.files import remove_parts, write_whole
 from hivg.utils.memory import is_out_of_memory
 
 
@@ -25,10 +25,14 @@ class Run:
     def __init__(self, s, title):
         """s: RunSettings. title: how the first line of the log begins. Raises ValueError if the folder is in use."""
         self.settings = s
-        self.folder = RUNS / s.name
+        self.folder = folder_of(s.name)
         self.device = distributed.init(choose_device(s.device))
         self.dtype = choose_dtype(s.dtype, self.device)
+        if s.compile:
+            check_compile(self.device)
         self.saved, self.lock = open_run(self.folder, s.resume)  # the lock is held as long as the run exists
+        if self.lock:
+            remove_parts(self.folder)
         self.log = Log(self.folder, self.saved)
         self.log.message(f"{title} on {self.device}, {distributed.world_size()} process(es), matrix products in "
                          f"{self.dtype}")

@@ -58,6 +58,8 @@ def read(path):
     """Any weights file -> File. weights/NAME, as settings and pages call a file, is found from any folder: if it is not
     below the current one, it is the one beside the program. Raises WeightsError, and MemoryError, one line too, where
     memory runs out."""
+    if not isinstance(path, str | os.PathLike):
+        raise WeightsError(f"{quoted(path)} is not the path of a weights file; give a string or a Path")
     path = Path(path)
     if path.parent == Path("weights") and not os.path.exists(path) and os.path.isfile(bundled(path.name)):
         path = bundled(path.name)
@@ -65,8 +67,8 @@ def read(path):
         if not os.path.isfile(path):  # unlike path.is_file(), False for a name that no file can have
             raise NotThisKind("is a folder; name a weights file in it" if os.path.isdir(path) else
                               f"no such weights file; {shown(bundled('README.md'), 80)} says where to get some")
-        with enough_memory(f"{shown(path)}: ", "close other programs, or use a smaller model"):
-            file = read_any(path)
+        with torch.device("cpu"), enough_memory(f"{shown(path)}: ", "close other programs, or use a smaller model"):
+            file = read_any(path)  # on the CPU, whatever the caller's default is
             with valid_settings(path, file.kind):
                 check_config(file.config, len(file.tensors))
             return file

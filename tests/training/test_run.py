@@ -212,6 +212,7 @@ def test_compiled_training_is_the_same(world, tiny, monkeypatch):
     counter = CompileCounterWithBackend("eager")
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compile(model, backend=counter, fullgraph=True))
+    monkeypatch.setattr("hivg.training.run.check_compile", lambda device: None)  # it makes a faster program
     torch._dynamo.reset()
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     s = replace(tiny, epochs=(1, 1, 1, 1), epoch_samples=16)

@@ -329,7 +329,7 @@ def test_a_full_disk_leaves_the_old_drawing_and_masks(run, monkeypatch):
             patch.setattr(Image.Image, "save", fill_disk)
             code, _, err = run(*args)
         assert code == 2 and err.startswith(f"error: {file}: cannot be written (No space left on device); make room")
-        assert Path(file).read_bytes() == before and not list(Path().rglob("*.part"))
+        assert Path(file).read_bytes() == before and not list(Path().rglob("*.part*"))
 
 
 @pytest.mark.parametrize("args", [[], ["--json"]])
