@@ -266,8 +266,8 @@ def end_positions(token_ids):
 
 def at_end_token(x, token_ids):
     """x (B, T, C) -> (B, C): the feature of the end token, which alone has seen the whole text."""
-    row = torch.arange(len(x), device=x.device)
-    return x[row, end_positions(token_ids)]
+    end = end_positions(token_ids)[:, None, None]  # (B, 1, 1)
+    return x.take_along_dim(end, dim=1)[:, 0]  # not x[row, end], whose gradient sorts the rows first
 
 
 class CLIP(nn.Module):
