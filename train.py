@@ -20,6 +20,7 @@ from hivg.bridge import KINDS as BRIDGE_KINDS
 from hivg.data.batches import MASKS, STAGE_ITEMS, evaluation_batches, open_dataset, to_device, training_batches
 from hivg.evaluate.metrics import accuracy, mean
 from hivg.evaluate.predict import predict
+from hivg.fast import training_copy
 from hivg.fusion import choose_backend
 from hivg.lora import MODES as LORA_MODES
 from hivg.lora import without_adapters
@@ -247,10 +248,11 @@ def train(s: Settings, hooks=Hooks()):
             weights.save(path, model, {"stage": stage.name, "accuracy": best})  # kept if the stage never improves it
         if number == 0 and first == 0:
             run.save(number, 0, best, model, optimizers)  # so that every run can be resumed
-        criterion = Criterion(model, s.loss_weights, s.box_loss)
-        criterion = distributed.wrap(criterion, criterion.has_unused_head())
         if s.compile:
             model.compile_blocks()
+        trained = model if s.compile else training_copy(model, run.dtype, together=distributed.world_size() == 1)
+        criterion = Criterion(trained, s.loss_weights, s.box_loss)
+        criterion = distributed.wrap(criterion, criterion.has_unused_head())
         for step in range(first, steps):
             end_of_epoch = (step + 1) % steps_per_epoch == 0
             # a GPU runs ahead of the program, which reads its results at these steps only

@@ -21,6 +21,7 @@ from hivg import lora
 from hivg.boxes import box_on_grid
 from hivg.bridge import KINDS, Bridge
 from hivg.clip import CLIP, MLP, Attention, CLIPConfig, at_end_token, end_positions, similarity
+from hivg.fast import simplify
 
 # vision layers of the CLIP -> blocks with a bridge (counted from 0), visual levels (counted from 1)
 LAYERS = {
@@ -422,9 +423,11 @@ class HiVG(nn.Module):
         return model.train(self.training)
 
     def for_prediction(self, device, dtype):
-        """A new model with the same predictions, ready to be used: adapters merged, in evaluation mode, on the device,
-        its weights stored in `dtype` but for the box head, which stays in float32."""
-        model = self.merged().to(device, dtype).eval()
+        """A new model with the same predictions, ready to be used: adapters merged, products joined (fast.py), frozen,
+        in evaluation mode, on the device, its weights stored in `dtype` but for the box head, which stays float32."""
+        model = self.merged().requires_grad_(False)
+        simplify(model)
+        model = model.to(device, dtype).eval()
         model.box_head.float()
         return model
 
