@@ -95,19 +95,19 @@ class LoRALinear(nn.Module):
 
     def merged(self):
         """A plain nn.Linear with the same output. This module is left as it is."""
-        linear = linear_of(self.folded(), self.bias)
+        linear = linear_of(self.folded(), None if self.bias is None else self.bias.clone())
         linear.requires_grad_(self.weight.requires_grad)  # a frozen layer stays frozen
         return linear.train(self.training)
 
 
 def linear_of(weight, bias):
-    """A nn.Linear with a weight (out, in) and a bias (out) or None, in copies of its own."""
+    """A nn.Linear of this weight (out, in) and bias (out) or None."""
     out_features, in_features = weight.shape
     # on "meta" there is no memory and no random start for numbers that are replaced at once
     linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach().clone())
+    linear.weight = nn.Parameter(weight.detach())
     if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().clone())
+        linear.bias = nn.Parameter(bias.detach())
     return linear
 
 

@@ -24,16 +24,14 @@ class GraphedStep:
         its own, with their state restored. context_length: the most positions of a text. device: where all of it is."""
         self.step = step
         self.context_length = context_length
-        self.device = device
         self.batches = None  # of the step, in memory that stays, with texts of the full length
         self.taken = Counter()  # {length of the texts: steps before its recording}
         self.replays = {}  # {length: a function without arguments that takes the step on self.batches}
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.pool = None  # the memory of all recordings, of which only one runs at a time
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        self.groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        for group in self.groups:
             group["lr"] = torch.zeros((), device=device)  # filled by set_learning_rate
-            if "capturable" in group:  # AdamW's word for this
-                group["capturable"] = True
 
     def __call__(self, parts):
         """parts: a step's batches, as to_device returns them -> what the step returns; the next call overwrites it."""
@@ -75,10 +73,14 @@ class GraphedStep:
         """-> a function that takes the step on what these batches hold when it is called. Recording takes none."""
         if self.stream is None:
             return lambda: self.step(batches)
+        for group in self.groups:
+            group["capturable"] = True  # PyTorch's optimizers must be told, and warn of steps outside of a recording
         graph = torch.cuda.CUDAGraph()
         # thread_local: the thread that pins the next batches' memory may go on meanwhile
         with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
             results = self.step(batches)
+        for group in self.groups:
+            group["capturable"] = False
         self.pool = graph.pool()
 
         def replay():
