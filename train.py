@@ -256,9 +256,10 @@ def train(s: Settings, hooks=Hooks()):
             weights.save(path, model, {"stage": stage.name, "accuracy": best})  # kept if the stage never improves it
         if number == 0 and first == 0:
             run.save(number, 0, best, model, optimizers)  # so that every run can be resumed
+        trained = training_copy(model, run.dtype, together=distributed.world_size() == 1)
         if s.compile:
-            model.compile_blocks()
-        trained = model if s.compile else training_copy(model, run.dtype, together=distributed.world_size() == 1)
+            model.compile_blocks()  # to validate
+            trained.compile_blocks()
         criterion = Criterion(trained, s.loss_weights, s.box_loss)
         criterion = distributed.wrap(criterion, criterion.has_unused_head())
 

@@ -166,8 +166,8 @@ class AddUpdate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_h):
         W, A, B, z, u, kept = ctx.saved_tensors
-        d_u = torch.empty_like(u)
-        torch.baddbmm(parts(u, B), parts(d_h, B), B, beta=0, alpha=ctx.s, out=parts(d_u, B))
+        d_u = torch.empty_like(u)  # filled as a view of n parts; with beta=0 what is there counts for nothing
+        parts(d_u, B).baddbmm_(parts(d_h, B), B, beta=0, alpha=ctx.s)
         d_B = torch.baddbmm(B, parts(d_h, B).mT, parts(u, B), beta=0, alpha=ctx.s)
         d_A = d_u.T @ z
         d_x = None
