@@ -106,15 +106,17 @@ class Attention(nn.Module):
         x = x.unflatten(-1, (self.heads, -1))  # (B, N, heads, C / heads)
         return x.transpose(1, 2)
 
+    def project(self, query, key, value):
+        """-> q (B, N, C), k and v (B, M, C)."""
+        return self.q_proj(query), self.k_proj(key), self.v_proj(value)
+
     def forward(self, query, key=None, value=None, mask=None, causal=False, dropout=0.0):
         """query (B, N, C); key and value (B, M, C), by default the query (self-attention) and the key;
         mask bool, broadcast to (B, heads, N, M), True = may attend -> (B, N, C)."""
         query = to_autocast(query)
         key = query if key is None else to_autocast(key)
         value = key if value is None else to_autocast(value)
-        q = self.split_heads(self.q_proj(query))  # (B, heads, N, C / heads)
-        k = self.split_heads(self.k_proj(key))  # (B, heads, M, C / heads)
-        v = self.split_heads(self.v_proj(value))  # (B, heads, M, C / heads)
+        q, k, v = [self.split_heads(x) for x in self.project(query, key, value)]  # (B, heads, N or M, C / heads)
         y = attend(q, k, v, mask, causal, dropout if self.training else 0.0)  # (B, heads, N, C / heads)
         y = y.transpose(1, 2).flatten(2)  # (B, heads, N, C / heads) -> (B, N, C)
         return self.out_proj(y)
@@ -266,8 +268,8 @@ def end_positions(token_ids):
 
 def at_end_token(x, token_ids):
     """x (B, T, C) -> (B, C): the feature of the end token, which alone has seen the whole text."""
-    row = torch.arange(len(x), device=x.device)
-    return x[row, end_positions(token_ids)]
+    end = end_positions(token_ids)[:, None, None]  # (B, 1, 1)
+    return x.take_along_dim(end, dim=1)[:, 0]  # not x[row, end], whose gradient sorts the rows first
 
 
 class CLIP(nn.Module):

@@ -18,6 +18,7 @@ from hivg.clip import CLIP_SIZES
 from hivg.data.augment import Augment
 from hivg.data.batches import SampleTensors, ShapesTensors
 from hivg.data.published.reading import Sample
+from hivg.fast import training_copy
 from hivg.losses import LossWeights
 from hivg.model import HiVG, HiVGConfig
 from hivg.training.criterion import Criterion
@@ -101,12 +102,13 @@ def count_memory(preset, clip_name, n, dtype=torch.bfloat16):
     """
     with FakeTensorMode():
         model = preset_model(preset, clip_name)
+        copy = training_copy(model, dtype)
         batch = random_batch(n, model.config.clip, CPU)
         with TensorMemory() as memory:
             for _ in range(2):  # the second finds the first one's gradients, as accumulation does
-                forward_backward(model, batch, dtype)
+                forward_backward(copy, batch, dtype)
     adamw = 2 * sum(p.nbytes for p in model.parameters() if p.requires_grad)  # two averages
-    return sum(p.nbytes for p in model.parameters()) + adamw + memory.most
+    return sum(p.nbytes for p in {*model.parameters(), *copy.parameters()}) + adamw + memory.most
 
 
 # ---- random models and batches, and what training does with them
@@ -156,9 +158,10 @@ def forward_backward(model, batch, dtype):
 def train_step_of(model, device, dtype):
     """-> a function that makes a training step on a batch: forward, backward and AdamW's update."""
     optimizers = make_optimizers(model.to(device), "adamw", 1e-4)
+    copy = training_copy(model, dtype)
 
     def train_step(batch):
-        forward_backward(model, batch, dtype)
+        forward_backward(copy, batch, dtype)
         step_optimizers(optimizers)
 
     return train_step

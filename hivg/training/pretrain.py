@@ -31,7 +31,7 @@ from hivg.data.drawn.scenes import Shapes
 from hivg.losses import contrastive_loss
 from hivg.tokenizer import Tokenizer, learn_merges
 from hivg.training import distributed
-from hivg.training.optimizers import clip_and_step, learning_rate, make_optimizers, set_learning_rate
+from hivg.training.optimizers import check_finite, clip_and_step, learning_rate, make_optimizers, set_learning_rate
 from hivg.training.run import Run
 from hivg.training.settings import RunSettings, setting, settings_from_flags
 from hivg.utils.cli import run
@@ -236,8 +236,9 @@ def pretrain(s: Settings):
         loss = sum(terms.values())
         loss.backward()
         values = distributed.mean([{"loss": loss, **terms, "meant": meant}])
-        norm = clip_and_step(model, optimizers, s.clip_grad, values, f"step {step + 1} of the pre-training")
-        log.step("pretrain", step + 1, steps, lr, values | {"gradient_norm": norm})
+        values["gradient_norm"] = clip_and_step(model, optimizers, s.clip_grad)
+        check_finite(f"step {step + 1} of the pre-training", values)
+        log.step("pretrain", step + 1, steps, lr, values)
 
         end_of_epoch = (step + 1) % steps_per_epoch == 0
         if end_of_epoch:

@@ -34,7 +34,7 @@ def test_every_setting_is_a_flag(monkeypatch):
     changed = {}
     for f in fields(Settings):
         # not those that exclude others or stand for them
-        if f.name not in ("preset", "finetune", "resume", "dataset", "masks", "annotations"):
+        if f.name not in ("preset", "finetune", "resume", "dataset", "masks", "annotations", "graph"):
             changed[f.name] = words.get(f.name) or other[type(f.default)](f.default)
     s = Settings(**changed)
     assert parsed(monkeypatch, *flags(s)) == s
