@@ -18,7 +18,7 @@ from hivg.clip import CLIP_SIZES
 from hivg.data.augment import Augment
 from hivg.data.batches import SampleTensors, ShapesTensors
 from hivg.data.published.reading import Sample
-from hivg.losses import LossWeights
+from hivg.losses import DRAWN_WORLD, LossWeights
 from hivg.model import HiVG, HiVGConfig
 from hivg.training.criterion import Criterion
 from hivg.training.optimizers import make_optimizers, step_optimizers
@@ -55,17 +55,18 @@ def bench_step(args):
     20 tokens; first, the count of `count_memory` at the preset's own batch size."""
     device = choose_device(args.device)
     dtype = choose_dtype("auto", device)
-    clip_name = "ViT-L/14" if args.preset.endswith("large") else "ViT-B/16"
-    own = preset_of(args.preset)["batch_size"]
-    counted = count_memory(args.preset, clip_name, own) / 2**30
-    print(f"{args.preset}, {clip_name}, batch {own}, bfloat16: {counted:.1f} GiB counted for a CPU", flush=True)
-    train_step = train_step_of(preset_model(args.preset, clip_name), device, dtype)
+    preset = args.preset or "refcoco-base"
+    clip_name = clip_name_of(preset)
+    own = preset_of(preset)["batch_size"]
+    counted = count_memory(preset, clip_name, own) / 2**30
+    print(f"{preset}, {clip_name}, batch {own}, bfloat16: {counted:.1f} GiB counted for a CPU", flush=True)
+    train_step = train_step_of(preset_model(preset, clip_name), device, dtype)
     for n in args.batch_sizes:
         batch = random_batch(n, CLIP_SIZES[clip_name], device)
         reset_peak_memory(device)
         times = measure(lambda: train_step(batch), 3, device)
         peak = peak_memory(device) / 2**30
-        show(f"{args.preset}, {clip_name}, batch {n}, {name_of(dtype)}, {peak:.1f} GiB", times)
+        show(f"{preset}, {clip_name}, batch {n}, {name_of(dtype)}, {peak:.1f} GiB", times)
 
 
 class TensorMemory(TorchDispatchMode):
@@ -111,9 +112,24 @@ def count_memory(preset, clip_name, n, dtype=torch.bfloat16):
 
 # ---- random models and batches, and what training does with them
 
+# what train.py does without a preset
+DEFAULT_RUN = dict(optimizer="muon", clip_grad=1.0, batch_size=32, lora_rank=16, lora_alpha=16.0, box_loss="l1",
+                   loss_weights=DRAWN_WORLD)
+
+
+def settings_of(preset):
+    return preset_of(preset) if preset else DEFAULT_RUN
+
+
+def clip_name_of(preset):
+    if not preset:
+        return "tiny"
+    return "ViT-L/14" if preset.endswith("large") else "ViT-B/16"
+
+
 def preset_model(preset, clip_name):
-    """The model that a preset trains in its last stage, with random weights."""
-    settings = preset_of(preset)
+    """The model that a preset, or None for the default run, trains in its last stage, with random weights."""
+    settings = settings_of(preset)
     names = ("bridge", "text_layers", "level_norm", "lora_rank", "lora_alpha")
     fields = {name: settings[name] for name in names if name in settings}
     model = last_stage(HiVGConfig.for_clip(CLIP_SIZES[clip_name], **fields))
