@@ -2,6 +2,7 @@
 
 Without a preset, the step of `python train.py`. The last stage's step runs on fake tensors, which have shapes but no
 numbers. Attention, dropout, the fusion and the clipping are a GPU's operators; the others are the same as a CPU's.
+The count is for comparing: an H200's profiler saw 5,583 launches where such a count, of an older state, said 4,868.
 
 A part is the class or file of the innermost function of this project that runs; an operator of the backward belongs to
 the part that made its node of the graph. "step" is all that follows the backward: clipping, update, log.
