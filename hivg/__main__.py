@@ -84,13 +84,13 @@ def short_path(path):
 
 def list_images(names):
     """Files as given, folders as their images, sorted by name. Raises ImageError for a folder without images."""
-    formats = Image.registered_extensions()  # {suffix: format}
-    suffixes = {suffix for suffix, name in formats.items() if name in Image.OPEN and name not in UNREADABLE}
     paths = []
     for name in names:
         if not os.path.isdir(name):  # unlike Path.is_dir, False for a name that no file can have
             paths.append(str(name))
             continue
+        formats = Image.registered_extensions()  # {suffix: format}; the first call imports all of them
+        suffixes = {suffix for suffix, name in formats.items() if name in Image.OPEN and name not in UNREADABLE}
         try:
             visible = [path for path in Path(name).iterdir() if not path.name.startswith(".")]
             inside = sorted(path for path in visible if path.suffix.lower() in suffixes)

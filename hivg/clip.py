@@ -6,6 +6,7 @@ are OpenAI's but for three things: blocks are `blocks`, not `transformer.resbloc
 and the attention keeps q, k and v as three linear layers, so that LoRA can wrap each (weights/clip_names.py).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -157,12 +158,14 @@ class VisionTransformer(nn.Module):
         side = config.image_size // config.patch_size  # patches in a row
         # a convolution whose stride is its kernel is one linear map of each patch
         self.conv1 = nn.Conv2d(3, width, self.patch_size, stride=self.patch_size, bias=False)
-        self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
-        self.positional_embedding = nn.Parameter(sine_positions(side, width))
+        self.class_embedding = nn.Parameter(nn.init.normal_(torch.empty(width), std=width**-0.5))
+        self.positional_embedding = nn.Parameter(torch.empty(1 + side**2, width))
+        if not self.positional_embedding.is_meta:  # else it has no values, and a file brings them
+            self.positional_embedding.data.copy_(sine_positions(side, width))
         self.ln_pre = nn.LayerNorm(width)
         self.blocks = nn.ModuleList([Block(width, config.vision_heads) for _ in range(config.vision_layers)])
         self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
+        self.proj = nn.Parameter(nn.init.normal_(torch.empty(width, config.embed_dim), std=width**-0.5))
 
     def forward(self, images, bridges=None, keys=None, is_key=None):
         """images (B, 3, H, W), normalised, H and W multiples of the patch size -> the list of the hidden states
@@ -237,10 +240,10 @@ class TextTransformer(nn.Module):
         super().__init__()
         width = config.text_width
         self.token_embedding = nn.Embedding(config.vocab_size, width)
-        self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
+        self.positional_embedding = nn.Parameter(nn.init.normal_(torch.empty(config.context_length, width), std=0.01))
         self.blocks = nn.ModuleList([Block(width, config.text_heads) for _ in range(config.text_layers)])
         self.ln_final = nn.LayerNorm(width)
-        self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
+        self.text_projection = nn.Parameter(nn.init.normal_(torch.empty(width, config.embed_dim), std=width**-0.5))
 
     def forward(self, token_ids):
         """token_ids (B, T) long, T <= context length -> the list of the hidden states (B, T, C) after each block,
@@ -283,7 +286,7 @@ class CLIP(nn.Module):
         self.visual = VisionTransformer(config)
         self.text = TextTransformer(config)
         # a logarithm, so that the scale stays positive; OpenAI's start, a temperature of 0.07
-        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.apply(init_module)
         init_residual_branches(self.visual.blocks, config.vision_width)
         init_residual_branches(self.text.blocks, config.text_width)

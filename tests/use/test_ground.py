@@ -362,6 +362,15 @@ def test_process_of_its_own(run, weights_file, grounder):
     assert_fails((done.returncode, done.stdout, done.stderr), "nothing.png: ")
 
 
+def test_start_imports_no_compiler():
+    """torch._dynamo and sympy take a second, a third of the whole command; nothing here needs them."""
+    code = ("import sys, torch; before = set(sys.modules); from hivg.__main__ import main; "
+            "main(); print(*{'torch._dynamo', 'sympy', 'triton'} & (set(sys.modules) - before))")
+    done = subprocess.run([sys.executable, "-c", code, "--json", "--device", "cpu"], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert (done.returncode, done.stdout.splitlines()[1:]) == (0, [""]), done.stderr + done.stdout
+
+
 @pytest.mark.slow
 def test_reader_that_leaves(run, weights_file):
     """As `ground.py a.png --json | head -0`: no traceback."""
