@@ -31,7 +31,8 @@ def pixel_constants(normalization, device):
     """(3, 3, 1, 1): 255, mean and standard deviation of R, G, B."""
     mean, std = NORMALIZATION[normalization]
     # 255 is a tensor too: a GPU replaces division by a scalar with multiplication, which rounds differently
-    return torch.tensor([(255.0,) * 3, mean, std], device=device, dtype=torch.float32)[..., None, None]
+    constants = torch.tensor([(255.0,) * 3, mean, std], device="cpu", dtype=torch.float32)
+    return constants[..., None, None].to(device)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,16 @@ import http.client
 import os
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hivg.utils.cli import Progress
 from hivg.utils.messages import quoted, shown
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 TABLE = "bpe_simple_vocab_16e6.txt.gz"
 HASHES = {
@@ -45,36 +50,48 @@ def download(address, sha256, folder):
     name with its hash, which no other file has. Raises ValueError."""
     path = folder / address.rsplit("/", 1)[1]
     part = path.with_name(f"{path.name}.{sha256[:16]}.part")
-    if path.is_file():
-        if hash_of(path) != sha256:
-            raise ValueError(f"{shown(path)}: exists, but is not the published file (its sha256 differs); remove it "
-                             "and fetch again")
-        return path
-
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    is_resumed = part.is_file() and part.stat().st_size > 0
-    for _ in range(1 + is_resumed):  # a part may be wrong from the start: then once more without it
-        done, total = get(address, part)
-        if path.is_file() and hash_of(path) == sha256:  # another program was faster
-            part.unlink(missing_ok=True)
+    with alone_in(folder):
+        if path.is_file():
+            if hash_of(path) != sha256:
+                raise ValueError(f"{shown(path)}: exists, but is not the published file (its sha256 differs); remove "
+                                 "it and fetch again")
             return path
-        if hash_of(part) == sha256:  # whatever length the server gave
-            with writing(path):
-                os.replace(part, path)
-            return path
-        if done < total:
-            raise ValueError(f"{shown(path)}: the connection ended after {done:,} of {total:,} bytes; run the same "
-                             "command again to resume")
-        part.unlink()
+        is_resumed = part.is_file() and part.stat().st_size > 0
+        for _ in range(1 + is_resumed):  # a part may be wrong from the start: then once more without it
+            done, total = get(address, part)
+            if hash_of(part) == sha256:  # whatever length the server gave
+                with writing(path):
+                    os.replace(part, path)
+                return path
+            if done < total:
+                raise ValueError(f"{shown(path)}: the connection ended after {done:,} of {total:,} bytes; run the "
+                                 "same command again to resume")
+            part.unlink()
     raise ValueError(f"{address}: the server sent something other than the published file (its sha256 differs), which "
                      "was removed; try again later, or from another network")
 
 
+@contextmanager
+def alone_in(folder):
+    """Wait for other programs that download into the folder. Where a folder cannot be locked, as on Windows and on some
+    network file systems, it is not."""
+    if fcntl is None:
+        yield
+        return
+    folder = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
 def get(address, part):
     """Add to `part` the bytes of the address that are not in it yet -> how many it has, and how many the server says
-    there are. Of several programs each writes the same bytes to the same places. Raises ValueError; what was received
-    stays."""
+    there are. Raises ValueError; what was received stays."""
     done = total = part.stat().st_size if part.is_file() else 0
     most = MOST_OF_TABLE if address.endswith(TABLE) else MOST
     request = urllib.request.Request(address, headers={"Range": f"bytes={done}-"} if done else {})
