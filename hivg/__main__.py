@@ -25,6 +25,7 @@ from hivg.weights import bundled
 
 EXAMPLE = bundled("example.png")
 EXAMPLE_EXPRESSION = "the star left of the blue square"
+REPLACING = "give another --output or --save_masks"
 LOWER = "make the image smaller, or give fewer expressions at a time"  # where memory runs out
 UNREADABLE = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow recognises these, but cannot read them
 
@@ -130,7 +131,7 @@ def refuse_to_overwrite(images, targets):
     targets = [target for target in targets if target]
     if len(set(map(os.path.abspath, targets))) < len(targets):
         raise ValueError("a drawing would replace a mask; give --output and --save_masks different folders")
-    refuse_to_replace(images, targets, "give another --output or --save_masks")
+    refuse_to_replace(images, targets, REPLACING)
 
 
 def report(args, image, results):
@@ -164,7 +165,9 @@ def main():
     drawings = drawing_paths(args, images, several)
     numbers = range(1, len(args.expression) + 1) if args.save_masks else []
     masks = [[Path(args.save_masks, f"{name}-{number}.png") for number in numbers] for name in names_of(images)]
-    refuse_to_overwrite(images, [*drawings, *chain.from_iterable(masks)])
+    targets = [*drawings, *chain.from_iterable(masks)]
+    refuse_to_overwrite(images, targets)
+    refuse_to_replace([args.weights], filter(None, targets), REPLACING, "weights")
     progress = Progress("grounded", len(images))
     code = 0
     warnings = [line for text in dict.fromkeys(args.expression) for line in grounder.warnings(text)]

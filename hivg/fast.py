@@ -78,9 +78,10 @@ class Convert(torch.autograd.Function):
 def simplify(model):
     """Join the self-attentions' products and fold QuickGELU's factors, in place, wherever the weights are frozen."""
     for module in list(model.modules()):
-        if isinstance(module, Block) and not module.attn.q_proj.weight.requires_grad:  # W_0's, with adapters or without
-            module.attn = JoinedAttention(module.attn)
-        elif isinstance(module, MLP) and not module.c_fc.weight.requires_grad:
+        if isinstance(module, Block) and not isinstance(module.attn, JoinedAttention):
+            if not module.attn.q_proj.weight.requires_grad:  # W_0's, with adapters or without
+                module.attn = JoinedAttention(module.attn)
+        elif isinstance(module, MLP) and not isinstance(module.gelu, nn.SiLU) and not module.c_fc.weight.requires_grad:
             fold_gelu(module)
 
 

@@ -122,6 +122,8 @@ def draw_results(results, heatmap=False, mask=False, min_score=0.0):
     heatmap = "tokens" if heatmap is True else heatmap
     if heatmap and heatmap not in HEATMAPS:
         raise ValueError(f"heatmap must be one of {', '.join(HEATMAPS)}, not {heatmap!r:.40}")
+    if not results:
+        raise ValueError("draw_results was given no result; ground one expression or more first")
     first = results[0]
     window = first.letterbox.window  # not `first.heatmap`: the image may have many more pixels than the square
     factor = max(1, DRAWN // max(first.image.size))

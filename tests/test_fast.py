@@ -6,7 +6,7 @@ import torch.nn as nn
 from makers import assert_close, loss_of, make_batch, make_hivg, random, randomise
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hivg import fast
+from hivg import fast, weights
 from hivg.fast import simplify, training_copy
 from hivg.lora import JoinedLoRA, LoRALinear
 from hivg.losses import LossWeights
@@ -185,3 +185,13 @@ def test_simplified_model_is_the_same():
     for name in ("boxes", "token_similarity", "mask_logits", "logits_per_text"):
         assert_close(name, getattr(found, name), getattr(expected, name), 1e-9)
     assert isinstance(simple.bridges["0"].mlp.gelu, nn.SiLU)
+    simplify(simple)  # nothing is left to do
+    assert torch.equal(simple(*batch).boxes, found.boxes)
+
+
+def test_a_model_for_prediction_is_not_saved(tmp_path):
+    """It would be read as damaged."""
+    model = make_hivg().for_prediction(torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError, match="made for prediction; save the one that it was made from"):
+        weights.save(tmp_path / "x.safetensors", model)
+    assert not list(tmp_path.iterdir())

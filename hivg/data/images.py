@@ -7,20 +7,21 @@ import logging
 import mmap
 import os
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from hivg.data.metadata import TURNS, turn_of, without_metadata
+from hivg.data.metadata import STARTS, TURNS, turn_of, without_metadata
 from hivg.utils.memory import enough_memory, is_out_of_memory
 from hivg.utils.messages import shown
 
 PATH = 150  # characters of a path that messages show
 PNG_MARKS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # of chunks that may say how a PNG is turned
 SIDEWAYS = [TURNS[orientation] for orientation in (5, 6, 7, 8)]
-TOLD = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp", "transparency")  # of an image, and followed
+# info by which Pillow would turn an image again, or make it transparent
+TOLD = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp", "transparency")
 ROWS = 256  # of an image that are converted at a time
 
 # Pillow logs, and libtiff, which it uses, prints lines of their own about damaged files; our error says it once
@@ -47,8 +48,8 @@ def open_image(image):
     bytes, or an array, (H, W) or (H, W, 1) grey, (H, W, 3) RGB or (H, W, 4) RGBA, of uint8 or of floats in 0..1.
 
     EXIF rotation is applied; of an animation the first frame is taken; transparency becomes white; 16 bits become 8.
-    Raises ImageError, and MemoryError, one line too, where memory runs out: an image takes 4 bytes a pixel, while it is
-    turned 8.
+    Raises ImageError, and MemoryError, one line too, where memory runs out: an RGB image takes 4 bytes a pixel, 8 while
+    it is turned; one with transparency up to 13.
     """
     if isinstance(image, (str, os.PathLike)):
         return _using(image, shown(image, PATH) or "''", _upright)
@@ -126,10 +127,12 @@ def _using(file, name, use):
     except ImageTooLarge:
         raise
     except ImageError:
-        with suppress(ImageError), _decoding(name):
-            if not is_path:
-                file.seek(0)
-            data, info = without_metadata(Path(file).read_bytes() if is_path else file.read())
+        if is_path and not os.path.isfile(file):  # a pipe or a device has no end
+            raise
+        with suppress(ImageError), _decoding(name), open(file, "rb") if is_path else nullcontext(file) as stream:
+            stream.seek(0)
+            start = stream.read(4)
+            data, info = without_metadata(start + stream.read() if start.startswith(STARTS) else start)
             with Image.open(io.BytesIO(data)) as image:
                 image.info |= info
                 return use(image)

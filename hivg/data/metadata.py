@@ -17,6 +17,7 @@ TURNS = {  # EXIF's orientation: what makes the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+STARTS = (b"II*\0", b"MM\0*", b"\xff\xd8", b"\x89PNG", b"RIFF")  # of the files that `without_metadata` takes
 # the tags of a TIFF that its pixels need, and its orientation, 274
 TIFF_TAGS = {254, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325,
              332, 338, 339, 347, 529, 530, 531, 532}

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from hivg.data.batches import evaluation_batches, open_dataset
 from hivg.data.published.check import splits_of
-from hivg.data.published.reading import annotation_path
+from hivg.data.published.reading import images_of, is_own, read_dataset
 from hivg.evaluate.calibration import calibrated, calibration_of, fit_calibration
 from hivg.evaluate.compare import compare
 from hivg.evaluate.metrics import accuracy
@@ -83,7 +83,7 @@ def check_outputs(args):
             raise ValueError(f"{shown(path)}: cannot be written ({error.strerror}); name a file in an existing "
                              "folder") from None
         if is_new:
-            os.unlink(path)
+            os.unlink(os.path.realpath(path))  # of a link that leads nowhere: what was made behind it
         if names.count(os.path.realpath(path)) > 1:
             raise ValueError(f"{shown(path)}: named twice; give --per_sample, --sheet and --calibrate different files")
         if path == args.calibrate and not is_new and not os.path.samefile(path, args.weights):
@@ -95,13 +95,15 @@ def check_outputs(args):
         image_format(args.sheet)
 
 
-def refuse_to_replace_data(args, samples):
-    """Raises ValueError for a file to be written that is an image or an annotation file of the data."""
-    outputs = [path for path in (args.per_sample, args.sheet, args.calibrate) if path]
+def refuse_to_replace_data(args):
+    """Raises ValueError for a file to be written that is an annotation file, or an image of any split that it holds."""
+    outputs = [path for path in (args.per_sample, args.sheet, args.calibrate) if path and os.path.exists(path)]
+    if not outputs:
+        return
     advice = "name another file to write"
-    refuse_to_replace({sample.image for sample in samples}, outputs, advice)
-    path = annotation_path(args.data_root, args.dataset, args.split, args.annotations)
+    path, rows = read_dataset(args.data_root, args.dataset, args.split, args.annotations)
     refuse_to_replace([path, path.with_name("instances.json")], outputs, advice, "annotations")
+    refuse_to_replace(images_of(rows, Path(args.data_root), path, is_own(args.dataset)), outputs, advice)
 
 
 def choose_split(args):
@@ -183,7 +185,7 @@ def main():
     dataset = open_dataset(args.dataset, args.split, model.config.clip.image_size, model.config.normalization,
                            data_root=args.data_root, annotations=args.annotations, masks="segmentation")
     if args.dataset != "shapes":
-        refuse_to_replace_data(args, dataset.samples)
+        refuse_to_replace_data(args)
     rows = evaluate(args, model, dataset, device, dtype)
     if args.per_sample:
         save_rows(args.per_sample, rows)

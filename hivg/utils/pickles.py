@@ -127,7 +127,7 @@ class Array(list):
     def __setstate__(self, state):
         _, shape, dtype, by_columns, data = state
         if 0 not in shape:  # a shape (10^9, 0) would make as many lists
-            self[:] = values(dtype, self.spend(data), shape, "F" if by_columns else "C")
+            self[:] = values(dtype, self.spend(data), shape or (1,), "F" if by_columns else "C")
         del self.spend
 
 

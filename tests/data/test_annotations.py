@@ -461,7 +461,7 @@ RLE = {"size": [2, 3], "counts": [1, 2, 3]}
 
 @pytest.mark.parametrize("given, wanted", [
     (None, None), ([], None), ("7.mat", None), ([TRIANGLE, TRIANGLE], [TRIANGLE, TRIANGLE]),
-    ((tuple(TRIANGLE),), [tuple(TRIANGLE)]), ([np.array(TRIANGLE)], [TRIANGLE]),
+    ((tuple(TRIANGLE),), [tuple(TRIANGLE)]),
     ([TRIANGLE[:4]], None), ([[*TRIANGLE, 7.0]], None), ([["r1", ["none"]]], None), (TRIANGLE, None),
     ([TRIANGLE, ["r1"] * 6, TRIANGLE[:4], TRIANGLE[:2], [], [*TRIANGLE[:5], np.nan]], [TRIANGLE]),
     ([RLE], [RLE]), ([TRIANGLE, RLE, RLE | {"size": [3, 3]}], [TRIANGLE, RLE]),

@@ -170,6 +170,22 @@ def test_one_bad_box_among_right_ones_is_left_out_alone(tmp_path, box):
     assert len(samples) == 4 + (box == [0, 0, 1, 1])
 
 
+@pytest.mark.parametrize("boxes, n_kept", [
+    ([[1, 1, 9 + i % 5, 9] for i in range(20)] + [[9, 9, 4, 4]], 20),  # all would fit as x y width height too
+    ([[0, 0, 1, 1]], 1), ([[0, 0, 32, 9], [5, 5, 33, 9]], 0)], ids=["a typo", "a pixel", "a little beyond"])
+def test_right_forms_with_wrong_boxes_are_not_refused(tmp_path, boxes, n_kept):
+    assert len(read(tmp_path, write_boxes(*boxes))[0]) == n_kept
+
+
+def test_every_caption_of_an_image_is_a_row(tmp_path):
+    """COCO's layout, one line or many."""
+    annotations = [{"image_id": 1, "caption": text, "bbox": [1, 1, 9, 9]} for text in ("cup", "the cup")]
+    data = {"images": [{"id": 1, "file_name": "a.png", "split": "train"}], "annotations": annotations}
+    assert [sample.expression for sample in read(tmp_path, json.dumps(data, indent=1))[0]] == ["cup", "the cup"]
+    with pytest.raises(ValueError, match="its rows have info, train; they need image, expression and bbox"):
+        read(tmp_path, json.dumps({"info": {}, "train": [GOOD]}, indent=1))
+
+
 @pytest.mark.parametrize("box, is_kept", [([5, 5, 5, 9], True), ([5, 5, 4, 9], True), ([5, 5, 3.9, 9], False)], ids=str)
 def test_boxes_that_could_be_either(tmp_path, box, is_kept):
     """Small ones near the upper left corner: one that is reversed by more than rounding decides."""

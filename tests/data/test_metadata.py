@@ -1,6 +1,7 @@
 """Pixels that are fine are read, and turned as EXIF says, whatever else lies beside them in the file."""
 
 import io
+import os
 import random
 import struct
 import warnings
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import MAX_TEXT_CHUNK
 
+from hivg.data import images
 from hivg.data.images import open_image, open_published, stored_size, upright_size
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
@@ -146,6 +148,16 @@ def test_random_damage_beside_the_pixels(tmp_path, capfd, suffix):
         path = tmp_path / f"{number}.{suffix}"
         path.write_bytes(data)
         assert_read(path, upright_size(path) == (20, 30), capfd)
+
+
+def test_only_images_are_read_whole(tmp_path, monkeypatch):
+    """A pipe has no end, and a film has gigabytes."""
+    monkeypatch.setattr(images, "without_metadata", lambda data: [][len(data) - 4])  # an IndexError for four bytes
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "film.mp4").write_bytes(b"\0\0\0 ftypisom" * 1000)
+    for name in ("pipe.png", "film.mp4"):
+        with pytest.raises(images.ImageError, match=name):
+            open_image(tmp_path / name)
 
 
 def test_pixels_that_are_cut_short_are_still_refused(tmp_path):

@@ -148,6 +148,25 @@ def test_images_are_not_drawn_over(run, output):
     assert Path("im/a.png").read_bytes() == before
 
 
+def test_images_of_other_splits_and_rows_left_out_are_not_drawn_over(run):
+    rows = [json.loads(line) for line in Path("mine.jsonl").read_text().splitlines()]
+    for name, changes in (("train", {"split": "train"}), ("empty", {"expression": ""})):
+        make_image().save(f"im/{name}.png")
+        rows.append(rows[0] | {"image": f"im/{name}.png"} | changes)
+    Path("mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name in ("train", "empty"):
+        path = Path(f"im/{name}.png")
+        before = path.read_bytes()
+        code, _, err = run("--dataset", "mine.jsonl", "--split", "val", "--sheet", path)
+        assert code == 2 and "replace the image" in err and path.read_bytes() == before
+
+
+def test_a_link_that_leads_nowhere_stays(run):
+    os.symlink("target.png", "link.png")
+    assert run("--dataset", "mine.jsonl", "--split", "nope", "--sheet", "link.png")[0] == 2
+    assert os.path.islink("link.png") and not os.path.exists("target.png")
+
+
 @pytest.mark.parametrize("file", ["unc_val.pth", "instances.json"])
 def test_published_annotations_are_not_written_over(run, file):
     write_list(Path("."), {"val": make_scenes(Path("."), 1)}, "unc")

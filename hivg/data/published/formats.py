@@ -9,7 +9,7 @@ import posixpath
 import re
 import unicodedata
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from hivg.data.published.catalogue import COCO, DATASETS, IMAGE_FOLDERS
@@ -156,6 +156,8 @@ def json_rows(text, image_folder):
         records = [(f"row {n}", split, record) for split, part in data.items() for n, record in enumerate(part, 1)]
     elif isinstance(data, list):
         records = [(f"row {n}", None, record) for n, record in enumerate(data, 1)]
+    elif isinstance(data, dict):
+        records = [("line 1", None, data)]
     else:
         lines = enumerate(text.split("\n"), 1)  # splitlines() also splits at U+2028, within a text
         records = [(f"line {n}", None, json_object(line)) for n, line in lines if line.strip()]
@@ -170,11 +172,12 @@ def json_rows(text, image_folder):
 
 
 def mdetr_records(data):
-    """MDETR: one record of a COCO image for each expression, with one annotation."""
-    annotations = {}
+    """MDETR: one record of a COCO image for each expression, with one annotation. Others: one for each annotation."""
+    annotations = defaultdict(list)
     for annotation in data["annotations"]:
-        annotations.setdefault(annotation["image_id"], annotation)
-    return [{**annotations.get(image["id"], {}), **image} for image in data["images"]]
+        annotations[annotation["image_id"]].append(annotation)
+    return [{**annotation, **image} for image in data["images"]
+            for annotation in annotations[image["id"]][: 1 if "caption" in image else None] or [{}]]
 
 
 def record_rows(place, split, record, image_folder):

@@ -16,18 +16,21 @@ def other_form(boxes):
 
     boxes: [(four numbers, the form they should be in, the width and height of the image)]. They are in another form if
     most lie in 0..1 (shares of the sides), if more of them, and nearly all, lie in their images in another of FORMS, or
-    if most reach beyond their images, but not beyond 1000 (thousandths). A box that rounding left without area is in
-    the right form.
+    if most reach well beyond their images, but not beyond 1000 (thousandths). A box that rounding left without area is
+    in the right form, and one wrong box in ten is a typo.
     """
-    shares = [box for box, _, _ in boxes if 0 <= min(box) and max(box) <= 1]
+    # whole numbers are pixels: 0 0 1 1 is a box of one
+    shares = [box for box, _, _ in boxes if 0 <= min(box) and max(box) <= 1 and not all(map(float.is_integer, box))]
     if 2 * len(shares) > len(boxes):
         return "shares of the sides, 0 to 1", shares[0]
-    wrong = [box for box, form, size in boxes if not is_within(box, form, size)]
+    wrong = [(box, size) for box, form, size in boxes if not is_within(box, form, size)]
     fits = Counter(name for box, _, size in boxes for name in FORMS if is_within(box, name, size))
     likely, most = max(fits.items(), key=lambda item: item[1], default=(None, 0))
-    if most > len(boxes) - len(wrong) and most >= NEARLY_ALL * len(boxes):
-        return FORMS[likely][0], wrong[0]
-    beyond = [box for box in wrong if 0 <= min(box) and max(box) <= 1000 and is_ordered(box)]
+    are_typos = len(wrong) <= (1 - NEARLY_ALL) * len(boxes)
+    if most > len(boxes) - len(wrong) and most >= NEARLY_ALL * len(boxes) and not are_typos:
+        return FORMS[likely][0], wrong[0][0]
+    beyond = [box for box, (width, height) in wrong if 0 <= min(box) and max(box) <= 1000 and is_ordered(box)
+              and max(box[2] / width, box[3] / height) > 1.1]
     if len(beyond) > max(1, len(boxes) / 2):
         return "thousandths of the sides, 0 to 1000 (or the images were made smaller)", beyond[0]
     return None

@@ -11,13 +11,11 @@ import re
 import sys
 import unicodedata
 from collections import Counter, defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from math import isfinite
 from pathlib import Path
-
-import numpy as np
 
 from hivg.data.images import ImageError, ImageTooLarge, most_pixels, stored_size, upright_size
 from hivg.data.masks import check_polygons, check_size, mask_of, run_lengths
@@ -276,6 +274,14 @@ class RowCheck:
         return self.outlines[key][1]
 
 
+def images_of(rows, data_root, source, own):
+    """The paths of the images of rows, of those that exist; as RowCheck's arguments."""
+    check = RowCheck(data_root, source, own)
+    for row in rows:
+        with suppress(Problem):
+            yield check.image(row)[0]
+
+
 def check_expression(expression, file):
     """Raises Problem for what is not text, or is too long."""
     if expression is None:
@@ -348,11 +354,10 @@ def checked_part(value, width, height):
         rle = {"size": [int(side) for side in value["size"]], "counts": counts}
         run_lengths(rle, (height, width))
         return rle
-    polygon = value.tolist() if isinstance(value, np.ndarray) else value
-    if is_polygon(polygon):
-        check_polygons([polygon])
-        return polygon
-    return None
+    if not is_polygon(value):
+        return None
+    check_polygons([value])
+    return value
 
 
 def is_polygon(part):
