@@ -104,7 +104,7 @@ def upright_size(path):
 def _decoding(name):
     """Damaged data make Pillow's decoders raise nearly anything: all of it becomes an ImageError that names the image,
     or a MemoryError that does. Pillow's warnings are about oddities in files that it reads all the same."""
-    with warnings.catch_warnings(), enough_memory(f"{name}: ", "make the image smaller, or use fewer --workers"):
+    with warnings.catch_warnings(), enough_memory(f"{name}: ", "make the image smaller, or read fewer at once"):
         warnings.simplefilter("ignore")
         try:
             yield
@@ -141,6 +141,8 @@ def _using(file, name, use):
 
 def _upright(image):
     """A PIL image of any mode -> upright PIL RGB image, of the same memory where that is what it was."""
+    if 0 in image.size:
+        raise ImageError(f"image of size {image.size}: has no pixels")
     image.load()
     turn = turn_of(image)
     rgb = _to_rgb(image.transpose(turn) if turn is not None else image)

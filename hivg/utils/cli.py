@@ -89,7 +89,7 @@ def run(main, interrupted="interrupted", lower="close other programs, or use a m
 
 def open_streams():
     """A stream that is closed, as by >&-, leads nowhere; a character that a terminal lacks is escaped."""
-    for name in ("stdin", "stdout", "stderr"):  # in the order of their numbers, so that each gets its own again
+    for name in ("stdin", "stdout", "stderr"):  # in the order of their numbers, so that each gets its old number
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
     sys.stdout.reconfigure(errors="backslashreplace")  # as Python's stderr

@@ -177,6 +177,16 @@ def test_right_forms_with_wrong_boxes_are_not_refused(tmp_path, boxes, n_kept):
     assert len(read(tmp_path, write_boxes(*boxes))[0]) == n_kept
 
 
+def test_relative_and_whole_paths_of_an_image_share_its_split(tmp_path):
+    names = []
+    for number in range(20):
+        Image.new("RGB", (30, 20)).save(tmp_path / f"{number}.png")
+        names += [f"{number}.png", str(tmp_path / f"{number}.png")]
+    content = "\n".join(json.dumps({"image": name, "expression": "cup", "bbox": [1, 1, 9, 9]}) for name in names)
+    splits = [{sample.image_id for sample in read(tmp_path, content, split)[0]} for split in ("train", "val")]
+    assert not splits[0] & splits[1] and len(splits[0] | splits[1]) == 20
+
+
 def test_every_caption_of_an_image_is_a_row(tmp_path):
     """COCO's layout, one line or many."""
     annotations = [{"image_id": 1, "caption": text, "bbox": [1, 1, 9, 9]} for text in ("cup", "the cup")]

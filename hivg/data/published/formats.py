@@ -5,6 +5,7 @@ of its keys (IMAGE_KEYS and the like), whichever program wrote it.
 """
 
 import json
+import os
 import posixpath
 import re
 import unicodedata
@@ -60,7 +61,7 @@ def read_rows(path, dataset):
         if is_json or not published:
             rows = json_rows(read_text(path), published.image_folder if published else None)
             if not published:
-                name_splits(rows)
+                name_splits(rows, path.parent)
             return rows
         data = pickles.read(path)
         if not isinstance(data, list) or not data:
@@ -211,11 +212,15 @@ def value_of(record, keys):
     return None
 
 
-def name_splits(rows):
-    """Give the rows of people's own data our names of their splits; if none names a split, split them by image."""
+def name_splits(rows, folder):
+    """Give the rows of people's own data our names of their splits; if none names a split, split them by image.
+    folder: where relative names of images begin."""
     usual = usual_splits({row.split for row in rows if row.split})
     if not usual:
         files = {row.file: one_spelling(row.file) for row in rows if isinstance(row.file, str)}
+        first = {}  # {whole path: the first spelling of it}
+        for file, spelling in files.items():
+            files[file] = first.setdefault(os.path.abspath(folder / spelling), spelling)
         val = val_images(files.values())
         for row in rows:
             row.split = "val" if isinstance(row.file, str) and files[row.file] in val else "train"

@@ -37,7 +37,8 @@ class Sample:
     expression: str  # as written
     box: tuple  # (xmin, ymin, xmax, ymax), floats in the image's pixels
     segmentation: list | dict | None  # COCO polygons and RLEs in a list, or an RLE with size and counts
-    image_id: str  # the image's file name, shared by the published data sets; in people's own data its real path
+    image_id: str  # the image's file name, shared by the published data sets; in people's own data its path, with the
+    # links to its folder resolved
     own: bool = False  # people's own data: pixels are those of the upright image (EXIF)
 
     def mask(self, height, width):
@@ -99,7 +100,8 @@ def read_samples(data_root, dataset, split, annotations=None, report=None):
     says_split = own or split != "train" or annotation_files("", canonical(dataset), path)[0][0]
     if not says_split and any(row.split is None and not row.problem for row in rows):
         raise NoSplit(f"{shown(path, 60)}: neither its name nor its rows say which split it is, so `val` would be "
-                      f"the same; name it {dataset}_train.pth and give --annotations the folder with it and val")
+                      f"the same; name it {dataset}_train{path.suffix} and give --annotations the folder with it and "
+                      "val")
     if own and all(row.split != split for row in rows):
         split = USUAL_SPLITS.get(split.lower(), split)
     asked = [row for row in rows if row.split in (None, split)]
@@ -211,7 +213,7 @@ class RowCheck:
         return self.images[key]
 
     def find(self, folder, file):
-        """See `image`."""
+        """-> the path and the id of a file below a folder. Raises Problem."""
         root = self.data_root if folder is None else self.data_root / folder
         others = [self.source.parent / file] if folder is None else (root / name for name in published_names(file))
         for place in chain([root / file], others):
@@ -258,8 +260,8 @@ class RowCheck:
                 continue
         if found := other_form(boxes):
             form, first = found
-            raise ValueError(f"{shown(self.source, 80)}: its boxes look like {form}, as {quoted(first, 50)}; write "
-                             f"{FORMS[boxes[0][1]][0]}, in pixels")
+            raise ValueError(f"{shown(self.source, 80)}: its boxes look like {form}, for instance {quoted(first, 50)}; "
+                             f"write {FORMS[boxes[0][1]][0]}, in pixels")
 
     def notes(self):
         """Lines on rows that were kept."""
