@@ -95,7 +95,7 @@ class Settings(RunSettings):
         if self.dataset == "shapes" and (self.masks != "auto" or self.annotations):
             raise ValueError("--masks and --annotations are for data sets from files, shapes is drawn; leave them out")
         if self.graph and self.recompute:
-            raise ValueError("--graph cannot record what --recompute does; leave one of them out")
+            raise ValueError("--graph cannot record what --recompute does; leave --graph out, or give --no_recompute")
         if not any(vars(self.loss_weights).values()):
             raise ValueError("--loss_weights are all 0, so nothing would be learned; give one of them a weight")
         stages(self)
@@ -271,8 +271,8 @@ def train(s: Settings, hooks=Hooks()):
         def take_step(parts):
             """Accumulate the gradients of the parts, clip and step -> {name: scalar tensor} for the log."""
             values = []
-            for number, batch in enumerate(parts, 1):
-                with run.autocast(), distributed.no_sync(criterion, is_last=number == stage.accumulate):
+            for part, batch in enumerate(parts, 1):
+                with run.autocast(), distributed.no_sync(criterion, is_last=part == stage.accumulate):
                     terms = criterion(batch)
                 loss = sum(terms.values())
                 (loss / stage.accumulate).backward()

@@ -3,7 +3,7 @@
 A call costs a GPU some microseconds however small it is, and a training step makes thousands. In these copies
 
 - the weights of matrix products are in the products' dtype: the frozen ones converted when the copy is made, the
-  trained ones together, once a step. Autocast alone converts each where it is used, at every step;
+  trained ones in one call, at each forward. Autocast alone converts each where it is used;
 - self-attention makes q, k and v in one product, of frozen weights into which the earlier stages' adapters are folded;
 - QuickGELU's two factors are part of the frozen weights around it.
 """

@@ -114,10 +114,10 @@ def linear_of(weight, bias):
 class JoinedLoRA(nn.Module):
     """n adapted layers of one input x as one, while a stage trains one pair (A_i, B_i) of each:
 
-        h_i = W_i x + b_i + (alpha/r) B_i A_i dropout(x)        W_i = W_0 + (alpha/r) sum of the frozen pairs' B_k A_k
+        h_i = W_i x + b_i + (alpha/r) B_i A_i dropout(x)        W_i = W_0,i + (alpha/r) sum of layer i's frozen B_k A_k
 
     LoRALinear is the definition, and this is the same but for dropout, of which the paper gives no more than the rate:
-    a frozen pair is part of W_i, which sees all of x as W_0 does, and the n layers share one mask.
+    a frozen pair is part of W_i, which sees all of x as W_0,i does, and the n layers share one mask.
     """
 
     def __init__(self, layers):
@@ -134,7 +134,7 @@ class JoinedLoRA(nn.Module):
         self.train(layers[0].training)
 
     def forward(self, x):
-        """(..., in) -> (..., n out)."""
+        """(..., M, in) -> (..., M, n out)."""
         A = torch.cat(list(self.A)) if len(self.A) > 1 else self.A[0]  # (n r, in)
         B = torch.stack(list(self.B)) if len(self.B) > 1 else self.B[0][None]  # (n, out, r)
         h = AddUpdate.apply(x.flatten(0, -2), self.weight, self.bias, A.to(x.dtype), B.to(x.dtype), self.scale,
@@ -146,10 +146,11 @@ class AddUpdate(torch.autograd.Function):
     """h_i = W_i x + b_i + s B_i u_i for i = 1..n, with u_i = A_i z and z = dropout(x): x (M, in), W (n out, in), b (n
     out), A (n r, in), B (n, out, r), s and the dropout's rate -> h (M, n out). W and b are frozen.
 
-    Each sum is a matrix product that adds to what is there, which PyTorch's own gradient would write out and add. With
-    d_y the derivative of the loss with respect to y:
+    Written by hand so that each sum is one call, a product added to what is already there; autograd would compute the
+    product, and then add it. With d_y the derivative of the loss with respect to y, for one row of x as a column:
 
-        d_u_i = s B_i^T d_h_i       d_B_i = s d_h_i u_i^T       d_A = d_u z^T       d_x = W^T d_h + dropout(A^T d_u)
+        d_u_i = s B_i^T d_h_i       d_B_i = s d_h_i u_i^T       d_A = d_u z^T
+        d_x = W^T d_h + A^T d_u, the latter with the mask of z
     """
 
     @staticmethod
@@ -181,8 +182,9 @@ class AddUpdate(torch.autograd.Function):
 
 
 def parts(x, B):
-    """(M, n c) -> (n, M, c), the n layers' parts, as a view. B: (n, ..)."""
-    return x.unflatten(-1, (len(B), -1)).transpose(0, 1)
+    """(M, n c) -> (n, M, c), the n layers' parts, as a view that torch.compile can write to. B: (n, ..)."""
+    c = x.shape[-1] // len(B)
+    return x.as_strided((len(B), len(x), c), (c * x.stride(1), *x.stride()))
 
 
 def adapted_layers(stage, n_layers, groups, mode="hierarchical", order="shallow_first"):

@@ -249,9 +249,9 @@ def choose_workers(workers, device, batch_bytes=0):
         if own == cores:  # else the launcher has given each rank cores of its own
             own //= ranks
         wanted = min(8, max(1, own - 1))
-    if not batch_bytes or not os.path.isdir(SHARED_MEMORY):
+    shared = os.statvfs(SHARED_MEMORY) if batch_bytes and os.path.isdir(SHARED_MEMORY) else None
+    if not (shared and shared.f_blocks):  # unknown, or without a limit
         return wanted
-    shared = os.statvfs(SHARED_MEMORY)
     batches = shared.f_bavail * shared.f_frsize // (batch_bytes * ranks)
     chosen = min(wanted, max(0, batches - 2) // 2)  # two of each worker, and two that the model has or had
     if chosen < wanted and os.environ.get("LOCAL_RANK", "0") == "0":

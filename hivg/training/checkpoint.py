@@ -66,7 +66,8 @@ def load_state(run):
 
 
 def check_state(state):
-    """Raises an exception of any kind for what `Run.save` would not have written, as the end of an epoch would."""
+    """Raises an exception of any kind for a state that `Run.save` would not have written; it might otherwise fail at
+    the end of an epoch only."""
     dict(state["settings"])
     log = state["log"]
     counts = [state["stage"], state["step"], log["bytes"], log["n"]]

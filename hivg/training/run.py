@@ -18,6 +18,8 @@ from hivg.utils.cli import check_compile, choose_device, choose_dtype
 from hivg.utils.files import remove_parts, write_whole
 from hivg.utils.memory import is_out_of_memory
 
+KEPT = ({"momentum"}, {"step", "exp_avg", "exp_avg_sq"})  # of a parameter, by Muon and by AdamW
+
 
 class Run:
     """Its folder runs/NAME/, device, precision and log, and the state it resumes from, None for a new run."""
@@ -89,8 +91,10 @@ class Run:
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
                 groups = optimizer.state_dict()["param_groups"]  # its numbers are settings
                 optimizer.load_state_dict(saved | {"param_groups": groups})
-                if any(t.ndim and t.shape != p.shape for p, kept in optimizer.state.items() for t in kept.values()):
-                    raise ValueError
+                for p, kept in optimizer.state.items():
+                    shapes = [() if name == "step" else p.shape for name in kept]
+                    if kept.keys() not in KEPT or [t.shape for t in kept.values()] != shapes:
+                        raise ValueError
             random = state["random"][distributed.rank()]
             torch.set_rng_state(random["cpu"])
             if "cuda" in random:

@@ -305,14 +305,16 @@ def test_automatic_workers(monkeypatch, asked, device, ranks, cores, own, worker
     assert batches.choose_workers(asked, torch.device(device)) == workers
 
 
-@pytest.mark.parametrize("megabytes, ranks, workers", [(1000, 1, 8), (64, 1, 1), (50, 1, 0), (130, 1, 3), (130, 2, 1)])
+@pytest.mark.parametrize("megabytes, ranks, workers", [
+    (1000, 1, 8), (0, 1, 8), (64, 1, 1), (50, 1, 0), (130, 1, 3), (130, 2, 1)])
 def test_workers_have_room_in_the_shared_memory(monkeypatch, capsys, megabytes, ranks, workers):
-    """Two batches of each, here of 15 MB, and two more."""
+    """Two batches of each, here of 15 MB, and two more; 0 is what a file system without a limit tells."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     monkeypatch.setattr(batches.os, "cpu_count", lambda: 64)
     monkeypatch.setattr(batches.os, "sched_getaffinity", lambda process: range(9), raising=False)
     monkeypatch.setattr(batches, "SHARED_MEMORY", ".")
-    monkeypatch.setattr(batches.os, "statvfs", lambda path: SimpleNamespace(f_bavail=megabytes, f_frsize=10**6))
+    monkeypatch.setattr(batches.os, "statvfs", lambda path: SimpleNamespace(
+        f_blocks=megabytes, f_bavail=megabytes, f_frsize=10**6))
     batches.tell.cache_clear()
     for _ in range(2):
         assert batches.choose_workers(-1, torch.device("cuda"), 15 * 10**6) == workers

@@ -265,6 +265,8 @@ EDITS = [(("stage",), 7), (("stage",), "warmup"), (("step",), 10**6), (("step",)
          (("log", "sums"), {"loss": "low"}), (("random",), []), (("random", 0, "cpu"), torch.zeros(3)),
          (("optimizers",), []), (("optimizers", 0, "state"), {0: {"momentum": torch.zeros(3)}}),
          (("optimizers", 0, "state"), {10**6: {"momentum": torch.zeros(3)}}), (("trained",), {}),
+         (("optimizers", 0, "state"), {0: {"momentum": torch.zeros(())}}), (("optimizers", 0, "state"), {0: {}}),
+         (("optimizers", 1, "state"), {0: {"step": torch.ones(()), "exp_avg": torch.zeros(())}}),
          (("trained", "reg_token"), torch.zeros(1)), (("trained", "reg_token"), "x"), (("settings", "batch_size"), 8.0),
          (("settings", "lr"), "fast")]
 
