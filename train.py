@@ -51,7 +51,7 @@ class Settings(RunSettings):
                           group="The run")
     plan: bool = setting(False, "print the stages and exit; needs neither data nor a published CLIP", resumable=True)
 
-    dataset: str = setting("shapes", "shapes, a data set of the paper, or your own .jsonl file", group="Data")
+    dataset: str = setting("shapes", "shapes, a data set of the paper, or your own .jsonl or .json file", group="Data")
     data_root: str = setting("data", "the folder with the data sets, laid out as published")
     annotations: str = setting("", "annotation file or folder, if not in the published layout")
     hard_mix: bool = setting(False, "draw more ordinals and distances, which are learned last (shapes only)")

@@ -109,7 +109,6 @@ def join(layers):
 
 def fold_gelu(mlp):
     """QuickGELU(h) = SiLU(1.702 h) / 1.702: with the factors in the weights before and after it, SiLU is left."""
-    with torch.no_grad():
-        mlp.c_fc = linear_of(1.702 * mlp.c_fc.weight, 1.702 * mlp.c_fc.bias).requires_grad_(False)
-        mlp.c_proj = linear_of(mlp.c_proj.weight / 1.702, mlp.c_proj.bias).requires_grad_(False)
+    mlp.c_fc = linear_of(1.702 * mlp.c_fc.weight, 1.702 * mlp.c_fc.bias).requires_grad_(False)
+    mlp.c_proj = linear_of(mlp.c_proj.weight / 1.702, mlp.c_proj.bias).requires_grad_(False)
     mlp.gelu = nn.SiLU()

@@ -198,8 +198,9 @@ class HiVG(nn.Module):
 
         # grounding encoder
         n_visual = 1 + self.side**2  # N
-        self.reg_token = nn.Parameter(torch.randn(D))
-        self.position = nn.Parameter(torch.randn(1 + n_visual + clip.context_length, D))  # [REG], visual, text
+        self.reg_token = nn.Parameter(nn.init.normal_(torch.empty(D)))
+        M = 1 + n_visual + clip.context_length  # [REG], visual, text
+        self.position = nn.Parameter(nn.init.normal_(torch.empty(M, D)))
         self.encoder = nn.ModuleList()
         for _ in range(config.encoder_layers):
             self.encoder.append(EncoderLayer(D, config.encoder_heads, config.encoder_ffn, config.dropout))

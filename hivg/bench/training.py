@@ -35,6 +35,8 @@ def bench_data(args):
         times = measure(function, 200, clock=time.process_time)
         show(f"{name}, {1000 / times[1]:.0f} per second and worker", times)
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a worker has
     drawn = ShapesTensors("train", 64)
     index = count()
     show_time("shapes, an image, four expressions", lambda: drawn[next(index)])
@@ -52,6 +54,7 @@ def bench_data(args):
         show_time("  resizing", lambda: image.resize((224, 168), Image.BILINEAR))
         show_time("  resizing a crop", lambda: image.resize((190, 142), Image.BILINEAR, box=(60, 40, 560, 420)))
         show_time("  jitter", lambda: jitter.recolour(rng, small))
+    torch.set_num_threads(threads)
 
 
 def photo_sample(path):

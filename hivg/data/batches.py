@@ -183,7 +183,7 @@ def stamps_of(data_root, dataset, split, annotations):
 
 def open_dataset(dataset, split, size, normalization="clip", seed=0, data_root="data", annotations=None, train=False,
                  hard_mix=False, masks="auto"):
-    """A split of `shapes`, of a data set of published/catalogue.py, or of a .jsonl file.
+    """A split of `shapes`, of a data set of published/catalogue.py, or of a .jsonl or .json file.
 
     train: endless and augmented. hard_mix: train on more of the expressions that are learned last (shapes only). masks:
     see SampleTensors; those of `shapes` are always exact. Raises ValueError.

@@ -39,7 +39,8 @@ def arguments():
     parser = Parser(description=__doc__)
     parser.add_argument("--weights", default=str(bundled("hivg-tiny.safetensors")), metavar="FILE",
                         help="a HiVG weights file")
-    parser.add_argument("--dataset", default="shapes", help="shapes, a data set of the paper, or a .jsonl file")
+    parser.add_argument("--dataset", default="shapes", help="shapes, a data set of the paper, or your own .jsonl or "
+                        ".json file")
     parser.add_argument("--split", help=f"of shapes: {', '.join(drawn)}; default: the first of "
                         f"{', '.join(DEFAULT_SPLITS)} that the data set has, with --calibrate val")
     parser.add_argument("--data_root", default="data", metavar="DIR", help="folder of the data sets; default: data")
@@ -88,9 +89,8 @@ def check_outputs(args):
             raise ValueError(f"{shown(path)}: named twice; give --per_sample, --sheet and --calibrate different files")
         if path == args.calibrate and not is_new and not os.path.samefile(path, args.weights):
             raise ValueError(f"{shown(path)}: exists already; name a new file, or that of --weights")
-        inputs = [args.dataset, args.annotations] + [args.weights] * (path != args.calibrate)
-        if any(other and os.path.exists(other) and not is_new and os.path.samefile(other, path) for other in inputs):
-            raise ValueError(f"{shown(path)}: would be replaced while it is read; name another file to write")
+        inputs = [args.dataset, args.annotations or ""] + [args.weights] * (path != args.calibrate)
+        refuse_to_replace(inputs, [path], "name another file to write", "file that is read")
     if args.sheet:
         image_format(args.sheet)
 

@@ -50,7 +50,7 @@ class GraphedStep:
             self.batches = []
             for part in parts:
                 ids = part["token_ids"].new_zeros(len(part["token_ids"]), self.context_length)
-                self.batches.append({name: part[name].clone() for name in RECORDED} | {"token_ids": ids})
+                self.batches.append({name: torch.empty_like(part[name]) for name in RECORDED} | {"token_ids": ids})
         for batch, part in zip(self.batches, parts, strict=True):
             for name in RECORDED:
                 batch[name].copy_(part[name])

@@ -54,7 +54,8 @@ class Log:
         """All that a resumed run needs to log the same lines."""
         if not self.is_writer:
             return None
-        os.fsync(self.file.fileno())  # before the state that counts on it
+        with written(self.run / "log.jsonl"):
+            os.fsync(self.file.fileno())  # before the state that counts on it
         sums = {name: float(total) for name, total in self.sums.items()}
         return {"bytes": self.file.tell(), "sums": sums, "n": self.n}
 

@@ -68,10 +68,10 @@ def run(main, interrupted="interrupted", lower="close other programs, or use a m
         code = stop.code or 0
     except KeyboardInterrupt:
         code, failure = 130, interrupted
+    except BrokenPipeError:
+        code = 1
     except (OSError, ValueError, MemoryError) as error:
         code, failure = 2, reason_of(error)
-        if isinstance(error, BrokenPipeError):
-            code, failure = 1, None
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):  # killed while the model computes, mostly for its memory
             raise

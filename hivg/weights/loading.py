@@ -46,7 +46,7 @@ class WithoutValues(TorchFunctionMode):
         kwargs = kwargs or {}
         if getattr(function, "__module__", "") == "torch.nn.init":
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return (torch.empty if function is torch.randn else function)(*args, **kwargs)
+        return function(*args, **kwargs)
 
 
 def build(path, file):

@@ -118,8 +118,8 @@ def test_disk_that_is_full(run):
     (["--sheet", "sheet.xyz"], ["sheet.xyz", ".png"]),
     (["--sheet", "both.png", "--per_sample", "both.png"], ["both.png: named twice"]),
     (["--sheet", "both.png", "--per_sample", "im/../both.png"], ["both.png: named twice"]),
-    (["--per_sample", "mine.jsonl"], ["mine.jsonl", "would be replaced"]),
-    (["--per_sample", "./im/../mine.jsonl"], ["would be replaced"]),
+    (["--per_sample", "mine.jsonl"], ["mine.jsonl", "would replace"]),
+    (["--per_sample", "./im/../mine.jsonl"], ["would replace"]),
     (["--compare", "a", "b", "--per_sample", "rows.jsonl"], ["--compare writes no file"]),
     (["--compare", "a", "b", "--sheet", "sheet.png"], ["--compare writes no file"]),
     (["--compare", "a", "b", "--calibrate", "own.safetensors"], ["--compare writes no file"]),
@@ -134,7 +134,7 @@ def test_files_that_are_refused_at_once(run, monkeypatch, flags, words):
 
 def test_weights_are_not_drawn_over(run, weights_file):
     before = weights_file.read_bytes()
-    assert_fails(run("--dataset", "mine.jsonl", "--per_sample", weights_file), "would be replaced")
+    assert_fails(run("--dataset", "mine.jsonl", "--per_sample", weights_file), "would replace")
     assert weights_file.read_bytes() == before
 
 

@@ -62,7 +62,7 @@ def check(data_root, dataset, annotations=None, decode=False):
 def splits_of(dataset, data_root="data", annotations=None):
     """The splits that a data set's files have, a list in the published order, others after them.
 
-    dataset: "shapes" (without its endless splits), the name of a data set, or a .jsonl file. Raises ValueError for a
+    dataset: "shapes" (without its endless splits), the name of a data set, or a JSON file. Raises ValueError for a
     file that cannot be read, and if there is none.
     """
     if dataset == "shapes":

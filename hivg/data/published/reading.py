@@ -181,7 +181,7 @@ class RowCheck:
         self.folders = {}  # {folder: (its real path, {the normal form of a file's name: the name})}
         self.images = {}  # {(folder, file): (path, what stands for the image in all spellings of its path)}
         self.paths = {}  # {the latter: path}
-        self.sizes = {}  # {path: (width, height)}
+        self.sizes = {}  # {path: (width, height), or in words why it has none}
         self.outlines = {}  # {(id, size of the image): (segmentation, checked)}; sentences about an object share it
         self.dropped = defaultdict(list)  # {what is said of them: rows with outlines that cannot be used, or in part}
 
@@ -242,12 +242,16 @@ class RowCheck:
         if image not in self.sizes:
             try:
                 self.sizes[image] = upright_size(image) if self.own else stored_size(image)
-            except ImageError as error:
-                if stated and not self.own:
-                    return stated
-                too_large = isinstance(error, ImageTooLarge)
-                raise Problem(f"image of more than {most_pixels()}" if too_large else "damaged image", image) from None
-        return self.sizes[image]
+            except ImageTooLarge:
+                self.sizes[image] = f"image of more than {most_pixels()}"
+            except ImageError:
+                self.sizes[image] = "damaged image"
+        size = self.sizes[image]
+        if not isinstance(size, str):
+            return size
+        if stated and not self.own:
+            return stated
+        raise Problem(size, image)
 
     def refuse_other_form(self, rows):
         """Raises ValueError if the boxes of a file of JSON seem to be in another form than they should be."""
