@@ -21,15 +21,18 @@ from hivg.data.batches import MASKS, STAGE_ITEMS, evaluation_batches, open_datas
 from hivg.data.drawn.scenes import DRAWN
 from hivg.evaluate.metrics import accuracy, mean, present
 from hivg.evaluate.predict import predict
+from hivg.fast import training_copy
 from hivg.fusion import choose_backend
 from hivg.lora import MODES as LORA_MODES
 from hivg.lora import without_adapters
 from hivg.losses import DRAWN_WORLD, LossWeights
 from hivg.model import HiVG, HiVGConfig
 from hivg.training import distributed
+from hivg.training.checkpoint import damaged
 from hivg.training.criterion import Criterion
+from hivg.training.graph import GraphedStep
 from hivg.training.log import LOG_STEPS
-from hivg.training.optimizers import clip_and_step, learning_rate, make_optimizers, set_learning_rate
+from hivg.training.optimizers import check_finite, clip_and_step, learning_rate, make_optimizers, set_learning_rate
 from hivg.training.presets import defaults_of
 from hivg.training.run import Run
 from hivg.training.settings import RunSettings, setting, settings_from_flags
@@ -49,7 +52,7 @@ class Settings(RunSettings):
                           group="The run")
     plan: bool = setting(False, "print the stages and exit; needs neither data nor a published CLIP", resumable=True)
 
-    dataset: str = setting("shapes", "shapes, shapes-wide, a data set of the paper, or your own .jsonl file",
+    dataset: str = setting("shapes", "shapes, shapes-wide, a data set of the paper, or your own .jsonl or .json file",
                            group="Data")
     data_root: str = setting("data", "the folder with the data sets, laid out as published")
     annotations: str = setting("", "annotation file or folder, if not in the published layout")
@@ -83,6 +86,9 @@ class Settings(RunSettings):
     box_loss: str = setting("l1", "l1 (released program) or smooth_l1 (paper)", choices=("l1", "smooth_l1"))
     loss_weights: LossWeights = setting(DRAWN_WORLD, "weights of the loss terms; 0 leaves a term out", low=0, high=1e6)
 
+    graph: bool = setting(False, "record the step on one GPU and launch it as one (hivg/training/graph.py)",
+                          group="Machine")
+
     def __post_init__(self):
         """Raises ValueError, one line, for settings that do not fit."""
         super().__post_init__()
@@ -91,6 +97,8 @@ class Settings(RunSettings):
         if self.dataset in DRAWN and (self.masks != "auto" or self.annotations):
             raise ValueError(f"--masks and --annotations are for data sets from files, {self.dataset} is drawn; leave "
                              "them out")
+        if self.graph and self.recompute:
+            raise ValueError("--graph cannot record what --recompute does; leave --graph out, or give --no_recompute")
         if not any(vars(self.loss_weights).values()):
             raise ValueError("--loss_weights are all 0, so nothing would be learned; give one of them a weight")
         stages(self)
@@ -214,8 +222,12 @@ def train(s: Settings, hooks=Hooks()):
     """The whole training: every stage of the table, every step of a stage -> the file of the last stage's weights."""
     run = Run(s, "training")
     device, log, saved = run.device, run.log, run.saved
+    if s.graph and distributed.world_size() > 1:
+        raise ValueError(f"--graph is for one process, not {distributed.world_size()}; leave it out")
     log.message(f"fusion by {choose_backend(device.type)}")
     table = stages(s)
+    if saved and saved["stage"] >= len(table):
+        raise damaged(run.folder)
 
     for number, stage in enumerate(table):
         if saved and number < saved["stage"]:
@@ -233,7 +245,9 @@ def train(s: Settings, hooks=Hooks()):
         path = run.folder / f"{stage.name}.safetensors"
         first = 0
         if saved and number == saved["stage"]:
-            first, best = run.restore(model, optimizers)
+            first, best = run.restore(model, optimizers, steps)
+            if best >= 0:
+                weights.load_hivg(path)  # the next stage starts from it, so that it can be read is known now
         first_item = first_item_of(s, table, number, dataset.rows, hooks.one_stream)
         batches = training_batches(dataset, first_item, stage.batch_size, steps * stage.accumulate,
                                    first * stage.accumulate, s.workers, distributed.rank(), distributed.world_size(),
@@ -250,10 +264,26 @@ def train(s: Settings, hooks=Hooks()):
             weights.save(path, model, {"stage": stage.name, "accuracy": best})  # kept if the stage never improves it
         if number == 0 and first == 0:
             run.save(number, 0, best, model, optimizers)  # so that every run can be resumed
-        criterion = Criterion(model, s.loss_weights, s.box_loss)
-        criterion = distributed.wrap(criterion, criterion.has_unused_head())
+        trained = training_copy(model, run.dtype, together=distributed.world_size() == 1)
         if s.compile:
-            model.compile_blocks()
+            model.compile_blocks()  # to validate
+            trained.compile_blocks()
+        criterion = Criterion(trained, s.loss_weights, s.box_loss)
+        criterion = distributed.wrap(criterion, criterion.has_unused_head())
+
+        def take_step(parts):
+            """Accumulate the gradients of the parts, clip and step -> {name: scalar tensor} for the log."""
+            values = []
+            for part, batch in enumerate(parts, 1):
+                with run.autocast(), distributed.no_sync(criterion, is_last=part == stage.accumulate):
+                    terms = criterion(batch)
+                loss = sum(terms.values())
+                (loss / stage.accumulate).backward()
+                values.append({"loss": loss.detach(), **terms})
+            return distributed.mean(values) | {"gradient_norm": clip_and_step(model, optimizers, s.clip_grad)}
+
+        if s.graph:
+            take_step = GraphedStep(take_step, optimizers, model.config.clip.context_length, device)
         for step in range(first, steps):
             end_of_epoch = (step + 1) % steps_per_epoch == 0
             # a GPU runs ahead of the program, which reads its results at these steps only
@@ -261,21 +291,12 @@ def train(s: Settings, hooks=Hooks()):
             lr = learning_rate(step, steps, stage.lr, s.warmup_steps)
             set_learning_rate(optimizers, lr)
 
-            # accumulate the gradient of the global batch
-            parts = []
-            for part in range(stage.accumulate):
-                batch = to_device(next(batches), model.tokenizer, device)
-                with run.autocast(), distributed.no_sync(criterion, is_last=part + 1 == stage.accumulate):
-                    terms = criterion(batch)
-                loss = sum(terms.values())
-                (loss / stage.accumulate).backward()
-                parts.append({"loss": loss.detach(), **terms})
-
-            # clip, check and step
-            values = distributed.mean(parts)
-            where = f"step {step + 1} of {stage.name}" if may_wait else None
-            norm = clip_and_step(model, optimizers, s.clip_grad, values, where)
-            log.step(stage.name, step + 1, steps, lr, values | {"gradient_norm": norm})
+            # take the step on the parts of the global batch, then check it
+            parts = (to_device(next(batches), model.tokenizer, device) for _ in range(stage.accumulate))
+            values = take_step(parts)
+            if may_wait:
+                check_finite(f"step {step + 1} of {stage.name}", values)
+            log.step(stage.name, step + 1, steps, lr, values)
 
             # validate, and keep the best
             if end_of_epoch:
@@ -305,4 +326,5 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main, "interrupted; the same command with --resume continues")
+    run(main, "interrupted; the same command with --resume continues",
+        "lower --batch_size and raise --accumulate as much, set --recompute, or lower --workers")

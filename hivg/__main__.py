@@ -18,12 +18,15 @@ from PIL import Image
 from hivg.data.images import ImageError
 from hivg.grounder import DEFAULT_WEIGHTS, HEATMAPS, Grounder, draw_results
 from hivg.utils.cli import Parser, Progress, add_machine_flags, run
-from hivg.utils.files import save_image
+from hivg.utils.files import refuse_to_replace, save_image
+from hivg.utils.memory import enough_memory
 from hivg.utils.messages import shown
 from hivg.weights import bundled
 
 EXAMPLE = bundled("example.png")
 EXAMPLE_EXPRESSION = "the star left of the blue square"
+REPLACING = "give another --output or --save_masks"
+LOWER = "make the image smaller, or give fewer expressions at a time"  # where memory runs out
 UNREADABLE = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow recognises these, but cannot read them
 
 
@@ -82,15 +85,16 @@ def short_path(path):
 
 def list_images(names):
     """Files as given, folders as their images, sorted by name. Raises ImageError for a folder without images."""
-    formats = Image.registered_extensions()  # {suffix: format}
-    suffixes = {suffix for suffix, name in formats.items() if name in Image.OPEN and name not in UNREADABLE}
     paths = []
     for name in names:
         if not os.path.isdir(name):  # unlike Path.is_dir, False for a name that no file can have
             paths.append(str(name))
             continue
+        formats = Image.registered_extensions()  # {suffix: format}; the first call imports all of them
+        suffixes = {suffix for suffix, name in formats.items() if name in Image.OPEN and name not in UNREADABLE}
         try:
-            inside = sorted(path for path in Path(name).iterdir() if path.suffix.lower() in suffixes)
+            visible = [path for path in Path(name).iterdir() if not path.name.startswith(".")]
+            inside = sorted(path for path in visible if path.suffix.lower() in suffixes)
         except OSError as error:
             raise ImageError(f"{shown(name)}: cannot be listed ({error.strerror}); check the folder") from None
         if not inside:
@@ -127,21 +131,7 @@ def refuse_to_overwrite(images, targets):
     targets = [target for target in targets if target]
     if len(set(map(os.path.abspath, targets))) < len(targets):
         raise ValueError("a drawing would replace a mask; give --output and --save_masks different folders")
-    image_at = {file_id(image): image for image in images}
-    for target in targets:
-        found = file_id(target)
-        if found and found in image_at:
-            raise ValueError(f"{image_at[found]}: {target} would replace the image; give another --output or "
-                             "--save_masks")
-
-
-def file_id(path):
-    """(device, inode) of a file, the same by whatever path; None if there is none."""
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError):  # ValueError: a name that no file can have
-        return None
-    return found.st_dev, found.st_ino
+    refuse_to_replace(images, targets, REPLACING)
 
 
 def report(args, image, results):
@@ -169,21 +159,23 @@ def report(args, image, results):
 def main():
     """-> the exit code: 0, or 1 if one of several images could not be read."""
     args = arguments()
-    sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack characters of an expression
     images = list_images(args.images)
     grounder = Grounder.from_pretrained(args.weights, args.device, args.dtype)
     several = len(images) > 1 or os.path.isdir(args.images[0])
     drawings = drawing_paths(args, images, several)
     numbers = range(1, len(args.expression) + 1) if args.save_masks else []
     masks = [[Path(args.save_masks, f"{name}-{number}.png") for number in numbers] for name in names_of(images)]
-    refuse_to_overwrite(images, [*drawings, *chain.from_iterable(masks)])
+    targets = [*drawings, *chain.from_iterable(masks)]
+    refuse_to_overwrite(images, targets)
+    refuse_to_replace([args.weights], filter(None, targets), REPLACING, "weights")
     progress = Progress("grounded", len(images))
     code = 0
     warnings = [line for text in dict.fromkeys(args.expression) for line in grounder.warnings(text)]
     for number, image in enumerate(images):
         try:
-            results = grounder.ground(image, args.expression, attention=args.heatmap == "attention")
-        except ImageError as error:
+            with enough_memory(f"{shown(image, 150)}: ", LOWER):
+                results = grounder.ground(image, args.expression, attention=args.heatmap == "attention")
+        except (ImageError, MemoryError) as error:
             if not several:
                 raise
             print(f"error: {error}", file=sys.stderr)
@@ -206,7 +198,7 @@ def main():
 
 def start():
     """The command `hivg-ground`."""
-    run(main)
+    run(main, lower=LOWER)
 
 
 if __name__ == "__main__":

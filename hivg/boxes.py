@@ -15,8 +15,8 @@ def cxcywh_to_xyxy(boxes):
 
 def area(boxes):
     """(..., 4) xyxy -> (...) area; 0 for a box whose corners are swapped."""
-    sides = boxes[..., 2:] - boxes[..., :2]  # (..., 2)
-    w, h = sides.clamp(min=0).unbind(-1)  # before the product: two negative sides would make a positive area
+    low, high = boxes.chunk(2, -1)  # (..., 2), the upper left and the lower right corner
+    w, h = (high - low).clamp(min=0).unbind(-1)  # before the product: two negative sides would make a positive area
     return w * h  # not `prod`, whose backward counts the zeros and so waits for the GPU
 
 

@@ -36,7 +36,7 @@ class Bridge(nn.Module):
             self.adaptive_weights = nn.Parameter(torch.zeros(n_text_layers, context_length, text_width))
             self.proj = nn.Linear(n_text_layers * text_width, vision_width)
         elif kind == "constant":
-            self.constant = nn.Parameter(0.02 * torch.randn(context_length, vision_width))
+            self.constant = nn.Parameter(nn.init.normal_(torch.empty(context_length, vision_width), std=0.02))
         self.ln = nn.LayerNorm(vision_width)
         self.attn = Attention(vision_width, heads)
         self.mlp = MLP(vision_width, 4 * vision_width)

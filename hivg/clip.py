@@ -6,6 +6,7 @@ are OpenAI's but for three things: blocks are `blocks`, not `transformer.resbloc
 and the attention keeps q, k and v as three linear layers, so that LoRA can wrap each (weights/clip_names.py).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -106,15 +107,17 @@ class Attention(nn.Module):
         x = x.unflatten(-1, (self.heads, -1))  # (B, N, heads, C / heads)
         return x.transpose(1, 2)
 
+    def project(self, query, key, value):
+        """-> q (B, N, C), k and v (B, M, C)."""
+        return self.q_proj(query), self.k_proj(key), self.v_proj(value)
+
     def forward(self, query, key=None, value=None, mask=None, causal=False, dropout=0.0):
         """query (B, N, C); key and value (B, M, C), by default the query (self-attention) and the key;
         mask bool, broadcast to (B, heads, N, M), True = may attend -> (B, N, C)."""
         query = to_autocast(query)
         key = query if key is None else to_autocast(key)
         value = key if value is None else to_autocast(value)
-        q = self.split_heads(self.q_proj(query))  # (B, heads, N, C / heads)
-        k = self.split_heads(self.k_proj(key))  # (B, heads, M, C / heads)
-        v = self.split_heads(self.v_proj(value))  # (B, heads, M, C / heads)
+        q, k, v = [self.split_heads(x) for x in self.project(query, key, value)]  # (B, heads, N or M, C / heads)
         y = attend(q, k, v, mask, causal, dropout if self.training else 0.0)  # (B, heads, N, C / heads)
         y = y.transpose(1, 2).flatten(2)  # (B, heads, N, C / heads) -> (B, N, C)
         return self.out_proj(y)
@@ -155,12 +158,14 @@ class VisionTransformer(nn.Module):
         side = config.image_size // config.patch_size  # patches in a row
         # a convolution whose stride is its kernel is one linear map of each patch
         self.conv1 = nn.Conv2d(3, width, self.patch_size, stride=self.patch_size, bias=False)
-        self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
-        self.positional_embedding = nn.Parameter(sine_positions(side, width))
+        self.class_embedding = nn.Parameter(nn.init.normal_(torch.empty(width), std=width**-0.5))
+        self.positional_embedding = nn.Parameter(torch.empty(1 + side**2, width))
+        if not self.positional_embedding.is_meta:  # else it has no values, and a file brings them
+            self.positional_embedding.data.copy_(sine_positions(side, width))
         self.ln_pre = nn.LayerNorm(width)
         self.blocks = nn.ModuleList([Block(width, config.vision_heads) for _ in range(config.vision_layers)])
         self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
+        self.proj = nn.Parameter(nn.init.normal_(torch.empty(width, config.embed_dim), std=width**-0.5))
 
     def forward(self, images, bridges=None, keys=None, is_key=None):
         """images (B, 3, H, W), normalised, H and W multiples of the patch size -> the list of the hidden states
@@ -235,10 +240,10 @@ class TextTransformer(nn.Module):
         super().__init__()
         width = config.text_width
         self.token_embedding = nn.Embedding(config.vocab_size, width)
-        self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
+        self.positional_embedding = nn.Parameter(nn.init.normal_(torch.empty(config.context_length, width), std=0.01))
         self.blocks = nn.ModuleList([Block(width, config.text_heads) for _ in range(config.text_layers)])
         self.ln_final = nn.LayerNorm(width)
-        self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
+        self.text_projection = nn.Parameter(nn.init.normal_(torch.empty(width, config.embed_dim), std=width**-0.5))
 
     def forward(self, token_ids):
         """token_ids (B, T) long, T <= context length -> the list of the hidden states (B, T, C) after each block,
@@ -266,8 +271,8 @@ def end_positions(token_ids):
 
 def at_end_token(x, token_ids):
     """x (B, T, C) -> (B, C): the feature of the end token, which alone has seen the whole text."""
-    row = torch.arange(len(x), device=x.device)
-    return x[row, end_positions(token_ids)]
+    end = end_positions(token_ids)[:, None, None]  # (B, 1, 1)
+    return x.take_along_dim(end, dim=1)[:, 0]  # not x[row, end], whose gradient sorts the rows first
 
 
 class CLIP(nn.Module):
@@ -281,7 +286,7 @@ class CLIP(nn.Module):
         self.visual = VisionTransformer(config)
         self.text = TextTransformer(config)
         # a logarithm, so that the scale stays positive; OpenAI's start, a temperature of 0.07
-        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.apply(init_module)
         init_residual_branches(self.visual.blocks, config.vision_width)
         init_residual_branches(self.text.blocks, config.text_width)

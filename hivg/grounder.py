@@ -5,7 +5,9 @@
     r.box, r.score, r.mask, r.heatmap, r.draw()
 """
 
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from hivg.data.images import open_image
 from hivg.data.masks import run_lengths_of
 from hivg.data.transforms import Letterbox
 from hivg.evaluate.calibration import calibrated, calibration_of
+from hivg.model import HiVG
 from hivg.tokenizer import split_words
 from hivg.utils.cli import choose_device, choose_dtype
 from hivg.utils.draw import draw_boxes
@@ -119,6 +122,8 @@ def draw_results(results, heatmap=False, mask=False, min_score=0.0):
     heatmap = "tokens" if heatmap is True else heatmap
     if heatmap and heatmap not in HEATMAPS:
         raise ValueError(f"heatmap must be one of {', '.join(HEATMAPS)}, not {heatmap!r:.40}")
+    if not results:
+        raise ValueError("draw_results was given no result; ground one expression or more first")
     first = results[0]
     window = first.letterbox.window  # not `first.heatmap`: the image may have many more pixels than the square
     factor = max(1, DRAWN // max(first.image.size))
@@ -129,7 +134,7 @@ def draw_results(results, heatmap=False, mask=False, min_score=0.0):
             boxes.append([factor * v for v in result.box])
             labels.append(drawable(clean_text(result.expression), f"#{number}"))
     return draw_boxes(
-        ImageOps.scale(first.image, factor, Image.Resampling.NEAREST),
+        ImageOps.scale(first.image, factor, Image.Resampling.NEAREST) if factor > 1 else first.image,  # it is copied
         boxes,
         labels,
         heatmap=first.on_square(heatmap)[window] if heatmap else None,
@@ -144,6 +149,8 @@ class Grounder:
         """model: a HiVG with its tokenizer; it is copied, not changed. device: auto, cpu or cuda. dtype: of parameters
         and matrix products, float32 or bfloat16, which moves boxes by some thousandths of the image's side; auto is
         bfloat16 where the hardware is fast at it. Boxes and scores are float32. Raises ValueError."""
+        if not isinstance(model, HiVG):
+            raise ValueError(f"model must be a HiVG, not {quoted(model)}; Grounder.from_pretrained(FILE) loads one")
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
         self.model = model.for_prediction(self.device, self.dtype)
@@ -180,10 +187,10 @@ class Grounder:
     def ground_pairs(self, images, expressions, attention=False):
         """n images, each with its own expression -> list of n Result, computed BATCH at a time. Raises as `ground`
         does, and ValueError for lists of different lengths."""
-        lists = hasattr(images, "__len__") and hasattr(expressions, "__len__") and not isinstance(expressions, str)
-        if not lists or len(images) != len(expressions):
+        images, texts = in_order(images), in_order(expressions)
+        if images is None or texts is None or len(images) != len(texts):
             raise ValueError("ground_pairs needs a list of images and a list of as many expressions")
-        texts = texts_of(expressions)
+        texts = texts_of(texts)
         results = []
         for start in range(0, len(images), BATCH):
             batch = [open_image(image) for image in images[start : start + BATCH]]
@@ -191,7 +198,9 @@ class Grounder:
         return results
 
     def warnings(self, expression):
-        """Reasons why the model may not understand an expression: a list of lines, mostly empty."""
+        """Reasons why the model may not understand an expression: a list of lines, mostly empty. Raises ValueError for
+        one that is empty or no text."""
+        texts_of([expression])
         lines = []
         tokenizer = self.model.tokenizer
         room = tokenizer.context_length - 2  # beside the start and the end token
@@ -213,8 +222,9 @@ class Grounder:
         padding = torch.stack([box.padding_mask() for box in letterboxes])  # (B or 1, S, S)
         token_ids = self.model.tokenizer(texts)  # (B, T)
         # pixels (B or 1, 3, S, S): for a single image, what does not depend on the text is computed once
-        output = self.model(pixels.to(self.device), padding.to(self.device), token_ids.to(self.device),
-                            with_reg_attention=attention)
+        with torch.autocast(self.device.type, enabled=False):  # the caller's: the dtype was chosen
+            output = self.model(pixels.to(self.device), padding.to(self.device), token_ids.to(self.device),
+                                with_reg_attention=attention)
 
         boxes, scores = self.model.boxes_and_scores(output)
         if self.calibration:
@@ -236,14 +246,25 @@ class Grounder:
 
 
 def texts_of(expression):
-    """A text, or an iterable of texts -> list of texts. Raises ValueError."""
-    is_one = isinstance(expression, str | bytes) or not hasattr(expression, "__iter__")
-    texts = [expression] if is_one else list(expression)
+    """A text, or several in order -> list of texts. Raises ValueError."""
+    texts = in_order(expression)
+    if texts is None:
+        texts = [expression]
     if not texts:
         raise ValueError("the list of expressions is empty; give at least one")
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"the expression {quoted(text)} is not text; give a string, or a list of strings")
-        if not text.strip():
+        if not any(map(str.isprintable, chain(*split_words(text)))):  # also what the tokenizer cleans away
             raise ValueError("the expression is empty; say in words what to find")
     return texts
+
+
+def in_order(values):
+    """Several values in a certain order, as a list; None for anything else, such as a text or a set."""
+    if isinstance(values, str | bytes | bytearray | Set | Mapping):
+        return None
+    try:
+        return list(values)
+    except TypeError:
+        return None

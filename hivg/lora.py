@@ -84,23 +84,107 @@ class LoRALinear(nn.Module):
         x = F.dropout(x, self.dropout, self.training)  # on the adapters' input only; W_0 sees all of x
         return h + F.linear(self.scale * F.linear(x, A), B)  # scaled where it is smallest, (..., j r)
 
-    def merged(self):
-        """A plain nn.Linear with the same output: W_0 + (alpha/r) sum_k B_k A_k. This module is left as it is."""
-        weight = self.weight.double()  # summed in float64, so that it is rounded once
+    def folded(self, frozen_only=False):
+        """W_0 + (alpha/r) sum_k B_k A_k, (out, in), over all pairs or over the frozen ones alone."""
+        weight = self.weight.detach().double()  # summed in float64, so that it is rounded once
         update = torch.zeros_like(weight)
         for A, B in zip(self.A, self.B):
-            update = update + B.double() @ A.double()  # (out, r) (r, in) -> (out, in)
-        # W_0 + (alpha/r) sum_k B_k A_k
-        weight = (weight + self.scale * update).to(self.weight.dtype)
+            if not (frozen_only and A.requires_grad):
+                update = update + B.detach().double() @ A.detach().double()  # (out, r) (r, in) -> (out, in)
+        return (weight + self.scale * update).to(self.weight.dtype)
 
-        out_features, in_features = weight.shape
-        # on "meta" there is no memory and no random start for numbers that are replaced at once
-        linear = nn.Linear(in_features, out_features, bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(weight.detach())
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone())
+    def merged(self):
+        """A plain nn.Linear with the same output. This module is left as it is."""
+        linear = linear_of(self.folded(), None if self.bias is None else self.bias.clone())
         linear.requires_grad_(self.weight.requires_grad)  # a frozen layer stays frozen
         return linear.train(self.training)
+
+
+def linear_of(weight, bias):
+    """A nn.Linear of this weight (out, in) and bias (out) or None."""
+    out_features, in_features = weight.shape
+    # on "meta" there is no memory and no random start for numbers that are replaced at once
+    linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach())
+    return linear
+
+
+class JoinedLoRA(nn.Module):
+    """n adapted layers of one input x as one, while a stage trains one pair (A_i, B_i) of each:
+
+        h_i = W_i x + b_i + (alpha/r) B_i A_i dropout(x)        W_i = W_0,i + (alpha/r) sum of layer i's frozen B_k A_k
+
+    LoRALinear is the definition, and this is the same but for dropout, of which the paper gives no more than the rate:
+    a frozen pair is part of W_i, which sees all of x as W_0,i does, and the n layers share one mask.
+    """
+
+    def __init__(self, layers):
+        """layers: n LoRALinear of one size. Frozen weights are copied, the trained pairs are shared."""
+        super().__init__()
+        self.scale = layers[0].scale
+        self.dropout = layers[0].dropout
+        weight = torch.cat([layer.folded(frozen_only=True) for layer in layers])  # (n out, in)
+        bias = torch.cat([layer.bias for layer in layers])  # (n out)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter(bias, requires_grad=False)
+        self.A = nn.ParameterList([A for layer in layers for A in layer.A if A.requires_grad])  # (r, in) each
+        self.B = nn.ParameterList([B for layer in layers for B in layer.B if B.requires_grad])  # (out, r) each
+        self.train(layers[0].training)
+
+    def forward(self, x):
+        """(..., M, in) -> (..., M, n out)."""
+        A = torch.cat(list(self.A)) if len(self.A) > 1 else self.A[0]  # (n r, in)
+        B = torch.stack(list(self.B)) if len(self.B) > 1 else self.B[0][None]  # (n, out, r)
+        h = AddUpdate.apply(x.flatten(0, -2), self.weight, self.bias, A.to(x.dtype), B.to(x.dtype), self.scale,
+                            self.dropout if self.training else 0.0)  # (M, n out)
+        return h.unflatten(0, x.shape[:-1])
+
+
+class AddUpdate(torch.autograd.Function):
+    """h_i = W_i x + b_i + s B_i u_i for i = 1..n, with u_i = A_i z and z = dropout(x): x (M, in), W (n out, in), b (n
+    out), A (n r, in), B (n, out, r), s and the dropout's rate -> h (M, n out). W and b are frozen.
+
+    Written by hand so that each sum is one call, a product added to what is already there; autograd would compute the
+    product, and then add it. With d_y the derivative of the loss with respect to y, for one row of x as a column:
+
+        d_u_i = s B_i^T d_h_i       d_B_i = s d_h_i u_i^T       d_A = d_u z^T
+        d_x = W^T d_h + A^T d_u, the latter with the mask of z
+    """
+
+    @staticmethod
+    def forward(ctx, x, W, b, A, B, s, rate):
+        h = F.linear(x, W, b)  # (M, n out)
+        z, kept = torch.native_dropout(x, rate, True) if rate else (x, None)
+        u = F.linear(z, A)  # (M, n r)
+        parts(h, B).baddbmm_(parts(u, B), B.mT, alpha=s)
+        ctx.save_for_backward(W, A, B, z, u, kept)
+        ctx.s = s
+        ctx.rate = rate
+        return h
+
+    @staticmethod
+    def backward(ctx, d_h):
+        W, A, B, z, u, kept = ctx.saved_tensors
+        d_u = torch.empty_like(u)  # filled as a view of n parts; with beta=0 what is there counts for nothing
+        parts(d_u, B).baddbmm_(parts(d_h, B), B, beta=0, alpha=ctx.s)
+        d_B = torch.baddbmm(B, parts(d_h, B).mT, parts(u, B), beta=0, alpha=ctx.s)
+        d_A = d_u.T @ z
+        d_x = None
+        if ctx.needs_input_grad[0]:  # not where the text tower begins
+            d_x = d_h @ W
+            if kept is None:
+                d_x.addmm_(d_u, A)
+            else:
+                d_x.addcmul_(d_u @ A, kept, value=1 / (1 - ctx.rate))
+        return d_x, None, None, d_A, d_B, None, None
+
+
+def parts(x, B):
+    """(M, n c) -> (n, M, c), the n layers' parts, as a view that torch.compile can write to. B: (n, ..)."""
+    c = x.shape[-1] // len(B)
+    return x.as_strided((len(B), len(x), c), (c * x.stride(1), *x.stride()))
 
 
 def adapted_layers(stage, n_layers, groups, mode="hierarchical", order="shallow_first"):

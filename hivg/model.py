@@ -21,6 +21,7 @@ from hivg import lora
 from hivg.boxes import box_on_grid
 from hivg.bridge import KINDS, Bridge
 from hivg.clip import CLIP, MLP, Attention, CLIPConfig, at_end_token, end_positions, similarity
+from hivg.fast import simplify
 
 # vision layers of the CLIP -> blocks with a bridge (counted from 0), visual levels (counted from 1)
 LAYERS = {
@@ -197,8 +198,9 @@ class HiVG(nn.Module):
 
         # grounding encoder
         n_visual = 1 + self.side**2  # N
-        self.reg_token = nn.Parameter(torch.randn(D))
-        self.position = nn.Parameter(torch.randn(1 + n_visual + clip.context_length, D))  # [REG], visual, text
+        self.reg_token = nn.Parameter(nn.init.normal_(torch.empty(D)))
+        M = 1 + n_visual + clip.context_length  # [REG], visual, text
+        self.position = nn.Parameter(nn.init.normal_(torch.empty(M, D)))
         self.encoder = nn.ModuleList()
         for _ in range(config.encoder_layers):
             self.encoder.append(EncoderLayer(D, config.encoder_heads, config.encoder_ffn, config.dropout))
@@ -275,7 +277,7 @@ class HiVG(nn.Module):
         if with_patch_boxes:
             output.patch_boxes = self.box(patches)  # (B, P, 4)
         if with_reg_attention:
-            output.reg_attention = torch.stack(attention[-2:])  # (2, B, heads, P)
+            output.reg_attention = torch.stack(attention)  # (2, B, heads, P)
         return output
 
     def find_text(self, token_ids):
@@ -321,7 +323,8 @@ class HiVG(nn.Module):
         """Grounding encoder over [REG], visual (B, N, D) and text (B, T, D) tokens; is_visual (B, N) and is_text (B, T)
         are False on padding -> [REG] (B, D), patches (B, P, D), words (B, T, D).
 
-        attention: None, or a list to append [REG]'s attention to the patches to, (B, heads, P) for each layer.
+        attention: None, or a list to append [REG]'s attention to the patches to, (B, heads, P) in each of the last two
+        layers.
         """
         B, N, D = visual.shape
         reg = self.reg_token.expand(B, 1, -1)  # (B, 1, D)
@@ -329,8 +332,8 @@ class HiVG(nn.Module):
         mask = torch.cat([is_visual, is_text], dim=1)  # (B, N + T)
         mask = F.pad(mask, (1, 0), value=True)[:, None, None]  # (B, 1, 1, M): [REG] is never padding
         position = self.position[: x.shape[1]]  # (M, D): text comes last, so short texts leave the end unused
-        for layer in self.encoder:
-            if attention is not None:
+        for number, layer in enumerate(self.encoder):
+            if attention is not None and number >= len(self.encoder) - 2:
                 attention.append(layer.reg_attention(x, position, mask)[..., 2 : 1 + N])
             x = layer(x, position, mask)
         x = self.encoder_norm(x)  # (B, M, D)
@@ -421,9 +424,11 @@ class HiVG(nn.Module):
         return model.train(self.training)
 
     def for_prediction(self, device, dtype):
-        """A new model with the same predictions, ready to be used: adapters merged, in evaluation mode, on the device,
-        its weights stored in `dtype` but for the box head, which stays in float32."""
-        model = self.merged().to(device, dtype).eval()
+        """A new model with the same predictions, ready to be used: adapters merged, products joined (fast.py), frozen,
+        in evaluation mode, on the device, its weights stored in `dtype` but for the box head, which stays float32."""
+        model = self.merged().requires_grad_(False)
+        simplify(model)
+        model = model.to(device, dtype).eval()
         model.box_head.float()
         return model
 

@@ -276,10 +276,8 @@ class Tokenizer:
             ids = self.encode(text)[: self.context_length - 2]  # room for start and end
             rows.append([self.sot_id, *ids, self.eot_id])
         T = max(map(len, rows), default=2)
-        token_ids = torch.zeros(len(rows), T, dtype=torch.long)  # (B, T)
-        for i, row in enumerate(rows):
-            token_ids[i, : len(row)] = torch.tensor(row)
-        return token_ids
+        padded = [row + [0] * (T - len(row)) for row in rows]
+        return torch.tensor(padded, dtype=torch.long, device="cpu").view(len(rows), T)
 
 
 def check_context_length(length):

@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import torch
 from makers import make_clip, make_hivg, make_tokenizer
-from makers_data import make_scenes, python2, write_list, write_mdetr, write_refer
+from makers_data import make_scenes, python2, write_list, write_mdetr, write_program, write_refer
 from makers_weights import (
     half,
     make_published_clip,
@@ -59,6 +59,8 @@ def write_annotations(folder):
         (folder / "lists/refcoco/refcoco_val.pth").rename(folder / f"{name}.pth")
     write_mdetr(folder, splits)
     (folder / "finetune_refcoco_val.json").rename(folder / "mdetr.json")
+    write_program(folder / "lists", splits, "CRIS")
+    (folder / "lists/refcoco/val.json").rename(folder / "cris.json")
     rows = []
     for scene in scenes:
         image = f"other/images/mscoco/images/train2014/{scene.file}"

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hivg.clip import CLIP, CLIPConfig
+from hivg.losses import LossWeights, grounding_losses
 from hivg.model import HiVG, HiVGConfig
 from hivg.tokenizer import Tokenizer, learn_merges
 
@@ -100,6 +101,15 @@ def make_batch(texts=TEXTS, seed=3, dtype=torch.float64):
     padding[1::3, :, 40:] = True
     images = images.masked_fill(padding[:, None], 0).to(dtype)
     return images, padding, make_tokenizer()(texts)
+
+
+def loss_of(model, weights=LossWeights()):
+    """All losses of a training step, in one number. The batch has the model's dtype."""
+    images, padding_mask, token_ids = make_batch(dtype=model.position.dtype)
+    batch = {"images": images, "boxes": torch.tensor([[0.5, 0.4, 0.3, 0.2]] * 4),
+             "masks": torch.ones(4, 32, 32, dtype=torch.bool)}
+    output = model(images, padding_mask, token_ids)
+    return sum(grounding_losses(output, batch, output.logits_per_text, torch.arange(4), weights).values())
 
 
 def watch(model, name, run, batch):

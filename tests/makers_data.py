@@ -153,7 +153,7 @@ def write_mdetr(root, splits):
         (root / f"finetune_refcoco_{split}.json").write_text(json.dumps(data))
 
 
-def write_lines(root, splits):
+def write_lines(root, splits, sizes=False):
     for split, scenes in splits.items():
         path = root / "refcoco" / f"{split}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +162,37 @@ def write_lines(root, splits):
                 row = {"image": s.file, "expression": s.expression, "bbox": s.box, "id": i}
                 if s.segmentation:
                     row["segmentation"] = s.segmentation
+                if sizes:
+                    row |= s.coco_size()
                 file.write(json.dumps(row) + "\n")
+
+
+# --- other programs' files ---
+
+
+PROGRAMS = {  # name: (its file for a split, the record of a scene without its size)
+    "Qwen-VL, InternVL": ("refcoco_{}.jsonl", lambda s: {
+        "image": f"data/coco/train2014/{s.file}", "sent": s.expression, "bbox": s.box}),
+    "Shikra": ("REC_refcoco_unc_{}.jsonl", lambda s: {"img_path": s.file, "expression": s.expression, "bbox": s.box}),
+    "VLM-R1": ("refcoco_{}.json", lambda s: {
+        "image": f"coco/train2014/{s.file}", "sent": s.expression, "problem": "Where is it?", "solution": s.box}),
+    "MiniGPT-v2": ("refcoco_{}.json", lambda s: {
+        "img_id": s.file.removesuffix(".jpg"), "sents": s.expression, "bbox": xywh(s.box)}),
+    "CRIS": ("{}.json", lambda s: {
+        "img_name": s.file, "sentences": [{"sent_id": 1, "sent": s.expression}], "bbox": xywh(s.box)}),
+    "SeqTR, SimVG": ("{}.json", lambda s: {
+        "image_id": s.number, "expressions": [s.expression], "bbox": xywh(s.box), "mask": s.segmentation}),
+}
+
+
+def write_program(root, splits, program):
+    name, record = PROGRAMS[program]
+    for split, scenes in splits.items():
+        path = root / "refcoco" / name.format(split)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        records = [{"segmentation": s.segmentation} | record(s) | s.coco_size() for s in scenes]
+        is_lines = path.suffix == ".jsonl"
+        path.write_text("\n".join(map(json.dumps, records)) if is_lines else json.dumps(records))
 
 
 # --- people's own data ---

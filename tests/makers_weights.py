@@ -116,6 +116,10 @@ def half(tensors):
     return {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
 
 
+def prefixed(prefix, tensors):
+    return {prefix + name: t for name, t in tensors.items()}
+
+
 def save_bare(data, path, protocol=None):
     path.write_bytes(pickle.dumps(data, protocol))
 

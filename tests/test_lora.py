@@ -7,11 +7,10 @@ from fractions import Fraction
 import pytest
 import torch
 import torch.nn as nn
-from makers import assert_close, make_batch, make_hivg, randomise
+from makers import assert_close, loss_of, make_hivg, randomise
 
 from hivg.clip import Block
 from hivg.lora import MODES, ORDERS, TARGETS, LoRALinear, adapted_layers, add_stage, merge
-from hivg.losses import LossWeights, grounding_losses
 
 
 def make_blocks(n_layers):
@@ -166,15 +165,6 @@ def test_unknown_mode(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_warm_up_has_no_adapters(mode):
     assert adapted_layers(0, 12, 3, mode) == []
-
-
-def loss_of(model):
-    """All losses of a training step, in one number."""
-    images, padding_mask, token_ids = make_batch(dtype=torch.float32)
-    batch = {"images": images, "boxes": torch.tensor([[0.5, 0.4, 0.3, 0.2]] * 4),
-             "masks": torch.ones(4, 32, 32, dtype=torch.bool)}
-    output = model(images, padding_mask, token_ids)
-    return sum(grounding_losses(output, batch, output.logits_per_text, torch.arange(4), LossWeights()).values())
 
 
 @pytest.mark.parametrize("mode, stage, bridge", [

@@ -12,6 +12,7 @@ from hivg.clip import CLIP_SIZES
 from hivg.data.drawn.expressions import KINDS
 from hivg.data.drawn.scenes import EXPRESSIONS_PER_SCENE, Shapes
 from hivg.evaluate.metrics import LENGTHS
+from hivg.utils.files import save_image
 
 
 @dataclass(frozen=True)
@@ -156,11 +157,10 @@ def mixing_table(found):
 
 def write_charts(found, results, folder):
     """differences.png and attention.png of a budget, where there is enough for them -> their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
     if results:
         paths.append(folder / "differences.png")
-        plot_differences(results).save(paths[-1])
+        save_image(plot_differences(results), paths[-1])
     if "base" in found:
         stages = next(iter(found["base"].rows.values()))["attention"]
         columns = {}
@@ -168,7 +168,7 @@ def write_charts(found, results, folder):
             columns["CLIP alone"] = next(iter(found["bridge none"].rows.values()))["attention"]["warmup"]["maps"]
         columns |= {stage: value["maps"] for stage, value in stages.items()}
         paths.append(folder / "attention.png")
-        plot_attention(columns, [0, 1, 4, 5], CLIP_SIZES["tiny"].image_size).save(paths[-1])
+        save_image(plot_attention(columns, [0, 1, 4, 5], CLIP_SIZES["tiny"].image_size), paths[-1])
     return paths
 
 

@@ -27,6 +27,7 @@ from hivg.training.checkpoint import load_state
 from hivg.training.optimizers import Diverged
 from hivg.training.settings import RUNS
 from hivg.utils.cli import choose_device, choose_dtype
+from hivg.utils.files import written
 
 RESULTS = Path("notebooks/ablations.jsonl")
 FOLDER = "ablate"  # below runs/
@@ -103,7 +104,7 @@ def run_one(arm, budget, lr, seed, results_file=RESULTS):
 def append(path, row):
     """Append a row to the file in one write, on a line of its own even if a killed process left half a line."""
     is_cut = path.exists() and not path.read_bytes().endswith(b"\n")
-    with open(path, "a") as file:
+    with written(path), open(path, "a") as file:
         file.write("\n" * is_cut + json.dumps(row) + "\n")
 
 

@@ -9,6 +9,7 @@
     load          weights files of CLIP's size: time and memory
     read          a data set of RefCOCO's size: time and memory
     step          a training step of a preset: time and memory by batch size
+    launches      what a GPU would launch in a training step, counted without one, by part of the model and by kind
     efficiency    the paper's Figure 4: parameters, operations by part, time and memory by batch size
     fusion        the Triton kernel beside plain PyTorch and torch.compile: needs a GPU and five minutes
     compile       the Triton kernels compiled for GPUs that need not be present: registers, spills, hazards
@@ -24,9 +25,9 @@ from hivg.grounder import DEFAULT_WEIGHTS
 from hivg.training.presets import PRESETS
 from hivg.utils.cli import Parser, choose_device, fail, run
 
-# {benchmark: its file}; fusion and compile need Triton, so files are imported when they are asked for
+# {benchmark: its file}; launches, fusion and compile need Triton, so files are imported when they are asked for
 BENCHES = {"forward": "use", "data": "training", "start": "use", "load": "use", "read": "use", "step": "training",
-           "efficiency": "efficiency", "fusion": "fusion", "compile": "compile"}
+           "launches": "launches", "efficiency": "efficiency", "fusion": "fusion", "compile": "compile"}
 DEFAULT = ["forward", "data", "start", "load", "read"]
 
 
@@ -35,21 +36,24 @@ def arguments():
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHES))
     parser.add_argument("--weights", default=DEFAULT_WEIGHTS, metavar="FILE", help="for forward and start: a HiVG")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--preset", default="refcoco-base", choices=PRESETS, metavar="NAME",
-                        help="for step: a row of hivg/training/presets.py")
+    parser.add_argument("--preset", choices=PRESETS, metavar="NAME", help="for step and launches: a row of "
+                        "hivg/training/presets.py; without it step takes refcoco-base, launches the default run")
+    parser.add_argument("--batch_size", type=int, metavar="N", help="for launches (default: the preset's)")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[4, 8], metavar="N",
                         help="for step and efficiency")
     parser.add_argument("--size", default="ViT-B/16", metavar="NAME", help=f"for efficiency: {', '.join(CLIP_SIZES)}")
     parser.add_argument("--output", default="runs/bench", metavar="FOLDER",
                         help="for efficiency and fusion: gets their tables (Markdown) and charts")
     args = parser.parse_args()
+    for flag, sizes in (("batch_size", [args.batch_size]), ("batch_sizes", args.batch_sizes)):
+        for size in sizes:
+            if size is not None and size < 1:
+                fail(f"--{flag}: {size} given, 1 or more needed")
     for name in args.names:
         if name not in BENCHES:
             fail(f"no benchmark is called {name!r}; there are {', '.join(BENCHES)}")
-        if name in ("fusion", "compile") and find_spec("triton") is None:
+        if name in ("launches", "fusion", "compile") and find_spec("triton") is None:
             fail(f"{name} needs Triton; on Linux, `pip install -r requirements.txt` installs it")
-    if min(args.batch_sizes) < 1:
-        fail(f"--batch_sizes: {min(args.batch_sizes)} given, 1 or more needed")
     return args
 
 

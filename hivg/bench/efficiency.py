@@ -6,19 +6,20 @@ float32 and, where the machine is fast at it, in bfloat16. Weights and images ar
 tables go to FOLDER/efficiency.md, the charts to FOLDER/efficiency.png.
 
 An operation is a multiplication or an addition of a matrix product, as torch.utils.flop_counter counts them. Memory is
-that of tensors on a GPU, that of the whole process on a CPU (some 400 MiB of it are PyTorch). The last column compares
-the speed with that of one large matrix product in the same run.
+that of tensors on a GPU, that of the whole process on a CPU (of which PyTorch is some 230 MiB, with an optimizer 400);
+each row has a process of its own, which no other row has enlarged. The last column compares the speed with that of one
+large matrix product in the same run.
 """
 
+import sys
 import time
 from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from hivg.bench.timing import CPU, Report, measure, peak_memory, product_rate, reset_peak_memory
+from hivg.bench.timing import CPU, ROOT, Report, measure, peak_memory, product_rate, reset_peak_memory, run_program
 from hivg.bench.training import forward_backward, last_stage, random_batch, train_step_of
 from hivg.clip import CLIP_SIZES
 from hivg.model import HiVG, HiVGConfig
@@ -42,6 +43,8 @@ def parameters(config):
 
 def count_operations(function):
     """Operations of the matrix products in a call, its backward included if it runs one."""
+    from torch.utils.flop_counter import FlopCounterMode  # here: it takes 70 MiB, which are no row's
+
     # attention as plain products: the counter does not know every fused kernel
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         function()
@@ -87,6 +90,24 @@ def forward_of(model, device, dtype):
     return torch.inference_mode()(lambda batch: model(batch["images"], batch["padding_mask"], batch["token_ids"]))
 
 
+ROW = "import sys; from hivg.bench.efficiency import print_row; print_row(*sys.argv[1:])"
+
+
+def print_row(name, size, device, dtype, n):
+    """One row of the table, all arguments as text: prints 20 %, median and 80 % of the milliseconds, and peak bytes."""
+    device, dtype, n = choose_device(device), choose_dtype(dtype, CPU), int(n)
+    make_model, function_of = PASSES[name]
+    config = HiVGConfig.for_clip(CLIP_SIZES[size])
+    function = function_of(make_model(config), device, dtype)
+    batch = random_batch(n, config.clip, device)
+    reset_peak_memory(device)
+    times = measure(lambda: function(batch), REPEATS, device)
+    print(*times, peak_memory(device))
+
+
+PASSES = {"forward": (HiVG, forward_of), "training step": (last_stage, train_step_of)}
+
+
 def bench_efficiency(args):
     """Tables on stdout and in args.output, with charts. Raises ValueError for an unknown size."""
     if args.size not in CLIP_SIZES:
@@ -111,22 +132,18 @@ def bench_efficiency(args):
         report.row(name, f"{count / 1e9:.2f}", f"{count / work:.0%}")
     report.header("pass", "dtype", "batch size", "20 % ms", "median ms", "80 % ms", "peak MiB",
                   "expressions per second", "TFLOP/s", "of a large product")
-    passes = (("forward", HiVG, forward_of, work), ("training step", last_stage, train_step_of, step_work))
     charts = {}
     for dtype in dict.fromkeys((torch.float32, choose_dtype("auto", device))):
         limit = product_rate(dtype, device)
-        for name, make_model, function_of, flops in passes:
-            function = function_of(make_model(config), device, dtype)
+        for name, flops in zip(PASSES, (work, step_work)):
             for n in args.batch_sizes:
-                batch = random_batch(n, config.clip, device)
-                reset_peak_memory(device)
-                low, median, high = measure(lambda: function(batch), REPEATS, device)
-                peak = peak_memory(device) / 2**20
+                row = map(str, (name, args.size, device, name_of(dtype), n))
+                low, median, high, peak = map(float, run_program([sys.executable, "-c", ROW, *row], cwd=ROOT).split())
+                peak /= 2**20
                 rate = n / (median / 1000)
                 report.row(name, name_of(dtype), n, f"{low:.1f}", f"{median:.1f}", f"{high:.1f}", f"{peak:.0f}",
                            f"{rate:.1f}", f"{flops * rate / 1e12:.3f}", f"{flops * rate / limit:.0%}")
                 for label, y in (("expressions per second", rate), ("peak MiB", peak)):
                     curves = charts.setdefault((f"{name}: {label}", label), {})
                     curves.setdefault(name_of(dtype), []).append((n, y))
-            function = None  # frees its model before the next is made
     report.save(folder, "efficiency", charts)

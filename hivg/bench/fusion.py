@@ -17,7 +17,7 @@ from triton.testing import do_bench, do_bench_cudagraph
 from hivg.bench.timing import Report, peak_memory, product_rate, reset_peak_memory
 from hivg.fusion import adaptive_fusion_reference
 from hivg.fusion_triton import INTERPRETED, adaptive_fusion, count
-from hivg.utils.cli import choose_device
+from hivg.utils.cli import check_compile, choose_device
 
 LIMIT = 270  # seconds
 WAYS = ("eager", "compile", "ours")
@@ -115,6 +115,7 @@ def bench_fusion(args):
         raise ValueError("fusion needs a GPU, and PyTorch sees none; `python -m hivg.bench compile` works without")
     if INTERPRETED:
         raise ValueError("fusion cannot measure Triton's interpreter; unset TRITON_INTERPRET")
+    check_compile(device, "leave this benchmark out")
     start = time.perf_counter()
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)

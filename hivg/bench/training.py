@@ -1,6 +1,7 @@
 """Time and memory of training: `python -m hivg.bench data step`"""
 
 import tempfile
+import time
 import weakref
 from itertools import count
 from pathlib import Path
@@ -18,7 +19,8 @@ from hivg.clip import CLIP_SIZES
 from hivg.data.augment import Augment
 from hivg.data.batches import SampleTensors, ShapesTensors
 from hivg.data.published.reading import Sample
-from hivg.losses import LossWeights
+from hivg.fast import training_copy
+from hivg.losses import DRAWN_WORLD, LossWeights
 from hivg.model import HiVG, HiVGConfig
 from hivg.training.criterion import Criterion
 from hivg.training.optimizers import make_optimizers, step_optimizers
@@ -27,20 +29,32 @@ from hivg.utils.cli import choose_device, choose_dtype, name_of
 
 
 def bench_data(args):
-    """The items that training waits for: drawn images; photographs, with and without augmentation."""
+    """The items that training waits for, in CPU time of a worker: drawn images; photographs, with and without
+    augmentation, and its parts."""
+    def show_time(name, function):
+        times = measure(function, 200, clock=time.process_time)
+        show(f"{name}, {1000 / times[1]:.0f} per second and worker", times)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a worker has
     drawn = ShapesTensors("train", 64)
     index = count()
-    show("shapes train, an image with its four expressions", measure(lambda: drawn[next(index)], 300))
-
+    show_time("shapes, an image, four expressions", lambda: drawn[next(index)])
     with tempfile.TemporaryDirectory() as folder:
         samples = [photo_sample(Path(folder, "photo.jpg"))]
         plain = SampleTensors(samples, 224)
-        times = measure(lambda: plain[0], 100)
-        show(f"640 x 480 JPEG, {1000 / times[1]:.0f} per second and worker", times)
         augmented = SampleTensors(samples, 224, augment=Augment())
-        index = count()
-        times = measure(lambda: augmented[next(index)], 100)
-        show(f"640 x 480 JPEG augmented, {1000 / times[1]:.0f} per second and worker", times)
+        image = plain.image(0)
+        small = image.resize((190, 142), Image.BILINEAR)
+        jitter = Augment(jitter_p=1.0)
+        rng = np.random.default_rng(0)
+        show_time("640 x 480 JPEG", lambda: plain[0])
+        show_time("augmented", lambda: augmented[next(index)])
+        show_time("  decoding", lambda: plain.image(0))
+        show_time("  resizing", lambda: image.resize((224, 168), Image.BILINEAR))
+        show_time("  resizing a crop", lambda: image.resize((190, 142), Image.BILINEAR, box=(60, 40, 560, 420)))
+        show_time("  jitter", lambda: jitter.recolour(rng, small))
+    torch.set_num_threads(threads)
 
 
 def photo_sample(path):
@@ -55,17 +69,18 @@ def bench_step(args):
     20 tokens; first, the count of `count_memory` at the preset's own batch size."""
     device = choose_device(args.device)
     dtype = choose_dtype("auto", device)
-    clip_name = "ViT-L/14" if args.preset.endswith("large") else "ViT-B/16"
-    own = preset_of(args.preset)["batch_size"]
-    counted = count_memory(args.preset, clip_name, own) / 2**30
-    print(f"{args.preset}, {clip_name}, batch {own}, bfloat16: {counted:.1f} GiB counted for a CPU", flush=True)
-    train_step = train_step_of(preset_model(args.preset, clip_name), device, dtype)
+    preset = args.preset or "refcoco-base"
+    clip_name = clip_name_of(preset)
+    own = preset_of(preset)["batch_size"]
+    counted = count_memory(preset, clip_name, own) / 2**30
+    print(f"{preset}, {clip_name}, batch {own}, bfloat16: {counted:.1f} GiB counted for a CPU", flush=True)
+    train_step = train_step_of(preset_model(preset, clip_name), device, dtype)
     for n in args.batch_sizes:
         batch = random_batch(n, CLIP_SIZES[clip_name], device)
         reset_peak_memory(device)
         times = measure(lambda: train_step(batch), 3, device)
         peak = peak_memory(device) / 2**30
-        show(f"{args.preset}, {clip_name}, batch {n}, {name_of(dtype)}, {peak:.1f} GiB", times)
+        show(f"{preset}, {clip_name}, batch {n}, {name_of(dtype)}, {peak:.1f} GiB", times)
 
 
 class TensorMemory(TorchDispatchMode):
@@ -101,19 +116,35 @@ def count_memory(preset, clip_name, n, dtype=torch.bfloat16):
     """
     with FakeTensorMode():
         model = preset_model(preset, clip_name)
+        copy = training_copy(model, dtype)
         batch = random_batch(n, model.config.clip, CPU)
         with TensorMemory() as memory:
             for _ in range(2):  # the second finds the first one's gradients, as accumulation does
-                forward_backward(model, batch, dtype)
+                forward_backward(copy, batch, dtype)
     adamw = 2 * sum(p.nbytes for p in model.parameters() if p.requires_grad)  # two averages
-    return sum(p.nbytes for p in model.parameters()) + adamw + memory.most
+    return sum(p.nbytes for p in {*model.parameters(), *copy.parameters()}) + adamw + memory.most
 
 
 # ---- random models and batches, and what training does with them
 
+# what train.py does without a preset
+DEFAULT_RUN = dict(optimizer="muon", clip_grad=1.0, batch_size=32, lora_rank=16, lora_alpha=16.0, box_loss="l1",
+                   loss_weights=DRAWN_WORLD)
+
+
+def settings_of(preset):
+    return preset_of(preset) if preset else DEFAULT_RUN
+
+
+def clip_name_of(preset):
+    if not preset:
+        return "tiny"
+    return "ViT-L/14" if preset.endswith("large") else "ViT-B/16"
+
+
 def preset_model(preset, clip_name):
-    """The model that a preset trains in its last stage, with random weights."""
-    settings = preset_of(preset)
+    """The model that a preset, or None for the default run, trains in its last stage, with random weights."""
+    settings = settings_of(preset)
     names = ("bridge", "text_layers", "level_norm", "lora_rank", "lora_alpha")
     fields = {name: settings[name] for name in names if name in settings}
     model = last_stage(HiVGConfig.for_clip(CLIP_SIZES[clip_name], **fields))
@@ -156,9 +187,10 @@ def forward_backward(model, batch, dtype):
 def train_step_of(model, device, dtype):
     """-> a function that makes a training step on a batch: forward, backward and AdamW's update."""
     optimizers = make_optimizers(model.to(device), "adamw", 1e-4)
+    copy = training_copy(model, dtype)
 
     def train_step(batch):
-        forward_backward(model, batch, dtype)
+        forward_backward(copy, batch, dtype)
         step_optimizers(optimizers)
 
     return train_step

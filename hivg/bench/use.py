@@ -1,5 +1,6 @@
 """Time and memory of a model in use: `python -m hivg.bench forward start load read`"""
 
+import io
 import json
 import pickle
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from hivg.bench.timing import ROOT, measure, measure_alone, run_program, show
 from hivg.bench.training import random_batch
@@ -82,7 +84,7 @@ def bench_read(args):
 
 
 def write_refer(root, objects, images):
-    """REFER's two files, and empty image files, below the data root `root`."""
+    """REFER's two files, and images of the size that they say, below the data root `root`."""
     names = [f"COCO_train2014_{i:012d}.jpg" for i in range(images)]
     outlines = (np.random.default_rng(0).random((objects, 60)) * 400).round(2).tolist()
     words = "the man on the left"
@@ -98,8 +100,9 @@ def write_refer(root, objects, images):
                             "iscrowd": 0, "category_id": 1, "segmentation": [outlines[i]]})
     records = [{"id": i, "file_name": name, "width": 640, "height": 480} for i, name in enumerate(names)]
     (root / COCO).mkdir(parents=True)
+    Image.new("L", (640, 480)).save(image := io.BytesIO(), "JPEG")
     for name in names:
-        (root / COCO / name).touch()
+        (root / COCO / name).write_bytes(image.getvalue())
     (root / "refcoco").mkdir()
     (root / "refcoco/refs(unc).p").write_bytes(pickle.dumps(refs, 2))
     (root / "refcoco/instances.json").write_text(json.dumps({"images": records, "annotations": annotations}))

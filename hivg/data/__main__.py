@@ -1,7 +1,7 @@
 """python -m hivg.data check DATASET [--data_root DIR] [--annotations FILE] [--decode]: what the files of a data set
 hold, the problems in them, and whether training images are in another split too.
 
-DATASET is a name (refcoco, refcoco+, refcocog, refcocog_google, referit, flickr, mixup) or a .jsonl file.
+DATASET is a name (refcoco, refcoco+, refcocog, refcocog_google, referit, flickr, mixup) or a .jsonl or .json file.
 """
 
 from hivg.data.published.check import check

@@ -4,8 +4,10 @@ Worker processes read, augment and tokenise. Images stay bytes until they are on
 """
 
 import os
+import sys
 from functools import cache, lru_cache
 from itertools import chain
+from multiprocessing import Queue, queues
 
 import numpy as np
 import torch
@@ -15,13 +17,17 @@ from hivg.data.augment import Augment
 from hivg.data.drawn.expressions import NOTHING
 from hivg.data.drawn.scenes import DRAWN, EXPRESSIONS_PER_SCENE, HARD_MIX, Shapes
 from hivg.data.images import ImageError, open_image, open_published
-from hivg.data.published.reading import read_samples, refuse_annotations
+from hivg.data.published.reading import annotation_path, read_samples, refuse_annotations
 from hivg.data.transforms import Letterbox, normalise
 from hivg.utils.messages import shown
 
 CPU = torch.device("cpu")
 MASKS = ("auto", "box", "segmentation")
 STAGE_ITEMS = 2**32  # the data of stage n begin at item n times this
+SHARED_MEMORY = "/dev/shm"  # where Linux keeps what processes share; workers send their batches through it
+MORE = "a container gets more by --shm-size=8g"
+LOST = (f"the data workers cannot send their batches: too little shared memory ({MORE}), memory, or open files "
+        "(ulimit -n); --workers 0 does without them")
 
 
 class ShapesTensors(Dataset):
@@ -168,12 +174,22 @@ def box_mask(box, size):
     return rows[:, None] & columns
 
 
-cached_samples = cache(read_samples)  # every stage and every validation reads the same
+@lru_cache(maxsize=8)  # every stage and every validation reads the same
+def cached_samples(data_root, dataset, split, annotations, stamps):
+    """read_samples, once for each state of the files; stamps: what changes with it."""
+    return read_samples(data_root, dataset, split, annotations)
+
+
+def stamps_of(data_root, dataset, split, annotations):
+    """What the system knows of the annotation files of a split: it changes with their content. Raises ValueError."""
+    path = annotation_path(data_root, dataset, split, annotations)
+    stats = [os.stat(file) for file in (path, path.with_name("instances.json")) if file.is_file()]
+    return tuple((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats)
 
 
 def open_dataset(dataset, split, size, normalization="clip", seed=0, data_root="data", annotations=None, train=False,
                  hard_mix=False, masks="auto"):
-    """A split of a drawn data set, of one of published/catalogue.py, or of a .jsonl file.
+    """A split of a drawn data set, of one of published/catalogue.py, or of a .jsonl or .json file.
 
     train: endless and augmented. hard_mix: train on more of the expressions that are learned last (shapes only). masks:
     see SampleTensors; drawn ones are always exact. Raises ValueError.
@@ -182,7 +198,8 @@ def open_dataset(dataset, split, size, normalization="clip", seed=0, data_root="
         refuse_annotations(dataset, annotations)
         weights = HARD_MIX if hard_mix and train else None
         return ShapesTensors(split, size, normalization, seed, weights, wide=dataset == "shapes-wide")
-    samples = cached_samples(data_root, dataset, split, annotations)
+    stamps = stamps_of(data_root, dataset, split, annotations)
+    samples = cached_samples(data_root, dataset, split, annotations, stamps)
     if not samples:
         raise ValueError(f"{shown(dataset)} {shown(split, 30)}: no samples are left; `python -m hivg.data check "
                          f"{shown(dataset, 90)}` says why")
@@ -225,33 +242,68 @@ def evaluation_batches(dataset, batch_size=64, workers=0, rank=0, world_size=1, 
     return make_loader(dataset, order, workers, device)
 
 
-def choose_workers(workers, device):
+def choose_workers(workers, device, batch_bytes=0):
     """The number of processes that prepare this rank's data. -1 = automatic: one for a CPU, whose other cores the model
-    needs; up to 8 for a GPU, out of the cores that each rank has to itself."""
+    needs; up to 8 for a GPU, out of the cores that each rank has to itself; fewer where the shared memory has no room
+    for their batches of so many bytes."""
     if workers >= 0:
         return workers
-    if device.type == "cpu":
-        return 1
-    cores = os.cpu_count() or 1
-    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    if own == cores:  # else the launcher has given each rank cores of its own
-        own //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks on this machine, from torchrun
-    return min(8, max(1, own - 1))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine, from torchrun
+    wanted = 1
+    if device.type != "cpu":
+        cores = os.cpu_count() or 1
+        own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+        if own == cores:  # else the launcher has given each rank cores of its own
+            own //= ranks
+        wanted = min(8, max(1, own - 1))
+    shared = os.statvfs(SHARED_MEMORY) if batch_bytes and os.path.isdir(SHARED_MEMORY) else None
+    if not (shared and shared.f_blocks):  # unknown, or without a limit
+        return wanted
+    batches = shared.f_bavail * shared.f_frsize // (batch_bytes * ranks)
+    chosen = min(wanted, max(0, batches - 2) // 2)  # two of each worker, and two that the model has or had
+    if chosen < wanted and os.environ.get("LOCAL_RANK", "0") == "0":
+        tell(f"data workers: {chosen} instead of {wanted}, as {SHARED_MEMORY} has no room for more; {MORE}")
+    return chosen
+
+
+@cache  # each line once, not in every epoch
+def tell(line):
+    print(line, file=sys.stderr)
 
 
 def make_loader(dataset, order, workers, device, tokenizer=None):
     """Batches one after another. order: the item indices of each batch. Other arguments as in training_batches.
 
-    Raises an item's ValueError, for instance a damaged image's, with its own message: a DataLoader would add the
-    worker's traceback to it."""
+    Raises an item's ValueError or MemoryError, for instance a damaged image's, with its own message: a DataLoader would
+    add the worker's traceback to it. Raises ValueError if a worker is lost."""
+    # of a row: 3 bytes a pixel, and two masks
+    batch_bytes = max(map(len, order), default=0) * dataset.rows * 5 * dataset.size**2
+    workers = choose_workers(workers, device, batch_bytes)
     # a generator of its own: the loader must not draw from the training's random numbers
     loader = DataLoader(Batches(dataset, order, tokenizer), batch_size=None, collate_fn=unchanged,
-                        num_workers=choose_workers(workers, device), generator=torch.Generator(),
+                        num_workers=workers, worker_init_fn=end_with_a_lost_batch, generator=torch.Generator(),
                         pin_memory=device.type == "cuda")  # lets a GPU copy in the background
-    for batch in loader:
-        if isinstance(batch, ValueError):
-            raise batch
-        yield batch
+    try:
+        if workers:  # as many pipes and semaphores as the loader will make, which prints a traceback if it cannot
+            [Queue() for _ in range(2 * workers + 4)]
+        for batch in loader:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+    except (RuntimeError, OSError, EOFError) as error:
+        if not workers or str(error).startswith("Caught "):  # raised by an item, not by the loader
+            raise
+        raise ValueError(LOST) from None
+
+
+def end_with_a_lost_batch(worker):
+    """Make this worker end if a batch cannot be sent: its queue would drop the batch, with a traceback, and the loader
+    wait for it for ever. The end of a worker it notices."""
+    def end(*error):
+        os._exit(0)  # with another code the loader raises in the midst of a step, not where it waits for a batch
+
+    queues.Queue._on_queue_feeder_error = end  # no room in the shared memory
+    sys.excepthook = end  # of the thread that hands over open files: no more of them
 
 
 class Batches(Dataset):
@@ -268,7 +320,7 @@ class Batches(Dataset):
     def __getitem__(self, number):
         try:
             batch = collate([self.dataset[index] for index in self.order[number]])
-        except ValueError as error:
+        except (ValueError, MemoryError) as error:
             return error
         batch["normalization"] = self.dataset.normalization
         if self.tokenizer:

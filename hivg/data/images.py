@@ -3,21 +3,29 @@ released program reads them (`open_published`)."""
 
 import ctypes
 import io
+import logging
+import mmap
 import os
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
+from hivg.data.metadata import STARTS, TURNS, turn_of, without_metadata
+from hivg.utils.memory import enough_memory, is_out_of_memory
 from hivg.utils.messages import shown
 
 PATH = 150  # characters of a path that messages show
 PNG_MARKS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # of chunks that may say how a PNG is turned
-ROWS = 256  # of a 16-bit image that are scaled at a time
+SIDEWAYS = [TURNS[orientation] for orientation in (5, 6, 7, 8)]
+# info by which Pillow would turn an image again, or make it transparent
+TOLD = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp", "transparency")
+ROWS = 256  # of an image that are converted at a time
 
-# libtiff, which Pillow uses, prints its own lines on stderr about damaged files; our error says it once
+# Pillow logs, and libtiff, which it uses, prints lines of their own about damaged files; our error says it once
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 with suppress(OSError, AttributeError):  # a Pillow without libtiff, or built differently
     ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 
@@ -40,73 +48,112 @@ def open_image(image):
     bytes, or an array, (H, W) or (H, W, 1) grey, (H, W, 3) RGB or (H, W, 4) RGBA, of uint8 or of floats in 0..1.
 
     EXIF rotation is applied; of an animation the first frame is taken; transparency becomes white; 16 bits become 8.
-    Raises ImageError.
+    Raises ImageError, and MemoryError, one line too, where memory runs out: an RGB image takes 4 bytes a pixel, 8 while
+    it is turned; one with transparency up to 13.
     """
     if isinstance(image, (str, os.PathLike)):
-        name = shown(image, PATH) or "''"
-        with _open_file(image, name) as opened:
-            return _upright(opened, name)
+        return _using(image, shown(image, PATH) or "''", _upright)
     if isinstance(image, Image.Image):
-        return _upright(image, "image")
+        with _decoding("image"):
+            upright = _upright(image)
+            return upright.copy() if upright.im is image.im else upright  # what is done to one is not to the other
     if isinstance(image, np.ndarray):
-        return _upright(_of_array(image), "array")
+        with _decoding("array"):
+            return _upright(_of_array(image))
     if isinstance(image, io.TextIOBase):
         raise ImageError('file object: is open for text; open it for reading bytes, mode "rb"')
     if hasattr(image, "read"):
-        return _upright(_identified(image, "file object"), "file object")
+        return _using(image, "file object", _upright)
     raise ImageError(f"{type(image).__name__}: give a path, a PIL image, an open file or an array")
 
 
 def open_published(path):
     """The file of an image of a published data set -> PIL RGB image as the released program reads it: not rotated,
-    transparency and what is more than 8 bits as Pillow converts them. Raises ImageError."""
-    name = shown(path, PATH)
-    with _decoding(name), _open_file(path, name) as image:
-        return image.convert("RGB")
+    transparency and what is more than 8 bits as Pillow converts them. Raises as `open_image` does."""
+    def as_rgb(image):
+        image.load()
+        return _plain(image, image.im if image.mode == "RGB" else image.convert("RGB").im)
+
+    return _using(path, shown(path, PATH), as_rgb)
 
 
 def stored_size(path):
     """(width, height) from an image file's header. Raises ImageError."""
-    with _open_file(path, shown(path, PATH)) as image:
-        return image.size
+    return _using(path, shown(path, PATH), lambda image: image.size)
 
 
 def upright_size(path):
-    """(width, height) of what `open_image` makes of a file, mostly without decoding it. Raises ImageError."""
-    name = shown(path, PATH)
-    with _decoding(name), _open_file(path, name) as image:
+    """(width, height) of what `open_image` makes of a file, mostly without decoding it. Raises as `open_image` does."""
+    def size(image):
         if image.format == "PNG":
-            content = Path(path).read_bytes()  # Pillow finds a chunk after the pixels only while reading them
-            late = content[content.find(b"IDAT") :]
-            if any(mark in late for mark in PNG_MARKS):
-                return open_image(path).size
-            if not any(mark in content for mark in PNG_MARKS):
-                return image.size  # to ask for its EXIF would read its pixels
+            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                marks = [content.rfind(mark) for mark in PNG_MARKS]  # -1: not in it
+                is_late = max(marks) > content.find(b"IDAT")
+            if max(marks) < 0:
+                return image.size
+            if is_late or "exif" not in image.info:  # Pillow finds it only while reading the pixels
+                return _upright(image).size
         if image.format in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP"):
-            is_turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by 90 degrees
-            return image.size[::-1] if is_turned else image.size
-    return open_image(path).size
+            return image.size[::-1] if turn_of(image) in SIDEWAYS else image.size
+        return _upright(image).size
+
+    return _using(path, shown(path, PATH), size)
 
 
 @contextmanager
 def _decoding(name):
-    """Damaged data make Pillow's decoders raise nearly anything: all of it becomes an ImageError that names the image.
-    Pillow's warnings are about oddities in files that it reads all the same."""
-    with warnings.catch_warnings():
+    """Damaged data make Pillow's decoders raise nearly anything: all of it becomes an ImageError that names the image,
+    or a MemoryError that does. Pillow's warnings are about oddities in files that it reads all the same."""
+    with warnings.catch_warnings(), enough_memory(f"{name}: ", "make the image smaller, or read fewer at once"):
         warnings.simplefilter("ignore")
         try:
             yield
         except ImageError:
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise ImageError(f"{name}: the image is damaged or cut short ({shown(error, 60)}); "
                              "copy or download it again") from None
 
 
-def _upright(image, name):
-    """A PIL image of any mode -> upright PIL RGB image. name: for messages. Raises ImageError."""
-    with _decoding(name):
-        return _to_rgb(ImageOps.exif_transpose(image))
+def _using(file, name, use):
+    """use(the PIL image of a path or file object, its pixels not read yet). A file that fails is tried again without
+    what lies beside its pixels. Raises ImageError or MemoryError, which begin with `name`."""
+    is_path = isinstance(file, (str, os.PathLike))
+    try:
+        with _decoding(name), (_open_file if is_path else _identified)(file, name) as image:
+            return use(image)
+    except ImageTooLarge:
+        raise
+    except ImageError:
+        if is_path and not os.path.isfile(file):  # a pipe or a device has no end
+            raise
+        with suppress(ImageError), _decoding(name), open(file, "rb") if is_path else nullcontext(file) as stream:
+            stream.seek(0)
+            start = stream.read(4)
+            data, info = without_metadata(start + stream.read() if start.startswith(STARTS) else start)
+            with Image.open(io.BytesIO(data)) as image:
+                image.info |= info
+                return use(image)
+        raise
+
+
+def _upright(image):
+    """A PIL image of any mode -> upright PIL RGB image, of the same memory where that is what it was."""
+    if 0 in image.size:
+        raise ImageError(f"image of size {image.size}: has no pixels")
+    image.load()
+    turn = turn_of(image)
+    rgb = _to_rgb(image.transpose(turn) if turn is not None else image)
+    return _plain(image, rgb.im)
+
+
+def _plain(image, pixels):
+    """An opened image -> a PIL image of these pixels, not copied, which nothing turns or makes transparent again."""
+    plain = image._new(pixels)
+    plain.info = {key: value for key, value in image.info.items() if key not in TOLD}
+    return plain
 
 
 def _open_file(path, name):
@@ -131,6 +178,8 @@ def _identified(file, name):
         except Image.DecompressionBombError:
             raise ImageTooLarge(f"{name}: has more than {most_pixels()}; make it smaller") from None
         except OSError as error:
+            if is_out_of_memory(error):
+                raise
             problem = getattr(error, "strerror", None) or error  # without the path again
             raise ImageError(f"{name}: cannot be opened ({shown(problem, 80)}); check the file") from None
     if image.format == "EPS":  # a program, which Pillow would run
@@ -156,25 +205,35 @@ def _of_array(array):
 
 
 def _to_rgb(image):
-    """A PIL image of any mode -> RGB."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = _to_8_bits(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    """A PIL image of any mode -> RGB; the same if it is that already."""
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    is_deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
+    white = _white(image) if is_deep else None
+    rgb = Image.new("RGB", image.size)
+    for top, strip in _strips(image):  # not all at once, in several copies
+        if is_deep:
+            strip = Image.fromarray((_values(strip).clip(0) / white * 255).round().astype(np.uint8))
+        if strip.has_transparency_data:
+            strip = strip.convert("RGBA")
+            strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
+        rgb.paste(strip.convert("RGB"), (0, top))
+    return rgb
 
 
-def _to_8_bits(image):
-    """A grey image of integers or floats -> mode L. The smallest usual white that no pixel exceeds becomes 255."""
-    values = np.asarray(image)  # (H, W)
-    if values.dtype.kind == "f":
-        values = np.nan_to_num(values)
-    largest = max(0, values.max())
+def _white(image):
+    """What becomes 255 of a grey image of integers or floats: the smallest usual white that no pixel exceeds."""
+    largest = max([0, *(_values(strip).max() for _, strip in _strips(image))])
     whites = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
-    white = next((white for white in whites if largest <= white), largest)
-    scaled = np.empty(values.shape, dtype=np.uint8)
-    for start in range(0, len(values), ROWS):  # not all at once, in eight times the bytes
-        rows = slice(start, start + ROWS)
-        scaled[rows] = (values[rows].astype(np.float64).clip(0) / white * 255).round()
-    return Image.fromarray(scaled)
+    return next((white for white in whites if largest <= white), largest)
+
+
+def _values(image):
+    """A grey image of integers or floats -> (H, W) float64, NaN as 0."""
+    return np.nan_to_num(np.asarray(image)).astype(np.float64)
+
+
+def _strips(image):
+    """-> (its first row, an image) of each ROWS rows."""
+    for top in range(0, image.height, ROWS):
+        yield top, image.crop((0, top, image.width, min(top + ROWS, image.height)))

@@ -28,12 +28,16 @@ def polygon_mask(polygons, height, width):
 
 
 def check_polygons(polygons):
-    """-> the corners of each polygon, (n, 2) float64. Raises ValueError for what is not a polygon, and for so many
-    numbers that filling would take forever."""
+    """-> the corners of each polygon, (n, 2) float64. Raises ValueError for what is no polygon, and as check_size."""
+    check_size(polygons)
+    return [_corners(polygon) for polygon in polygons]
+
+
+def check_size(polygons):
+    """Raises ValueError for so many polygons or numbers that filling would take forever."""
     total = sum(len(polygon) if isinstance(polygon, (list, tuple)) else 0 for polygon in polygons[: MAX_POLYGONS + 1])
     if len(polygons) > MAX_POLYGONS or total > MAX_NUMBERS:
         raise ValueError(f"an outline of more than {MAX_POLYGONS:,} polygons or {MAX_NUMBERS:,} numbers")
-    return [_corners(polygon) for polygon in polygons]
 
 
 def _corners(polygon):
@@ -157,13 +161,20 @@ def _compress(counts):
 
 
 def mask_of(segmentation, height, width):
-    """The "segmentation" of an annotation of a height x width image, polygons (polygon_mask) or run lengths (rle_mask)
-    -> (height, width) bool, or None if it is None or empty. Raises ValueError for anything else, and for run lengths of
-    another size."""
+    """The "segmentation" of an annotation of a height x width image -> (height, width) bool, or None if it is None or
+    empty.
+
+    segmentation: run lengths (rle_mask), or a list of polygons (polygon_mask) and run lengths, whose union is taken.
+    Raises ValueError for anything else, and for run lengths of another size.
+    """
     if segmentation is None or (isinstance(segmentation, (list, tuple, dict)) and not segmentation):
         return None
     if isinstance(segmentation, dict):
         return rle_mask(segmentation, (height, width))
     if isinstance(segmentation, (list, tuple)):
-        return polygon_mask(segmentation, height, width)
+        mask = polygon_mask([part for part in segmentation if not isinstance(part, dict)], height, width)
+        for rle in segmentation:
+            if isinstance(rle, dict):
+                mask |= rle_mask(rle, (height, width))
+        return mask
     raise ValueError(f"a segmentation is a list of polygons or a dictionary of run lengths, not {quoted(segmentation)}")

@@ -31,7 +31,8 @@ def pixel_constants(normalization, device):
     """(3, 3, 1, 1): 255, mean and standard deviation of R, G, B."""
     mean, std = NORMALIZATION[normalization]
     # 255 is a tensor too: a GPU replaces division by a scalar with multiplication, which rounds differently
-    return torch.tensor([(255.0,) * 3, mean, std])[..., None, None].to(device)
+    constants = torch.tensor([(255.0,) * 3, mean, std], device="cpu", dtype=torch.float32)
+    return constants[..., None, None].to(device)
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Letterbox:
 
     def boxes_to_square(self, boxes):
         """(..., 4) xyxy in the image's pixels -> (..., 4) cxcywh in 0..1 of the square."""
-        offset = torch.tensor(self.corner * 2)  # (4,) left, top, left, top
+        offset = torch.tensor(self.corner * 2, device=boxes.device)  # (4,) left, top, left, top
         corners = boxes.float() * self.scale + offset  # (..., 4) xyxy in pixels of the square
         low, high = corners.split(2, -1)  # (..., 2) each
         return torch.cat([(low + high) / 2, high - low], -1) / self.size
@@ -120,8 +121,9 @@ class Letterbox:
         centre = boxes[..., :2] * self.size  # (..., 2) in pixels of the square
         half = boxes[..., 2:] * self.size / 2
         corners = torch.cat([centre - half, centre + half], -1)  # (..., 4) xyxy
-        corners = (corners - torch.tensor(self.corner * 2)) / self.scale  # in the image's pixels
-        limit = torch.tensor([self.width, self.height] * 2)
+        offset = torch.tensor(self.corner * 2, device=boxes.device)
+        corners = (corners - offset) / self.scale  # in the image's pixels
+        limit = torch.tensor([self.width, self.height] * 2, device=boxes.device)
         return torch.minimum(corners.clamp(min=0), limit)
 
     def map_to_image(self, square):

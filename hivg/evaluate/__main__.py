@@ -22,13 +22,14 @@ from pathlib import Path
 from hivg.data.batches import evaluation_batches, open_dataset
 from hivg.data.drawn.scenes import DRAWN
 from hivg.data.published.check import splits_of
+from hivg.data.published.reading import images_of, is_own, read_dataset
 from hivg.evaluate.calibration import calibrated, calibration_of, fit_calibration
 from hivg.evaluate.compare import compare
 from hivg.evaluate.metrics import accuracy, present
 from hivg.evaluate.predict import predict
 from hivg.evaluate.report import guessers, report, sheet, shuffled
 from hivg.utils.cli import Parser, Progress, add_machine_flags, choose_device, choose_dtype, name_of, run
-from hivg.utils.files import image_format, save_image
+from hivg.utils.files import image_format, refuse_to_replace, save_image, write_whole, written
 from hivg.utils.messages import quoted, shown
 from hivg.weights import build, bundled, load_hivg, need_tokenizer, read, save
 
@@ -40,8 +41,8 @@ def arguments():
     parser = Parser(description=__doc__)
     parser.add_argument("--weights", default=str(bundled("hivg-tiny.safetensors")), metavar="FILE",
                         help="a HiVG weights file")
-    parser.add_argument("--dataset", default="shapes", help="shapes, shapes-wide, a data set of the paper, or a .jsonl "
-                        "file")
+    parser.add_argument("--dataset", default="shapes", help="shapes, shapes-wide, a data set of the paper, or your own "
+                        ".jsonl or .json file")
     parser.add_argument("--split", help=f"of shapes: {', '.join(drawn['shapes'])}; of shapes-wide: "
                         f"{', '.join(drawn['shapes-wide'])}; default: the first of {', '.join(DEFAULT_SPLITS)} that "
                         "the data set has, with --calibrate val")
@@ -77,6 +78,7 @@ def arguments():
 def check_outputs(args):
     """Raises ValueError, before any work, for a file that cannot be written or would replace one that is read."""
     outputs = [path for path in (args.per_sample, args.sheet, args.calibrate) if path]
+    names = list(map(os.path.realpath, outputs))
     for path in outputs:
         is_new = not os.path.exists(path)
         try:
@@ -86,16 +88,26 @@ def check_outputs(args):
             raise ValueError(f"{shown(path)}: cannot be written ({error.strerror}); name a file in an existing "
                              "folder") from None
         if is_new:
-            os.unlink(path)
-        if outputs.count(path) > 1:
+            os.unlink(os.path.realpath(path))  # of a link that leads nowhere: what was made behind it
+        if names.count(os.path.realpath(path)) > 1:
             raise ValueError(f"{shown(path)}: named twice; give --per_sample, --sheet and --calibrate different files")
         if path == args.calibrate and not is_new and not os.path.samefile(path, args.weights):
             raise ValueError(f"{shown(path)}: exists already; name a new file, or that of --weights")
-        inputs = [args.dataset, args.annotations] + [args.weights] * (path != args.calibrate)
-        if any(other and os.path.exists(other) and not is_new and os.path.samefile(other, path) for other in inputs):
-            raise ValueError(f"{shown(path)}: would be replaced while it is read; name another file to write")
+        inputs = [args.dataset, args.annotations or ""] + [args.weights] * (path != args.calibrate)
+        refuse_to_replace(inputs, [path], "name another file to write", "file that is read")
     if args.sheet:
         image_format(args.sheet)
+
+
+def refuse_to_replace_data(args):
+    """Raises ValueError for a file to be written that is an annotation file, or an image of any split that it holds."""
+    outputs = [path for path in (args.per_sample, args.sheet, args.calibrate) if path and os.path.exists(path)]
+    if not outputs:
+        return
+    advice = "name another file to write"
+    path, rows = read_dataset(args.data_root, args.dataset, args.split, args.annotations)
+    refuse_to_replace([path, path.with_name("instances.json")], outputs, advice, "annotations")
+    refuse_to_replace(images_of(rows, Path(args.data_root), path, is_own(args.dataset)), outputs, advice)
 
 
 def choose_split(args):
@@ -154,16 +166,17 @@ def save_calibrated(args, calibration, count):
 
 
 def save_rows(path, rows):
-    try:
-        with open(path, "w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    except OSError as error:  # on a full disk it does not name the file
-        raise OSError(f"{shown(path)}: cannot be written ({error.strerror}); make room, or name another file") from None
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device, as /dev/stdout
+        with written(path):
+            Path(path).write_text(text)
+    else:
+        target = os.path.realpath(path) if os.path.islink(path) else path
+        write_whole(Path(target), lambda part: part.write_text(text))
 
 
 def main():
     args = arguments()
-    sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack characters of an expression
     if args.compare:
         print(compare(*args.compare))
         return
@@ -175,6 +188,8 @@ def main():
     args.split = args.split or choose_split(args)
     dataset = open_dataset(args.dataset, args.split, model.config.clip.image_size, model.config.normalization,
                            data_root=args.data_root, annotations=args.annotations, masks="segmentation")
+    if args.dataset != "shapes":
+        refuse_to_replace_data(args)
     rows = evaluate(args, model, dataset, device, dtype)
     if args.per_sample:
         save_rows(args.per_sample, rows)
@@ -183,4 +198,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, lower="lower --batch_size or --workers, or make the largest images smaller")

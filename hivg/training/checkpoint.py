@@ -1,10 +1,13 @@
 """The folder of a run, runs/NAME: its lock, and its state.pt, which `Run` of run.py writes and resumes from."""
 
+import errno
+import sys
 import zipfile
 
 import torch
 
 from hivg.training import distributed
+from hivg.utils.memory import is_out_of_memory
 
 try:
     import fcntl
@@ -28,14 +31,17 @@ def open_run(run, resume):
 
 def lock_run(run):
     """Lock the folder of a run for this process, on rank 0, until the file returned is closed or the process ends. On
-    a system without such locks (Windows) nothing is locked."""
+    a system or a file system without such locks (Windows; some of clusters) nothing is locked."""
     if fcntl is None or distributed.rank():
         return None
     lock = open(run / "lock", "w")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(f"{run} is in use by another training; take another --name, or wait for it to end") from None
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # what a lock of another process gives
+            raise ValueError(f"{run} is in use by another training; take another --name, or wait for it to "
+                             "end") from None
+        print(f"{run} cannot be locked ({error.strerror}); see that no other training uses it", file=sys.stderr)
     return lock
 
 
@@ -49,12 +55,28 @@ def load_state(run):
             if archive.testzip():  # compares all checksums, which torch.load does not
                 raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        dict(state["settings"])
+        check_state(state)
         return state
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error}); nothing of it is lost") from None
-    except MemoryError:
-        raise ValueError(f"{path}: not enough memory to read it; nothing of it is lost") from None
-    except Exception:  # torch.load raises nearly anything
-        raise ValueError(f"{path}: damaged, or not a state of this version of the program; "
-                         "remove it and start the run without --resume") from None
+    except Exception as error:  # torch.load raises nearly anything
+        if is_out_of_memory(error):
+            raise ValueError(f"{path}: not enough memory to read it; nothing of it is lost") from None
+        raise damaged(run) from None
+
+
+def check_state(state):
+    """Raises an exception of any kind for a state that `Run.save` would not have written; it might otherwise fail at
+    the end of an epoch only."""
+    dict(state["settings"])
+    log = state["log"]
+    counts = [state["stage"], state["step"], log["bytes"], log["n"]]
+    shapes = [p.shape for p in state["trained"].values()] + [row["cpu"].shape for row in state["random"]]
+    if not (shapes and all(type(count) is int and count >= 0 for count in counts) and -1 <= state["best"] <= 1
+            and all(type(total) is float for total in log["sums"].values())):
+        raise ValueError
+
+
+def damaged(run):
+    return ValueError(f"{run / 'state.pt'}: damaged, or not a state of this version of the program; "
+                      "remove it and start the run without --resume")

@@ -1,11 +1,13 @@
 """The progress of a run: log.jsonl, lines on stderr, curves.png."""
 
 import json
+import os
 import sys
 import time
 
 from hivg.training import distributed
 from hivg.utils.charts import plot_panels
+from hivg.utils.files import write_whole, written
 
 LOG_STEPS = 50  # steps to a line
 TITLES = {"loss": "Training loss", "accuracy": "Accuracy on val", "lr": "Learning rate"}  # the panels of curves.png
@@ -22,12 +24,21 @@ class Log:
         self.clear()
         if self.is_writer:
             run.mkdir(parents=True, exist_ok=True)
-            n_bytes = 0
             if saved:
-                n_bytes, self.sums, self.n = (saved["log"][name] for name in ("bytes", "sums", "n"))
-            self.file = open(run / "log.jsonl", "r+" if n_bytes else "w")
-            self.file.truncate(n_bytes)  # the steps after the saved state will be run, and logged, again
-            self.file.seek(n_bytes)
+                self.sums, self.n = saved["log"]["sums"], saved["log"]["n"]
+                self.cut(saved["log"]["bytes"])
+            self.file = open(run / "log.jsonl", "a" if saved else "w")
+
+    def cut(self, n_bytes):
+        """Keep the rows of the first n_bytes of log.jsonl: the steps after the saved state will be run, and logged,
+        again. A row that is lost or damaged is told; the training needs none."""
+        path = self.run / "log.jsonl"
+        lines = path.read_bytes()[:n_bytes].split(b"\n") if path.exists() else []
+        rows = b"".join(line + b"\n" for line in lines if is_row(line))
+        if len(rows) != n_bytes:
+            self.message(f"{path}: not as the saved state left it; what can be read is kept, {len(rows):,} of "
+                         f"{n_bytes:,} bytes, and the training itself continues unchanged")
+        write_whole(path, lambda part: part.write_bytes(rows))
 
     def clear(self):
         """Start the means of the next line."""
@@ -43,6 +54,8 @@ class Log:
         """All that a resumed run needs to log the same lines."""
         if not self.is_writer:
             return None
+        with written(self.run / "log.jsonl"):
+            os.fsync(self.file.fileno())  # before the state that counts on it
         sums = {name: float(total) for name, total in self.sums.items()}
         return {"bytes": self.file.tell(), "sums": sums, "n": self.n}
 
@@ -52,8 +65,9 @@ class Log:
             print(text, file=sys.stderr)
 
     def write(self, row):
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        with written(self.run / "log.jsonl"):
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
 
     def step(self, stage, step, steps, lr, values):
         """Log step `step` (from 1) of `steps`. values: {name: scalar tensor}."""
@@ -104,3 +118,13 @@ class Log:
                 panels.append({"curves": {name: curves[name]}, "title": title, "x_label": "step",
                                "boundaries": boundaries})
         plot_panels(panels, self.run / "curves.png")
+
+
+def is_row(line):
+    """Whether a line of log.jsonl, bytes, is a row that can be drawn: a stage, and numbers."""
+    try:
+        numbers = json.loads(line)
+        return isinstance(numbers.pop("stage"), str) and "step" in numbers and all(
+            isinstance(number, int | float) for number in numbers.values())
+    except (ValueError, TypeError, AttributeError, KeyError):
+        return False

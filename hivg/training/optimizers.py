@@ -48,7 +48,7 @@ class Muon(torch.optim.Optimizer):
         updates = orthogonalise(torch.stack(updates)).to(matrices[0].dtype)  # (n, rows, columns)
         scale = 0.2 * max(matrices[0].shape) ** 0.5
         torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(matrices, list(updates), alpha=-group["lr"] * scale)
+        torch._foreach_add_(matrices, list(-group["lr"] * scale * updates))  # the rate may be a tensor
 
 
 def orthogonalise(x, steps=5):
@@ -98,7 +98,10 @@ def make_optimizers(model, kind, weight_decay, rate_of=None):
 def set_learning_rate(optimizers, lr):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["rate"]
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(lr * group["rate"])  # where a recorded step reads it (graph.py)
+            else:
+                group["lr"] = lr * group["rate"]
 
 
 def step_optimizers(optimizers):
@@ -108,12 +111,9 @@ def step_optimizers(optimizers):
         optimizer.zero_grad(set_to_none=True)
 
 
-def clip_and_step(model, optimizers, clip_grad, values, where=None):
-    """Clip the gradients to the norm `clip_grad` and step -> their norm before, a scalar tensor. where: the step in
-    words, to check the loss and this norm first (`check_finite`), for which a GPU has to wait; None to skip that."""
+def clip_and_step(model, optimizers, clip_grad):
+    """Clip the gradients to the norm `clip_grad` and step -> their norm before, a scalar tensor."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
-    if where:
-        check_finite(where, values, norm)
     step_optimizers(optimizers)
     return norm
 
@@ -122,13 +122,16 @@ class Diverged(ValueError):
     """The loss or its gradient is no longer finite."""
 
 
-def check_finite(where, values, norm):
-    """Raise Diverged if the loss or the norm of its gradient is not finite.
+def check_finite(where, values):
+    """Raise Diverged if the loss or the norm of its gradient is not finite. A GPU has to wait for them.
 
-    where: the step in words. values: {name: scalar tensor} with "loss" and its terms. norm: scalar tensor.
+    where: the step in words. values: {name: scalar tensor} with "loss", its terms, and "gradient_norm".
     """
-    if values["loss"].isfinite() and norm.isfinite():
+    values = dict(values)
+    loss = values.pop("loss")
+    norm = values.pop("gradient_norm")
+    if loss.isfinite() and norm.isfinite():
         return
-    terms = ", ".join(f"{name} {value.item():g}" for name, value in values.items() if name != "loss")
-    raise Diverged(f"the loss is {values['loss'].item()} at {where} ({terms}), the norm of its gradient "
-                     f"{norm.item():g}; train again under another --name with a lower --lr")
+    terms = ", ".join(f"{name} {value.item():g}" for name, value in values.items())
+    raise Diverged(f"the loss is {loss.item()} at {where} ({terms}), the norm of its gradient {norm.item():g}; "
+                   "train again under another --name with a lower --lr")

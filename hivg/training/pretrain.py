@@ -31,7 +31,7 @@ from hivg.data.drawn.scenes import Shapes
 from hivg.losses import contrastive_loss
 from hivg.tokenizer import Tokenizer, learn_merges
 from hivg.training import distributed
-from hivg.training.optimizers import clip_and_step, learning_rate, make_optimizers, set_learning_rate
+from hivg.training.optimizers import check_finite, clip_and_step, learning_rate, make_optimizers, set_learning_rate
 from hivg.training.run import Run
 from hivg.training.settings import RunSettings, setting, settings_from_flags
 from hivg.utils.cli import run
@@ -215,7 +215,7 @@ def pretrain(s: Settings):
     first = 0
     best = -1.0
     if saved:
-        first, best = run.restore(model, optimizers)
+        first, best = run.restore(model, optimizers, steps)
     dataset = Pairs(model.config.image_size, s.seed, s.wide)
     batches = training_batches(dataset, 0, s.batch_size, steps, first, s.workers, distributed.rank(),
                                distributed.world_size(), device, model.tokenizer)
@@ -237,8 +237,9 @@ def pretrain(s: Settings):
         loss = sum(terms.values())
         loss.backward()
         values = distributed.mean([{"loss": loss, **terms, "meant": meant}])
-        norm = clip_and_step(model, optimizers, s.clip_grad, values, f"step {step + 1} of the pre-training")
-        log.step("pretrain", step + 1, steps, lr, values | {"gradient_norm": norm})
+        values["gradient_norm"] = clip_and_step(model, optimizers, s.clip_grad)
+        check_finite(f"step {step + 1} of the pre-training", values)
+        log.step("pretrain", step + 1, steps, lr, values)
 
         end_of_epoch = (step + 1) % steps_per_epoch == 0
         if end_of_epoch:
@@ -262,4 +263,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main, "interrupted; the same command with --resume continues")
+    run(main, "interrupted; the same command with --resume continues", "lower --batch_size or --workers")

@@ -11,11 +11,14 @@ from dataclasses import asdict
 import torch
 
 from hivg.training import distributed
-from hivg.training.checkpoint import open_run
+from hivg.training.checkpoint import damaged, open_run
 from hivg.training.log import Log
-from hivg.training.settings import RUNS
-from hivg.utils.cli import choose_device, choose_dtype
-from hivg.utils.files import write_whole
+from hivg.training.settings import folder_of
+from hivg.utils.cli import check_compile, choose_device, choose_dtype
+from hivg.utils.files import remove_parts, write_whole
+from hivg.utils.memory import is_out_of_memory
+
+KEPT = ({"momentum"}, {"step", "exp_avg", "exp_avg_sq"})  # of a parameter, by Muon and by AdamW
 
 
 class Run:
@@ -24,10 +27,14 @@ class Run:
     def __init__(self, s, title):
         """s: RunSettings. title: how the first line of the log begins. Raises ValueError if the folder is in use."""
         self.settings = s
-        self.folder = RUNS / s.name
+        self.folder = folder_of(s.name)
         self.device = distributed.init(choose_device(s.device))
         self.dtype = choose_dtype(s.dtype, self.device)
+        if s.compile:
+            check_compile(self.device)
         self.saved, self.lock = open_run(self.folder, s.resume)  # the lock is held as long as the run exists
+        if self.lock:
+            remove_parts(self.folder)
         self.log = Log(self.folder, self.saved)
         self.log.message(f"{title} on {self.device}, {distributed.world_size()} process(es), matrix products in "
                          f"{self.dtype}")
@@ -61,28 +68,41 @@ class Run:
             write_whole(path, lambda part: torch.save(state, part), advice)
         self.saved_at = time.monotonic()
 
-    def restore(self, model, optimizers):
+    def restore(self, model, optimizers, steps):
         """Restore the trained parameters, optimizers and random numbers of the saved state -> (steps done, best
         accuracy).
 
-        model: as its stage starts. Raises ValueError for a state of another number of processes.
+        model: as its stage starts. steps: of the stage. Raises ValueError for a state of another number of processes,
+        or one that was damaged or edited.
         """
         state = self.saved
         if len(state["random"]) != distributed.world_size():
             raise ValueError(f"this run was trained by {len(state['random'])} process(es) and is resumed by "
                              f"{distributed.world_size()}; resume it with as many as before")
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if trained.keys() != state["trained"].keys():
+        if {name: p.shape for name, p in trained.items()} != {name: p.shape for name, p in state["trained"].items()}:
             raise ValueError("the state is of a model with other trained parameters; train again under another --name")
         with torch.no_grad():
             for name, p in trained.items():
                 p.copy_(state["trained"][name])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        random = state["random"][distributed.rank()]
-        torch.set_rng_state(random["cpu"])
-        if "cuda" in random:
-            torch.cuda.set_rng_state(random["cuda"])
+        try:
+            if state["step"] > steps:
+                raise ValueError
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                groups = optimizer.state_dict()["param_groups"]  # its numbers are settings
+                optimizer.load_state_dict(saved | {"param_groups": groups})
+                for p, kept in optimizer.state.items():
+                    shapes = [() if name == "step" else p.shape for name in kept]
+                    if kept.keys() not in KEPT or [t.shape for t in kept.values()] != shapes:
+                        raise ValueError
+            random = state["random"][distributed.rank()]
+            torch.set_rng_state(random["cpu"])
+            if "cuda" in random:
+                torch.cuda.set_rng_state(random["cuda"])
+        except Exception as error:  # anything can be in a state that was edited
+            if is_out_of_memory(error):
+                raise
+            raise damaged(self.folder) from None
         self.log.restart_clock()
         return state["step"], state["best"]
 

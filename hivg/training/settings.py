@@ -15,6 +15,7 @@ from typing import get_args
 
 from hivg.training.checkpoint import load_state
 from hivg.utils.cli import DTYPES, Parser
+from hivg.utils.messages import quoted
 
 RUNS = Path("runs")  # every run has a folder in here, named by its --name
 GROUPS = ("The run", "Data", "Model", "Optimization", "Machine")  # the headings of --help, in their order
@@ -60,20 +61,31 @@ class RunSettings:
 
     def __post_init__(self):
         """Refuse at once what would fail hours later, or be ignored. Raises ValueError, one line with the flag."""
-        if not self.name:
-            raise ValueError("--name is empty; name the run's folder under runs/")
+        folder_of(self.name)
         for f in fields(self):
             value = getattr(self, f.name)
             if is_dataclass(f.default) and isinstance(value, dict):  # from a saved state
                 value = type(f.default)(**value)
                 setattr(self, f.name, value)
             choices = f.metadata["choices"]
+            kind = (float, int) if f.type is float else type(f.default)
+            if not isinstance(value, kind):
+                raise ValueError(f"--{f.name} must be of type {type(f.default).__name__}, not {value!r:.60}")
             if choices and value not in choices:
                 raise ValueError(f"--{f.name} must be one of {', '.join(choices)}, not {value!r:.60}")
             numbers = vars(value).values() if is_dataclass(value) else value if isinstance(value, tuple) else [value]
             for number in numbers:
                 if range_text(f) and not f.metadata["low"] <= number <= f.metadata["high"]:  # NaN is in no range
                     raise ValueError(f"--{f.name} must be {range_text(f)}, not {number}")
+
+
+def folder_of(name):
+    """runs/NAME. Raises ValueError for a name that is not that of a folder below runs/."""
+    path = Path(name)
+    if not name.isprintable() or not path.parts or path.anchor or ".." in path.parts:
+        problem = f"{quoted(name)} is not the name of a folder below runs/" if name else "is empty"
+        raise ValueError(f"--name {problem}; give it letters and digits")
+    return RUNS / path
 
 
 def range_text(f):
@@ -153,11 +165,11 @@ def settings_from_flags(settings, description, defaults_of=None):
     if not given.get("resume"):
         return settings(**with_flags(defaults, given))
 
-    run = RUNS / given.get("name", defaults["name"])
+    run = folder_of(given.get("name", defaults["name"]))
     state = load_state(run)["settings"]
     try:
         saved = vars(settings(**state))
-    except TypeError:  # a setting that is unknown
+    except (TypeError, ValueError):  # a setting that is unknown, or not what it may be
         saved = {}
     if state.keys() != saved.keys():
         raise ValueError(f"{run}/state.pt: a state of another version of the program; train again under another --name")

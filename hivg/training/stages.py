@@ -1,5 +1,6 @@
 """A stage of the training: what it adds to the model, and the table that --plan and the start of a stage print."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def print_plan(table, config):
         for stage in table:
             model = grow(model, stage)
             columns.append(stage_column(stage, model))
-    print(columns_text(columns))
+    sys.stdout.write(columns_text(columns) + "\n")  # in one piece, whatever the reader, such as `head`, leaves
 
 
 def stage_column(stage, model):

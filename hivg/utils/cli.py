@@ -1,16 +1,20 @@
-"""What all command lines share: one-line errors, the choice of device and dtype, a progress line."""
+"""What all command lines share: streams, one-line errors, the choice of device and dtype, a progress line."""
 
 import argparse
+import errno
 import os
 import re
 import sys
 import time
+from contextlib import suppress
 
 import torch
 
-from hivg.utils.messages import shown
+from hivg.utils.memory import enough_memory
+from hivg.utils.messages import quoted, shown
 
 DTYPES = ("auto", "float32", "bfloat16")
+UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)  # of a stream; files name themselves
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,6 +35,9 @@ class Parser(argparse.ArgumentParser):
             given.append(name + equals + value)
         return super().parse_known_args(given, namespace)
 
+    def print_help(self, file=None):
+        print(self.format_help(), end="", file=file)  # argparse's own hides that it cannot be written
+
     def error(self, message):
         fail(f"{message}; --help lists the flags")
 
@@ -43,26 +50,70 @@ def program_name():
 
 def fail(message, code=2):
     """Print the message as one line on stderr and exit."""
-    print("error: " + shown(" ".join(str(message).split()), 290), file=sys.stderr)
+    with suppress(OSError):  # nowhere to say it
+        print("error: " + shown(" ".join(str(message).split()), 290), file=sys.stderr)
     raise SystemExit(code)
 
 
-def run(main, interrupted="interrupted"):
-    """Call main() and exit with the code it returns. A ValueError or OSError is printed as one line, code 2; Ctrl-C
-    prints `interrupted`, code 130; a reader that closes the output early, such as `head`, ends it quietly, code 1."""
+def run(main, interrupted="interrupted", lower="close other programs, or use a machine with more"):
+    """Call main() and exit with the code it returns. A ValueError or OSError is printed as one line, code 2, and where
+    memory runs out one that ends with `lower`; Ctrl-C prints `interrupted`, code 130; a reader that closes the output
+    early, such as `head`, ends it quietly, code 1."""
+    open_streams()
+    failure = None
     try:
-        code = main()
-        sys.stdout.flush()  # raises BrokenPipeError here, where it is caught, and not at exit
+        with enough_memory("", lower):
+            code = main() or 0
+    except SystemExit as stop:  # of --help, or of `fail`
+        code = stop.code or 0
     except KeyboardInterrupt:
-        fail(interrupted, code=130)
+        code, failure = 130, interrupted
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is flushed at exit
         code = 1
+    except (OSError, ValueError, MemoryError) as error:
+        code, failure = 2, reason_of(error)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):  # killed while the model computes, mostly for its memory
+            raise
+        code, failure = 2, f"{str(error).strip('. ')}; give --workers 0, or free memory"
+    unwritten = flush(sys.stdout)
+    if unwritten and not code:
+        code, failure = (1, None) if isinstance(unwritten, BrokenPipeError) else (2, reason_of(unwritten))
+    try:
+        if failure:
+            fail(failure, code)
+        sys.exit(code)
+    finally:
+        flush(sys.stderr)
+
+
+def open_streams():
+    """A stream that is closed, as by >&-, leads nowhere; a character that a terminal lacks is escaped."""
+    for name in ("stdin", "stdout", "stderr"):  # in the order of their numbers, so that each gets its old number
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+    sys.stdout.reconfigure(errors="backslashreplace")  # as Python's stderr
+
+
+def flush(stream):
+    """Write what a stream still holds, here and not at exit, where errors are not caught -> None, or the OSError. What
+    could not be written is then dropped."""
+    try:
+        stream.flush()
     except OSError as error:
-        fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error)
-    except ValueError as error:
-        fail(error)
-    sys.exit(code or 0)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+        return error
+
+
+def reason_of(error):
+    """What a ValueError or OSError says, with the file or stream that it is about."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in UNWRITTEN:
+        return f"stdout: cannot be written ({error.strerror}); make room, or send the output elsewhere"
+    return error
 
 
 def add_machine_flags(parser):
@@ -76,13 +127,23 @@ def choose_device(name):
     """"auto", "cpu", "cuda" or "cuda:1" -> torch.device. Raises ValueError for a device that is not available."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d\d?)?", str(name)):
-        raise ValueError(f"device must be auto, cpu or cuda, not {name!r}")
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,2})?", str(name)):
+        raise ValueError(f"device must be auto, cpu or cuda, not {quoted(name)}")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name} is not available, PyTorch sees {torch.cuda.device_count()} GPUs; "
                          "use --device cpu")
     return device
+
+
+def check_compile(device, advice="leave --compile out"):
+    """Try torch.compile on a sum. Raises ValueError where it fails, mostly for want of a compiler."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as error:  # torch.compile raises nearly anything
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise ValueError(f"torch.compile does not work here ({shown(lines[0], 100)}); install a C++ compiler (g++), or "
+                         f"{advice}") from None
 
 
 def choose_dtype(name, device):

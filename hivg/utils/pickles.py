@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hivg.utils.memory import is_out_of_memory
 from hivg.utils.messages import shown
 
 LEGACY = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # in the first pickle of torch.save before 1.6
@@ -126,7 +127,7 @@ class Array(list):
     def __setstate__(self, state):
         _, shape, dtype, by_columns, data = state
         if 0 not in shape:  # a shape (10^9, 0) would make as many lists
-            self[:] = values(dtype, self.spend(data), shape, "F" if by_columns else "C")
+            self[:] = values(dtype, self.spend(data), shape or (1,), "F" if by_columns else "C")
         del self.spend
 
 
@@ -248,6 +249,8 @@ def read(path):
     except (ValueError, OSError):
         raise
     except Exception as error:  # a damaged pickle can raise nearly anything
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"damaged ({type(error).__name__}: {shown(error, 80)})") from None
 
 
@@ -268,6 +271,8 @@ def read_zip(path):
                 part.readinto(data)  # checks the CRC
             return data
         except Exception as error:  # zipfile raises errors of many classes
+            if is_out_of_memory(error):
+                raise
             raise ValueError(f"its part {shown(entry, 60)} is damaged ({shown(error, 80)})") from None
 
     def read_storage(key):

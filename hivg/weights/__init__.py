@@ -2,7 +2,8 @@
 
 This project's file is one `.safetensors`: the tensors and, in its metadata, the configuration (JSON) and the
 tokenizer's merge table (text), so it loads by itself. Any file is recognized by its content, not its name; nothing in
-it is executed (utils/pickles.py), every tensor must be there in the right shape, and all load as float32.
+it is executed (utils/pickles.py), every tensor must be there in the right shape, and all load as float32. A state dict
+may lie in a checkpoint (`model`, `state_dict`, `model_state_dict`) and be that of a model in DDP or a compiled one.
 
 `saving.py` writes; `reading.py` reads any file, with the names translated by `clip_names.py` and `released.py`;
 `loading.py` builds the model. `python -m hivg.weights` is in `__main__.py`, and `download.py` is its `fetch`.

@@ -50,7 +50,7 @@ def convert(source, target):
         raise ValueError(f"{shown(target)}: exists; give OUT another name, or remove the file first")
     model = load(source)
     save(target, model, model.info)
-    print(target)
+    print(shown(target, 1000))
     if model.tokenizer is None:
         print(f"no {download.TABLE} was found beside {shown(source)} or in weights/, so the new file has no tokenizer",
               file=sys.stderr)

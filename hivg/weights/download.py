@@ -9,11 +9,16 @@ import http.client
 import os
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hivg.utils.cli import Progress
 from hivg.utils.messages import quoted, shown
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 TABLE = "bpe_simple_vocab_16e6.txt.gz"
 HASHES = {
@@ -28,71 +33,103 @@ for name, sha256 in HASHES.items():
     FILES[name] = (f"https://openaipublic.azureedge.net/clip/models/{sha256}/{file}.pt", sha256)
 FILES["table"] = (f"https://github.com/openai/CLIP/raw/main/clip/{TABLE}",
                   "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")
+MOST, MOST_OF_TABLE = 10**9, 10**7  # bytes: more than the largest model has, and more than the table
 CHUNK = 1 << 20  # bytes read at once
 
 
 def fetch(name, folder):
     """Download a model of FILES and the merge table into `folder` -> their paths. A file that is complete is not
-    downloaded again; a partial one (`.part`) is resumed. Raises ValueError."""
+    downloaded again; a partial one is resumed. Raises ValueError."""
     if name not in FILES:
         raise ValueError(f"no weights are called {quoted(name)}; there are {', '.join(FILES)}")
     return [download(*FILES[name], Path(folder)) for name in dict.fromkeys((name, "table"))]
 
 
 def download(address, sha256, folder):
-    """Download one file -> its path. It gets its name only once its hash is right. Raises ValueError."""
+    """Download one file -> its path. It gets its name only once its hash is right. Until then it is beside it, under a
+    name with its hash, which no other file has. Raises ValueError."""
     path = folder / address.rsplit("/", 1)[1]
-    part = path.with_name(path.name + ".part")
-    if path.is_file():
-        if hash_of(path) != sha256:
-            raise ValueError(f"{shown(path)}: exists, but is not the published file (its sha256 differs); remove it "
-                             "and fetch again")
-        return path
-
+    part = path.with_name(f"{path.name}.{sha256[:16]}.part")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    is_resumed = part.is_file() and part.stat().st_size > 0
-    for _ in range(1 + is_resumed):  # a part may be wrong from the start: then once more without it
-        get(address, part)
-        if hash_of(part) == sha256:
-            os.replace(part, path)
+    with alone_in(folder):
+        if path.is_file():
+            if hash_of(path) != sha256:
+                raise ValueError(f"{shown(path)}: exists, but is not the published file (its sha256 differs); remove "
+                                 "it and fetch again")
             return path
-        part.unlink()
+        is_resumed = part.is_file() and part.stat().st_size > 0
+        for _ in range(1 + is_resumed):  # a part may be wrong from the start: then once more without it
+            done, total = get(address, part)
+            if hash_of(part) == sha256:  # whatever length the server gave
+                with writing(path):
+                    os.replace(part, path)
+                return path
+            if done < total:
+                raise ValueError(f"{shown(path)}: the connection ended after {done:,} of {total:,} bytes; run the "
+                                 "same command again to resume")
+            part.unlink()
     raise ValueError(f"{address}: the server sent something other than the published file (its sha256 differs), which "
                      "was removed; try again later, or from another network")
 
 
+@contextmanager
+def alone_in(folder):
+    """Wait for other programs that download into the folder. Where a folder cannot be locked, as on Windows and on some
+    network file systems, it is not."""
+    if fcntl is None:
+        yield
+        return
+    folder = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
 def get(address, part):
-    """Append to `part` the bytes of the address that are not in it yet. Raises ValueError; what was received stays."""
-    done = part.stat().st_size if part.is_file() else 0
+    """Add to `part` the bytes of the address that are not in it yet -> how many it has, and how many the server says
+    there are. Raises ValueError; what was received stays."""
+    done = total = part.stat().st_size if part.is_file() else 0
+    most = MOST_OF_TABLE if address.endswith(TABLE) else MOST
     request = urllib.request.Request(address, headers={"Range": f"bytes={done}-"} if done else {})
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             if answer.status != 206:  # 206: only the range that was asked for; otherwise everything is sent
                 done = 0
-            total = done + int(answer.headers.get("Content-Length", 0))
-            progress = Progress(f"{part.name.removesuffix('.part')}, MB", round(total / 1e6))
+            total = done + (answer.length or 0)
+            progress = Progress(f"{address.rsplit('/', 1)[1]}, MB", round(total / 1e6))
             with writing(part):
-                file = open(part, "ab" if done else "wb")
+                file = open(part, "r+b", opener=open_part)
             with file:
+                file.seek(done)
                 while data := answer.read(CHUNK):
                     with writing(part):
                         file.write(data)
                         file.flush()  # so that a full disk is noticed here, not when the file is closed
                     done += len(data)
                     progress(round(done / 1e6))
-        if done < total:
-            raise ValueError(f"{shown(part)}: the connection ended after {done:,} of {total:,} bytes; run the same "
-                             "command again to resume")
+                    if max(done, total) > most:
+                        part.unlink()
+                        raise ValueError(f"{address}: the server sends more than the published file has, which is less "
+                                         f"than {most:,} bytes; try again later, or from another network")
     except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: nothing is left to send
+        if error.code != 416 or not done:  # 416: nothing is left to send
             raise ValueError(f"{address}: the server answers {error.code} {shown(error.reason, 60)}; try again "
                              "later") from None
     except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
         reason = getattr(error, "reason", error)
         reason = shown(getattr(reason, "strerror", None) or reason, 36)
-        path = shown(part.with_suffix(""), 78)  # the address stays whole, to be fetched some other way
+        path = shown(part.with_suffix("").with_suffix(""), 78)  # the address stays whole, to be fetched some other way
         raise ValueError(f"{address}: no connection ({reason}); try again, or save it as {path}") from None
+    return done, total
+
+
+def open_part(part, _):
+    """An opener for `open`: the file as it is, or a new one; never through a link."""
+    return os.open(part, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0), 0o666)
 
 
 @contextmanager

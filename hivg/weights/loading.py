@@ -1,6 +1,7 @@
 """A weights file -> the model, with exactly its tensors."""
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from hivg.clip import CLIP, CLIPConfig
 from hivg.model import HiVG
@@ -37,9 +38,20 @@ def load_kind(path, *kinds):
     return build(path, file)
 
 
+class WithoutValues(TorchFunctionMode):
+    """Modules made inside are not initialised. On the device "meta" that would compute nothing, but its arithmetic is
+    written in Python: the first operation imports torch._dynamo and sympy, which takes a second."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
+
+
 def build(path, file):
     """A File -> its model. Empties `file.tensors`. path: for messages. Raises WeightsError."""
-    with valid_settings(path, file.kind), torch.device("meta"):  # no time spent on initial values
+    with valid_settings(path, file.kind), torch.device("meta"), WithoutValues():  # neither memory nor time
         model = CLIP(file.config) if isinstance(file.config, CLIPConfig) else HiVG(file.config)
     differences = compare(file.tensors, model.state_dict())
     if differences:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from hivg.clip import CLIPConfig
 from hivg.model import HiVGConfig
 from hivg.tokenizer import Tokenizer
 from hivg.utils import pickles
+from hivg.utils.memory import enough_memory, is_out_of_memory
 from hivg.utils.messages import quoted, shown
 from hivg.weights.check_config import check_config, check_types
 from hivg.weights.clip_names import NotThisKind, huggingface_clip, openai_clip
@@ -32,6 +34,8 @@ KINDS = {
 # package is installed
 FOLDER = Path("weights") if INSTALLED.is_dir() else REPOSITORY
 TABLES = (TABLE, "merges.txt", "tokenizer.json")
+WRAPPERS = ("model", "state_dict", "model_state_dict")  # what training programs call the weights in a checkpoint
+PREFIXES = ("module._orig_mod.", "_orig_mod.module.", "module.", "_orig_mod.")  # of a model in DDP, compiled, or both
 MAX_NAMES = 100_000  # parts of a TorchScript archive that are visited; OpenAI's have about 500
 MAX_NAME = 300  # characters of a tensor's name
 
@@ -51,16 +55,23 @@ class File(NamedTuple):
 
 
 def read(path):
-    """Any weights file -> File. Raises WeightsError."""
+    """Any weights file -> File. weights/NAME, as settings and pages call a file, is found from any folder: if it is not
+    below the current one, it is the one beside the program. Raises WeightsError, and MemoryError, one line too, where
+    memory runs out."""
+    if not isinstance(path, str | os.PathLike):
+        raise WeightsError(f"{quoted(path)} is not the path of a weights file; give a string or a Path")
     path = Path(path)
+    if path.parent == Path("weights") and not os.path.exists(path) and os.path.isfile(bundled(path.name)):
+        path = bundled(path.name)
     try:
         if not os.path.isfile(path):  # unlike path.is_file(), False for a name that no file can have
             raise NotThisKind("is a folder; name a weights file in it" if os.path.isdir(path) else
                               f"no such weights file; {shown(bundled('README.md'), 80)} says where to get some")
-        file = read_any(path)
-        with valid_settings(path, file.kind):
-            check_config(file.config, len(file.tensors))
-        return file
+        with torch.device("cpu"), enough_memory(f"{shown(path)}: ", "close other programs, or use a smaller model"):
+            file = read_any(path)  # on the CPU, whatever the caller's default is
+            with valid_settings(path, file.kind):
+                check_config(file.config, len(file.tensors))
+            return file
     except WeightsError:
         raise
     except (NotThisKind, pickles.RefusedError) as error:
@@ -80,6 +91,8 @@ def valid_settings(path, kind):
     try:
         yield
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = f"no {shown(error)} in it" if isinstance(error, KeyError) else shown(error)
         source = "that this version of train.py wrote" if kind in ("clip", "hivg") else "as it was published"
         raise WeightsError(f"{shown(path)}: its settings are not valid for {KINDS[kind]} ({reason}); use a file "
@@ -102,7 +115,9 @@ def read_any(path):
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-    return read_ours(path, metadata, tensors) if "kind" in metadata else read_foreign(path, tensors)
+    if "kind" in metadata:
+        return read_ours(path, metadata, without_prefix(tensors))
+    return read_foreign(path, tensors)
 
 
 def read_ours(path, metadata, tensors):
@@ -128,31 +143,56 @@ def read_ours(path, metadata, tensors):
 # ---- other programs' files
 
 def read_foreign(path, data):
-    """data: what is in the file: a state dict, a TorchScript module, or a released checkpoint."""
-    args = data.get("args") if isinstance(data, dict) else None
+    """data: what is in the file: a state dict, alone or in a checkpoint, or a TorchScript module."""
     most = 4 * os.path.getsize(path)  # bytes of all tensors; a file may name one many times
-    if isinstance(args, pickles.Attributes) and isinstance(data.get("model"), dict):
-        kind = "released"
-        config, tensors = released_hivg(tensors_of(data["model"], most), args)
-        settings = {name: value for name, value in vars(args).items()  # what JSON can hold
-                    if isinstance(name, str) and isinstance(value, str | int | float | bool | None)}
-        clip, info = config.clip, {"args": settings}
+    tensors = without_prefix(tensors_of(state_dict_of(data), most))
+    kind = kind_of(tensors, data)
+    info = {"source": KINDS[kind]}
+    if kind == "released":
+        args = data.get("args") if isinstance(data, dict) else None
+        if not isinstance(args, pickles.Attributes):
+            raise NotThisKind("a released HiVG's state dict without its settings; use the whole checkpoint, a dict "
+                              "with `model` and `args`")
+        config, tensors = released_hivg(tensors, args)
+        info["args"] = {name: value for name, value in vars(args).items()  # what JSON can hold
+                        if isinstance(name, str) and isinstance(value, str | int | float | bool | None)}
+        clip = config.clip
     else:
-        tensors = tensors_of(data, most)
-        kind = kind_of(tensors)
         config, tensors = openai_clip(tensors) if kind == "openai" else huggingface_clip(tensors)
-        clip, info = config, {}
-    return File(kind, config, find_tokenizer(path.parent, clip), tensors, {"source": KINDS[kind]} | info)
+        clip = config
+    return File(kind, config, find_tokenizer(path.parent, clip), tensors, info)
 
 
-def kind_of(tensors):
-    """Whose CLIP the names look like: "openai" or "huggingface". Raises NotThisKind if they are no ViT's."""
+def state_dict_of(data):
+    """The state dict in what a file holds: what is under one of the WRAPPERS, or all. Raises NotThisKind if several
+    have one."""
+    if not isinstance(data, dict):
+        return vars(data) if isinstance(data, pickles.Attributes) else {}
+    wrapped = {name: data[name] for name in WRAPPERS if isinstance(data.get(name), dict)}
+    wrapped = {name: inner for name, inner in wrapped.items() if any(map(is_tensor, inner.values()))}
+    if len(wrapped) > 1:
+        raise NotThisKind(f"holds weights under {' and under '.join(wrapped)}; save one of them alone, as a state dict")
+    return next(iter(wrapped.values()), data)
+
+
+def is_tensor(value):
+    return isinstance(value, pickles.TensorOnDisk | torch.Tensor)
+
+
+def without_prefix(tensors):
+    """Tensors whose names all begin with one of PREFIXES, without it; others as they are."""
+    prefix = next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in tensors)), "")
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def kind_of(tensors, data):
+    """Whose model the names look like: "openai", "huggingface" or "released". data: all that is in the file. Raises
+    NotThisKind if they are no ViT's."""
     def has(pattern):
         return any(re.match(pattern, name) for name in tensors)
 
     if has(r"clip\..*vision_model\."):
-        raise NotThisKind("a released HiVG's state dict without its settings; use the whole checkpoint, a dict with "
-                          "`model` and `args`")
+        return "released"
     if has(r"visual\.layer1\."):
         raise NotThisKind("a CLIP with a ResNet (RN50, RN101, RN50x4, ..); HiVG needs a ViT: use ViT-B/32, "
                           "ViT-B/16, ViT-L/14 or ViT-L/14@336px")
@@ -160,20 +200,35 @@ def kind_of(tensors):
         return "openai"
     if has(r"vision_model\.(embeddings|encoder)\."):
         return "huggingface"
-    names = [shown(name, 40) for name in tensors][:2]
-    found = f"tensors called {', '.join(names)}{' ..' * (len(tensors) > 2)}" if names else "no weights at all"
-    raise NotThisKind(f"neither a CLIP nor a HiVG: it holds {found}; the README lists the files that can be loaded")
+    raise NotThisKind(f"neither a CLIP nor a HiVG: {what_is_in(data, tensors)}; the README lists the files that can be "
+                      "loaded")
 
 
-def tensors_of(data, most):
+def what_is_in(data, tensors):
+    """In words: where most of the tensors of a file are, or what those that were looked at are called."""
+    counts = Counter()  # {dotted name of a part: tensors in it}
+    to_visit = [("", {"": data})]
+    for place, part in to_visit:  # grows
+        part = vars(part) if isinstance(part, pickles.Attributes) else part
+        for name, value in part.items() if isinstance(part, dict) else enumerate(part):
+            if is_tensor(value) or isinstance(value, pickles.Array):
+                counts[place] += 1
+            elif isinstance(value, dict | list | tuple | pickles.Attributes) and len(to_visit) < MAX_NAMES:
+                to_visit.append((shown(f"{place}.{name}".strip("."), MAX_NAME), value))
+    place = max(counts, key=counts.get, default="")
+    if tensors and (isinstance(data, pickles.Attributes) or place in ("", *WRAPPERS)):
+        names = [shown(name, 40) for name in tensors][:2]
+        return f"it holds tensors called {', '.join(names)}{' ..' * (len(tensors) > 2)}"
+    if place:
+        return f"its weights are under {shown(place, 80)}; save that part alone, as a state dict of tensors"
+    return "its weights are no state dict, {name: tensor}" if counts else "it holds no weights at all"
+
+
+def tensors_of(tensors, most):
     """The tensors of a state dict, or of the modules of a TorchScript archive, read from the disk -> {dotted name:
     tensor}; anything else is ignored. most: bytes in total. Raises ValueError."""
-    if isinstance(data, pickles.Attributes):
-        data = vars(data)
-    elif isinstance(data, dict) and isinstance(data.get("state_dict"), dict):
-        data = data["state_dict"]
     found = {}
-    to_visit = [(shown(name, MAX_NAME), value) for name, value in data.items()] if isinstance(data, dict) else []
+    to_visit = [(shown(name, MAX_NAME), value) for name, value in tensors.items()]
     for name, value in to_visit:  # grows: a module may hold one module under many names, at each of many levels
         if isinstance(value, pickles.Attributes):
             for part, inner in vars(value).items():
@@ -181,7 +236,7 @@ def tensors_of(data, most):
                     raise ValueError("modules are nested too deeply")
                 if part != "attn_mask":  # the causal mask in OpenAI's archive is not a weight
                     to_visit.append((f"{name}.{shown(part, MAX_NAME)}", inner))
-        elif isinstance(value, pickles.TensorOnDisk | torch.Tensor):
+        elif is_tensor(value):
             found[name] = value
     if sum(tensor.nbytes for tensor in found.values()) > most:
         raise ValueError("its tensors are larger than the file")

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from safetensors.torch import save as save_bytes
 
+from hivg.fast import JoinedAttention
 from hivg.model import HiVG
 from hivg.utils.files import write_whole
+from hivg.utils.messages import shown
 
 INSTALLED = Path(__file__).parents[1] / "bundled"  # where an installed package has the bundled files (pyproject.toml)
 REPOSITORY = Path(__file__).parents[2] / "weights"
@@ -22,8 +24,11 @@ def save(path, model, info=None, dtype=None):
     """Write a CLIP or a HiVG, with its tokenizer (`model.tokenizer`), to `path`. The file appears whole or not at all.
 
     info: plain data kept beside the weights, e.g. the accuracy. dtype: the dtype to store the tensors in (they load as
-    float32); by default the model's own. Raises OSError, one line with the file, if it cannot be written.
+    float32); by default the model's own. Raises OSError, one line with the file, if it cannot be written, and
+    ValueError for a model of `HiVG.for_prediction`, whose products are joined.
     """
+    if any(isinstance(module, JoinedAttention) for module in model.modules()):
+        raise ValueError(f"{shown(path)}: the model was made for prediction; save the one that it was made from")
     tensors = {name: t.to("cpu", dtype or t.dtype).contiguous() for name, t in model.state_dict().items()}
     metadata = {
         "format": "pt",

@@ -105,7 +105,7 @@ def small_bench(monkeypatch, tmp_path):
         CASES=[fusion.Case("ViT-B", 12, 1, 2, "bfloat16"), fusion.Case("ViT-B", 12, 1, 4, "autocast")],
         SIZES={"ViT-B": (8, 6)}, INTERPRETED=False, choose_device=lambda name: torch.device("cuda"),
         do_bench=lambda function, **options: (1.0, 2.0, 3.0), time_by_graph=lambda function: 1.5,
-        memory_of=lambda function, device: 0.1, product_rate=lambda dtype, device: 1e14,
+        memory_of=lambda function, device: 0.1, check_compile=lambda *_: None, product_rate=lambda dtype, device: 1e14,
         make_tensors=lambda case, device: make_tensors(case, "cpu"))
     for name, value in stand_ins.items():
         monkeypatch.setattr(fusion, name, value)

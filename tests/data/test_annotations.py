@@ -5,10 +5,10 @@ import pickle
 import re
 import zlib
 
-import numpy as np
 import pytest
 import torch
 from makers_data import (
+    PROGRAMS,
     expected,
     found,
     make_scenes,
@@ -17,6 +17,7 @@ from makers_data import (
     write_list,
     write_mdetr,
     write_own,
+    write_program,
     write_refer,
     xywh,
 )
@@ -26,7 +27,7 @@ from hivg.data.batches import open_dataset
 from hivg.data.published.catalogue import COCO, DATASETS, FLICKR, REFERIT, canonical
 from hivg.data.published.check import splits_of
 from hivg.data.published.formats import val_images
-from hivg.data.published.reading import Report, checked_segmentation, read_samples
+from hivg.data.published.reading import Report, read_samples
 from hivg.utils.messages import shown
 
 WRITERS = {  # name: the function and its arguments
@@ -40,6 +41,7 @@ WRITERS = {  # name: the function and its arguments
     ".pth, named unc": (write_list, {"dataset": "unc"}),
     "MDETR": (write_mdetr, {}),
     "JSON lines": (write_lines, {}),
+    **{name: (write_program, {"program": name}) for name in PROGRAMS},
 }
 
 
@@ -182,6 +184,62 @@ def test_a_file_of_another_data_set_is_refused(tmp_path, dataset, name):
         splits_of(dataset, tmp_path, file)
 
 
+def test_one_file_may_hold_splits_and_rows_several_expressions(tmp_path):
+    """As SeqTR's does."""
+    splits = {split: make_scenes(tmp_path, 2, seed) for seed, split in enumerate(("train", "val"))}
+    write_program(tmp_path, splits, "SeqTR, SimVG")
+    files = {split: tmp_path / f"refcoco/{split}.json" for split in splits}
+    data = {split: json.loads(file.read_text()) for split, file in files.items()}
+    data["val"][0]["expressions"] = ["the cup", "the red cup"]
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(data, indent=1))
+    assert splits_of("unc", tmp_path, path) == ["train", "val"]
+    assert found(read_samples(tmp_path, "unc", "train", path)) == expected(tmp_path, splits["train"])
+    first, second, *rest = read_samples(tmp_path, "unc", "val", path)
+    assert (first.expression, second.expression) == ("the cup", "the red cup")
+    assert first.box == second.box == splits["val"][0].box
+    assert found(rest) == expected(tmp_path, splits["val"][1:])
+
+
+@pytest.mark.parametrize("name", ["000000001000", "COCO_train2014_000000001000_7", "1000", "train2014/1000.jpg",
+                                  "D:\\coco\\COCO_train2014_000000001000.jpg"])
+def test_a_published_image_has_many_names(tmp_path, name):
+    """Without its suffix, by its number alone, with an object's number behind, and on another machine."""
+    scene = make_scenes(tmp_path, 1, seed=1)[0]
+    path = tmp_path / "unc_val.json"
+    path.write_text(json.dumps([{"image": name, "expression": "cup", "bbox": scene.box}]))
+    sample, = read_samples(tmp_path, "unc", "val", path)
+    assert sample.image == tmp_path / COCO / scene.file and sample.image_id == scene.file
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize("dataset", ["unc", "own"])
+def test_an_unknown_shape_is_refused_by_its_keys(tmp_path, dataset, suffix):
+    path = (tmp_path / "rows").with_suffix(suffix)
+    row = {"id": 1, "image": "a.png", "conversations": [{"from": "human", "value": "the cup"}]}
+    path.write_text(json.dumps([row]) if suffix == ".json" else json.dumps(row) + "\n" + json.dumps(row))
+    with pytest.raises(ValueError) as caught:
+        read_samples(tmp_path, *(("unc", "val", path) if dataset == "unc" else (path, "val")))
+    message = str(caught.value)
+    assert "its rows have id, image, conversations; they need image, expression and bbox" in message
+    assert "\n" not in message and len(message) <= 290
+
+
+def test_empty_lists_and_other_files_are_no_splits(tmp_path):
+    """`trainval` is published empty; results lie among the lists."""
+    write_list(tmp_path, {"val": make_scenes(tmp_path, 2), "trainval": [], "mine": make_scenes(tmp_path, 1, 1)}, "unc")
+    write_list(tmp_path, {"old": []}, "unc", legacy=True)
+    for name in ("refcoco_results.jsonl", "predictions.jsonl"):
+        (tmp_path / "unc" / name).write_text("{}")
+    assert splits_of("unc", tmp_path) == ["val", "mine"]
+    with pytest.raises(ValueError, match="no split 'test' of refcoco; there are mine, val, by file name$"):
+        read_samples(tmp_path, "unc", "test")
+    for path in (tmp_path / "unc").glob("*_*"):
+        path.unlink()
+    with pytest.raises(ValueError, match="no annotations of refcoco"):
+        splits_of("unc", tmp_path)
+
+
 # --- names ---
 
 
@@ -281,100 +339,3 @@ def test_own_images_are_below_the_data_root_or_beside_the_file(tmp_path):
     report = Report()
     assert not read_samples(root, path, "train", report=report)
     assert report.first["missing image"] == f"line 1: {shown(tmp_path / 'images/0.png')}"  # beside the file
-
-
-# --- problems ---
-
-
-def test_problems_are_counted_named_and_left_out(tmp_path, capsys):
-    """The kinds are in test_lines.py."""
-    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
-    good = {"image": "a.png", "expression": "x", "bbox": [0, 0, 30.5, 20]}  # half a pixel too wide is how people draw
-    path = tmp_path / "mine.jsonl"
-    with open(path, "w") as file:
-        for change in ({}, {"image": "b.png"}, {"bbox": [5, 5, 5, 10]}, {"bbox": [9, 5, 7, 10]}):
-            file.write(json.dumps(good | change | {"split": "train"}) + "\n")
-        file.write("not JSON\n")
-    report = Report()
-    samples = read_samples(tmp_path, path, "train", report=report)
-    assert [s.box for s in samples] == [(0.0, 0.0, 30.5, 20.0)]
-    assert report.problems == {"missing image": 1, "box without area": 2, "incomplete row": 1}
-    assert report.first["missing image"].startswith("line 2: ")
-    assert report.first["box without area"] == "line 3: a.png: (5.0, 5.0, 5.0, 10.0); boxes are xmin ymin xmax ymax"
-    assert not capsys.readouterr().err
-    read_samples(tmp_path, path, "train")
-    assert capsys.readouterr().err.splitlines() == report.lines()
-
-
-@pytest.mark.parametrize("box, is_inside", [
-    ([-1, -1, 31, 21], True), ([-1.1, 0, 9, 9], False), ([0, -1.1, 9, 9], False), ([0, 0, 31.1, 9], False),
-    ([0, 0, 9, 21.1], False), ([30, 0, 31, 9], False), ([0, 20.2, 9, 20.9], False), ([-0.9, 0, 0, 9], False),
-    ([0, -0.9, 9, 0], False), ([29.9, 19.9, 31, 21], True)])
-def test_a_box_may_reach_out_by_a_pixel(tmp_path, box, is_inside):
-    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
-    path = tmp_path / "mine.jsonl"
-    path.write_text(json.dumps({"image": "a.png", "expression": "x", "bbox": box, "split": "train"}))
-    assert len(read_samples(tmp_path, path, "train", report=Report())) == is_inside
-
-
-def test_a_missing_join_is_counted(tmp_path):
-    scenes = make_scenes(tmp_path)
-    write_refer(tmp_path, {"val": scenes})
-    instances = tmp_path / "refcoco" / "instances.json"
-    data = json.loads(instances.read_text())
-    del data["annotations"][0]
-    instances.write_text(json.dumps(data))
-    report = Report()
-    samples = read_samples(tmp_path, "refcoco", "val", report=report)
-    assert found(samples) == expected(tmp_path, scenes[1:])
-    assert "ann_id 10" in report.first["incomplete row"]
-    instances.unlink()
-    with pytest.raises(ValueError, match="needs .*instances.json"):
-        read_samples(tmp_path, "refcoco", "val")
-
-
-def test_file_names_without_their_object(tmp_path):
-    """Where instances.json lists no images, REFER's own file names are used, less the number of the object."""
-    scenes = make_scenes(tmp_path)
-    write_refer(tmp_path, {"val": scenes})
-    instances = tmp_path / "refcoco" / "instances.json"
-    instances.write_text(json.dumps({"annotations": json.loads(instances.read_text())["annotations"]}))
-    assert found(read_samples(tmp_path, "refcoco", "val")) == expected(tmp_path, scenes)
-
-
-def test_a_stated_size_saves_opening_the_image(tmp_path):
-    scenes = make_scenes(tmp_path)
-    write_list(tmp_path, {"val": scenes})
-    write_list(tmp_path, {"val": scenes}, "unc+", new=False)
-    for s in scenes:
-        (tmp_path / COCO / s.file).write_bytes(b"")
-    assert found(read_samples(tmp_path, "refcoco", "val")) == expected(tmp_path, scenes)
-    report = Report()
-    assert not read_samples(tmp_path, "unc+", "val", report=report)
-    assert report.problems == {"damaged image": len(scenes)}
-
-
-TRIANGLE = [1.0, 1.0, 5.0, 1.0, 5.0, 5.0]
-RLE = {"size": [2, 3], "counts": [1, 2, 3]}
-
-
-@pytest.mark.parametrize("given, wanted", [
-    (None, None), ([], None), ("7.mat", None), ([TRIANGLE, TRIANGLE], [TRIANGLE, TRIANGLE]),
-    ((tuple(TRIANGLE),), [tuple(TRIANGLE)]), ([np.array(TRIANGLE)], [TRIANGLE]),
-    ([TRIANGLE[:4]], None), ([[*TRIANGLE, 7.0]], None), ([TRIANGLE, ["r1"] * 6], None), (TRIANGLE, None),
-    (RLE, RLE), ({"size": (np.int64(2), 3), "counts": (1, 2, 3)}, RLE),
-    ({"size": [2.0, "3"], "counts": [1.0, "2", 3]}, RLE),
-    ({"size": [2, 3], "counts": b"123"}, {"size": [2, 3], "counts": "123"}), ({"size": [2, 3]}, None)], ids=str)
-def test_segmentations_are_plain_numbers(given, wanted):
-    """Anything that is no segmentation, as mask names and lists of attributes, is none."""
-    assert checked_segmentation(given, 3, 2, "a.jpg") == wanted
-
-
-def test_the_first_annotation_of_an_image_counts(tmp_path):
-    scenes = make_scenes(tmp_path, 1)[:1]
-    write_mdetr(tmp_path, {"val": scenes})
-    path = tmp_path / "finetune_refcoco_val.json"
-    data = json.loads(path.read_text())
-    data["annotations"].append(data["annotations"][0] | {"bbox": [0, 0, 1, 1]})
-    path.write_text(json.dumps(data))
-    assert found(read_samples(tmp_path, "refcoco", "val")) == expected(tmp_path, scenes)

@@ -1,9 +1,16 @@
 """From data sets to batches of tensors: the same from files as drawn, in an order that depends on the step alone."""
 
+import os
+import re
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from makers import assert_close, make_tokenizer
+from makers import ROOT, assert_close, make_tokenizer
 from makers_data import make_scenes, write_list, write_own, write_shapes
 from PIL import Image
 
@@ -105,6 +112,30 @@ def test_only_training_is_augmented_and_harder(tmp_path):
         assert open_dataset("shapes", "val", 32, **options).shapes.weights != HARD_MIX
 
 
+def test_a_file_that_was_corrected_is_read_again(tmp_path, monkeypatch):
+    """One that was not, once only; another of the same name is another."""
+    read = []
+    monkeypatch.setattr(batches, "read_samples", lambda *args: read.append(args) or make_samples(tmp_path, 1))
+    path = write_own(tmp_path, 2, split="val")
+    for _ in range(2):
+        open_dataset(str(path), "val", 32)
+    assert len(read) == 1
+    before = os.stat(path)
+    text = path.read_text()
+    path.write_text(text.replace("cup", "CUP") if "cup" in text else text[::-1])  # of the same length
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    open_dataset(str(path), "val", 32)
+    assert len(read) == 2
+    refer = tmp_path / "refcoco"
+    refer.mkdir()
+    for name in ("refs(unc).p", "instances.json"):
+        (refer / name).write_text("x")
+    open_dataset("refcoco", "val", 32, data_root=tmp_path)
+    (refer / "instances.json").write_text("corrected")
+    open_dataset("refcoco", "val", 32, data_root=tmp_path)
+    assert len(read) == 4
+
+
 def test_a_data_set_without_samples_is_refused(tmp_path, capsys):
     path = write_own(tmp_path, 2, bbox=[5, 5, 5, 5], split="train")
     with pytest.raises(ValueError, match="no samples are left; `python -m hivg.data check .*mine.jsonl` says why"):
@@ -194,6 +225,70 @@ def test_workers_change_nothing(tmp_path):
             assert torch.equal(here[name], there[name]), name
 
 
+@pytest.fixture
+def hurry():
+    """End a test that waits for ever."""
+    def stop(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(40)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def fail_to_share(*args, **options):
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+
+@pytest.mark.slow  # the loader looks after its workers every five seconds
+def test_a_worker_that_cannot_send_is_told(tmp_path, monkeypatch, capfd, hurry):
+    data = SampleTensors(make_samples(tmp_path), 32)
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", fail_to_share)
+    with pytest.raises(ValueError, match="too little shared memory .*--shm-size.*--workers 0"):
+        list(evaluation_batches(data, 2, workers=2))
+    assert not capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_worker_that_the_system_ends_is_told():
+    """In a process of its own that cleans nothing up: PyTorch raises wherever the program is, with a lock or not."""
+    script = """
+import os, signal
+from hivg.data import batches
+batches.collate = lambda items: os.kill(os.getpid(), signal.SIGKILL)
+try:
+    list(batches.evaluation_batches(batches.ShapesTensors("val", 32), 4, workers=2))
+except (ValueError, RuntimeError) as error:
+    print(error, flush=True)
+os._exit(0)
+"""
+    told = subprocess.run([sys.executable, "-c", script], cwd=ROOT, text=True, capture_output=True, timeout=60).stdout
+    assert re.search("too little shared memory .*--workers 0|DataLoader worker .* killed", told)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["-m hivg.evaluate --split val", "train.py --epoch_samples 64"])
+def test_commands_with_few_open_files_end_with_one_line(tmp_path, command):
+    script, *words = command.replace("train.py", str(ROOT / "train.py"), 1).split()
+    command = f'ulimit -n 30; cd "{tmp_path}"; exec "{sys.executable}" {script} {" ".join(words)} --workers 4'
+    done = subprocess.run(["bash", "-c", command], env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+                          capture_output=True, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "--workers 0" in done.stderr
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_an_item_is_its_own(tmp_path, monkeypatch, workers):
+    def fail(*args):
+        raise RuntimeError("its own")
+
+    monkeypatch.setattr(batches, "collate", fail)
+    with pytest.raises(RuntimeError, match="its own"):
+        list(evaluation_batches(SampleTensors(make_samples(tmp_path), 32), 2, workers=workers))
+
+
 @pytest.mark.parametrize("normalization", NORMALIZATION)
 def test_images_are_normalised_on_the_device(normalization):
     """Bit for bit what NumPy gives in float32, for every value of a byte and on a GPU too; padding is zero."""
@@ -221,6 +316,25 @@ def test_automatic_workers(monkeypatch, asked, device, ranks, cores, own, worker
     monkeypatch.setattr(batches.os, "cpu_count", lambda: cores)
     monkeypatch.setattr(batches.os, "sched_getaffinity", lambda process: range(own), raising=False)
     assert batches.choose_workers(asked, torch.device(device)) == workers
+
+
+@pytest.mark.parametrize("megabytes, ranks, workers", [
+    (1000, 1, 8), (0, 1, 8), (64, 1, 1), (50, 1, 0), (130, 1, 3), (130, 2, 1)])
+def test_workers_have_room_in_the_shared_memory(monkeypatch, capsys, megabytes, ranks, workers):
+    """Two batches of each, here of 15 MB, and two more; 0 is what a file system without a limit tells."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(batches.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(batches.os, "sched_getaffinity", lambda process: range(9), raising=False)
+    monkeypatch.setattr(batches, "SHARED_MEMORY", ".")
+    monkeypatch.setattr(batches.os, "statvfs", lambda path: SimpleNamespace(
+        f_blocks=megabytes, f_bavail=megabytes, f_frsize=10**6))
+    batches.tell.cache_clear()
+    for _ in range(2):
+        assert batches.choose_workers(-1, torch.device("cuda"), 15 * 10**6) == workers
+        assert batches.choose_workers(3, torch.device("cuda"), 15 * 10**6) == 3  # as asked
+    err = capsys.readouterr().err
+    told = f"data workers: {workers} instead of 8"
+    assert err == "" if workers == 8 else err.startswith(told) and err.count("\n") == 1
 
 
 def test_batches_are_pinned_for_a_gpu_alone(monkeypatch):

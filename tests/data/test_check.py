@@ -11,6 +11,7 @@ from makers_use import call
 from PIL import Image
 
 from hivg.data.__main__ import main
+from hivg.data.published.catalogue import COCO
 from hivg.data.published.check import check, splits_of
 from hivg.utils.messages import shown
 
@@ -80,12 +81,23 @@ def test_own_data_without_val_are_told(tmp_path, n, fields, has_val):
     assert (f"{path}: it has no val, which train.py needs; " in check(tmp_path, path)) == (not has_val)
 
 
-def test_dropped_outlines_and_boxes_of_0_to_1_are_told(tmp_path):
-    path = write_own(tmp_path, 3, split="val", segmentation="foo", bbox=[0, 0.25, 0.5, 1])
+def test_dropped_outlines_are_told(tmp_path):
+    path = write_own(tmp_path, 3, split="val", segmentation="foo")
     text = check(tmp_path, path)
     assert "mine.jsonl, val: 6 outlines dropped, neither polygons nor run lengths (first: line 1: images/0.png" in text
-    assert "mine.jsonl, val: all boxes lie in 0..1; boxes are in pixels" in text
     assert f"{path} val: 6 expressions" in text  # they are kept
+
+
+def test_the_reason_of_rows_that_exist_comes_first(tmp_path):
+    """Not only that there is no train."""
+    write_list(tmp_path, {"val": make_scenes(tmp_path, 2), "testA": []})
+    for image in (tmp_path / COCO).iterdir():
+        image.unlink()
+    first, reason, *others = check(tmp_path, "refcoco").splitlines()
+    assert "refcoco val: 0 expressions" in first and "refcoco_val.pth, val: 2 left out, missing image" in reason
+    assert "no split 'train'" in others[1]
+    rows = (tmp_path / "refcoco/refcoco_val.pth").rename(tmp_path / "rows")
+    assert "rows, val: 2 left out, missing image" in check(tmp_path, "refcoco", rows)
 
 
 @pytest.mark.parametrize("name, content", [

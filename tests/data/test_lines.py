@@ -5,6 +5,8 @@ import json
 import pytest
 from PIL import Image
 
+from hivg.data.batches import SampleTensors
+from hivg.data.published.check import check
 from hivg.data.published.reading import Report, read_samples
 
 GOOD = {"image": "a.png", "expression": "cup", "bbox": [1, 1, 9, 9], "split": "train"}
@@ -42,7 +44,7 @@ def test_a_file_of_the_current_folder(tmp_path, monkeypatch, root):
 def test_lines_are_counted_as_editors_do(tmp_path):
     """With those that are blank, of other splits, or fine; the first one too."""
     other = json.dumps(GOOD | {"split": "val"})
-    samples, report = read(tmp_path, f"image,text\n\n{other}\n{ROW}\n" + json.dumps(GOOD | {"bbox": [5, 5, 2, 2]}))
+    samples, report = read(tmp_path, f"image,text\n\n{other}\n{ROW}\n" + json.dumps(GOOD | {"bbox": [5, 5, 5, 9]}))
     assert len(samples) == 1 and report.first["box without area"].startswith("line 5: ")
     assert report.first["incomplete row"] == "line 1: not a JSON object: 'image,text'"
 
@@ -126,10 +128,112 @@ def test_an_outline_or_none_is_not_told(tmp_path, outline):
     assert not report.lines()
 
 
-@pytest.mark.parametrize("boxes, told", [
-    ([[0, 0, 1, 1]], True), ([[0.1, 0.2, 0.5, 0.9], [0, 0, 0.3, 1]], True), ([[0, 0, 1, 1], [0, 0, 1, 2]], False),
-    ([[-0.5, 0, 1, 1]], False)], ids=str)
-def test_boxes_of_0_to_1_are_told(tmp_path, boxes, told):
-    samples, report = read(tmp_path, "\n".join(json.dumps(GOOD | {"bbox": box}) for box in boxes))
-    assert len(samples) == len(boxes)
-    assert report.notes == ["all boxes lie in 0..1; boxes are in pixels"] * told
+def test_an_outline_keeps_its_right_parts(tmp_path):
+    """A tool may write a line or a point among the polygons."""
+    triangle = [1, 1, 5, 1, 5, 5]
+    samples, report = read(tmp_path, f"{ROW}\n" + json.dumps(GOOD | {"segmentation": [[3, 3], triangle]}))
+    assert [sample.segmentation for sample in samples] == [None, [triangle]]
+    line, = report.lines()
+    assert ": 1 outlines without their damaged parts (first: line 2: a.png: " in line
+
+
+# --- boxes in another form; the image is 30 wide and 20 high ---
+
+CORNERS = [[16, 2, 28, 9], [1, 1, 29, 19], [2, 12, 9, 18], [20, 11, 27, 19]]
+WRONG = {  # form: the numbers that stand for these corners
+    "x y width height": lambda a, b, c, d: [a, b, c - a, d - b],
+    "x and y of the centre, width, height": lambda a, b, c, d: [(a + c) / 2, (b + d) / 2, c - a, d - b],
+    "shares of the sides, 0 to 1": lambda a, b, c, d: [a / 30, b / 20, c / 30, d / 20],
+    "thousandths of the sides, 0 to 1000": lambda a, b, c, d: [a / 0.03, b / 0.02, c / 0.03, d / 0.02],
+}
+
+
+def write_boxes(*boxes, **fields):
+    return "\n".join(json.dumps(GOOD | {"bbox": box} | fields) for box in boxes)
+
+
+@pytest.mark.parametrize("form", WRONG)
+def test_boxes_in_another_form_are_refused(tmp_path, form):
+    """The whole file, whichever split is read; the signs may all be in another one."""
+    content = write_boxes(*(WRONG[form](*box) for box in CORNERS))
+    content += "\n" + write_boxes(WRONG[form](2, 11, 29, 19), split="val")
+    for split in ("train", "val"):
+        with pytest.raises(ValueError, match=f"its boxes look like {form}.*; write xmin ymin xmax ymax,") as caught:
+            read(tmp_path, content, split)
+        assert len(str(caught.value)) <= 290
+
+
+@pytest.mark.parametrize("box", [[5, 5, 5, 9], [5, 5, 9, 4.5], [9, 9, 4, 4], [5, 5, 40, 9], [0, 0, 1, 1]], ids=str)
+def test_one_bad_box_among_right_ones_is_left_out_alone(tmp_path, box):
+    """Rounded, reversed, beyond the image, or of one pixel: the others are right as corners only."""
+    samples, _ = read(tmp_path, write_boxes(*CORNERS, box))
+    assert len(samples) == 4 + (box == [0, 0, 1, 1])
+
+
+@pytest.mark.parametrize("boxes, n_kept", [
+    ([[1, 1, 9 + i % 5, 9] for i in range(20)] + [[9, 9, 4, 4]], 20),  # all would fit as x y width height too
+    ([[0, 0, 1, 1]], 1), ([[0, 0, 32, 9], [5, 5, 33, 9]], 0)], ids=["a typo", "a pixel", "a little beyond"])
+def test_right_forms_with_wrong_boxes_are_not_refused(tmp_path, boxes, n_kept):
+    assert len(read(tmp_path, write_boxes(*boxes))[0]) == n_kept
+
+
+def test_relative_and_whole_paths_of_an_image_share_its_split(tmp_path):
+    names = []
+    for number in range(20):
+        Image.new("RGB", (30, 20)).save(tmp_path / f"{number}.png")
+        names += [f"{number}.png", str(tmp_path / f"{number}.png")]
+    content = "\n".join(json.dumps({"image": name, "expression": "cup", "bbox": [1, 1, 9, 9]}) for name in names)
+    splits = [{sample.image_id for sample in read(tmp_path, content, split)[0]} for split in ("train", "val")]
+    assert not splits[0] & splits[1] and len(splits[0] | splits[1]) == 20
+
+
+def test_every_caption_of_an_image_is_a_row(tmp_path):
+    """COCO's layout, one line or many."""
+    annotations = [{"image_id": 1, "caption": text, "bbox": [1, 1, 9, 9]} for text in ("cup", "the cup")]
+    data = {"images": [{"id": 1, "file_name": "a.png", "split": "train"}], "annotations": annotations}
+    assert [sample.expression for sample in read(tmp_path, json.dumps(data, indent=1))[0]] == ["cup", "the cup"]
+    with pytest.raises(ValueError, match="its rows have info, train; they need image, expression and bbox"):
+        read(tmp_path, json.dumps({"info": {}, "train": [GOOD]}, indent=1))
+
+
+@pytest.mark.parametrize("box, is_kept", [([5, 5, 5, 9], True), ([5, 5, 4, 9], True), ([5, 5, 3.9, 9], False)], ids=str)
+def test_boxes_that_could_be_either(tmp_path, box, is_kept):
+    """Small ones near the upper left corner: one that is reversed by more than rounding decides."""
+    content = write_boxes([1, 1, 9, 9], [2, 3, 12, 9], box)
+    if is_kept:
+        assert len(read(tmp_path, content)[0]) == 2
+    else:
+        with pytest.raises(ValueError, match="look like x y width height"):
+            read(tmp_path, content)
+
+
+def test_corners_under_a_name_that_means_x_y_width_height(tmp_path):
+    """COCO's file_name goes with COCO's boxes."""
+    rows = [{"file_name": "a.png", "caption": "cup", "bbox": box, "split": "train"} for box in CORNERS]
+    with pytest.raises(ValueError, match="look like xmin ymin xmax ymax.*; write x y width height, in pixels"):
+        read(tmp_path, json.dumps(rows))
+    for row in rows:
+        row["bbox"] = WRONG["x y width height"](*row["bbox"])
+    samples, _ = read(tmp_path, json.dumps(rows))
+    assert [list(sample.box) for sample in samples] == CORNERS
+
+
+# --- one image, several spellings ---
+
+SPELLINGS = ["caf\u00e9.png", "./caf\u00e9.png", "x/../caf\u00e9.png", ".\\caf\u00e9.png", "cafe\u0301.png"]
+
+
+@pytest.mark.parametrize("on_disk", SPELLINGS[::4])
+def test_an_image_in_several_spellings_is_one(tmp_path, on_disk):
+    """For the automatic split, for the leak check, and for the contrastive loss."""
+    (tmp_path / "x").mkdir()
+    Image.new("RGB", (30, 20)).save(tmp_path / on_disk)
+    rows = [{"image": name, "expression": "cup", "bbox": [1, 1, 9, 9]} for name in SPELLINGS]
+    samples, _ = read(tmp_path, "\n".join(map(json.dumps, rows)))
+    assert len(samples) == len(SPELLINGS)  # all of them in train
+    assert len(set(SampleTensors(samples, 32).image_ids)) == 1
+    for row, split in zip(rows, ["train", "val", "test", "dev", "other"]):
+        row["split"] = split
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    text = check(tmp_path, tmp_path / "mine.jsonl")
+    assert text.count(": 1, for instance ") == 4

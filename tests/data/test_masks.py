@@ -122,6 +122,7 @@ def test_mask_of():
         assert mask_of(empty, 2, 3) is None
     assert_same(mask_of([[0, 0, 1, 0, 1, 2, 0, 2]], 2, 3), "#.. #..")
     assert_same(mask_of({"size": [2, 3], "counts": "123"}, 2, 3), ".#. #..")
+    assert_same(mask_of([[0, 0, 1, 0, 1, 1, 0, 1], {"size": [2, 3], "counts": "123"}], 2, 3), "##. #..")
     with pytest.raises(ValueError, match="a run-length mask of 2 x 3 for an image of 3 x 2"):
         mask_of({"size": [2, 3], "counts": "123"}, 3, 2)
     for odd in ("mask.png", 7, np.zeros((2, 3))):

@@ -6,11 +6,13 @@ from makers import make_batch, make_hivg
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hivg.clip import similarity
+from hivg.fast import training_copy
 from hivg.losses import NO_IMAGE, LossWeights
 from hivg.training import criterion as module
 from hivg.training import distributed
 from hivg.training.criterion import Criterion
-from hivg.training.optimizers import make_optimizers, set_learning_rate, step_optimizers
+from hivg.training.graph import WARM_UP, GraphedStep
+from hivg.training.optimizers import clip_and_step, make_optimizers, set_learning_rate
 
 
 def make_training_batch():
@@ -72,21 +74,27 @@ def test_reading_is_noticed():
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_a_step_waits_for_no_number(optimizer):
+@pytest.mark.parametrize("is_graphed", [False, True])
+def test_a_step_waits_for_no_number(optimizer, is_graphed):
     """All of a step that train.py does at every step: losses with both hints, clipping, the update, the means."""
     model = make_hivg(dtype=torch.float32, stage=1).train()
-    loss = Criterion(model, LossWeights(patch_box=1.0, reg_attention=1.0), "l1")
+    loss = Criterion(training_copy(model, torch.bfloat16), LossWeights(patch_box=1.0, reg_attention=1.0), "l1")
     optimizers = make_optimizers(model, optimizer, 1e-4)
     batch = make_training_batch()
     batch["present"] = torch.arange(len(batch["boxes"])) != 1
-    for _ in range(2):  # the optimizers' state is made in the first
-        with NoReading(), torch.autocast("cpu", torch.bfloat16):
+
+    def step(parts):
+        with torch.autocast("cpu", torch.bfloat16):
+            terms = loss(parts[0])
+        sum(terms.values()).backward()
+        return distributed.mean([terms]) | {"gradient_norm": clip_and_step(model, optimizers, 1.0)}
+
+    if is_graphed:
+        step = GraphedStep(step, optimizers, 77, torch.device("cpu"))
+    for _ in range(WARM_UP + 1):  # the optimizers' state is made in the first
+        with NoReading():
             set_learning_rate(optimizers, 1e-3)
-            terms = loss(batch)
-            sum(terms.values()).backward()
-            distributed.mean([terms])
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            step_optimizers(optimizers)
+            step([batch])
 
 
 def test_data_parallelism_is_told_of_a_head_without_a_loss():

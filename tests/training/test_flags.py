@@ -34,7 +34,7 @@ def test_every_setting_is_a_flag(monkeypatch):
     changed = {}
     for f in fields(Settings):
         # not those that exclude others or stand for them
-        if f.name not in ("preset", "finetune", "resume", "dataset", "masks", "annotations"):
+        if f.name not in ("preset", "finetune", "resume", "dataset", "masks", "annotations", "graph"):
             changed[f.name] = words.get(f.name) or other[type(f.default)](f.default)
     s = Settings(**changed)
     assert parsed(monkeypatch, *flags(s)) == s
@@ -80,6 +80,9 @@ def test_presets_are_defaults(monkeypatch):
     (["--loss_weights", *(f"{f.name}=0" for f in fields(LossWeights))], "all 0"),
     (["--seed", "-1"], "seed"),
     (["--name", ""], "--name is empty"),
+    *((["--name", name], "is not the name of a folder below runs/")
+      for name in (".", "..", "a/../../b", "/tmp/a", "a\nb", "\x1b[31m")),
+    (["--resume", "--name", "../runs/a"], "is not the name of a folder below runs/"),
     (["--workers", "-2"], "--workers must be from -1"),
     (["--masks", "polygon"], "auto, box, segmentation"),
     (["--masks", "box"], "shapes is drawn"),
@@ -201,6 +204,17 @@ def test_wrong_clip_gets_one_line(world, clip_file, monkeypatch, capfd, whole):
 def test_runs_folder_that_cannot_be_made(world, clip_file, monkeypatch, capfd):
     Path("runs").write_text("a file")
     assert_one_line(run_script(monkeypatch, capfd, "--clip", clip_file), "runs")
+
+
+def test_a_machine_that_cannot_compile_gets_one_line(world, clip_file, monkeypatch, capfd):
+    """Before the folder of the run is made."""
+    def compile(function):
+        raise RuntimeError("\nInvalidCxxCompiler: no g++\nmore\n")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    ended = run_script(monkeypatch, capfd, "--clip", clip_file, "--compile", "--device", "cpu")
+    assert_one_line(ended, "InvalidCxxCompiler: no g++); install a C++ compiler", "leave --compile out")
+    assert not Path("runs").exists()
 
 
 def test_a_loss_that_is_not_finite_ends_the_command(world, tiny, monkeypatch, capfd):

@@ -85,8 +85,8 @@ def test_learning_rate_reaches_every_optimizer():
 @pytest.mark.parametrize("loss, norm, is_fine", [(1.0, 2.0, True), (float("nan"), 1.0, False),
                                                  (1.0, float("inf"), False)])
 def test_check_finite(loss, norm, is_fine):
-    values = {"loss": torch.tensor(loss), "box": torch.tensor(0.5)}
+    values = {"loss": torch.tensor(loss), "box": torch.tensor(0.5), "gradient_norm": torch.tensor(norm)}
     if is_fine:
-        return check_finite("step 3 of warmup", values, torch.tensor(norm))
+        return check_finite("step 3 of warmup", values)
     with pytest.raises(ValueError, match=r"step 3 of warmup \(box 0.5\)"):
-        check_finite("step 3 of warmup", values, torch.tensor(norm))
+        check_finite("step 3 of warmup", values)

@@ -1,5 +1,6 @@
 """Interruptions: a resumed run is the uninterrupted one, bit for bit."""
 
+import errno
 import math
 import os
 import re
@@ -13,10 +14,21 @@ from pathlib import Path
 import pytest
 import torch
 from makers import ROOT
-from makers_training import Killed, assert_one_line, assert_same_run, flags, ids, kill, run_script
+from makers_training import (
+    Killed,
+    assert_one_line,
+    assert_same_run,
+    contents,
+    flags,
+    ids,
+    kill,
+    log_of,
+    run_script,
+)
 
 import train
-from hivg.training import criterion
+from hivg.training import checkpoint, criterion
+from hivg.training.log import Log
 
 MOMENTS = [  # save_minutes, the function that is called for the n-th time when the run is killed, n
     (0, "to_device", 8), (1000, "validate", 3), (0, "torch.save", 6)]  # a step, a validation, the writing of a state
@@ -87,7 +99,7 @@ def test_full_disk_gets_one_line(world, tiny, monkeypatch):
     with pytest.raises(OSError, match="state.pt: cannot be written .*make room") as caught:
         train.train(replace(tiny, epochs=(1, 0, 0, 0)))
     assert "\n" not in str(caught.value)
-    assert not list(Path("runs/tiny").glob("*.part"))
+    assert not list(Path("runs/tiny").glob("*.part*"))
 
 
 @pytest.mark.slow
@@ -236,3 +248,98 @@ def flip_a_byte(path):
 def test_damaged_state_gets_one_line(begun, monkeypatch, capfd, spoil):
     spoil(Path("runs/tiny/state.pt"))
     assert_one_line(run_script(monkeypatch, capfd, "--name", "tiny", "--resume"), "runs/tiny/state.pt")
+
+
+def edit(path, *keys, value):
+    """Change one entry of a state: what PyTorch can load is not damaged to it."""
+    state = torch.load(path, weights_only=True)
+    part = state
+    for key in keys[:-1]:
+        part = part[key]
+    part[keys[-1]] = value
+    torch.save(state, path)
+
+
+EDITS = [(("stage",), 7), (("stage",), "warmup"), (("step",), 10**6), (("step",), -1), (("best",), "high"),
+         (("best",), math.nan), (("best",), 2), (("log",), None), (("log", "bytes"), "9"), (("log", "n"), None),
+         (("log", "sums"), {"loss": "low"}), (("random",), []), (("random", 0, "cpu"), torch.zeros(3)),
+         (("optimizers",), []), (("optimizers", 0, "state"), {0: {"momentum": torch.zeros(3)}}),
+         (("optimizers", 0, "state"), {10**6: {"momentum": torch.zeros(3)}}), (("trained",), {}),
+         (("optimizers", 0, "state"), {0: {"momentum": torch.zeros(())}}), (("optimizers", 0, "state"), {0: {}}),
+         (("optimizers", 1, "state"), {0: {"step": torch.ones(()), "exp_avg": torch.zeros(())}}),
+         (("trained", "reg_token"), torch.zeros(1)), (("trained", "reg_token"), "x"), (("settings", "batch_size"), 8.0),
+         (("settings", "lr"), "fast")]
+
+
+@pytest.mark.parametrize("keys, value", EDITS, ids=ids)
+def test_an_edited_state_gets_one_line_before_any_step(begun, monkeypatch, capfd, keys, value):
+    state = Path("runs/tiny/state.pt")
+    edit(state, *keys, value=value)
+    log = log_of("runs/tiny")
+    result = run_script(monkeypatch, capfd, "--name", "tiny", "--resume")
+    assert_one_line(result, "runs/tiny/state.pt" if keys[0] not in ("trained", "random") else "")
+    assert " step " not in result[2] and log_of("runs/tiny") == log
+
+
+def test_hyperparameters_are_those_of_the_settings(begun, whole):
+    state = torch.load("runs/tiny/state.pt", weights_only=True)
+    for optimizer in state["optimizers"]:
+        for group in optimizer["param_groups"]:
+            group |= {"weight_decay": None, "betas": "x"}
+    torch.save(state, "runs/tiny/state.pt")
+    train.train(replace(begun, resume=True))
+    assert_same_run(Path("runs/tiny"), whole)
+
+
+ROWS = b'{"stage": "warmup", "step": 1, "loss": 2.5}\n{"stage": "warmup", "step": 2, "loss": 1.5}\n'
+
+
+@pytest.mark.parametrize("data, kept", [
+    (None, 0), (b"", 0), (ROWS[:-5], 1), (ROWS[:-5] + bytes(5), 1), (ROWS[:44] + b"[" + ROWS[44:], 1),
+    (ROWS.replace(b"2.5", b"[2]"), 1), (ROWS.replace(b'"stage"', b'"Stage"', 1), 1), (b"[]\n" + ROWS[3:], 1),
+    (ROWS[:-1], 2), (ROWS, 2), (ROWS + ROWS, 2)],
+    ids=["missing", "empty", "cut", "zeros", "no JSON", "no number", "no stage", "a list", "no end", "whole", "more"])
+def test_rows_that_the_log_lost_are_told(tmp_path, capsys, data, kept):
+    """As after a power cut; what is left can be drawn, and continued."""
+    if data is not None:
+        (tmp_path / "log.jsonl").write_bytes(data)
+    log = Log(tmp_path, {"log": {"bytes": len(ROWS), "sums": {}, "n": 0}})
+    err = capsys.readouterr().err
+    assert err.count("log.jsonl: not as the saved state left it") == err.count("\n") == (kept < 2)
+    log.epoch("warmup", 3, 1, {"accuracy": 0.5}, 0.5)
+    rows = log_of(tmp_path)
+    assert len(rows) == kept + 1 and rows[-1]["step"] == 3 and (tmp_path / "curves.png").exists()
+    assert log.state()["bytes"] == (tmp_path / "log.jsonl").stat().st_size
+
+
+def test_a_run_whose_log_was_cut_goes_on(begun, whole):
+    log = Path("runs/tiny/log.jsonl")
+    log.write_bytes(log.read_bytes()[:10])
+    train.train(replace(begun, resume=True))
+    for path in whole.glob("*.safetensors"):
+        (ours, _), (theirs, _) = contents(log.parent / path.name), contents(path)
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_weights_that_a_stage_has_written_are_read_again_at_the_start(begun, monkeypatch, capfd):
+    """Not only by the next stage."""
+    Path("runs/tiny/warmup.safetensors").write_bytes(b"")
+    result = run_script(monkeypatch, capfd, "--name", "tiny", "--resume")
+    assert_one_line(result, "runs/tiny/warmup.safetensors")
+    assert " step " not in result[2]
+
+
+@pytest.mark.parametrize("code, in_use", [(errno.EAGAIN, True), (errno.EACCES, True), (errno.ENOLCK, False),
+                                          (errno.ENOSYS, False), (errno.EOPNOTSUPP, False), (errno.EPERM, False)])
+def test_only_a_lock_of_another_process_means_in_use(tmp_path, monkeypatch, capsys, code, in_use):
+    def fail(*args):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(checkpoint.fcntl, "lockf", fail)
+    if in_use:
+        with pytest.raises(ValueError, match="is in use by another training"):
+            checkpoint.lock_run(tmp_path)
+    else:
+        assert checkpoint.lock_run(tmp_path)
+        err = capsys.readouterr().err
+        assert err.startswith(f"{tmp_path} cannot be locked ({os.strerror(code)})") and err.count("\n") == 1

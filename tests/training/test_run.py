@@ -225,10 +225,12 @@ def test_accumulated_losses_are_logged_as_their_mean(world, tiny, monkeypatch):
 @pytest.mark.slow
 def test_compiled_training_is_the_same(world, tiny, monkeypatch):
     """All stages log the same with --compile, and no block is left as it was for being the ninth kind. The graphs are
-    run as they were found: making faster programs of them is PyTorch's part, and takes minutes."""
-    counter = CompileCounterWithBackend("eager")
+    those that faster programs would be made of, which is PyTorch's part, and takes minutes. The first step is the same
+    to the digit; later ones differ by rounding, which grows, in the gradient most."""
+    counter = CompileCounterWithBackend("aot_eager")
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compile(model, backend=counter, fullgraph=True))
+    monkeypatch.setattr("hivg.training.run.check_compile", lambda device: None)  # it makes a faster program
     torch._dynamo.reset()
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     s = replace(tiny, epochs=(1, 1, 1, 1), epoch_samples=16)
@@ -236,9 +238,12 @@ def test_compiled_training_is_the_same(world, tiny, monkeypatch):
         train.train(replace(s, name=name, compile=is_compiled))
     # far fewer than blocks and stages, to train and to validate: blocks of a kind share a program
     assert 8 < counter.frame_count <= 40
-    for a, b in zip(log_of("runs/compiled"), log_of("runs/plain"), strict=True):
+    first, *later = zip(log_of("runs/compiled"), log_of("runs/plain"), strict=True)
+    assert first[0] == first[1]
+    for a, b in later:
         for name, value in a.items():
-            assert b[name] == (pytest.approx(value, rel=1e-3, abs=1e-4) if isinstance(value, float) else value), name
+            rel = 5e-3 if name == "gradient_norm" else 1e-3
+            assert b[name] == (pytest.approx(value, rel, 1e-4) if isinstance(value, float) else value), name
 
 
 def test_an_epoch_is_the_whole_data_set_by_default():

@@ -87,13 +87,13 @@ def test_evaluation(model, device, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_training(clip_file, device, monkeypatch, tmp_path, optimizer):
-    """All stages with validation and the files they write, two steps each, once interrupted and resumed."""
+def test_training(clip_file, device, monkeypatch, tmp_path):
+    """All stages with validation and the files they write, two steps each, once interrupted and resumed. Muon
+    leaves what is no matrix to AdamW, so both are tried."""
     shrink(monkeypatch, dropout=0.0)  # a GPU draws other random numbers
     monkeypatch.chdir(tmp_path)
     s = Settings(name="cpu", clip=str(clip_file), epochs=(1, 1, 1, 1), epoch_samples=16, batch_size=8, warmup_steps=1,
-                 optimizer=optimizer, **ON_CPU)
+                 optimizer="muon", **ON_CPU)
     train.train(s)
     monkeypatch.setattr(run, "choose_device", lambda name: device)
     there = Settings(**vars(s) | {"name": "there"})

@@ -117,8 +117,9 @@ def test_disk_that_is_full(run):
     (["--sheet", "no/sheet.png"], ["no/sheet.png", "folder"]),
     (["--sheet", "sheet.xyz"], ["sheet.xyz", ".png"]),
     (["--sheet", "both.png", "--per_sample", "both.png"], ["both.png: named twice"]),
-    (["--per_sample", "mine.jsonl"], ["mine.jsonl", "would be replaced"]),
-    (["--per_sample", "./im/../mine.jsonl"], ["would be replaced"]),
+    (["--sheet", "both.png", "--per_sample", "im/../both.png"], ["both.png: named twice"]),
+    (["--per_sample", "mine.jsonl"], ["mine.jsonl", "would replace"]),
+    (["--per_sample", "./im/../mine.jsonl"], ["would replace"]),
     (["--compare", "a", "b", "--per_sample", "rows.jsonl"], ["--compare writes no file"]),
     (["--compare", "a", "b", "--sheet", "sheet.png"], ["--compare writes no file"]),
     (["--compare", "a", "b", "--calibrate", "own.safetensors"], ["--compare writes no file"]),
@@ -133,8 +134,49 @@ def test_files_that_are_refused_at_once(run, monkeypatch, flags, words):
 
 def test_weights_are_not_drawn_over(run, weights_file):
     before = weights_file.read_bytes()
-    assert_fails(run("--dataset", "mine.jsonl", "--per_sample", weights_file), "would be replaced")
+    assert_fails(run("--dataset", "mine.jsonl", "--per_sample", weights_file), "would replace")
     assert weights_file.read_bytes() == before
+
+
+@pytest.mark.parametrize("output", ["im/a.png", "linked.png"])
+def test_images_are_not_drawn_over(run, output):
+    """Neither by their own names nor by others."""
+    os.link("im/a.png", "linked.png")
+    before = Path("im/a.png").read_bytes()
+    for flag in ("--sheet", "--per_sample"):
+        assert_fails(run("--dataset", "mine.jsonl", "--split", "val", flag, output), "im/a.png", "replace the image")
+    assert Path("im/a.png").read_bytes() == before
+
+
+def test_images_of_other_splits_and_rows_left_out_are_not_drawn_over(run):
+    rows = [json.loads(line) for line in Path("mine.jsonl").read_text().splitlines()]
+    for name, changes in (("train", {"split": "train"}), ("empty", {"expression": ""})):
+        make_image().save(f"im/{name}.png")
+        rows.append(rows[0] | {"image": f"im/{name}.png"} | changes)
+    Path("mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name in ("train", "empty"):
+        path = Path(f"im/{name}.png")
+        before = path.read_bytes()
+        code, _, err = run("--dataset", "mine.jsonl", "--split", "val", "--sheet", path)
+        assert code == 2 and "replace the image" in err and path.read_bytes() == before
+
+
+def test_a_link_that_leads_nowhere_stays(run):
+    os.symlink("target.png", "link.png")
+    assert run("--dataset", "mine.jsonl", "--split", "nope", "--sheet", "link.png")[0] == 2
+    assert os.path.islink("link.png") and not os.path.exists("target.png")
+
+
+@pytest.mark.parametrize("file", ["unc_val.pth", "instances.json"])
+def test_published_annotations_are_not_written_over(run, file):
+    write_list(Path("."), {"val": make_scenes(Path("."), 1)}, "unc")
+    [annotations] = Path().rglob("unc_val.pth")
+    path = annotations.with_name(file)
+    path.touch()  # instances.json, which REFER's files have beside them
+    before = path.read_bytes()
+    assert_fails(run("--dataset", "unc", "--data_root", ".", "--split", "val", "--per_sample", path), file,
+                 "replace the annotations")
+    assert path.read_bytes() == before
 
 
 def test_rows_of_before_stay_if_the_work_fails(run):

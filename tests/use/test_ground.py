@@ -92,8 +92,9 @@ def test_json_of_several(run, grounder):
 
 
 def test_a_folder_of_other_files(run):
-    """What Pillow knows by name but cannot read is left out, as notes are."""
+    """What Pillow knows by name but cannot read is left out, as notes and a system's hidden files are."""
     make_folder("more", "a.png")
+    Path("more/._a.png").write_bytes(b"\0\x05\x16\x07\0\x02\0\0Mac OS X        ")
     for name in ("film.mpg", "numbers.h5", "weather.grib", "drawing.wmf"):
         Path("more", name).write_bytes(b"no picture")
     assert ground.list_images(["more"]) == ["more/a.png"]
@@ -328,7 +329,7 @@ def test_a_full_disk_leaves_the_old_drawing_and_masks(run, monkeypatch):
             patch.setattr(Image.Image, "save", fill_disk)
             code, _, err = run(*args)
         assert code == 2 and err.startswith(f"error: {file}: cannot be written (No space left on device); make room")
-        assert Path(file).read_bytes() == before and not list(Path().rglob("*.part"))
+        assert Path(file).read_bytes() == before and not list(Path().rglob("*.part*"))
 
 
 @pytest.mark.parametrize("args", [[], ["--json"]])
@@ -359,6 +360,15 @@ def test_process_of_its_own(run, weights_file, grounder):
     assert_row(done.stdout, grounder, "more/a.png", ["星"])
     done = start("nothing.png", "-e", "star", "--weights", weights_file)
     assert_fails((done.returncode, done.stdout, done.stderr), "nothing.png: ")
+
+
+def test_start_imports_no_compiler():
+    """torch._dynamo and sympy take a second, a third of the whole command; nothing here needs them."""
+    code = ("import sys, torch; before = set(sys.modules); from hivg.__main__ import main; "
+            "main(); print(*{'torch._dynamo', 'sympy', 'triton'} & (set(sys.modules) - before))")
+    done = subprocess.run([sys.executable, "-c", code, "--json", "--device", "cpu"], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert (done.returncode, done.stdout.splitlines()[1:]) == (0, [""]), done.stderr + done.stdout
 
 
 @pytest.mark.slow

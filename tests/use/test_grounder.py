@@ -9,8 +9,9 @@ import torch
 from makers_use import BAD_IMAGES, TEXTS, assert_inside, assert_line, assert_same, far, huge_png
 from PIL import Image
 
-from hivg import Grounder
+from hivg import Grounder, weights
 from hivg.data.images import ImageError
+from hivg.data.transforms import pixel_constants
 from hivg.grounder import BATCH, draw_results
 from hivg.tokenizer import Tokenizer, learn_merges
 
@@ -203,7 +204,7 @@ def test_odd_sizes(grounder, size):
 
 
 @pytest.mark.parametrize("text", [
-    "red star " * 200, "左の赤い星", "звезда слева от круга", "نجمة حمراء", "⭐ 🔴", "!", "\x00", "a" * 5000,
+    "red star " * 200, "左の赤い星", "звезда слева от круга", "نجمة حمراء", "⭐ 🔴", "!", "a" * 5000,
     "<|endoftext|> red <|startoftext|>", "two\nlines\tand   blanks", "ﬁ &amp; “quotes”"], ids=lambda text: text[:15])
 def test_odd_expressions(grounder, image, text):
     result = grounder.ground(image, text)
@@ -257,7 +258,10 @@ def test_things_that_are_no_image(grounder, thing, message):
 @pytest.mark.parametrize("expression, message", [
     ("", "expression is empty"), ("  \n", "expression is empty"), (["star", ""], "expression is empty"),
     ([], "list of expressions is empty"), (["star", None], "None is not text"), (None, "None is not text"),
-    (3, "3 is not text"), (b"x", "b'x' is not text"),
+    (3, "3 is not text"), (b"x", "b'x' is not text"), ({"star", "cup"}, "a set is not text"),
+    ({"star": 1}, "a dict of 1 is not text"), (str, "a type is not text"), (list[str], "is not text"),
+    (np.array("star"), "a ndarray is not text"), (torch.tensor(3), "a Tensor is not text"),
+    *((text, "expression is empty") for text in ("\x00", "&nbsp;", "\ufeff", "\u200b", "\x1b[31m")),
 ], ids=repr)
 def test_bad_expressions(grounder, image, expression, message):
     with pytest.raises(ValueError, match=message) as caught:
@@ -267,7 +271,8 @@ def test_bad_expressions(grounder, image, expression, message):
 
 def test_bad_pairs(grounder, image):
     for images, expressions in ((None, ["star"]), ([image], None), ([image], 3), (image, "star"), ([image], "s"),
-                                ([image], TEXTS[:2])):
+                                ([image], TEXTS[:2]), ({"a.png"}, ["star"]), ([image], {"star"}), (list, ["star"]),
+                                ({0: image}, ["star"])):
         with pytest.raises(ValueError, match="ground_pairs needs a list of images and a list of as many expressions"):
             grounder.ground_pairs(images, expressions)
     with pytest.raises(ValueError, match="the list of expressions is empty"):
@@ -276,7 +281,50 @@ def test_bad_pairs(grounder, image):
         grounder.ground_pairs([image], [None])
 
 
-@pytest.mark.parametrize("device", ["foo", "", "cuda:99", "meta"])
+@pytest.mark.parametrize("thing", [None, 3, b"x.safetensors", str, {"x"}], ids=repr)
+def test_things_that_are_no_model_no_file_and_no_expression(grounder, image, thing):
+    result = grounder.ground(image, TEXTS[0])
+    for call in (Grounder, Grounder.from_pretrained, weights.load_clip, grounder.warnings, result.save_mask,
+                 result.draw, lambda thing: Grounder(grounder.model, device=thing),
+                 lambda thing: Grounder(grounder.model, dtype=thing)):
+        if call == result.draw and thing is None:
+            continue  # no heat map
+        with pytest.raises(ValueError) as caught:
+            call(thing)
+        assert_line(str(caught.value))
+
+
+@pytest.mark.parametrize("several", [(text for text in TEXTS), tuple(TEXTS), np.array(TEXTS)], ids=type)
+def test_texts_in_any_order_that_is_certain(grounder, image, several):
+    assert grounder.ground(image, several) == grounder.ground(image, TEXTS)
+
+
+def test_the_callers_settings_change_nothing(model, image, weights_file):
+    """Autocast, a default device and a default dtype."""
+    def used():
+        grounder = Grounder.from_pretrained(weights_file, "cpu", "float32")
+        result = grounder.ground_pairs([image], TEXTS[:1], attention=True)[0]
+        return result, result.mask, result.heatmap, result.attention
+
+    result, *maps = used()
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = used()
+    try:
+        torch.set_default_device("meta")
+        torch.set_default_dtype(torch.float64)
+        pixel_constants.cache_clear()
+        elsewhere = used()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+        pixel_constants.cache_clear()
+    for again, *others in (autocast, elsewhere):
+        assert again == result
+        for map, other in zip(maps, others, strict=True):
+            np.testing.assert_array_equal(map, other)
+
+
+@pytest.mark.parametrize("device", ["foo", "", "cuda:99", "meta", "cuda:\u0663"])
 def test_device_that_is_not_there(model, device):
     with pytest.raises(ValueError) as caught:
         Grounder(model, device=device)

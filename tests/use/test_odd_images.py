@@ -1,9 +1,12 @@
 """The same image in every form that files and arrays have is opened as the same RGB image."""
 
+import struct
+import subprocess
 import sys
 
 import numpy as np
 import pytest
+from makers import ROOT
 from makers_use import TEXTS, assert_inside, make_image
 from PIL import Image
 
@@ -81,6 +84,19 @@ def test_an_image_that_exif_turns(tmp_path, orientation, undo):
 @pytest.mark.parametrize("mode", [mode for mode in Image.MODES if mode != "La"])  # no file opens as La
 def test_every_mode_of_pillow(grounder, mode):
     assert_inside(grounder.ground(Image.new(mode, (30, 20)), TEXTS[0]), 30, 20)
+
+
+def test_what_pillow_logs_is_not_shown(tmp_path):
+    """In a program of its own, as pytest shows no log."""
+    path = tmp_path / "many.tif"
+    RGB.save(path)
+    data = path.read_bytes()
+    samples = struct.pack("<HHI", 277, 3, 1)  # the entry of the samples in a pixel
+    path.write_bytes(data.replace(samples + b"\3\0", samples + b"\0\4"))
+    code = "import sys\nfrom hivg.data.images import upright_size\n"
+    code += "try: upright_size(sys.argv[1])\nexcept ValueError: print('no')"
+    done = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, text=True, capture_output=True)
+    assert (done.stdout, done.stderr) == ("no\n", "")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere libtiff may not be found")

@@ -1,5 +1,10 @@
 """How every program ends, and the dtype that it chooses."""
 
+import io
+import itertools
+import json
+import os
+import re
 import subprocess
 import sys
 
@@ -38,9 +43,84 @@ def test_what_went_wrong_is_one_line(capfd):
     assert (code, err) == (130, "error: interrupted; come again\n")
 
 
+def test_a_character_that_the_terminal_lacks_is_escaped(monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), "ascii", errors="strict" if name == "stdout" else
+                                                        "backslashreplace"))
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: print("星 \udcff"))
+    assert stop.value.code == 0 and sys.stdout.buffer.getvalue() == b"\\u661f \\udcff\n"
+
+
+COMMANDS = ("train", "ground", "hivg", "hivg.data", "hivg.evaluate", "hivg.bench", "hivg.ablate", "hivg.weights",
+            "hivg.training.pretrain")
+# a process for each command and state of its streams, forked after what takes its time is imported
+FORKED = """
+import json, os, runpy, sys
+import train, hivg.ablate.runs
+
+def child(command, flag, states, messages):
+    for number, (name, state) in enumerate(states.items(), 1):
+        if name == "stderr" and state == "open":
+            os.dup2(os.open(messages, os.O_CREAT | os.O_WRONLY, 0o600), 2)
+        elif state == "full":
+            os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+        elif state == "closed":
+            os.close(number)
+            setattr(sys, name, None)  # as Python finds it when it starts
+    sys.argv = [command, flag]
+    try:
+        runpy.run_module(command, run_name="__main__", alter_sys=True)
+    except SystemExit as stop:
+        code = stop.code
+    try:
+        sys.stdout.flush(), sys.stderr.flush()  # as Python does at its end, here without the time of all the rest
+    except OSError:
+        code = 120
+    os._exit(code)
+
+codes = []
+for number, (command, flag, states) in enumerate(json.loads(sys.argv[1])):
+    pid = os.fork()
+    if not pid:
+        child(command, flag, states, f"{sys.argv[2]}/{number}")
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+os.write(1, json.dumps(codes).encode())
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_streams_that_are_closed_or_full(tmp_path):
+    """Every command alike: what cannot be said is not said, and no traceback."""
+    cases = []
+    for command in COMMANDS:
+        for out, err in itertools.product(("full", "closed"), ("open", "closed", "full")):
+            cases += [(command, flag, {"stdout": out, "stderr": err}) for flag in ("--help", "--nonsense")]
+    done = subprocess.run([sys.executable, "-c", FORKED, json.dumps(cases), tmp_path], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.stderr == ""
+    codes = json.loads(done.stdout)
+    for number, (case, code) in enumerate(zip(cases, codes, strict=True)):
+        _, flag, states = case
+        is_lost = flag == "--help" and states["stdout"] == "full"
+        assert code == (2 if is_lost or flag == "--nonsense" else 0), case
+        if states["stderr"] == "open":
+            told = (tmp_path / str(number)).read_text()
+            assert re.fullmatch(r"(error: [^\n]+\n)?", told) and bool(told) == bool(code), (case, told)
+            assert ("stdout: cannot be written (No space left on device)" in told) == is_lost, (case, told)
+
+
 def test_an_error_of_the_program_keeps_its_traceback():
-    with pytest.raises(KeyError):
-        run(raising(KeyError("x")))
+    for error in (KeyError("x"), RuntimeError("x")):
+        with pytest.raises(type(error)):
+            run(raising(error))
+
+
+def test_a_worker_that_the_system_ends_is_one_line(capfd):
+    """As PyTorch's signal handler raises it, anywhere in the program."""
+    told = "DataLoader worker (pid 7) is killed by signal: Killed"
+    assert ended(capfd, raising(RuntimeError(f"{told}. "))) == (
+        2, "begun\n", f"error: {told}; give --workers 0, or free memory\n")
 
 
 @pytest.mark.parametrize("capability, wanted", [((7, 5), torch.float32), ((8, 0), torch.bfloat16),

@@ -3,6 +3,8 @@
 import errno
 import os
 import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from makers import make_hivg
 from PIL import Image
 
 from hivg import weights
-from hivg.utils.files import save_image, write_whole
+from hivg.utils.files import remove_parts, save_image, write_whole
 
 WRITTEN = r"x.pt: cannot be written \(.*(No space left on device|the disk may be full)\); buy a disk"
 
@@ -43,6 +45,77 @@ def test_a_full_disk_leaves_the_old_file_alone(tmp_path, write):
         write_whole(path, write, advice="buy a disk")
     assert "\n" not in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"] and path.read_text() == "old"
+
+
+def test_the_bytes_are_on_the_disk_before_the_name(tmp_path, monkeypatch):
+    """Else a power cut may keep the name alone."""
+    calls = []
+    for name in ("fsync", "replace"):
+        function = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, f=function, name=name: calls.append(name) or f(*args))
+    write_whole(tmp_path / "a", lambda part: part.write_text("new"))
+    assert calls == ["fsync", "replace"]
+def test_the_temporary_name_is_nobody_elses(tmp_path):
+    """A file X.part of the user stays, a link too and what it leads to; so does what the target links to."""
+    users = {"x.part": "mine", "other": "theirs", "old": "linked"}
+    for name, content in users.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "y.part").symlink_to("other")
+    (tmp_path / "y").symlink_to("old")
+    for name in ("x", "y"):
+        write_whole(tmp_path / name, lambda part: part.write_text("new"))
+        assert (tmp_path / name).read_text() == "new" and not (tmp_path / name).is_symlink()
+    assert {name: (tmp_path / name).read_text() for name in users} == users
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "other", "x", "x.part", "y", "y.part"]
+
+
+def test_of_several_writers_one_leaves_its_whole_file(tmp_path):
+    path = tmp_path / "x"
+
+    def write(number):
+        def slowly(part):
+            with open(part, "w") as file:
+                for _ in range(50):
+                    file.write(str(number) * 100)
+                    file.flush()
+        write_whole(path, slowly)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    assert len(path.read_text()) == 5000 and len(set(path.read_text())) == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_may_be_read_by_whom_the_user_lets(tmp_path):
+    """As one that is simply opened: not by its owner alone, as temporary files often."""
+    write_whole(tmp_path / "x", lambda part: part.write_text("new"))
+    (tmp_path / "y").touch()
+    assert (tmp_path / "x").stat().st_mode == (tmp_path / "y").stat().st_mode
+
+
+def test_what_killed_programs_have_left_is_removed(tmp_path):
+    def killed(part):
+        shutil.copy(__file__, tmp_path / "state.pt.part")  # the user's
+        os._exit(1)
+
+    child = os.fork()
+    if not child:
+        write_whole(tmp_path / "state.pt", killed)
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.iterdir())) == 2
+    remove_parts(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["state.pt.part"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_nothing_is_left_whatever_happens(tmp_path, error):
+    def write(part):
+        part.write_text("half")
+        raise error
+
+    with pytest.raises(error):
+        write_whole(tmp_path / "x", write)
+    assert not list(tmp_path.iterdir())
 
 
 def test_folders_are_made_and_nothing_else_is_left(tmp_path):

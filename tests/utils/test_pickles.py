@@ -144,7 +144,7 @@ def write_zip(path, steps):
 @pytest.mark.parametrize("write", [write_bare, write_zip])
 def test_nothing_crashes_or_fills_the_memory(tmp_path, write):
     """Read as weights and as annotations, with what each does afterwards."""
-    paths = []
+    paths = {kind: [] for kind in ("alone", "args", "outline", "ref")}
     (tmp_path / "instances.json").write_text('{"annotations": []}')
     for i, (case, steps) in enumerate(STEPS.items()):
         args = b"}(" + text("model") + b"}" + text("args") + name("argparse", "Namespace") + b")\x81}" + (
@@ -155,12 +155,13 @@ def test_nothing_crashes_or_fills_the_memory(tmp_path, write):
         for kind, wrapped in (("alone", steps), ("args", args), ("outline", outline), ("ref", ref)):
             path = tmp_path / f"{i} {kind} {case}"
             write(path, wrapped)
-            paths.append(path)
-    lines = outcomes("from hivg.weights import load", "load(path)", paths)
+            paths[kind].append(path)
+    lines = outcomes("from hivg.weights import load", "load(path)", paths["alone"] + paths["args"])
     assert "fine" not in lines
-    outcomes("from hivg.data.published.reading import read_samples", "read_samples('.', 'refcoco', 'val', path)", paths)
-    code = "from hivg.utils.pickles import read"
-    lines = outcomes(code, "read(path)", [path for path in paths if " alone " in path.name])
+    read = "from hivg.data.published.reading import read_samples"
+    kind = "ref" if write is write_bare else "outline"  # REFER's files are bare, the lists archives
+    outcomes(read, "read_samples('.', 'refcoco', 'val', path)", paths[kind])
+    lines = outcomes("from hivg.utils.pickles import read", "read(path)", paths["alone"])
     fine = [case for case, line in zip(STEPS, lines) if line == "fine"]
     assert set(fine) <= HARMLESS, fine
 

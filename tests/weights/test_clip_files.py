@@ -12,6 +12,7 @@ from makers_weights import (
     assert_same_weights,
     half,
     make_published_clip,
+    prefixed,
     save_legacy,
     save_table,
     scripted,
@@ -34,7 +35,13 @@ WRITERS = {
     "openai archive": lambda clip, path: torch.jit.save(scripted(half(to_openai(clip))), path),
     "openai state dict": lambda clip, path: torch.save(half(to_openai(clip)), path),
     "openai float32": lambda clip, path: torch.save(to_openai(clip), path),  # q, k and v are parts of one tensor
-    "openai wrapped": lambda clip, path: torch.save({"epoch": 3, "state_dict": half(to_openai(clip))}, path),
+    "openai wrapped, on several GPUs": lambda clip, path: torch.save(
+        {"epoch": 3, "loss": torch.ones(1), "state_dict": prefixed("module.", half(to_openai(clip)))}, path),
+    "openai, compiled": lambda clip, path: torch.save(prefixed("_orig_mod.", to_openai(clip)), path),
+    "huggingface wrapped": lambda clip, path: torch.save(
+        {"model_state_dict": to_huggingface(clip), "optimizer_state_dict": {"state": {0: torch.ones(9)}}}, path),
+    "huggingface safetensors, both": lambda clip, path: save_file(
+        prefixed("module._orig_mod.", to_huggingface(clip)), path),
     "openai legacy": lambda clip, path: save_legacy(half(to_openai(clip)), path),
     "openai safetensors": lambda clip, path: save_file(half(to_openai(clip)), path),
     "huggingface safetensors": lambda clip, path: save_file(to_huggingface(clip), path, {"format": "pt"}),

@@ -7,6 +7,7 @@ import re
 import zipfile
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from makers_weights import (
@@ -129,9 +130,20 @@ OTHER_FILES = {  # name: (writer, part of the message)
     "text": (save_text("hello there"), "not a file that PyTorch saved"),
     "an image": (lambda path: Image.new("RGB", (3, 3)).save(path, "PNG"), "not a file that PyTorch saved"),
     "another zip": (save_other_zip, "not of PyTorch"),
-    "a list": (save_data([torch.zeros(3)]), "no weights at all"),
+    "a list": (save_data([torch.zeros(3)]), "its weights are no state dict"),
+    "a tensor": (save_data(torch.zeros(3)), "its weights are no state dict"),
+    "arrays": (save_data({"conv.weight": np.zeros(3)}), "its weights are no state dict"),
+    "another wrapper": (save_data({"loss": torch.ones(1), "optimizer": {"state": [{"w": torch.ones(1)}]},
+                                   "ema": {"visual.conv1.weight": torch.ones(1), "b": torch.ones(1)}}),
+                        "its weights are under ema; save that part alone"),
+    "two wrappers": (save_data({"model": {"a": torch.ones(1)}, "state_dict": {"a": torch.ones(1)}}),
+                     "weights under model and under state_dict; save one of them alone"),
+    "a wrapper in a wrapper": (save_data([{"model": {"net": {"a": torch.ones(1)}}}]), "under 0.model.net; save"),
     "a number": (save_data(3), "no weights at all"),
     "other weights": (save_data({"conv.weight": torch.zeros(3)}), "tensors called conv.weight"),
+    "other wrapped weights": (save_data({"model": {"conv.weight": torch.zeros(3)}}), "tensors called conv.weight"),
+    "an archive of another model": (lambda path: torch.jit.save(scripted({"a.b.weight": torch.zeros(3)}), path),
+                                    "tensors called a.b.weight"),
     "a ResNet CLIP": (save_resnet, "ResNet"),
     "a number for a matrix": (save_number_for_a_matrix, "positional_embedding, which is not in it"),
 }

@@ -11,6 +11,7 @@ from makers_weights import (
     make_published_clip,
     make_released,
     message_of,
+    prefixed,
     save_legacy,
     to_released,
 )
@@ -58,6 +59,17 @@ def test_released_loads_exactly(tmp_path, kind):
 def test_released_however_often_it_was_wrapped(tmp_path, plain, wrapped):
     torch.save(to_released(plain, prefix=BASE_MODEL * wrapped), tmp_path / "x.pth")
     assert_same_weights(weights.load_hivg(tmp_path / "x.pth"), plain)
+
+
+@pytest.mark.parametrize("wrapper, prefix", [
+    ("model", "module."), ("state_dict", ""), ("model_state_dict", "_orig_mod.")])
+def test_released_as_other_programs_save_it(tmp_path, plain, wrapper, prefix):
+    checkpoint = to_released(plain)
+    tensors = prefixed(prefix, checkpoint.pop("model"))
+    torch.save(checkpoint | {wrapper: tensors}, tmp_path / "x.pth")
+    assert_same_weights(weights.load_hivg(tmp_path / "x.pth"), plain)
+    torch.save(checkpoint | {wrapper: prefixed("module.module.", tensors)}, tmp_path / "x.pth")
+    assert "tensors called module." in message_of(tmp_path / "x.pth")  # one prefix, not any number
 
 
 @pytest.mark.parametrize("write", [torch.save, save_legacy])

@@ -13,6 +13,9 @@ from safetensors.torch import save_file
 from hivg import weights
 from hivg.model import HiVG
 from hivg.tokenizer import Tokenizer
+from hivg.training.presets import PRESETS
+from hivg.weights import saving
+from train import Settings, begin_stage
 
 LOADERS = {"clip": weights.load_clip, "hivg": weights.load_hivg}
 
@@ -250,3 +253,25 @@ def test_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch, owner, name
     weights.save(path, new)
     assert_same_model(weights.load_clip(path), new)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_weights_of_the_program_are_found_from_any_folder(tmp_path, monkeypatch):
+    """Unless there is a file of that name below the current folder."""
+    (tmp_path / "fetched").mkdir()
+    (tmp_path / "here").mkdir()
+    weights.save(tmp_path / "fetched/ViT-B-16.pt", make("clip", text_layers=1))
+    monkeypatch.setattr(saving, "REPOSITORY", tmp_path / "fetched")
+    monkeypatch.chdir(tmp_path / "here")
+    name = PRESETS["refcoco-base"]["clip"]
+    assert weights.load_clip(name).config.text_layers == 1
+    for other in ("weights/ViT-B-17.pt", "fetched/ViT-B-16.pt", "ViT-B-16.pt"):
+        with pytest.raises(weights.WeightsError, match=f"^{other}: no such weights file"):
+            weights.read(other)
+    weights.save(name, make("clip", text_layers=2))
+    assert weights.load_clip(name).config.text_layers == 2
+
+
+def test_the_first_stage_starts_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, _ = begin_stage(Settings(), 0, tmp_path)
+    assert model.tokenizer

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -35,6 +36,8 @@ class Server(http.server.BaseHTTPRequestHandler):
     files = {}  # name -> bytes
     limit = None  # of bytes sent, after which the connection ends
     ranges = True  # whether it sends a part when asked for one
+    code = None  # of an answer that is always the same
+    length = None  # that it says, "" for none
     asked = []  # the ranges asked for so far
 
     def do_GET(self):
@@ -42,8 +45,9 @@ class Server(http.server.BaseHTTPRequestHandler):
         asked = self.headers.get("Range")
         self.asked.append(asked)
         start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and self.ranges else 0
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(data) - start))
+        self.send_response(self.code or (416 if start >= len(data) else 206 if start else 200))
+        if self.length != "":
+            self.send_header("Content-Length", str(len(data) - start) if self.length is None else self.length)
         self.end_headers()
         self.wfile.write(data[start : self.limit])
 
@@ -70,31 +74,79 @@ def server(monkeypatch):
     web.server_close()
 
 
+def part_of(file, folder):
+    """What is received of a file until it is whole."""
+    [sha256] = [sha256 for address, sha256 in download.FILES.values() if address.endswith(file)]
+    return folder / f"{file}.{sha256[:16]}.part"
+
+
 def test_fetch_resumes_and_checks(server, tmp_path):
     folder = tmp_path / "weights"
     server.limit = 1_500_000
     with pytest.raises(ValueError, match="1,500,000 of 2,304,000 bytes"):
         download.fetch("ViT-B/16", folder)
-    assert [p.name for p in folder.iterdir()] == ["model.pt.part"]
+    [part] = folder.iterdir()
+    assert part == part_of("model.pt", folder)
     server.limit = None
     paths = download.fetch("ViT-B/16", folder)
     assert [p.read_bytes() for p in paths] == [server.files["model.pt"], b"table"]
     assert server.asked == [None, "bytes=1500000-", None]
     assert download.fetch("ViT-B/16", folder) == paths and len(server.asked) == 3  # nothing is fetched twice
     assert download.fetch("table", folder) == paths[1:]
-    assert not list(folder.glob("*.part"))
+    assert sorted(folder.iterdir()) == sorted(paths)
 
 
 def test_fetch_from_a_server_without_ranges(server, tmp_path):
-    (tmp_path / "model.pt.part").write_bytes(server.files["model.pt"][:1000])
+    part_of("model.pt", tmp_path).write_bytes(server.files["model.pt"][:1000])
     server.ranges = False
     assert download.fetch("ViT-B/16", tmp_path)[0].read_bytes() == server.files["model.pt"]
     assert server.asked == ["bytes=1000-", None]  # the whole file was sent once; the other is the merge table
 
 
-def test_fetch_starts_again_after_a_wrong_part(server, tmp_path):
-    (tmp_path / "model.pt.part").write_bytes(b"something else")
+@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize("wrong", [b"something else", bytes(3_000_000)], ids=len)
+def test_fetch_starts_again_after_a_wrong_part(server, tmp_path, wrong, ranges):
+    server.ranges = ranges
+    part_of("model.pt", tmp_path).write_bytes(wrong)
     assert download.fetch("ViT-B/16", tmp_path)[0].read_bytes() == server.files["model.pt"]
+
+
+def test_fetch_leaves_the_users_files_alone(server, tmp_path):
+    """A .part of a browser, and what a link leads to."""
+    mine = [tmp_path / "model.pt.part", tmp_path / "mine"]
+    for path in mine:
+        path.write_bytes(b"mine")
+    assert download.fetch("ViT-B/16", tmp_path)[0].read_bytes() == server.files["model.pt"]
+    (tmp_path / "model.pt").unlink()
+    part_of("model.pt", tmp_path).symlink_to(tmp_path / "mine")
+    with pytest.raises(ValueError, match=r"cannot be written \(Too many levels of symbolic links\)"):
+        download.fetch("ViT-B/16", tmp_path)
+    assert [path.read_bytes() for path in mine] == [b"mine"] * 2
+
+
+def test_several_fetches_of_one_file(server, tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        for first, _ in pool.map(lambda _: download.fetch("ViT-B/16", tmp_path), range(4)):
+            assert first.read_bytes() == server.files["model.pt"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("length", ["", "many", "-5", "9000000"])
+def test_fetch_is_not_misled_by_a_length(server, tmp_path, length):
+    server.length = length
+    assert download.fetch("ViT-B/16", tmp_path)[0].read_bytes() == server.files["model.pt"]
+
+
+@pytest.mark.parametrize("settings, told", [
+    ({"length": "1000"}, "its sha256 differs"), ({"length": str(10**15)}, "more than the published file has"),
+    ({"most": 2_000_000, "length": ""}, "more than the published file has"),  # as one that never ends
+    ({"code": 416}, "the server answers 416"), ({"code": 500}, "the server answers 500")], ids=str)
+def test_fetch_refuses_an_answer_that_cannot_be_right(server, tmp_path, monkeypatch, settings, told):
+    monkeypatch.setattr(download, "MOST", settings.get("most", download.MOST))
+    server.length, server.code = settings.get("length"), settings.get("code")
+    with pytest.raises(ValueError, match=told) as caught:
+        download.fetch("ViT-B/16", tmp_path)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
 def test_fetch_refuses_anything_but_the_published_file(server, tmp_path):
@@ -121,11 +173,13 @@ def test_fetch_where_nothing_can_be_written(server, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"file: cannot be written \(File exists\)"):
         download.fetch("ViT-B/16", tmp_path / "file")
-    (tmp_path / "folder/model.pt.part").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"model.pt.part: cannot be written \(Is a directory\)"):
+    (tmp_path / "folder").mkdir()
+    part_of("model.pt", tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=r"model.pt.*part: cannot be written \(Is a directory\)"):
         download.fetch("ViT-B/16", tmp_path / "folder")
-    monkeypatch.setattr(download, "open", lambda *_: open("/dev/full", "wb"), raising=False)  # a disk without room
-    with pytest.raises(ValueError, match=r"model.pt.part: cannot be written \(No space left on device\); make room"):
+    full_disk = open("/dev/full", "wb")
+    monkeypatch.setattr(download, "open", lambda *_, **__: full_disk, raising=False)
+    with pytest.raises(ValueError, match=r"model.pt.*part: cannot be written \(No space left on device\); make room"):
         download.fetch("ViT-B/16", tmp_path)
 
 

@@ -372,20 +372,25 @@ class Speaker:
         return f"{words[0]} {names[0]} and {words[1]} {names[1]}"
 
 
-def express(speaker, weights, count=4, forms=3, attempts=40):
-    """`count` different expressions, a list, their kinds drawn by `weights` (key of the speaker's forms -> weight);
-    None if the scene does not yield them.
+def draw_kinds(rng, weights, count):
+    """Yields `count` kinds, drawn by `weights` (key of the speaker's forms -> weight)."""
+    totals = list(accumulate(weights.values()))
+    for _ in range(count):
+        level = rng.random() * totals[-1]
+        yield next(kind for kind, total in zip(weights, totals) if level < total)
+
+
+def express(speaker, kinds, forms=3, attempts=40):
+    """Different expressions, a list, one of each of these kinds (keys of the speaker's forms); None if the scene does
+    not yield them.
 
     Each draws a form of its kind, attempts it, then draws another, so that easy forms do not crowd out hard ones; at
     first, only a target about which nothing has been said is accepted.
     """
     rng = speaker.rng
-    totals = list(accumulate(weights.values()))
     found = {}  # text: Expression
     used = set()  # targets
-    for _ in range(count):
-        level = rng.random() * totals[-1]
-        asked = next(k for k, total in zip(weights, totals) if level < total)
+    for asked in kinds:
         kind = KIND_OF.get(asked, asked)
         make = getattr(speaker, asked)
         for attempt in range(forms * attempts):

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from hivg.data.batches import collate
 from hivg.data.drawn.drawing import COLOURS, HELD_OUT, LONG, SHAPES, draw
-from hivg.data.drawn.expressions import Expression, Speaker, express, the
+from hivg.data.drawn.expressions import Expression, Speaker, draw_kinds, express, the
 from hivg.data.drawn.phrases import COLOUR, PLAIN, SHAPE, WIDE, caption, noun_phrase, object_phrases, pick, place
 from hivg.data.drawn.scenes import MAX_OBJECTS, ROWS, attribute_ids, background, random_scene
 from hivg.data.drawn.wide_expressions import WIDE_SHAPES, WideSpeaker, asked
@@ -45,8 +45,8 @@ class Pairs(Dataset):
     texts = {"caption_ids": "captions", "phrase_ids": "phrases", "token_ids": "expressions"}  # what is tokenised
     normalization = "clip"
 
-    def __init__(self, image_size, seed=0, wide=False):
-        self.image_size = image_size
+    def __init__(self, size, seed=0, wide=False):
+        self.size = size
         self.wide = wide
         self.seed = seed
 
@@ -63,7 +63,7 @@ class Pairs(Dataset):
     def image_item(self, rng, scene, expressions, few):
         """The part of an item that is about one image. few: the numbers of the objects that the caption names."""
         image, _ = draw(scene)
-        letterbox = Letterbox(*image.size, self.image_size)
+        letterbox = Letterbox(*image.size, self.size)
         words = WIDE if self.wide else PLAIN
         text = caption(replace(scene, objects=tuple(scene.objects[i] for i in few)), rng, words)
         phrases, named = object_phrases(scene, rng, words)
@@ -162,7 +162,7 @@ def speak(rng, scene, own, shared, row, wide):
     else:
         speaker = Speaker(scene, rng, sum(groups, []), never=own)
     mix = MIX if not wide else ROW_MIX if row else WIDE_MIX
-    said = express(speaker, mix, SPOKEN, attempts=12) or []
+    said = express(speaker, draw_kinds(rng, mix, SPOKEN), attempts=12) or []
     if wide:
         said = [replace(expression, text=asked(rng, expression.text)) for expression in said]
     if not said:

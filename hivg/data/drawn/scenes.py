@@ -9,6 +9,7 @@ off the drawn pixels, so they are exact.
 
 import math
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -26,10 +27,10 @@ from hivg.data.drawn.drawing import (
     boxes_of,
     draw,
 )
-from hivg.data.drawn.expressions import Speaker, express
+from hivg.data.drawn.expressions import Speaker, draw_kinds, express
 from hivg.data.drawn.phrases import ALL, COLOUR, FILL, PLAIN, SHAPE, SIZE, WIDE, caption, object_phrases, pick
 from hivg.data.drawn.wide_expressions import WIDE_SHAPES, WideSpeaker, asked
-from hivg.data.drawn.wide_scenes import row_scene, wide_scene
+from hivg.data.drawn.wide_scenes import MOST, row_scene, wide_scene
 
 EXPRESSIONS_PER_SCENE = 4
 MAX_OBJECTS = 8
@@ -52,6 +53,7 @@ SPLITS = {  # number of scenes, kinds of expressions. A split's position is part
 # The wider world
 WIDE_MIX = {"attribute": 0.25, "superlative": 0.13, "ordinal": 0.2, "relation": 0.18, "conjunction": 0.07,
             "negation": 0.07, "absent": 0.08, "beyond": 0.02}
+LONE = 0.06  # share of the scenes of one object
 ROWS = {"ordinal": (2, 3, 4, 5, 6), "counting": (4, 5, 6), "beyond": (2, 3, 4, 5)}  # kinds that need a row, its sizes
 WIDE_SPLITS = {
     "train": (2**40, WIDE_MIX),
@@ -185,7 +187,7 @@ class Shapes:
         if not 0 <= index < self.size:
             raise IndexError(f"index {index} is not in 0..{self.size - 1}")
         rng = np.random.default_rng([self.seed, self.number, index])
-        make = self._make_wide if self.wide else self._make_plain
+        make = partial(self._make_wide, plan=self._plan(rng)) if self.wide else self._make_plain
         for _ in range(1000):  # until a scene yields its expressions, usually the first or second
             made = make(rng, pick(rng, sorted(HELD_OUT)) if self.split == "compose" else None)
             if made:
@@ -197,38 +199,43 @@ class Shapes:
         targets, must = meant(scene, held_out)
         if len(scene.objects) < 3 or targets == []:
             return None
-        expressions = express(Speaker(scene, rng, targets, must), self.weights, EXPRESSIONS_PER_SCENE)
+        kinds = draw_kinds(rng, self.weights, EXPRESSIONS_PER_SCENE)
+        expressions = express(Speaker(scene, rng, targets, must), kinds)
         return expressions and (scene, expressions)
 
-    def _make_wide(self, rng, held_out):
-        kinds = {False: {}, True: {}}
-        for kind, share in self.weights.items():
-            kinds[kind in ROWS][kind] = share
-        in_row = rng.random() * sum(self.weights.values()) < sum(kinds[True].values())
-        weights = kinds[in_row]
+    def _plan(self, rng):
+        """(objects of a row, 0 without one; most objects; the kinds of the expressions) of an item of the wider world.
+
+        Scenes are then drawn until one yields the plan, so what is hard to draw is as frequent as what is easy.
+        """
+        in_row = {kind: share for kind, share in self.weights.items() if kind in ROWS}
+        others = {kind: share for kind, share in self.weights.items() if kind not in ROWS}
+        lone = {kind: share for kind, share in others.items() if kind in ("attribute", "absent")}
+        n, most, kinds = 0, MOST, others
+        if rng.random() * sum(self.weights.values()) < sum(in_row.values()):
+            n = pick(rng, [n for n in ROWS[next(iter(in_row))] for _ in range(n)])  # each rank of each n equally often
+            kinds = in_row if n < 6 else {kind: share for kind, share in in_row.items() if kind != "beyond"}
+        elif lone and rng.random() < LONE:
+            most, kinds = 1, lone
+        return n, most, list(draw_kinds(rng, kinds, EXPRESSIONS_PER_SCENE))
+
+    def _make_wide(self, rng, held_out, plan):
+        n, most, kinds = plan
         row = None
-        if in_row:
-            sizes = ROWS[pick(rng, tuple(weights))] if len(weights) == 1 else ROWS["ordinal"]
-            made = row_scene(rng, background, sizes, held_out)
+        if n:
+            made = row_scene(rng, background, (n,), held_out)
             if not made:
                 return None
             scene, row, _ = made
-            if "beyond" in weights and len(row.members) == 6:
-                weights = {"ordinal": 1.0}
         else:
-            made = wide_scene(rng, background, held_out)
+            made = wide_scene(rng, background, held_out, most=most)
             if not made:
                 return None
             scene, _ = made
         targets, must = meant(scene, held_out)
         if targets == [] or not scene.objects:
             return None
-        if len(scene.objects) == 1:
-            weights = {kind: share for kind, share in weights.items() if kind in ("attribute", "absent")}
-            if not weights:
-                return None
-        speaker = WideSpeaker(scene, rng, targets, must, row=row)
-        expressions = express(speaker, weights, EXPRESSIONS_PER_SCENE)
+        expressions = express(WideSpeaker(scene, rng, targets, must, row=row), kinds)
         if not expressions:
             return None
         return scene, [replace(expression, text=asked(rng, expression.text)) for expression in expressions]

@@ -86,10 +86,10 @@ def some(rng, options, low, high):
     return [options[i] for i in rng.permutation(len(options))[:count]]
 
 
-def wide_scene(rng, new_background, held_out=None, shapes=WIDE_SHAPES):
+def wide_scene(rng, new_background, held_out=None, shapes=WIDE_SHAPES, most=MOST):
     """-> (a scene of one to ten objects, shades), or None if a colour needed does not show on its paper.
 
-    held_out: a (colour, shape) that at least one object has, or None. shapes: those that may be drawn.
+    held_out: a (colour, shape) that at least one object has, or None. shapes: those that may be drawn. most: objects.
     """
     width, height, background, shades = page(rng, new_background)
     colours = some(rng, tuple(shades), 2, 4)
@@ -102,7 +102,7 @@ def wide_scene(rng, new_background, held_out=None, shapes=WIDE_SHAPES):
     looks = [(colour, shape) for colour in colours for shape in shapes if (colour, shape) not in HELD_OUT]
     if held_out:
         looks += [held_out] * (1 + len(looks) * 2 // 3)  # often several, so that a place or relation is needed
-    chosen = [pick(rng, looks) for _ in range(1 + int(MOST * rng.random()))]
+    chosen = [pick(rng, looks) for _ in range(1 + int(most * rng.random()))]
     if held_out:
         chosen[0] = held_out
     sizes = pick(rng, SIZE_MIXES)

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from hivg.utils import pickles
 from hivg.utils.messages import quoted, shown
 
 # Image folders, relative to the data root.
@@ -24,9 +25,9 @@ class Published:
 
 
 DATASETS = {
-    "refcoco": Published(("refcoco", "unc"), COCO, {"train": 120624, "val": 10834, "testA": 5657, "testB": 5095},
-                         ("refs(unc).p",)),
-    "refcoco+": Published(("refcoco+", "unc+", "refcocoplus"), COCO,
+    "refcoco": Published(("refcoco", "unc", "refcoco_unc"), COCO,
+                         {"train": 120624, "val": 10834, "testA": 5657, "testB": 5095}, ("refs(unc).p",)),
+    "refcoco+": Published(("refcoco+", "unc+", "refcoco+_unc", "refcocoplus", "refcocop"), COCO,
                           {"train": 120191, "val": 10758, "testA": 5726, "testB": 4889}, ("refs(unc).p",)),
     "refcocog": Published(("refcocog", "gref_umd", "refcocog_umd"), COCO, {"train": 80512, "val": 4896, "test": 9602},
                           ("refs(umd).p",)),
@@ -40,6 +41,10 @@ DATASETS = {
 }
 
 
+class NoSplit(ValueError):
+    """The files that there are do not have this split."""
+
+
 def canonical(dataset):
     """The name in DATASETS for any name of a data set. Raises ValueError for an unknown one."""
     others = []
@@ -48,7 +53,7 @@ def canonical(dataset):
             return name
         others += published.names[1:]
     raise ValueError(f"no data set {quoted(dataset, 40)}; there are shapes, {', '.join(DATASETS)} (also as "
-                     f"{', '.join(sorted(others))}), shapes-wide, or a .jsonl file of your own")
+                     f"{', '.join(sorted(others))}), shapes-wide, or a JSON file of your own")
 
 
 def find_file(data_root, dataset, split, annotations=None):
@@ -62,16 +67,31 @@ def find_file(data_root, dataset, split, annotations=None):
     if not annotations and os.path.isfile(in_root):
         return in_root
     where = shown(annotations or data_root, 60)
-    if files:
-        splits = ", ".join(sorted({name for name, _ in files}))
+    if splits := ", ".join(sorted(split_names(dataset, files))):
         is_file = annotations and os.path.isfile(annotations)
         advice = "; give --annotations the folder with all splits" if is_file else ""
-        raise ValueError(f"{where}: no split {quoted(split, 20)} of {dataset}; there are "
-                         f"{shown(splits, 100)}, by file name{advice}")
+        raise NoSplit(f"{where}: no split {quoted(split, 20)} of {dataset}; there are {shown(splits, 100)}, by file "
+                      f"name{advice}")
     published = DATASETS[dataset]
     names = [f"{published.names[0]}_{shown(split, 20)}.pth", *published.refer_files[:1]]
     raise ValueError(f"{where}: no annotations of {dataset}, split {quoted(split, 20)}: no {' or '.join(names)} or the "
                      f"like there or in its {published.names[0]}/; give --data_root or --annotations")
+
+
+def split_names(dataset, files):
+    """The splits that files (annotation_files) hold by their names, a set. Results and the like may lie among the
+    lists, and some lists are published empty: a name that is not published counts only for a list with rows, or alone.
+    """
+    names = {split for split, path in files if split in DATASETS[dataset].counts
+             or split and path.suffix == ".pth" and not is_empty_list(path)}
+    return names or {split for split, path in files if named(path.name)[1]}
+
+
+def is_empty_list(path):
+    try:
+        return os.path.getsize(path) < 2048 and pickles.read(path) == []
+    except (OSError, ValueError):
+        return False
 
 
 def annotation_files(data_root, dataset, annotations=None):
@@ -103,7 +123,8 @@ def annotation_files(data_root, dataset, annotations=None):
         for path in paths:
             found, split = named(path.name)
             in_root = folder == top and not annotations  # see find_file
-            if not found and path.suffix == ".jsonl" and not in_root:
+            is_split = path.suffix == ".jsonl" or path.suffix == ".json" and path.stem in published.counts
+            if not found and is_split and not in_root:
                 found, split = dataset, path.stem
             if found == dataset and os.path.isfile(path):
                 files.append((split, path))
@@ -115,12 +136,13 @@ def named(file_name):
     """The data set and the split that a published file is of by its name, or None and None. The longest name of a data
     set counts: gref_umd_val.pth is `val` of gref_umd, not `umd_val` of gref."""
     stem, suffix = os.path.splitext(file_name)
-    suffixes = (".json",) if stem.startswith("finetune_") else (".pth", ".jsonl")  # the first: MDETR's
-    stem = stem.removeprefix("finetune_")
+    stem = stem.removeprefix("finetune_").removeprefix("REC_")  # MDETR's, Shikra's
     names = []
     for dataset, published in DATASETS.items():
         names += [(len(name), dataset) for name in published.names if stem.startswith(name + "_")]
-    if not names or suffix not in suffixes:
+    if not names or suffix not in (".pth", ".jsonl", ".json"):
         return None, None
     length, dataset = max(names)
-    return dataset, stem[length + 1 :]
+    split = stem[length + 1 :]
+    is_other = suffix == ".json" and split not in DATASETS[dataset].counts and not file_name.startswith("finetune_")
+    return (None, None) if is_other else (dataset, split)  # results, for instance

@@ -4,7 +4,7 @@ import os
 
 from hivg.data.drawn.scenes import DRAWN
 from hivg.data.images import ImageError, open_image, open_published
-from hivg.data.published.catalogue import DATASETS, annotation_files, canonical
+from hivg.data.published.catalogue import DATASETS, NoSplit, annotation_files, canonical, split_names
 from hivg.data.published.reading import Report, is_own, read_dataset, read_samples, refuse_annotations
 from hivg.utils.cli import Progress
 from hivg.utils.messages import shown
@@ -25,7 +25,8 @@ def check(data_root, dataset, annotations=None, decode=False):
     if names == ["mixup"] and not (annotations and os.path.isfile(annotations)):  # a single file is the mixture's alone
         names = ["mixup", *(name for name in DATASETS if name != "mixup")]
     lines = []
-    problems = []  # the lines that say why rows or splits are left out
+    problems = []  # the lines that say why rows are left out
+    missing = []  # those on splits that there are not
     images = {}  # (name, split): the ids of its images
     for name in names:
         counts = dict.fromkeys(splits_of(name, data_root) or ["train"]) if is_own(name) else DATASETS[name].counts
@@ -34,7 +35,9 @@ def check(data_root, dataset, annotations=None, decode=False):
             try:
                 samples = read_samples(data_root, name, split, annotations, report)
             except ValueError as error:
-                if name == names[0]:
+                if name == names[0] and isinstance(error, NoSplit):
+                    missing.append(str(error))
+                elif name == names[0]:
                     lines.append(str(error))
                     problems.append(str(error))
                 continue
@@ -46,8 +49,9 @@ def check(data_root, dataset, annotations=None, decode=False):
             problems += report.lines()
             if decode:
                 lines += decoded(f"{shown(name)} {shown(split, 40)}", samples)
-    if not any(images.values()):
-        raise ValueError(problems[0] if problems else f"{shown(dataset)}: it has no expressions")
+    if not images or is_own(dataset) and not any(images.values()):
+        raise ValueError([*problems, *missing, f"{shown(dataset)}: it has no expressions"][0])
+    lines += missing  # after the reasons of the rows that there are
     lines += leakage(names[0], images)
     if is_own(dataset) and (dataset, "val") not in images:
         lines.append(f'{shown(dataset)}: it has no val, which train.py needs; write "split": "val" in the rows of some '
@@ -58,7 +62,7 @@ def check(data_root, dataset, annotations=None, decode=False):
 def splits_of(dataset, data_root="data", annotations=None):
     """The splits that a data set's files have, a list in the published order, others after them.
 
-    dataset: a drawn one (without its endless splits), the name of a data set, or a .jsonl file. Raises ValueError for a
+    dataset: a drawn one (without its endless splits), the name of a data set, or a JSON file. Raises ValueError for a
     file that cannot be read, and if there is none.
     """
     if dataset in DRAWN:
@@ -70,7 +74,7 @@ def splits_of(dataset, data_root="data", annotations=None):
     dataset = canonical(dataset)
     published = list(DATASETS[dataset].counts)
     files = annotation_files(data_root, dataset, annotations)
-    splits = {split for split, _ in files if split}
+    splits = split_names(dataset, files)
     if whole := next((path for split, path in files if split is None), None):
         _, rows = read_dataset(data_root, dataset, published[0], whole)
         if any(row.split is None for row in rows):

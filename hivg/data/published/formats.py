@@ -1,19 +1,33 @@
-"""The four formats of annotation files, all to the same rows, not checked yet.
+"""The formats of annotation files, all to the same rows, not checked yet.
 
-A file's format is recognised by its content. Pickles are read as plain data (hivg/utils/pickles.py).
+A file's format is recognised by its content. Pickles are read as plain data (hivg/utils/pickles.py), JSON by the names
+of its keys (IMAGE_KEYS and the like), whichever program wrote it.
 """
 
 import json
+import os
+import posixpath
 import re
+import unicodedata
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from hivg.data.published.catalogue import COCO, DATASETS, IMAGE_FOLDERS
 from hivg.utils import pickles
 from hivg.utils.messages import quoted, shown
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# How programs name what a row of JSON says; a row's first name counts. The form of a box goes with the image's name.
+IMAGE_KEYS = {"image": "xyxy",  # our own lines, Qwen-VL, InternVL, VLM-R1
+              "img_path": "xyxy",  # Shikra
+              "file_name": "xywh",  # MDETR
+              "img_name": "xywh",  # CRIS
+              "img_id": "xywh",  # MiniGPT-v2, without the suffix
+              "image_id": "xywh"}  # SeqTR and SimVG, COCO's number
+EXPRESSION_KEYS = ("expression", "expressions", "sent", "sents", "sentence", "sentences", "caption")
+BOX_KEYS = ("bbox", "box", "solution")
+OUTLINE_KEYS = ("segmentation", "mask")
+
 MAX_SIDE = 10**6  # pixels of an image
 USUAL_SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
                 "test": "test"}  # {what people call a split, in lower case: our name for it}
@@ -26,45 +40,36 @@ class Row:
     file: object = None
     expression: object = None
     bbox: object = None
-    form: str = "xywh"  # or xyxy
+    form: str = "xywh"  # a key of forms.FORMS
     image_folder: str | None = COCO  # below the data root; None: `file` is a path of its own
     segmentation: object = None
     split: str | None = None  # None: the file holds one split
     size: tuple | None = None  # (width, height) of the image, where the file says it
     problem: str | None = None  # why the row is incomplete
-    line: int | None = None  # of a file of lines, from 1
+    place: str | None = None  # in a file of JSON: "line 3", or "row 3" of one list
 
 
 def read_rows(path, dataset):
     """All rows of an annotation file, a list.
 
-    dataset: a key of catalogue.DATASETS; anything else stands for people's own data in JSON lines. Raises ValueError.
+    dataset: a key of catalogue.DATASETS; anything else stands for people's own data, in JSON. Raises ValueError.
     """
+    published = DATASETS.get(dataset)
     try:
-        line = first_line(path)
-        if dataset not in DATASETS or "image" in (json_object(line) or {}):
-            return lines_rows(path, dataset)
-        if line[:1] not in (b"{", b"["):
-            data = pickles.read(path)
-            if not isinstance(data, list) or not data:
-                raise ValueError("it holds no list of rows")
-            return refer_rows(path, data, dataset) if isinstance(data[0], dict) else list_rows(data, dataset)
-        data = json.loads(read_text(path))
-        if isinstance(data, dict) and {"images", "annotations"} <= data.keys():
-            return mdetr_rows(data)
-        raise ValueError("JSON, but neither MDETR's (images and annotations) nor lines with image, expression and bbox")
+        with open(path, "rb") as file:
+            is_json = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")
+        if is_json or not published:
+            rows = json_rows(read_text(path), published.image_folder if published else None)
+            if not published:
+                name_splits(rows, path.parent)
+            return rows
+        data = pickles.read(path)
+        if not isinstance(data, list) or not data:
+            raise ValueError("it holds no list of rows")
+        return refer_rows(path, data, dataset) if isinstance(data[0], dict) else list_rows(data, dataset)
     except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else shown(error, 170)
         raise ValueError(f"{shown(path, 80)}: cannot be read as annotations: {reason}") from None
-
-
-def first_line(path):
-    """The first line that is not blank, as stripped bytes; at most 1 MB of it."""
-    with open(path, "rb") as file:
-        while line := file.readline(1 << 20):
-            if line := line.removeprefix(BYTE_ORDER_MARK).strip():
-                return line
-    return b""
 
 
 def read_text(path):
@@ -137,51 +142,88 @@ def list_rows(data, dataset):
     return rows
 
 
-def mdetr_rows(data):
-    """MDETR: one record of a COCO image for each expression, with one annotation."""
-    annotations = {}
+def json_rows(text, image_folder):
+    """JSON: an object a line, a list of objects, a list for each split, or MDETR's images and annotations. Raises
+    ValueError where no object has an image, an expression and a box."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        if re.match(r"\s*\[", text):
+            raise
+        data = None  # lines
+    if isinstance(data, dict) and {"images", "annotations"} <= data.keys():
+        data = mdetr_records(data)
+    if isinstance(data, dict) and data and all(isinstance(part, list) for part in data.values()):
+        records = [(f"row {n}", split, record) for split, part in data.items() for n, record in enumerate(part, 1)]
+    elif isinstance(data, list):
+        records = [(f"row {n}", None, record) for n, record in enumerate(data, 1)]
+    elif isinstance(data, dict):
+        records = [("line 1", None, data)]
+    else:
+        lines = enumerate(text.split("\n"), 1)  # splitlines() also splits at U+2028, within a text
+        records = [(f"line {n}", None, json_object(line)) for n, line in lines if line.strip()]
+    objects = [record for _, _, record in records if isinstance(record, dict)]
+    needed = (IMAGE_KEYS, EXPRESSION_KEYS, BOX_KEYS)
+    if objects and not any(all(record.keys() & keys for keys in needed) for record in objects):
+        raise ValueError(f"its rows have {shown(', '.join(objects[0]) or 'no keys', 60)}; they need image, expression "
+                         "and bbox, or other programs' names for these (hivg/data/README.md)")
+    if records and not objects:
+        raise ValueError(f"{records[0][0]}: not a JSON object: {quoted(records[0][2])}")
+    return [row for record in records for row in record_rows(*record, image_folder)]
+
+
+def mdetr_records(data):
+    """MDETR: one record of a COCO image for each expression, with one annotation. Others: one for each annotation."""
+    annotations = defaultdict(list)
     for annotation in data["annotations"]:
-        annotations.setdefault(annotation["image_id"], annotation)
+        annotations[annotation["image_id"]].append(annotation)
+    return [{**annotation, **image} for image in data["images"]
+            for annotation in annotations[image["id"]][: 1 if "caption" in image else None] or [{}]]
+
+
+def record_rows(place, split, record, image_folder):
+    """A row for each expression of an object of JSON."""
+    if not isinstance(record, dict):
+        return [Row(problem=f"not a JSON object: {quoted(record)}", place=place)]
+    split = record.get("split", split)
+    if split is not None and not (isinstance(split, str) and split.strip()):
+        return [Row(problem=f"the split {quoted(split)} is not a name", place=place)]
+    image_key = next((key for key in IMAGE_KEYS if record.get(key) is not None), "image")
+    file = record.get(image_key)
+    if image_key == "image_id" and isinstance(file, int):
+        file = str(file)
+    texts = value_of(record, EXPRESSION_KEYS)
+    if not isinstance(texts, list):
+        texts = [texts]
     rows = []
-    for image in data["images"]:
-        annotation = annotations.get(image["id"], {})
-        problem = None if annotation else f"image {quoted(image['id'])} has no annotation"
-        rows.append(Row(image["file_name"], image["caption"], annotation["bbox"] if annotation else None,
-                        segmentation=annotation.get("segmentation"), size=stated_size(image), problem=problem))
+    for text in texts or [None]:
+        if isinstance(text, dict):  # REFER's sentences
+            text = text.get("sent") or text.get("raw")
+        rows.append(Row(file, text, value_of(record, BOX_KEYS), IMAGE_KEYS[image_key], image_folder,
+                        value_of(record, OUTLINE_KEYS), split, stated_size(record), place=place))
     return rows
 
 
-def lines_rows(path, dataset):
-    """JSON lines: {"image", "expression", "bbox": [xmin, ymin, xmax, ymax]}, optionally "segmentation" and "split"."""
-    published = DATASETS.get(dataset)
-    rows = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines() also splits at U+2028, within a text
-        if not line.strip():
-            continue
-        record = json_object(line)
-        split = record.get("split") if record else None
-        problem = None
-        if record is None:
-            problem = f"not a JSON object: {quoted(line)}"
-        elif split is not None and not (isinstance(split, str) and split.strip()):
-            problem = f"the split {quoted(split)} is not a name"
-        if problem:
-            rows.append(Row(problem=problem, line=number))
-            continue
-        rows.append(Row(record.get("image"), record.get("expression"), record.get("bbox"), "xyxy",
-                        published.image_folder if published else None, record.get("segmentation"), split, line=number))
-    if not published:
-        name_splits(rows)
-    return rows
+def value_of(record, keys):
+    """The first value of these keys that is not None, or None."""
+    for key in keys:
+        if (value := record.get(key)) is not None:
+            return value
+    return None
 
 
-def name_splits(rows):
-    """Give the rows of people's own data our names of their splits; if none names a split, split them by image."""
+def name_splits(rows, folder):
+    """Give the rows of people's own data our names of their splits; if none names a split, split them by image.
+    folder: where relative names of images begin."""
     usual = usual_splits({row.split for row in rows if row.split})
     if not usual:
-        val = val_images(row.file for row in rows if isinstance(row.file, str))
+        files = {row.file: one_spelling(row.file) for row in rows if isinstance(row.file, str)}
+        first = {}  # {whole path: the first spelling of it}
+        for file, spelling in files.items():
+            files[file] = first.setdefault(os.path.abspath(folder / spelling), spelling)
+        val = val_images(files.values())
         for row in rows:
-            row.split = "val" if str(row.file) in val else "train"
+            row.split = "val" if isinstance(row.file, str) and files[row.file] in val else "train"
         return
     for row in rows:
         if row.split:
@@ -198,6 +240,11 @@ def usual_splits(names):
     return {name: split if count[split] == 1 else name for name, split in usual.items()}
 
 
+def one_spelling(file):
+    """A file's name as one of its spellings: ./a.png, .\\a.png and a.png are one, as are é and e with an accent."""
+    return posixpath.normpath(unicodedata.normalize("NFC", file.replace("\\", "/")))
+
+
 def val_images(files):
     """File names -> the set of those that are "val": one in ten by their hash, so all expressions of an image stay
     together. If all of two or more images fell into one split, the one with the smallest hash alone is "val"."""
@@ -209,12 +256,11 @@ def val_images(files):
 
 
 def json_object(line):
-    """The JSON object in this line, or None."""
+    """What this line of JSON says, or the line itself if it is none."""
     try:
-        value = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+        return line
 
 
 def stated_size(record):

@@ -7,22 +7,26 @@ Every row of a file is checked. Rows with a problem are left out, counted and re
 
 import gc
 import os
+import re
 import sys
-from collections import Counter
-from contextlib import contextmanager
+import unicodedata
+from collections import Counter, defaultdict
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import chain
+from math import isfinite
 from pathlib import Path
 
-import numpy as np
-
 from hivg.data.images import ImageError, ImageTooLarge, most_pixels, stored_size, upright_size
-from hivg.data.masks import check_polygons, mask_of, run_lengths
-from hivg.data.published.catalogue import annotation_files, canonical, find_file
+from hivg.data.masks import check_polygons, check_size, mask_of, run_lengths
+from hivg.data.published.catalogue import NoSplit, annotation_files, canonical, find_file
 from hivg.data.published.formats import USUAL_SPLITS, read_rows
+from hivg.data.published.forms import FORMS, SLACK, four_numbers, is_odd, other_form
 from hivg.utils.messages import quoted, shown
 
 MAX_EXPRESSION = 10_000  # characters
-SLACK = 1.0  # pixels by which a box may reach out of its image; annotators' boxes do
+NO_AREA = "box without area"
+OUTSIDE = "box outside the image"
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,9 @@ class Sample:
     image: Path
     expression: str  # as written
     box: tuple  # (xmin, ymin, xmax, ymax), floats in the image's pixels
-    segmentation: list | dict | None  # COCO polygons, or an RLE with size and counts
-    image_id: str  # the image's file name, shared by the published data sets; in people's own data its path
+    segmentation: list | dict | None  # COCO polygons and RLEs in a list, or an RLE with size and counts
+    image_id: str  # the image's file name, shared by the published data sets; in people's own data its path, with the
+    # links to its folder resolved
     own: bool = False  # people's own data: pixels are those of the upright image (EXIF)
 
     def mask(self, height, width):
@@ -78,14 +83,15 @@ def read_samples(data_root, dataset, split, annotations=None, report=None):
     """All samples of a split, a list of Sample in the order of the file.
 
     data_root    the folder with the published layout (hivg/data/README.md)
-    dataset      a name (`refcoco`, `unc`, ...) or your own .jsonl file, whose images are looked for below the data root
-                 and beside the file. "validation", "valid" and "dev" are `val`, in any case; if no row names a split,
-                 one image in ten is `val`, at least one of several, and the rest `train`
+    dataset      a name (`refcoco`, `unc`, ...) or your own .jsonl or .json file, whose images are looked for below
+                 the data root and beside the file. "validation", "valid" and "dev" are `val`, in any case; if no row
+                 names a split, one image in ten is `val`, at least one of several, and the rest `train`
     annotations  a file or folder, if not at a published place; REFER's `refs(..).p` needs `instances.json` beside it
     report       a Report to fill; without one its lines are printed on stderr
 
-    Raises ValueError for a file that cannot be read, for a missing split, naming those that exist, and for the `train`
-    of a file that would be every other split as well.
+    Raises ValueError for a file that cannot be read, or whose boxes seem to be in another form (forms.other_form); its
+    NoSplit for a missing split, naming those that exist, and for the `train` of a file that would be every other split
+    as well.
     """
     path, rows = read_dataset(data_root, dataset, split, annotations)
     if not rows:
@@ -93,15 +99,16 @@ def read_samples(data_root, dataset, split, annotations=None, report=None):
     own = is_own(dataset)
     says_split = own or split != "train" or annotation_files("", canonical(dataset), path)[0][0]
     if not says_split and any(row.split is None and not row.problem for row in rows):
-        raise ValueError(f"{shown(path, 60)}: neither its name nor its rows say which split it is, so `val` would be "
-                         f"the same; name it {dataset}_train.pth and give --annotations the folder with it and val")
+        raise NoSplit(f"{shown(path, 60)}: neither its name nor its rows say which split it is, so `val` would be "
+                      f"the same; name it {dataset}_train{path.suffix} and give --annotations the folder with it and "
+                      "val")
     if own and all(row.split != split for row in rows):
         split = USUAL_SPLITS.get(split.lower(), split)
     asked = [row for row in rows if row.split in (None, split)]
     if not asked:
         splits = shown(", ".join(sorted({row.split for row in rows if row.split})), 100)
         hint = '; name it as the "split" of some rows' if own else ""
-        raise ValueError(f"{shown(path, 80)}: no split {quoted(split, 40)}; there are {splits}{hint}")
+        raise NoSplit(f"{shown(path, 80)}: no split {quoted(split, 40)}; there are {splits}{hint}")
 
     is_told = report is None
     report = report or Report()
@@ -112,42 +119,37 @@ def read_samples(data_root, dataset, split, annotations=None, report=None):
         try:
             samples.append(check.sample(row))
         except Problem as problem:
-            report.add(problem.kind, f"line {row.line}" if row.line else f"row {index} of {split}", problem.detail)
-    if own:
-        report.notes += notes(samples, check.dropped)
+            report.add(problem.kind, row.place or f"row {index} of {split}", problem.detail)
+    if {NO_AREA, OUTSIDE} & report.problems.keys() or any(is_odd(row.bbox, row.form) for row in rows if row.place):
+        check.refuse_other_form(rows)
+    report.notes += check.notes()
     if is_told:
         for line in report.lines():
             print(line, file=sys.stderr)
     return samples
 
 
-def notes(samples, dropped):
-    """Lines on oddities in people's own data. dropped: the rows whose outline cannot be used."""
-    lines = []
-    if dropped:
-        first = f"line {dropped[0].line}: {shown(dropped[0].file, 60)}: {quoted(dropped[0].segmentation, 40)}"
-        lines.append(f"{len(dropped):,} outlines dropped, neither polygons nor run lengths (first: {first})")
-    if samples and all(0 <= min(sample.box) and max(sample.box) <= 1 for sample in samples):
-        lines.append("all boxes lie in 0..1; boxes are in pixels")
-    return lines
-
-
 def is_own(dataset):
     """Whether a data set is people's own file, not a published one."""
-    return str(dataset).endswith(".jsonl")
+    return str(dataset).endswith((".jsonl", ".json"))
 
 
 def read_dataset(data_root, dataset, split, annotations=None):
     """(path, rows) of the annotation file of a split, which may hold other splits too."""
+    path = annotation_path(data_root, dataset, split, annotations)
+    return path, read_rows(path, dataset if is_own(dataset) else canonical(dataset))
+
+
+def annotation_path(data_root, dataset, split, annotations=None):
+    """The annotation file of a split. Raises ValueError if there is none."""
     if is_own(dataset):
         refuse_annotations(dataset, annotations)
         path = Path(dataset)
         if not os.path.isfile(path):  # unlike path.is_file(), False for a name that no file can have
-            raise ValueError(f"{shown(path)}: there is no such file; give a .jsonl file or the name of a data set")
-    else:
-        dataset = canonical(dataset)
-        path = find_file(data_root, dataset, split, annotations)
-    return path, read_rows(path, dataset)
+            raise ValueError(f"{shown(path)}: there is no such file; give a .jsonl or .json file, or the name of a "
+                             "data set")
+        return path
+    return find_file(data_root, canonical(dataset), split, annotations)
 
 
 def refuse_annotations(dataset, annotations):
@@ -176,57 +178,99 @@ class RowCheck:
         self.data_root = data_root
         self.source = source
         self.own = own
-        self.names = {}  # {folder: the files in it}
-        self.images = {}  # {(folder, file): path}
-        self.sizes = {}  # {path: (width, height)}
+        self.folders = {}  # {folder: (its real path, {the normal form of a file's name: the name})}
+        self.images = {}  # {(folder, file): (path, what stands for the image in all spellings of its path)}
+        self.paths = {}  # {the latter: path}
+        self.sizes = {}  # {path: (width, height), or in words why it has none}
         self.outlines = {}  # {(id, size of the image): (segmentation, checked)}; sentences about an object share it
-        self.dropped = []  # rows whose outline cannot be used
+        self.dropped = defaultdict(list)  # {what is said of them: rows with outlines that cannot be used, or in part}
 
     def sample(self, row):
         """A Row -> Sample. Raises Problem."""
+        image, image_id = self.image(row)
+        check_expression(row.expression, row.file)
+        size = self.size_of(image, row.size)
+        if row.size and row.size != size:  # its box is one of another image: a smaller copy, say, or a turned one
+            raise Problem("image of another size than its annotation says", row.file,
+                          "{} x {}, annotated as {} x {}".format(*size, *row.size))
+        box = checked_box(row.bbox, row.form, *size, row.file, self.own)
+        segmentation = self.segmentation(row.segmentation, size, row.file)
+        if self.own and row.segmentation and not segmentation:
+            self.dropped["outlines dropped, neither polygons nor run lengths"].append(row)
+        elif isinstance(segmentation, list) and len(segmentation) < len(row.segmentation):
+            self.dropped["outlines without their damaged parts"].append(row)
+        return Sample(image, row.expression, box, segmentation, image_id if self.own else image.name, self.own)
+
+    def image(self, row):
+        """The path of an image that exists, and what stands for it in all spellings. Raises Problem."""
         if row.problem:
             raise Problem("incomplete row", row.problem)
         if not isinstance(row.file, str) or not row.file:
             raise Problem("no image named", quoted(row.file))
-        check_expression(row.expression, row.file)
-        image = self.image(row.file, row.image_folder)
-        size = row.size or self.size_of(image)
-        box = checked_box(row.bbox, row.form, *size, row.file, self.own)
-        segmentation = self.segmentation(row.segmentation, size, row.file)
-        if self.own and row.segmentation and not segmentation:
-            self.dropped.append(row)
-        return Sample(image, row.expression, box, segmentation, str(image) if self.own else image.name, self.own)
+        key = row.image_folder, row.file
+        if key not in self.images:
+            self.images[key] = self.find(row.image_folder, row.file.replace("\\", "/"))  # Windows writes \
+        return self.images[key]
 
-    def image(self, file, folder):
-        """The path of an image that exists."""
-        if (folder, file) not in self.images:
-            image = self.data_root / (folder or "") / file.replace("\\", "/")  # Windows writes \
-            if folder is None and not os.path.isfile(image):
-                image = self.source.parent / file.replace("\\", "/")
-            parent, name = os.path.split(image)
-            if name not in self.names_in(parent):
-                raise Problem("missing image", image)
-            self.images[folder, file] = image
-        return self.images[folder, file]
+    def find(self, folder, file):
+        """-> the path and the id of a file below a folder. Raises Problem."""
+        root = self.data_root if folder is None else self.data_root / folder
+        others = [self.source.parent / file] if folder is None else (root / name for name in published_names(file))
+        for place in chain([root / file], others):
+            parent, name = os.path.split(place)
+            real, names = self.names_in(parent)
+            normal = unicodedata.normalize("NFC", name)
+            if normal in names:
+                image_id = os.path.join(real, normal)
+                return self.paths.setdefault(image_id, Path(parent, names[normal])), image_id
+        raise Problem("missing image", place if folder is None else root / file)
 
     def names_in(self, folder):
-        if folder not in self.names:
+        if folder not in self.folders:
             try:
                 with os.scandir(folder or ".") as entries:
-                    self.names[folder] = {entry.name for entry in entries if entry.is_file()}
+                    names = {unicodedata.normalize("NFC", entry.name): entry.name for entry in entries
+                             if entry.is_file()}
+                self.folders[folder] = os.path.realpath(folder), names
             except (OSError, ValueError):  # missing, or a name that no folder can have
-                self.names[folder] = set()
-        return self.names[folder]
+                self.folders[folder] = "", {}
+        return self.folders[folder]
 
-    def size_of(self, image):
+    def size_of(self, image, stated):
+        """(width, height) of an image. Of a damaged one of a published data set it is the stated one: it stays, and to
+        open it will name it."""
         if image not in self.sizes:
             try:
                 self.sizes[image] = upright_size(image) if self.own else stored_size(image)
             except ImageTooLarge:
-                raise Problem(f"image of more than {most_pixels()}", image) from None
+                self.sizes[image] = f"image of more than {most_pixels()}"
             except ImageError:
-                raise Problem("damaged image", image) from None
-        return self.sizes[image]
+                self.sizes[image] = "damaged image"
+        size = self.sizes[image]
+        if not isinstance(size, str):
+            return size
+        if stated and not self.own:
+            return stated
+        raise Problem(size, image)
+
+    def refuse_other_form(self, rows):
+        """Raises ValueError if the boxes of a file of JSON seem to be in another form than they should be."""
+        boxes = []
+        for row in rows:
+            try:
+                if row.place and all(map(isfinite, box := four_numbers(row.bbox, own=True))):
+                    boxes.append((box, row.form, row.size or self.size_of(self.image(row)[0], None)))
+            except (Problem, TypeError, ValueError, OverflowError):  # told where the row is read
+                continue
+        if found := other_form(boxes):
+            form, first = found
+            raise ValueError(f"{shown(self.source, 80)}: its boxes look like {form}, for instance {quoted(first, 50)}; "
+                             f"write {FORMS[boxes[0][1]][0]}, in pixels")
+
+    def notes(self):
+        """Lines on rows that were kept."""
+        return [f"{len(rows):,} {kind} (first: {rows[0].place or 'a row'}: {shown(rows[0].file, 60)}: "
+                f"{quoted(rows[0].segmentation, 40)})" for kind, rows in self.dropped.items()]
 
     def segmentation(self, value, size, file):
         key = id(value), size
@@ -234,6 +278,14 @@ class RowCheck:
             # the value too, so that its id is not reused
             self.outlines[key] = value, checked_segmentation(value, *size, file)
         return self.outlines[key][1]
+
+
+def images_of(rows, data_root, source, own):
+    """The paths of the images of rows, of those that exist; as RowCheck's arguments."""
+    check = RowCheck(data_root, source, own)
+    for row in rows:
+        with suppress(Problem):
+            yield check.image(row)[0]
 
 
 def check_expression(expression, file):
@@ -248,49 +300,70 @@ def check_expression(expression, file):
         raise Problem(f"expression of more than {MAX_EXPRESSION:,} characters", file, quoted(expression, 40))
 
 
+def published_names(file):
+    """Other names under which an image of a published data set may be in its folder: the last part of a path on another
+    machine, with the suffix that a row leaves out, and by COCO's number, which may be followed by REFER's."""
+    base = file.rpartition("/")[2]
+    yield from (base, f"{base}.jpg")
+    if number := re.fullmatch(r"(?:COCO_train2014_)?(\d{1,12})(?:_\d+)?", os.path.splitext(base)[0]):
+        yield f"COCO_train2014_{number[1]:0>12}.jpg"
+
+
 def checked_box(bbox, form, width, height, file, own):
-    """Four numbers, xyxy or xywh -> (xmin, ymin, xmax, ymax), floats. Raises Problem. Text like "12", or `true`, is not
-    a number in people's own data; published lists may have such, as the released program accepts them."""
+    """A box as a file has it -> (xmin, ymin, xmax, ymax), floats. form: a key of FORMS. Raises Problem."""
     try:
-        if not isinstance(bbox, list | tuple) or own and any(isinstance(value, str | bool) for value in bbox):
-            raise TypeError
-        xmin, ymin, xmax, ymax = (float(value) for value in bbox)
-    except (TypeError, ValueError, OverflowError):  # the last: an integer beyond all floats
+        numbers = four_numbers(bbox, own)
+    except (TypeError, ValueError, OverflowError):
         raise Problem("box that is not four numbers", file, quoted(bbox)) from None
-    if form == "xywh":
-        xmax += xmin
-        ymax += ymin
+    to_corners = FORMS[form][1]
+    xmin, ymin, xmax, ymax = to_corners(*numbers)
     box = (xmin, ymin, xmax, ymax)
     if not (xmax > xmin and ymax > ymin):  # also for nan
-        hint = "; boxes are xmin ymin xmax ymax" if own else ""
-        raise Problem("box without area", file, f"{quoted(box, 40)}{hint}")
+        hint = f"; boxes are {FORMS[form][0]}" if own else ""
+        raise Problem(NO_AREA, file, f"{quoted(box, 40)}{hint}")
     beyond = xmin < -SLACK or ymin < -SLACK or xmax > width + SLACK or ymax > height + SLACK
     if beyond or xmin >= width or ymin >= height or xmax <= 0 or ymax <= 0:
-        raise Problem("box outside the image", file, f"{box} in {width} x {height}")
+        raise Problem(OUTSIDE, file, f"{box} in {width} x {height}")
     return box
 
 
 def checked_segmentation(value, width, height, file):
-    """COCO polygons or an RLE as plain numbers; None for anything else (mask file names, lists of attributes).
-    Raises Problem."""
+    """The right parts of COCO polygons and RLEs, as plain numbers, a list; or one RLE. None for anything else (mask
+    file names, lists of attributes). Raises Problem where parts are damaged and none is right."""
+    is_list = isinstance(value, list | tuple)
+    parts = []
+    damage = None
     try:
-        if isinstance(value, dict) and {"counts", "size"} <= value.keys():
-            counts = value["counts"]
-            if isinstance(counts, bytes):
-                counts = counts.decode()
-            elif not isinstance(counts, str):
-                counts = [int(count) for count in counts]
-            rle = {"size": [int(side) for side in value["size"]], "counts": counts}
-            run_lengths(rle, (height, width))
-            return rle
-        if isinstance(value, list | tuple) and value:
-            polygons = [part.tolist() if isinstance(part, np.ndarray) else part for part in value]
-            if all(is_polygon(part) for part in polygons):
-                check_polygons(polygons)
-                return polygons
-    except (TypeError, ValueError, OverflowError) as error:
-        raise Problem("damaged segmentation", file, error) from None
-    return None
+        for part in value if is_list else [value]:
+            try:
+                parts.append(checked_part(part, width, height))
+            except (TypeError, ValueError, OverflowError) as error:
+                damage = error
+        parts = [part for part in parts if part is not None]
+        if len(parts) > 1:
+            check_size([part for part in parts if not isinstance(part, dict)])
+    except ValueError as error:
+        parts, damage = [], error
+    if damage and not parts:
+        raise Problem("damaged segmentation", file, damage)
+    return (parts if is_list else parts[0]) if parts else None
+
+
+def checked_part(value, width, height):
+    """A polygon or an RLE as plain numbers, None for anything else. Raises TypeError, ValueError, OverflowError."""
+    if isinstance(value, dict) and {"counts", "size"} <= value.keys():
+        counts = value["counts"]
+        if isinstance(counts, bytes):
+            counts = counts.decode()
+        elif not isinstance(counts, str):
+            counts = [int(count) for count in counts]
+        rle = {"size": [int(side) for side in value["size"]], "counts": counts}
+        run_lengths(rle, (height, width))
+        return rle
+    if not is_polygon(value):
+        return None
+    check_polygons([value])
+    return value
 
 
 def is_polygon(part):

@@ -1,0 +1,114 @@
+"""Copies of a model that compute the same in fewer calls: for training here, for prediction `HiVG.for_prediction`.
+
+A call costs a GPU some microseconds however small it is, and a training step makes thousands. In these copies
+
+- the weights of matrix products are in the products' dtype: the frozen ones converted when the copy is made, the
+  trained ones in one call, at each forward. Autocast alone converts each where it is used;
+- self-attention makes q, k and v in one product, of frozen weights into which the earlier stages' adapters are folded;
+- QuickGELU's two factors are part of the frozen weights around it.
+"""
+
+import copy
+
+import torch
+import torch.nn as nn
+
+from hivg.clip import MLP, Attention, Block
+from hivg.lora import JoinedLoRA, LoRALinear, linear_of
+
+
+def training_copy(model, dtype, together=True):
+    """A copy of a HiVG that shares its trained parameters, for the training of one stage. The model stays as it is.
+
+    dtype: autocast's, or float32 for none. together: whether to convert the trained weights in one call; with several
+    processes autocast does it, one by one, so that each gradient is averaged while the backward goes on.
+    """
+    fast = copy.deepcopy(model, {id(p): p for p in model.parameters()})  # its modules are new, its parameters the same
+    simplify(fast)
+    if dtype == torch.float32:
+        return fast
+    trained = {}  # {(module, name): parameter}
+    for module, name in weights_of_products(fast):
+        p = getattr(module, name)
+        if p.requires_grad:
+            trained[module, name] = p
+        else:
+            setattr(module, name, nn.Parameter(p.to(dtype), requires_grad=False))
+
+    def convert(*_):
+        for (module, name), converted in zip(trained, Convert.apply(dtype, *trained.values())):
+            module.__dict__[name] = converted  # found before the parameter of this name, which stays registered
+
+    if together:
+        fast.register_forward_pre_hook(convert)
+    return fast
+
+
+def weights_of_products(model):
+    """The weights and biases of a HiVG's matrix products as pairs (module, name), but for the box head's, which stay in
+    float32."""
+    kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, LoRALinear, JoinedLoRA)
+    found = [(model.clip.visual, "proj"), (model.clip.text, "text_projection")]
+    for path, module in model.named_modules():
+        if isinstance(module, kinds) and not path.startswith("box_head"):
+            for part in module.modules():  # an adapter's A and B are modules of their own, lists of parameters
+                found += [(part, name) for name, _ in part.named_parameters(recurse=False)]
+    return found
+
+
+class Convert(torch.autograd.Function):
+    """float32 tensors -> copies in another dtype, and their gradients back, each way in one call for all of them."""
+
+    @staticmethod
+    def forward(ctx, dtype, *tensors):
+        ctx.set_materialize_grads(False)  # what is in no loss gets no gradient
+        copies = [torch.empty_like(x, dtype=dtype) for x in tensors]
+        torch._foreach_copy_(copies, tensors)
+        return tuple(copies)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        known = [g for g in gradients if g is not None]
+        copies = [torch.empty_like(g, dtype=torch.float32) for g in known]
+        torch._foreach_copy_(copies, known)
+        copies = iter(copies)
+        return None, *[None if g is None else next(copies) for g in gradients]
+
+
+def simplify(model):
+    """Join the self-attentions' products and fold QuickGELU's factors, in place, wherever the weights are frozen."""
+    for module in list(model.modules()):
+        if isinstance(module, Block) and not isinstance(module.attn, JoinedAttention):
+            if not module.attn.q_proj.weight.requires_grad:  # W_0's, with adapters or without
+                module.attn = JoinedAttention(module.attn)
+        elif isinstance(module, MLP) and not isinstance(module.gelu, nn.SiLU) and not module.c_fc.weight.requires_grad:
+            fold_gelu(module)
+
+
+class JoinedAttention(Attention):
+    """A self-attention with frozen weights, whose q, k and v are one product: `qkv`, C -> 3 C."""
+
+    def __init__(self, attn):
+        nn.Module.__init__(self)  # not Attention's, which makes layers
+        self.heads = attn.heads
+        self.qkv = join([attn.q_proj, attn.k_proj, attn.v_proj])
+        self.out_proj = join([attn.out_proj])
+
+    def project(self, query, key, value):
+        """-> q, k and v (B, N, C) of the query, which is also key and value."""
+        return self.qkv(query).chunk(3, dim=-1)
+
+
+def join(layers):
+    """n frozen linear layers of the same input as one, with their trained adapters if they have any."""
+    if any(p.requires_grad for layer in layers for p in layer.parameters()):
+        return JoinedLoRA(layers)
+    weights = [layer.folded() if isinstance(layer, LoRALinear) else layer.weight for layer in layers]
+    return linear_of(torch.cat(weights), torch.cat([layer.bias for layer in layers])).requires_grad_(False)
+
+
+def fold_gelu(mlp):
+    """QuickGELU(h) = SiLU(1.702 h) / 1.702: with the factors in the weights before and after it, SiLU is left."""
+    mlp.c_fc = linear_of(1.702 * mlp.c_fc.weight, 1.702 * mlp.c_fc.bias).requires_grad_(False)
+    mlp.c_proj = linear_of(mlp.c_proj.weight / 1.702, mlp.c_proj.bias).requires_grad_(False)
+    mlp.gelu = nn.SiLU()
