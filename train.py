@@ -10,6 +10,7 @@ to bottom: the settings, the stages as rows of a table, the start of a stage, an
 """
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -39,7 +40,7 @@ from hivg.training.settings import RunSettings, setting, settings_from_flags
 from hivg.training.stages import Stage, clip_config, columns_text, grow, hivg_config, print_plan, stage_column
 from hivg.utils.cli import run
 
-SHAPES_EPOCH = 8192  # expressions
+SHAPES_EPOCH = 8192  # expressions of an endless data set
 
 
 @dataclass
@@ -52,13 +53,13 @@ class Settings(RunSettings):
                           group="The run")
     plan: bool = setting(False, "print the stages and exit; needs neither data nor a published CLIP", resumable=True)
 
-    dataset: str = setting("shapes", "shapes, shapes-wide, a data set of the paper, or your own .jsonl or .json file",
-                           group="Data")
+    dataset: str = setting("shapes-wide", "shapes-wide, shapes, a data set of the paper, or your own .jsonl or .json "
+                           "file", group="Data")
     data_root: str = setting("data", "the folder with the data sets, laid out as published")
     annotations: str = setting("", "annotation file or folder, if not in the published layout")
     hard_mix: bool = setting(False, "draw more ordinals and distances, which are learned last (shapes only)")
-    epoch_samples: int = setting(0, "expressions in an epoch; 0 = all, or 8192 of the endless shapes", low=0,
-                                 high=10**9)
+    epoch_samples: int = setting(0, "expressions in an epoch; 0 = all, or 8192 of the drawn ones, which are endless",
+                                 low=0, high=10**9)
     masks: str = setting("auto", "target of the mask head; auto = box, for your own data segmentation", choices=MASKS)
 
     clip: str = setting("weights/clip-tiny.safetensors", "the CLIP to start from", group="Model", of_model=True)
@@ -210,11 +211,16 @@ def validate(s: Settings, dataset, model, device):
     return {"accuracy": accuracy(ious), "mean_iou": mean(ious)}
 
 
+def info_of(s: Settings, stage, scores):
+    """What a weights file tells of its making."""
+    return {"stage": stage, "dataset": os.path.basename(s.dataset), **scores}
+
+
 def keep_best(s: Settings, dataset, model, device, path, best):
     """Validate, and write the model to `path` unless an earlier one was better -> (scores, best)."""
     scores = validate(s, dataset, model, device)
     if scores["accuracy"] >= best and distributed.rank() == 0:
-        weights.save(path, model, {"stage": path.stem, **scores})
+        weights.save(path, model, info_of(s, path.stem, scores))
     return scores, max(best, scores["accuracy"])
 
 
@@ -261,7 +267,7 @@ def train(s: Settings, hooks=Hooks()):
         if stage.name == "finetune" and model.config.lora == "none" and not s.clip_rate:
             log.message("CLIP is frozen and has no adapters to train; --lora hierarchical, shared or vanilla adds them")
         if first == 0 and best >= 0 and distributed.rank() == 0:
-            weights.save(path, model, {"stage": stage.name, "accuracy": best})  # kept if the stage never improves it
+            weights.save(path, model, info_of(s, stage.name, {"accuracy": best}))  # kept if the stage never improves it
         if number == 0 and first == 0:
             run.save(number, 0, best, model, optimizers)  # so that every run can be resumed
         trained = training_copy(model, run.dtype, together=distributed.world_size() == 1)

@@ -170,7 +170,7 @@ def main():
     refuse_to_replace([args.weights], filter(None, targets), REPLACING, "weights")
     progress = Progress("grounded", len(images))
     code = 0
-    warnings = [line for text in dict.fromkeys(args.expression) for line in grounder.warnings(text)]
+    warned = set()
     for number, image in enumerate(images):
         try:
             with enough_memory(f"{shown(image, 150)}: ", LOWER):
@@ -181,9 +181,11 @@ def main():
             print(f"error: {error}", file=sys.stderr)
             code = 1
             continue
-        for line in warnings:
-            print(f"warning: {line}", file=sys.stderr)
-        warnings = []  # once is enough
+        for result in results:
+            for line in grounder.warnings(result.expression, result.image):
+                if line not in warned:  # once is enough
+                    print(f"warning: {line}", file=sys.stderr)
+                    warned.add(line)
         report(args, image, results)
         for result, path in zip(results, masks[number]):
             result.save_mask(path, args.min_score)

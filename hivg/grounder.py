@@ -19,6 +19,7 @@ from hivg.data.images import open_image
 from hivg.data.masks import run_lengths_of
 from hivg.data.transforms import Letterbox
 from hivg.evaluate.calibration import calibrated, calibration_of
+from hivg.evaluate.known import DRAWN_ONLY, knows_drawn_only, looks_photographed, unknown_words
 from hivg.model import HiVG
 from hivg.tokenizer import split_words
 from hivg.utils.cli import choose_device, choose_dtype
@@ -197,9 +198,9 @@ class Grounder:
             results += self._ground_batch(batch, texts[start : start + BATCH], attention)
         return results
 
-    def warnings(self, expression):
-        """Reasons why the model may not understand an expression: a list of lines, mostly empty. Raises ValueError for
-        one that is empty or no text."""
+    def warnings(self, expression, image=None):
+        """Reasons why the model may not understand an expression, or an image: a list of lines, mostly empty. Raises
+        ValueError for an expression that is empty or no text, and as `ground` does for an image."""
         texts_of([expression])
         lines = []
         tokenizer = self.model.tokenizer
@@ -207,10 +208,17 @@ class Grounder:
         n = len(tokenizer.encode(expression))
         if n > room:
             lines.append(f"the expression has {n} tokens and is cut to its first {room}; make it shorter")
+        unknown = unknown_words(self.model, expression)
+        if unknown:
+            words = ", ".join(f"{word!r:.40}" for word in unknown)
+            lines.append(f"these weights were never taught {words}; say it in other words")
         for word in dict.fromkeys(split_words(expression)):
             # a known word is one token or two, an unknown one is spelled almost letter by letter
-            if len(word) >= 3 and word.isalpha() and 2 * len(tokenizer.encode(word)) > len(word):
+            is_spelled = len(word) >= 3 and word.isalpha() and 2 * len(tokenizer.encode(word)) > len(word)
+            if is_spelled and word not in unknown:
                 lines.append(f"the tokenizer has no token for {word!r:.40} and spells it; the model may not know it")
+        if image is not None and knows_drawn_only(self.model) and looks_photographed(open_image(image)):
+            lines.append(DRAWN_ONLY)
         return lines
 
     @torch.inference_mode()

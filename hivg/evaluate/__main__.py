@@ -9,14 +9,15 @@ Prints Acc@0.5 with its 95 % interval, Acc@0.6 to 0.9, mean IoU, mask IoU where 
 IoU by expression length. IoU is between float boxes in pixels of the original image; every sample counts once. On the
 drawn data sets it also prints the accuracy of guessing the largest or a random object, and of the model with the
 expressions shuffled among the images. Expressions that are true of nothing are counted apart: how many are scored below
-0.5. --calibrate fits two numbers that turn the score into the probability that a box
-is right, and writes the weights file with them; for calibrated weights a reliability table is printed as well.
+0.5. --calibrate fits two numbers that turn the score into the probability that a box is right, and writes the weights
+file with them; for calibrated weights a reliability table and the mean score of each kind are printed as well.
 """
 
 import json
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 from hivg.data.batches import evaluation_batches, open_dataset
@@ -25,9 +26,11 @@ from hivg.data.published.check import splits_of
 from hivg.data.published.reading import images_of, is_own, read_dataset
 from hivg.evaluate.calibration import calibrated, calibration_of, fit_calibration
 from hivg.evaluate.compare import compare
+from hivg.evaluate.known import DRAWN_ONLY, knows_drawn_only, unknown_words
 from hivg.evaluate.metrics import accuracy, present
 from hivg.evaluate.predict import predict
 from hivg.evaluate.report import guessers, report, sheet, shuffled
+from hivg.tokenizer import split_words
 from hivg.utils.cli import Parser, Progress, add_machine_flags, choose_device, choose_dtype, name_of, run
 from hivg.utils.files import image_format, refuse_to_replace, save_image, write_whole, written
 from hivg.utils.messages import quoted, shown
@@ -41,8 +44,8 @@ def arguments():
     parser = Parser(description=__doc__)
     parser.add_argument("--weights", default=str(bundled("hivg-tiny.safetensors")), metavar="FILE",
                         help="a HiVG weights file")
-    parser.add_argument("--dataset", default="shapes", help="shapes, shapes-wide, a data set of the paper, or your own "
-                        ".jsonl or .json file")
+    parser.add_argument("--dataset", default="shapes-wide", help="shapes-wide, shapes, a data set of the paper, or "
+                        "your own .jsonl or .json file")
     parser.add_argument("--split", help=f"of shapes: {', '.join(drawn['shapes'])}; of shapes-wide: "
                         f"{', '.join(drawn['shapes-wide'])}; default: the first of {', '.join(DEFAULT_SPLITS)} that "
                         "the data set has, with --calibrate val")
@@ -143,6 +146,8 @@ def evaluate(args, model, dataset, device, dtype):
     if calibration:
         for row in rows:
             row["score"] = calibrated(row["score"], *calibration)
+    for line in doubts(model, args.dataset, rows):
+        print(f"warning: {line}", file=sys.stderr)
     print(f"{shown(args.weights, 300)} on {shown(args.dataset, 300)} {shown(args.split)} in {name_of(dtype)}, "
           f"{total / seconds:.0f} expressions a second")
     print(report(rows, calibration is not None))
@@ -151,6 +156,19 @@ def evaluate(args, model, dataset, device, dtype):
         others = {"expressions shuffled": accuracy(row["iou"] for row in present(moved))} | guessers(dataset.shapes)
         print("for comparison, Acc@0.5: " + ", ".join(f"{name} {value:.4f}" for name, value in others.items()))
     return rows
+
+
+def doubts(model, dataset, rows):
+    """What the model was never taught of a data set, a list of lines."""
+    lines = [DRAWN_ONLY] if knows_drawn_only(model) and dataset not in DRAWN else []
+    said = [set(split_words(row["expression"])) for row in rows]
+    unknown = set(unknown_words(model, " ".join(sorted(set().union(*said)))))
+    counts = Counter(word for words in said for word in words & unknown)
+    if counts:
+        words = ", ".join(quoted(word) for word, _ in counts.most_common(5))
+        lines.append(f"{sum(bool(words & unknown) for words in said)} of {len(rows)} expressions have words that these "
+                     f"weights were never taught; most often {words}")
+    return lines
 
 
 def save_calibrated(args, calibration, count):
@@ -188,7 +206,7 @@ def main():
     args.split = args.split or choose_split(args)
     dataset = open_dataset(args.dataset, args.split, model.config.clip.image_size, model.config.normalization,
                            data_root=args.data_root, annotations=args.annotations, masks="segmentation")
-    if args.dataset != "shapes":
+    if args.dataset not in DRAWN:
         refuse_to_replace_data(args)
     rows = evaluate(args, model, dataset, device, dtype)
     if args.per_sample:

@@ -17,12 +17,14 @@ SHEET = 8  # worst samples on a contact sheet, and as many random ones
 
 
 def report(rows, is_calibrated=False):
-    """The rows of `predict` -> the text of an evaluation. is_calibrated: whether to include a reliability table."""
+    """The rows of `predict` -> the text of an evaluation. is_calibrated: whether to include a reliability table, and
+    the mean score of each kind, which should be near its accuracy."""
     there = present(rows)
-    lines = accuracy_lines(there) if there else []
+    lines = accuracy_lines(there, is_calibrated) if there else []
     for kind, group in grouped([row for row in rows if row.get("target", ()) is None], "kind").items():
         low = mean(row["score"] < 0.5 for row in group)
-        lines.append(f"  {kind:<14}{len(group):>6} expressions of nothing there, scored below 0.5 in {low:.4f}")
+        lines.append(f"  {kind:<14}{len(group):>6} expressions of nothing there, scored below 0.5 in {low:.4f}"
+                     + mean_score(group) * is_calibrated)
     right = [row["iou"] >= 0.5 for row in rows]  # no box is right where nothing is there
     scores = [row["score"] for row in rows]
     if any(right) and not all(right):  # else there is nothing to tell apart
@@ -32,7 +34,11 @@ def report(rows, is_calibrated=False):
     return "\n".join(lines)
 
 
-def accuracy_lines(rows):
+def mean_score(rows):
+    return f", mean score {mean(row['score'] for row in rows):.3f}"
+
+
+def accuracy_lines(rows, is_calibrated):
     """How often the boxes are right, of expressions that are true of something: in all, by length, kind and rank."""
     ious = [row["iou"] for row in rows]
     acc = accuracy(ious)
@@ -47,12 +53,14 @@ def accuracy_lines(rows):
         stricter,
     ]
     groups = by_length([row["expression"] for row in rows], ious)
-    for kind, group in grouped(rows, "kind").items():
-        group = [row["iou"] for row in group]
-        groups[kind] = (len(group), accuracy(group), mean(group))
+    kinds = grouped(rows, "kind")
+    for kind, group in kinds.items():
+        ious = [row["iou"] for row in group]
+        groups[kind] = (len(ious), accuracy(ious), mean(ious))
     for name, (count, group_acc, group_iou) in groups.items():
         if count:
-            lines.append(f"  {name:<14}{count:>6} expressions, Acc@0.5 {group_acc:.4f}, mean IoU {group_iou:.4f}")
+            lines.append(f"  {name:<14}{count:>6} expressions, Acc@0.5 {group_acc:.4f}, mean IoU {group_iou:.4f}"
+                         + (mean_score(kinds[name]) if is_calibrated and name in kinds else ""))
     ranks = sorted(grouped(rows, "detail").items(), key=lambda item: item[0].split()[::-1])  # "3 of 5": by the 5, the 3
     if ranks:
         lines.append("Acc@0.5 by rank and number: " + ", ".join(

@@ -27,7 +27,7 @@ from hivg import weights
 from hivg.clip import CLIP, CLIP_SIZES, at_end_token, bounded_logit_scale, similarity
 from hivg.data.batches import to_device, training_batches
 from hivg.data.drawn.pairs import NO_PHRASE, NO_TARGET, Pairs
-from hivg.data.drawn.scenes import Shapes
+from hivg.data.drawn.scenes import DRAWN, Shapes
 from hivg.losses import contrastive_loss
 from hivg.tokenizer import Tokenizer, learn_merges
 from hivg.training import distributed
@@ -45,13 +45,17 @@ class Settings(RunSettings):
     """Every setting is a flag of the same name. Those that every training has are in RunSettings."""
 
     name: str = setting("clip", "the run's folder under runs/", group="The run")
-    wide: bool = setting(True, "the wider drawn world, shapes-wide, instead of shapes", group="Data")
+    dataset: str = setting("shapes-wide", "the drawn world", choices=tuple(DRAWN), group="Data")
     epochs: int = setting(6, "number of epochs", low=1, high=10**6, group="Optimization")
     epoch_samples: int = setting(8192, "images in an epoch", low=1, high=10**9)
     val_images: int = setting(1984, "images to validate on, in batches of 64", low=64, high=10**9)
     batch_size: int = setting(32, "images in a batch, over all processes; even, for twins", low=2, high=10**6)
     lr: float = setting(3e-3, "peak learning rate", low=0, high=1e30)
     adamw_share: float = setting(1 / 3, "AdamW's learning rate as a share of Muon's", low=0, high=10)
+
+    @property
+    def is_wide(self):
+        return self.dataset == "shapes-wide"
 
 
 # ---- data
@@ -170,11 +174,11 @@ class ContrastiveCriterion(torch.nn.Module):
 
 # ---- training
 
-def new_clip(seed, wide):
+def new_clip(s: Settings):
     """The tiny CLIP at random, with a merge table learned from the words of the drawn world."""
-    shapes = Shapes("train", seed, wide=wide)
+    shapes = Shapes("train", s.seed, wide=s.is_wide)
     texts = []
-    for index in range(6000 if wide else 1500):
+    for index in range(6000 if s.is_wide else 1500):
         item = shapes[index]
         texts += [item["caption"], *item["expressions"]]
     tokenizer = Tokenizer(learn_merges(texts, N_MERGES))
@@ -187,7 +191,7 @@ def new_clip(seed, wide):
 def validate(criterion, s: Settings, device):
     """-> {"accuracy": how often an expression fits its object best, on images that training does not see}."""
     clip = criterion.model
-    pairs = Pairs(clip.config.image_size, s.seed + 1, s.wide)
+    pairs = Pairs(clip.config.image_size, s.seed + 1, s.is_wide)
     clip.eval()
     meant = []
     batches = training_batches(pairs, 0, 64, s.val_images // 64, workers=s.workers, device=device,
@@ -205,7 +209,7 @@ def pretrain(s: Settings):
     path = run.folder / "clip.safetensors"
 
     torch.manual_seed(s.seed)
-    model = new_clip(s.seed, s.wide).to(device).train()
+    model = new_clip(s).to(device).train()
     optimizers = make_optimizers(model, s.optimizer, s.weight_decay)
     for optimizer in optimizers[1:]:  # AdamW beside Muon
         for group in optimizer.param_groups:
@@ -216,7 +220,7 @@ def pretrain(s: Settings):
     best = -1.0
     if saved:
         first, best = run.restore(model, optimizers, steps)
-    dataset = Pairs(model.config.image_size, s.seed, s.wide)
+    dataset = Pairs(model.config.image_size, s.seed, s.is_wide)
     batches = training_batches(dataset, 0, s.batch_size, steps, first, s.workers, distributed.rank(),
                                distributed.world_size(), device, model.tokenizer)
     if not saved:
@@ -248,7 +252,7 @@ def pretrain(s: Settings):
             if scores["accuracy"] >= best:
                 best = scores["accuracy"]
                 if distributed.rank() == 0:
-                    weights.save(path, model, {"stage": "pretrain", **scores})
+                    weights.save(path, model, {"stage": "pretrain", "dataset": s.dataset, **scores})
             log.epoch("pretrain", step + 1, (step + 1) // steps_per_epoch, scores, best)
         if run.save_is_due(end_of_epoch):
             run.save(0, step + 1, best, model, optimizers)

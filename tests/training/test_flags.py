@@ -36,7 +36,7 @@ def test_every_setting_is_a_flag(monkeypatch):
         # not those that exclude others or stand for them
         if f.name not in ("preset", "finetune", "resume", "dataset", "masks", "annotations", "graph"):
             changed[f.name] = words.get(f.name) or other[type(f.default)](f.default)
-    s = Settings(**changed)
+    s = Settings(**changed, dataset="shapes")  # whose mix --hard_mix changes
     assert parsed(monkeypatch, *flags(s)) == s
     assert parsed(monkeypatch) == Settings()
 
@@ -85,10 +85,9 @@ def test_presets_are_defaults(monkeypatch):
     (["--resume", "--name", "../runs/a"], "is not the name of a folder below runs/"),
     (["--workers", "-2"], "--workers must be from -1"),
     (["--masks", "polygon"], "auto, box, segmentation"),
-    (["--masks", "box"], "shapes is drawn"),
-    (["--annotations", "somewhere"], "shapes is drawn"),
-    (["--dataset", "shapes-wide", "--masks", "box"], "shapes-wide is drawn"),
-    (["--dataset", "shapes-wide", "--hard_mix"], "--hard_mix is for the data set shapes"),
+    (["--dataset", "shapes", "--masks", "box"], "shapes is drawn"),
+    (["--annotations", "somewhere"], "shapes-wide is drawn"),
+    (["--hard_mix"], "--hard_mix is for the data set shapes"),
     (["--clip_grad", "0"], "clip_grad"),
     (["--bridge", "golden"], "golden"),
     (["--lora", "deep"], "deep"),

@@ -60,7 +60,7 @@ def folder(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tokenizer = weights.load_clip(run / "clip.safetensors").tokenizer
 
-    def new_clip(seed, wide):  # the same, but for the seconds that learning the words takes
+    def new_clip(s):  # the same, but for the seconds that learning the words takes
         clip = CLIP(replace(SMALL, vocab_size=tokenizer.vocab_size))
         clip.tokenizer = tokenizer
         return clip

@@ -22,7 +22,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 from hivg import __main__ as ground
 from hivg import weights
 from hivg.bench import __main__ as bench
-from hivg.data.drawn.scenes import SPLITS
+from hivg.data.drawn.scenes import DRAWN
 from hivg.evaluate import __main__ as evaluate
 from hivg.training import pretrain
 from hivg.training.settings import settings_from_flags
@@ -112,12 +112,12 @@ def run_evaluate(args, monkeypatch):
     if "--compare" in args:
         for path in args[args.index("--compare") + 1 :]:
             make_rows(Path(path))
-    dataset = value_of(args, "--dataset") or "shapes"
+    dataset = value_of(args, "--dataset") or "shapes-wide"
     monkeypatch.setattr(sys, "argv", ["evaluate", *args])
     settings = evaluate.arguments()
-    if dataset == "shapes" or "--compare" in args:
+    if dataset in DRAWN or "--compare" in args:
         split = settings.split or evaluate.DEFAULT_SPLITS[0]
-        monkeypatch.setitem(SPLITS, split, (SMALL, SPLITS[split][1]))
+        monkeypatch.setitem(DRAWN[dataset], split, (SMALL, DRAWN[dataset][split][1]))
         make_weights(value_of(args, "--weights"))
         assert call(evaluate.main, args, monkeypatch) == 0
 

