@@ -145,7 +145,8 @@ def with_look(obj, attribute, value, shades):
     """The object in another colour or shape."""
     if attribute == COLOUR:
         return replace(obj, colour=value, rgb=shades[value])
-    return replace(obj, shape=value)
+    upright = (obj.rotation + 10) % 90 - 10 if obj.shape == "arrow" else obj.rotation  # arrows point to all sides
+    return replace(obj, shape=value, rotation=upright)
 
 
 def speak(rng, scene, own, shared, row, wide):

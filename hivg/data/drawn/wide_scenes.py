@@ -43,6 +43,8 @@ def form(rng, shape, colour, size, filled, unit, shades):
             stretch = 1 / stretch
         if rng.random() < 0.2:
             rotation = 180 * rng.random()
+    elif shape == "arrow":  # to all four sides
+        rotation += 90 * int(4 * rng.random())
     elif shape not in LONG.values() and filled and rng.random() < 0.3:
         stretch = 2 ** (0.8 * rng.random() - 0.4)
     diameter = SIZES[size] * unit * (0.95 + 0.1 * rng.random())
