@@ -1,5 +1,6 @@
 """Train HiVG: warm-up, then Hi LoRA stage by stage, on one GPU or a laptop.
 
+    python train.py --quick                a first look in two minutes
     python train.py                        all stages on the bundled data set, from the bundled tiny CLIP
     python train.py --plan                 print the table of the stages and exit; works with all other flags
     python train.py --name NAME --resume   resume after an interruption, bit for bit on a CPU
@@ -24,6 +25,7 @@ from hivg.evaluate.metrics import accuracy, mean, present
 from hivg.evaluate.predict import predict
 from hivg.fast import training_copy
 from hivg.fusion import choose_backend
+from hivg.grounder import Grounder, draw_results
 from hivg.lora import MODES as LORA_MODES
 from hivg.lora import without_adapters
 from hivg.losses import DRAWN_WORLD, LossWeights
@@ -39,6 +41,7 @@ from hivg.training.run import Run
 from hivg.training.settings import RunSettings, setting, settings_from_flags
 from hivg.training.stages import Stage, clip_config, columns_text, grow, hivg_config, print_plan, stage_column
 from hivg.utils.cli import run
+from hivg.utils.files import save_image
 
 SHAPES_EPOCH = 8192  # expressions of an endless data set
 
@@ -51,6 +54,7 @@ class Settings(RunSettings):
     name: str = setting("shapes", "the run's folder under runs/", group="The run")
     preset: str = setting("", "a recipe of the paper for a data set and a size of CLIP: hivg/training/presets.py",
                           group="The run")
+    quick: bool = setting(False, "a first look in two minutes: one short stage, then boxes on the example image")
     plan: bool = setting(False, "print the stages and exit; needs neither data nor a published CLIP", resumable=True)
 
     dataset: str = setting("shapes-wide", "shapes-wide, shapes, a data set of the paper, or your own .jsonl or .json "
@@ -317,6 +321,15 @@ def train(s: Settings, hooks=Hooks()):
     return path
 
 
+def show(path):
+    """Draw what the model of a weights file finds in the example image -> the drawing's path, beside the file."""
+    expressions = ["the square", "the pink heart", "the triangle"]
+    results = Grounder.from_pretrained(path).ground(weights.bundled("example.png"), expressions)
+    drawing = path.with_name("example.png")
+    save_image(draw_results(results), drawing)
+    return drawing
+
+
 def main():
     s = settings_from_flags(Settings, __doc__, defaults_of)
     if s.plan:
@@ -328,6 +341,8 @@ def main():
         path = train(s)
         if distributed.rank() == 0:
             print(path)
+            if s.quick:
+                print(show(path))
         distributed.destroy()
 
 

@@ -13,7 +13,7 @@ from makers import ROOT
 from safetensors import safe_open
 
 import train
-from hivg.data.drawn.scenes import SPLITS
+from hivg.data.drawn.scenes import DRAWN
 from hivg.training import run
 
 NAMES = ["warmup", "lora1", "lora2", "lora3"]
@@ -23,7 +23,8 @@ ON_CPU = {"dtype": "float32", "device": "cpu", "workers": 0}
 def shrink(monkeypatch, dropout=0.1):
     """A validation split of 4 scenes, and a small grounding encoder with dropout, so that a resumed run must find its
     random numbers again."""
-    monkeypatch.setitem(SPLITS, "val", (4, SPLITS["val"][1]))
+    for splits in DRAWN.values():
+        monkeypatch.setitem(splits, "val", (4, splits["val"][1]))
     for_clip = train.HiVGConfig.for_clip
     small = dict(width=32, encoder_layers=2, encoder_ffn=64, rtcc_hidden=64, dropout=dropout, lora_dropout=dropout)
     monkeypatch.setattr(train.HiVGConfig, "for_clip", lambda clip, **changes: for_clip(clip, **(small | changes)))

@@ -28,13 +28,13 @@ def unknown_words(model, text):
     embedding = model.clip.text.token_embedding.weight  # (V, D)
     longest = TRAINED * INITIAL_NORM * embedding.shape[1] ** 0.5
     return [word for word in dict.fromkeys(split_words(text))
-            if (embedding[model.tokenizer.encode(word)].float().norm(dim=1) < longest).any()]
+            if word[-1].isalnum() and (embedding[model.tokenizer.encode(word)].float().norm(dim=1) < longest).any()]
 
 
 def looks_photographed(image):
     """Whether a PIL image is more likely a photograph than a drawing: its colours are many, or change everywhere.
 
-    Of 24 colour photographs it found 23, of six grey ones two, and it took none of 1,900 drawn images for one.
+    Of 22 colour photographs it found 19, of seven grey ones two; it took none of 3,000 drawn images for one.
     """
     image = image.convert("RGB")
     image.thumbnail((SIDE, SIDE), Image.Resampling.BOX)

@@ -59,6 +59,10 @@ PRESETS = {
 }
 
 
+# A first look: one stage, in which CLIP is trained too
+QUICK = dict(name="quick", lora="none", clip_rate=0.3, epochs=(1,), lr=(3e-3,), epoch_samples=12288)
+
+
 def preset_of(name):
     """{setting: value} of a row, and its name as the run's. Raises ValueError."""
     if name not in PRESETS:
@@ -80,9 +84,14 @@ def finetune_defaults(path, lora):
 
 
 def defaults_of(given, settings):
-    """The defaults that --preset and --finetune bring along. given: {flag: value}. settings: the class of the settings.
-    Raises ValueError."""
+    """The defaults that --quick, --preset and --finetune bring along. given: {flag: value}. settings: the class of the
+    settings. Raises ValueError."""
     defaults = {}
+    if given.get("quick"):
+        others = [name for name in ("preset", "finetune") if given.get(name)]
+        if others:
+            raise ValueError(f"--quick is a recipe of its own; leave out --{others[0]}")
+        return QUICK
     if given.get("finetune"):
         of_adapters = ("lora_rank", "lora_alpha") if given.get("lora", "none") == "none" else ()
         new = [f.name for f in fields(settings)

@@ -14,7 +14,7 @@ import train
 from hivg import weights
 from hivg.losses import DRAWN_WORLD, LossWeights
 from hivg.model import HiVG, HiVGConfig
-from hivg.training.presets import defaults_of, preset_of
+from hivg.training.presets import QUICK, defaults_of, preset_of
 from hivg.training.settings import RunSettings, help_text, setting, settings_from_flags
 from hivg.utils.cli import Parser
 from train import Settings
@@ -34,7 +34,7 @@ def test_every_setting_is_a_flag(monkeypatch):
     changed = {}
     for f in fields(Settings):
         # not those that exclude others or stand for them
-        if f.name not in ("preset", "finetune", "resume", "dataset", "masks", "annotations", "graph"):
+        if f.name not in ("preset", "quick", "finetune", "resume", "dataset", "masks", "annotations", "graph"):
             changed[f.name] = words.get(f.name) or other[type(f.default)](f.default)
     s = Settings(**changed, dataset="shapes")  # whose mix --hard_mix changes
     assert parsed(monkeypatch, *flags(s)) == s
@@ -62,7 +62,14 @@ def test_presets_are_defaults(monkeypatch):
     assert s.name == "referit-base"  # so that it has a folder of its own
 
 
+def test_quick_is_a_recipe(monkeypatch):
+    s = parsed(monkeypatch, "--quick", "--batch_size", "8")
+    assert s == Settings(**(QUICK | {"quick": True, "batch_size": 8})) and len(train.stages(s)) == 1
+
+
 @pytest.mark.parametrize("args, word", [
+    (["--quick", "--preset", "refcoco-base"], "leave out --preset"),
+    (["--quick", "--finetune", "x.safetensors"], "leave out --finetune"),
     (["--batchsize", "8"], "--batchsize"),
     (["--batch", "8"], "--batch"),  # no abbreviations
     (["extra"], "extra"),

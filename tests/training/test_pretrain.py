@@ -39,6 +39,7 @@ def test_pretraining(run):
     assert 0 <= row["meant"] <= 1
     clip = weights.load_clip(run / "clip.safetensors")
     assert 0 <= clip.info["accuracy"] <= 1 and clip.info["stage"] == "pretrain"
+    assert clip.info["dataset"] == "shapes-wide"
 
 
 def test_every_word_is_a_token(run):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from makers import assert_close, make_hivg
-from makers_training import NAMES, Killed, assert_same_run, kill, log_of, shrink
+from makers_training import NAMES, Killed, assert_same_run, kill, log_of, run_script, shrink
 from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -51,7 +51,15 @@ def test_a_run_on_the_wider_world(world, tiny, monkeypatch):
     monkeypatch.setattr(train, "predict", predict_well)
     path = train.train(replace(tiny, dataset="shapes-wide", lora="none", epochs=(1,), epoch_samples=16, lr=(2e-3,)))
     assert 0 < sum(row["target"] is None for row in seen) < len(seen)
-    assert weights.load(path).info["accuracy"] == 1.0
+    assert weights.load(path).info["accuracy"] == 1.0 and weights.load(path).info["dataset"] == "shapes-wide"
+
+
+def test_quick_shows_what_it_learned(world, clip_file, monkeypatch, capfd):
+    code, out, _ = run_script(monkeypatch, capfd, "--quick", "--clip", clip_file, "--epoch_samples", 16,
+                              "--batch_size", 8, "--workers", 0, "--device", "cpu")
+    path, drawing = map(Path, out.splitlines())
+    assert code == 0 and path == Path("runs/quick/warmup.safetensors") and weights.load(path).config.lora == "none"
+    assert Image.open(drawing).size == Image.open(weights.bundled("example.png")).size
 
 
 @pytest.mark.slow
