@@ -40,7 +40,7 @@ class Result:
 
     expression: str
     box: tuple  # (xmin, ymin, xmax, ymax), floats in pixels of the image, which is upright after EXIF rotation
-    score: float  # 0..1: the share of the token map that lies in the box (`HiVG.score`); if it is calibrated, the
+    score: float  # 0..1: how sure the token map is of the box (`HiVG.score`); if it is calibrated, the
     # probability that the box is right, IoU 0.5 or more, on data like those of the calibration
     image: Image.Image = field(repr=False, compare=False)  # the image it was found in, RGB
     letterbox: Letterbox = field(repr=False, compare=False)

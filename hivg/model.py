@@ -370,14 +370,13 @@ class HiVG(nn.Module):
         return logits.flatten(3, 4).flatten(1, 2)[:, None]  # (B, 1, 8 h, 8 w)
 
     def score(self, output):
-        """How much of the token map (RTCC) lies in the box: output of this model -> (B,) in 0..1, not calibrated.
+        """How sure the token map (RTCC) is of the box: output of this model -> (B,) in 0..1, not calibrated.
 
-        The map's logits z become shares of the image, softmax(z / 2), and the score sums them over the patches that
-        count as the box's, by the rule of RTCC's own targets (`box_on_grid`).
+        The highest probability among the patches that count as the box's, by the rule of RTCC's own targets
+        (`box_on_grid`). It is low where the map and the box disagree, and where the map finds nothing anywhere.
         """
         in_box = box_on_grid(output.boxes.float(), (self.side, self.side), self.config.clip.image_size)  # (B, P)
-        shares = (output.token_similarity.float() / 2).softmax(1)  # (B, P); z / 1 to z / 4 tell as well on `val`
-        return (shares * in_box).sum(1).clamp(max=1)
+        return (output.token_similarity.float().sigmoid() * in_box).amax(1)
 
     def boxes_and_scores(self, output):
         """An output of this model -> boxes (B, 4) float32 cxcywh in 0..1 on the CPU, and a list of B scores. Raises

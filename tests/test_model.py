@@ -168,13 +168,14 @@ def output_of(boxes, token_similarity):
 
 
 def test_score_on_paper(hivg):
-    """Squares of 64 with 4 x 4 patches. Logits 2 ln 3 on two patches and 0 elsewhere: shares 3/20 and 1/20."""
-    logits = torch.zeros(3, 16)
-    logits[:, [5, 6]] = 2 * math.log(3)
+    """Squares of 64 with 4 x 4 patches. Logits ln 3 and ln 9 on two patches and 0 elsewhere: 0.75, 0.9 and 0.5."""
+    logits = torch.zeros(4, 16)
+    logits[:, 5], logits[:, 6] = math.log(3), math.log(9)
     boxes = [[0.5, 0.375, 0.5, 0.25],  # pixels 16 to 48 and 16 to 32: exactly these two patches
              [0.375, 0.375, 0.25, 0.25],  # the first of them
-             [0.5, 0.25, 1.0, 0.5]]  # the upper half: both, and six others
-    assert_close("score", hivg.score(output_of(boxes, logits)), torch.tensor([6, 3, 12]) / 20, 1e-6)
+             [0.5, 0.25, 1.0, 0.5],  # the upper half: both, and six others
+             [0.5, 0.75, 1.0, 0.5]]  # the lower half: neither
+    assert_close("score", hivg.score(output_of(boxes, logits)), torch.tensor([0.9, 0.75, 0.9, 0.5]), 1e-6)
 
 
 def test_score_takes_a_patch_by_its_first_pixel(hivg):

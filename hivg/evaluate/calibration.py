@@ -7,6 +7,7 @@ import numpy as np
 from hivg.evaluate.metrics import mean
 from hivg.utils.messages import quoted, shown
 
+RECOMMENDED = 0.5  # the least score to trust: from here on a box is more likely right than wrong
 EDGE = 2**-25  # scores are kept this far from 0 and 1, where logits are infinite: half of float32's step below 1
 LARGEST = 1e6  # of a and b; a trained model's are below 10
 

@@ -9,7 +9,7 @@ from hivg.boxes import iou
 from hivg.data.drawn.drawing import boxes_of
 from hivg.data.drawn.expressions import KINDS
 from hivg.data.drawn.scenes import EXPRESSIONS_PER_SCENE
-from hivg.evaluate.calibration import reliability_lines
+from hivg.evaluate.calibration import RECOMMENDED, reliability_lines
 from hivg.evaluate.metrics import accuracy, auroc, by_length, interval, mean, present
 from hivg.utils.draw import contact_sheet, draw_boxes
 
@@ -22,7 +22,7 @@ def report(rows, is_calibrated=False):
     there = present(rows)
     lines = accuracy_lines(there, is_calibrated) if there else []
     for kind, group in grouped([row for row in rows if row.get("target", ()) is None], "kind").items():
-        low = mean(row["score"] < 0.5 for row in group)
+        low = mean(row["score"] < RECOMMENDED for row in group)
         lines.append(f"  {kind:<14}{len(group):>6} expressions of nothing there, scored below 0.5 in {low:.4f}"
                      + mean_score(group) * is_calibrated)
     right = [row["iou"] >= 0.5 for row in rows]  # no box is right where nothing is there
@@ -30,6 +30,8 @@ def report(rows, is_calibrated=False):
     if any(right) and not all(right):  # else there is nothing to tell apart
         lines.append(f"score tells right from wrong boxes: AUROC {auroc(scores, right):.3f} (0.5 = not at all)")
     if is_calibrated:
+        kept = [mean(s >= RECOMMENDED for s, r in zip(scores, right) if r == wanted) for wanted in (True, False)]
+        lines.append(f"score of {RECOMMENDED} or more: {kept[0]:.4f} of the right boxes, {kept[1]:.4f} of the others")
         lines += reliability_lines(scores, right)
     return "\n".join(lines)
 

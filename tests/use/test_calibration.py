@@ -137,7 +137,7 @@ def run(monkeypatch, capfd, tmp_path):
     monkeypatch.setattr(evaluate, "predict", predict_well)
 
     def run(*args):
-        common = ["--device", "cpu", "--dtype", "float32", "--split", "val"]
+        common = ["--device", "cpu", "--dtype", "float32", "--dataset", "shapes", "--split", "val"]
         return call(evaluate.main, capfd, monkeypatch, *common, *args)
 
     return run

@@ -191,7 +191,7 @@ def test_report_on_the_wider_world():
     text = evaluate.report(rows, True)
     first, _, *lines = text.splitlines()
     assert first.startswith("Acc@0.5 0.6000 ") and first.endswith(" mean IoU 0.5800, 5 expressions")
-    assert lines[:8] == [
+    assert lines[:9] == [
         "  1-5 words          5 expressions, Acc@0.5 0.6000, mean IoU 0.5800",
         "  ordinal            4 expressions, Acc@0.5 0.5000, mean IoU 0.5000, mean score 0.750",
         "  negation           1 expressions, Acc@0.5 1.0000, mean IoU 0.9000, mean score 0.800",
@@ -199,6 +199,7 @@ def test_report_on_the_wider_world():
         "  absent rank        1 expressions of nothing there, scored below 0.5 in 0.0000, mean score 0.500",
         "  absent thing       2 expressions of nothing there, scored below 0.5 in 0.5000, mean score 0.500",
         "score tells right from wrong boxes: AUROC 0.933 (0.5 = not at all)",
+        "score of 0.5 or more: 1.0000 of the right boxes, 0.8000 of the others",
         "score as the chance of being right: expected calibration error 0.3625"]
     assert "  0.4 to 0.5         1 expressions, mean score 0.400, Acc@0.5 0.000" in lines
     nothing = [row for row in rows if row["target"] is None]
