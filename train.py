@@ -84,7 +84,7 @@ class Settings(RunSettings):
     recompute: bool = setting(False, "recompute the vision blocks in the backward pass: less memory, more time",
                               resumable=True)
 
-    epochs: tuple[int, ...] = setting((1, 1, 1, 12), "epochs of each stage", group="Optimization", low=0, high=10**6)
+    epochs: tuple[int, ...] = setting((1, 1, 1, 18), "epochs of each stage", group="Optimization", low=0, high=10**6)
     lr: tuple[float, ...] = setting((3e-3, 3e-3, 3e-3, 2e-3), "peak learning rate of each stage", low=0, high=1e30)
     accumulate: tuple[int, ...] = setting((1,), "batches accumulated per step, for all stages or for each", low=1,
                                           high=10**6)
