@@ -76,10 +76,15 @@ def test_words_are_what_the_bridges_read(model, grounder, image):
             np.testing.assert_allclose(whole, 1, atol=1e-5)
 
 
-def test_words_that_do_not_fit_are_not_read(grounder, image):
-    words = grounder.ground(image, "red " * 50 + "circle", attention=True).words  # the model's table spells them
-    totals = [sum(share.sum() for share in word.bridges.values()) for word in words]
-    assert len(words) == 51 and totals[0] > 0 == totals[-1]
+def test_words_that_do_not_fit_are_not_read(model, grounder, image):
+    """Nor is the end token, which stands in the place of one, a part of it."""
+    text = "red " * 50 + "circle"
+    result = grounder.ground(image, text, attention=True)
+    assert len(model.tokenizer.encode(text)) > 75 and len(result.words) == 51
+    for block, share in bridge_attention_by_hand(model, result.letterbox, image, text).items():
+        totals = np.array([word.bridges[block].sum() for word in result.words])
+        assert totals[0] > 0 == totals[-1]
+        np.testing.assert_allclose(totals.sum(), share[1:3, :, 1:-1].sum(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("width, height, rows, columns", [
