@@ -3,6 +3,7 @@
     python ground.py                                     a bundled image, with the bundled weights
     python ground.py photo.jpg -e "the man on the left"  your own; repeat -e for several expressions
     python ground.py folder/ -e "the red star" --json    every image of a folder, a JSON object a line
+    python ground.py --page                              type and see, in the browser
 
 Once hivg is installed (`pip install .`), the same command is also called hivg-ground.
 """
@@ -20,11 +21,13 @@ from hivg.grounder import DEFAULT_WEIGHTS, HEATMAPS, Grounder, draw_results
 from hivg.utils.cli import Parser, Progress, add_machine_flags, run
 from hivg.utils.files import refuse_to_replace, save_image
 from hivg.utils.memory import enough_memory
-from hivg.utils.messages import shown
+from hivg.utils.messages import quoted, shown
 from hivg.weights import bundled
 
 EXAMPLE = bundled("example.png")
 EXAMPLE_EXPRESSION = "the star left of the blue square"
+PORT = 8765  # of the page
+OF_PAGE = ("page", "port", "weights", "device", "dtype")  # flags that go with --page
 REPLACING = "give another --output or --save_masks"
 LOWER = "make the image smaller, or give fewer expressions at a time"  # where memory runs out
 UNREADABLE = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow recognises these, but cannot read them
@@ -47,8 +50,23 @@ def arguments():
                         "counts as not found, without a box or a mask; a heat map is still drawn")
     parser.add_argument("--json", action="store_true", help="one JSON object a line on stdout; draw only with --output")
     parser.add_argument("--rle", action="store_true", help="with --json: also masks, as COCO's compressed run lengths")
+    parser.add_argument("--page", action="store_true", help="serve a page on this machine to drop images on and type "
+                        "expressions in; its address is printed")
+    parser.add_argument("--port", type=int, metavar="N", help=f"with --page: its port (default: {PORT}); 0 for any "
+                        "that is free")
     add_machine_flags(parser)
     args = parser.parse_args(with_heatmap_named(sys.argv[1:]))
+    if args.page:
+        needless = [name for name, value in vars(args).items() if value and name not in OF_PAGE]
+        if needless:
+            names = ["IMAGE" if name == "images" else f"--{name}" for name in needless]
+            parser.error(f"--page takes images and expressions in the browser; leave out {', '.join(names)}")
+        args.port = PORT if args.port is None else args.port
+        if not 0 <= args.port < 65536:
+            parser.error(f"--port must be from 0 to 65535, not {quoted(args.port)}")
+        return args
+    if args.port is not None:
+        parser.error("--port needs --page")
     if args.expression and not args.images:
         parser.error("an expression, but no image; name an image before -e")
     if args.images and not args.expression:
@@ -159,6 +177,13 @@ def report(args, image, results):
 def main():
     """-> the exit code: 0, or 1 if one of several images could not be read."""
     args = arguments()
+    if args.page:
+        from hivg.page import serve  # not above: a web server takes a while to import
+
+        def load():
+            return Grounder.from_pretrained(args.weights, args.device, args.dtype)
+
+        return serve(args.port, load, EXAMPLE, EXAMPLE_EXPRESSION)
     images = list_images(args.images)
     grounder = Grounder.from_pretrained(args.weights, args.device, args.dtype)
     several = len(images) > 1 or os.path.isdir(args.images[0])

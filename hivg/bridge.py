@@ -56,13 +56,20 @@ class Bridge(nn.Module):
         return adaptive_fusion(text_states, weights, self.proj.weight, self.proj.bias,
                                self.norm_weight, self.norm_bias)  # f*^ml (B, T, D_v)
 
-    def forward(self, x, keys, is_key=None):
+    def forward(self, x, keys, is_key=None, attention=None):
         """x (B, N, D_v), or (1, N, D_v) where B texts are about one image; keys (B, T, D_v), is_key (B, T) bool, False
-        on padding, or None for no mask (the released code) -> (B, N, D_v)."""
+        on padding, or None for no mask (the released code) -> (B, N, D_v).
+
+        attention: None, or a list to append (B, N, T) float32 to: how each visual token shares its attention among the
+        keys, the mean over the heads.
+        """
         x = x.expand(len(keys), -1, -1)  # (B, N, D_v): up to the first bridge one image is the same for all texts
         if is_key is None or self.kind == "constant":  # a constant has no padding
             mask = None
         else:
             mask = is_key[:, None, None]  # (B, 1, 1, T): the same for every head and every visual token
-        attended = self.attn(self.ln(x), keys, mask=mask)  # CrossAttention(LN(x), f*^ml): (B, N, D_v)
+        y = self.ln(x)
+        attended = self.attn(y, keys, mask=mask)  # CrossAttention(LN(x), f*^ml): (B, N, D_v)
+        if attention is not None:
+            attention.append(self.attn.log_shares(y, keys, mask).exp().mean(1))  # of (B, heads, N, T)
         return x + self.mlp(attended)  # x + FFN(CrossAttention(LN(x), f*^ml))

@@ -111,6 +111,17 @@ class Attention(nn.Module):
         """-> q (B, N, C), k and v (B, M, C)."""
         return self.q_proj(query), self.k_proj(key), self.v_proj(value)
 
+    def log_shares(self, query, key, mask=None):
+        """Who looks at whom, as `forward` has it: the logarithm of the share of each query's attention that each key
+        gets, (B, heads, N, M) float32."""
+        q = self.split_heads(self.q_proj(query))  # (B, heads, N, C / heads)
+        k = self.split_heads(self.k_proj(key))  # (B, heads, M, C / heads)
+        with torch.autocast(q.device.type, enabled=False):  # it would make the product bfloat16 again
+            logits = q.float() @ k.float().mT / q.shape[-1] ** 0.5  # (B, heads, N, M)
+            if mask is not None:
+                logits = logits.masked_fill(~mask, float("-inf"))
+            return logits.log_softmax(-1)
+
     def forward(self, query, key=None, value=None, mask=None, causal=False, dropout=0.0):
         """query (B, N, C); key and value (B, M, C), by default the query (self-attention) and the key;
         mask bool, broadcast to (B, heads, N, M), True = may attend -> (B, N, C)."""

@@ -32,6 +32,18 @@ DEFAULT_WEIGHTS = weights.bundled("hivg-tiny.safetensors")
 BATCH = 32  # expressions in one forward pass
 DRAWN = 200  # pixels: small images are drawn enlarged by the largest whole factor that keeps both sides within this
 HEATMAPS = ("tokens", "attention")  # the maps that can be drawn as a heat map
+UNREQUESTED = "the attention was not requested; call ground or ground_pairs with attention=True"
+
+
+@dataclass
+class Word:
+    """A word of an expression, and what each bridge's patches make of it."""
+
+    text: str  # what is between two spaces
+    # {block of the ViT, from 1: (rows, columns) float32 in 0..1 over the patches that show the image: the share of the
+    # patch's attention that this word gets in the block's bridge, the mean over the heads}. Start and end token get the
+    # rest. A word behind the last token that the model reads has 0; a bridge that reads no text is left out
+    bridges: dict = field(repr=False)
 
 
 @dataclass
@@ -48,6 +60,7 @@ class Result:
     token_map: np.ndarray = field(repr=False, compare=False)  # (h, w), 0..1
     mask_map: np.ndarray = field(repr=False, compare=False)  # (8 h, 8 w), 0..1
     attention_map: np.ndarray | None = field(default=None, repr=False, compare=False)  # (h, w) shares, on request
+    word_maps: list | None = field(default=None, repr=False, compare=False)  # of Word, on request
 
     @property
     def heatmap(self):
@@ -66,6 +79,26 @@ class Result:
         themselves; the rest goes to text and [CLS]. Raises ValueError if it was not requested."""
         return self.letterbox.map_to_image(self.on_square("attention"))
 
+    @property
+    def words(self):
+        """The expression's words in order, a list of Word: which patches read which word in each bridge. Raises
+        ValueError if the attention was not requested."""
+        if self.word_maps is None:
+            raise ValueError(UNREQUESTED)
+        return self.word_maps
+
+    @property
+    def patches(self):
+        """The rows and columns of the patch grid that show the image, two slices: what the model takes for no padding;
+        of an image so narrow that this is nothing, the patches it touches."""
+        side = len(self.token_map)
+        shown = HiVG.find_visual(self.letterbox.padding_mask()[None], (side, side))[0, 1:].view(side, side)
+        if not shown.any():
+            patch = self.letterbox.size // side  # pixels
+            return tuple(slice(s.start // patch, (s.stop - 1) // patch + 1) for s in self.letterbox.window)
+        rows, columns = shown.nonzero(as_tuple=True)
+        return slice(rows[0].item(), rows[-1].item() + 1), slice(columns[0].item(), columns[-1].item() + 1)
+
     def on_square(self, name):
         """The map "tokens", "mask" or "attention" on the model's padded square: (S, S) float32 in 0..1. Raises
         ValueError for an attention that was not requested."""
@@ -75,7 +108,7 @@ class Result:
         if name == "mask":
             return spread(self.mask_map, self.letterbox.size)
         if self.attention_map is None:
-            raise ValueError("the attention was not requested; call ground or ground_pairs with attention=True")
+            raise ValueError(UNREQUESTED)
         largest = max(self.attention_map.max(), 1e-9)  # 0 if the image is so narrow that it covers half of no patch
         return spread(self.attention_map / largest, self.letterbox.size)
 
@@ -173,7 +206,7 @@ class Grounder:
 
         image:      a path, a PIL image, an open file or an array (see hivg.data.images.open_image)
         expression: a text -> Result, or a list of texts about the image -> list of Result
-        attention:  whether the results have an `attention`, which takes a little longer
+        attention:  whether the results have `attention` and `words`, which takes a little longer
 
         Raises hivg.data.images.ImageError for the image; ValueError for an expression that is empty or no text, and
         for a model whose output is not finite.
@@ -232,7 +265,7 @@ class Grounder:
         # pixels (B or 1, 3, S, S): for a single image, what does not depend on the text is computed once
         with torch.autocast(self.device.type, enabled=False):  # the caller's: the dtype was chosen
             output = self.model(pixels.to(self.device), padding.to(self.device), token_ids.to(self.device),
-                                with_reg_attention=attention)
+                                with_reg_attention=attention, with_bridge_attention=attention)
 
         boxes, scores = self.model.boxes_and_scores(output)
         if self.calibration:
@@ -241,16 +274,34 @@ class Grounder:
         token_maps = output.token_similarity.float().sigmoid().unflatten(1, grid).cpu().numpy()  # (B, h, w)
         mask_maps = output.mask_logits.float().sigmoid()[:, 0].cpu().numpy()  # (B, 8 h, 8 w)
         attention_maps = [None] * len(texts)
+        bridge_maps = {}
         if attention:
             shares = output.reg_attention[-1].exp().mean(1)  # (B, heads, P) of the last layer -> (B, P)
             attention_maps = shares.unflatten(1, grid).cpu().numpy()  # (B, h, w)
+            if self.model.config.bridge != "constant":  # it has no words to read
+                for block, shares in output.bridge_attention.items():  # (B, N, T)
+                    bridge_maps[int(block) + 1] = shares[:, 1:].unflatten(1, grid).cpu().numpy()  # (B, h, w, T)
         results = []
         for i, text in enumerate(texts):
             own = i if len(images) > 1 else 0
             box = letterboxes[own].boxes_to_image(boxes[i]).tolist()  # xmin, ymin, xmax, ymax
             results.append(Result(text, tuple(box), scores[i], images[own], letterboxes[own], token_maps[i],
                                   mask_maps[i], attention_maps[i]))
+            if attention:
+                patches = results[-1].patches
+                results[-1].word_maps = self._words(text, {b: maps[i][patches] for b, maps in bridge_maps.items()})
         return results
+
+    def _words(self, text, bridge_maps):
+        """{block, from 1: (rows, columns, T) shares of the tokens} -> list of Word."""
+        last = self.clip.context_length - 1  # what does not fit before it is cut, and it is the end token
+        start = 1  # behind the start token
+        words = []
+        for word, count in self.model.tokenizer.count_by_word(text):
+            tokens = slice(min(start, last), min(start + count, last))
+            words.append(Word(word, {block: shares[..., tokens].sum(-1) for block, shares in bridge_maps.items()}))
+            start += count
+        return words
 
 
 def texts_of(expression):

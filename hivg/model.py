@@ -12,6 +12,7 @@ Read `HiVG.forward` first: it is this figure, line by line.
 """
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -58,11 +59,7 @@ class EncoderLayer(nn.Module):
         """Attention of the first token, [REG], in this layer, as `forward` has it: x (B, M, D) -> the logarithm of the
         share that each token gets of it, (B, heads, M)."""
         y = self.norm1(x) + position
-        q = self.attn.split_heads(self.attn.q_proj(y[:, :1]))  # (B, heads, 1, D / heads)
-        k = self.attn.split_heads(self.attn.k_proj(y))  # (B, heads, M, D / heads)
-        with torch.autocast(q.device.type, enabled=False):  # it would make the product bfloat16 again
-            logits = q.float() @ k.float().mT / q.shape[-1] ** 0.5  # (B, heads, 1, M)
-            return logits.masked_fill(~mask, float("-inf")).log_softmax(-1)[:, :, 0]
+        return self.attn.log_shares(y[:, :1], y, mask)[:, :, 0]
 
     def forward(self, x, position, mask):
         """x (B, M, D), position (M, D), mask (B, 1, 1, M), True = may be attended to -> (B, M, D)."""
@@ -86,6 +83,7 @@ class HiVGOutput:
     image_features: torch.Tensor  # (B, E)
     patch_boxes: torch.Tensor | None = None  # (B, P, 4) the box head applied to every patch, on request
     reg_attention: torch.Tensor | None = None  # (2, B, heads, P) log of [REG]'s attention in two layers, on request
+    bridge_attention: dict | None = None  # {block, from "0": (B, N, T), see `Bridge.forward`}, on request
 
 
 @dataclass(frozen=True)
@@ -231,7 +229,7 @@ class HiVG(nn.Module):
         return model
 
     def forward(self, images, padding_mask, token_ids, with_mask=True, with_patch_boxes=False,
-                with_reg_attention=False):
+                with_reg_attention=False, with_bridge_attention=False):
         """images (B, 3, S, S) normalised letterboxes, padding_mask (B, S, S) bool, True = padding, token_ids (B, T)
         long -> HiVGOutput. One image, (1, 3, S, S) with (1, S, S), may go with B texts: whatever does not depend on
         the text is then computed once. with_*: whether the output has these fields. Raises ValueError for another S."""
@@ -251,7 +249,11 @@ class HiVG(nn.Module):
         keys = self.bridge_keys(text_states, text)  # {block: (B, T, D_v)}
 
         # ViT: the bridges run inside their blocks
-        visual_states = self.clip.visual(images, self.bridges, keys, is_key)
+        bridges = self.bridges
+        seen = {block: [] for block in bridges}  # what each bridge reads
+        if with_bridge_attention:
+            bridges = {block: partial(bridge, attention=seen[block]) for block, bridge in bridges.items()}
+        visual_states = self.clip.visual(images, bridges, keys, is_key)
         visual_states = [x.expand(B, -1, -1) for x in visual_states]  # (B, N, D_v) after each block
 
         # Multi-level visual features
@@ -278,6 +280,8 @@ class HiVG(nn.Module):
             output.patch_boxes = self.box(patches)  # (B, P, 4)
         if with_reg_attention:
             output.reg_attention = torch.stack(attention)  # (2, B, heads, P)
+        if with_bridge_attention:
+            output.bridge_attention = {block: shares for block, (shares,) in seen.items()}
         return output
 
     def find_text(self, token_ids):
@@ -293,7 +297,8 @@ class HiVG(nn.Module):
         is_text = position <= end_positions(token_ids)[:, None]  # (B, T)
         return token_ids, is_text, is_text
 
-    def find_visual(self, padding_mask, grid):
+    @staticmethod
+    def find_visual(padding_mask, grid):
         """padding_mask (B, S, S) bool -> (B, N) bool, True = no padding: at least half of the patch shows the image."""
         share = F.interpolate(padding_mask[:, None].float(), grid, mode="bilinear", antialias=True)  # (B, 1, h, w)
         padded = (share > 0.5).flatten(1)  # (B, P)

@@ -261,6 +261,15 @@ class Tokenizer:
             ids += self._word_ids(word)
         return ids
 
+    def count_by_word(self, text):
+        """What lies between the spaces of a text, and how many of `encode`'s tokens spell it: list of (word, count).
+        Words are as they are typed, unless cleaning the text moves its spaces."""
+        cleaned = clean(text).split(" ")
+        typed = text.split()
+        words = typed if len(typed) == len(cleaned) else cleaned
+        counts = [sum(len(self._word_ids(part)) for part in WORD_PATTERN.findall(word)) for word in cleaned]
+        return list(zip(words, counts))
+
     def __call__(self, texts):
         """Token ids of a batch: start token, text, end token, then zeros up to the longest of the batch.
 

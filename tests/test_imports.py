@@ -9,7 +9,7 @@ from makers import ROOT
 ROOMS = [  # a file or folder of hivg/, each above all that it may import
     "utils", "boxes", "tokenizer", "data", "evaluate/metrics", "evaluate/calibration", "evaluate/compare",  # no model
     "clip", "lora", "fusion_triton", "fusion", "bridge", "fast", "model", "losses",  # the paper
-    "weights", "grounder", "evaluate", "training",
+    "weights", "grounder", "evaluate", "training", "page",
     "__main__", "bench", "ablate",
 ]
 PACKAGES = {"torch", "numpy", "PIL", "safetensors", "ftfy", "regex", "triton"}

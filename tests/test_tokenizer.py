@@ -125,6 +125,18 @@ def test_clean(small, raw, cleaned):
     assert small.encode(raw) == small.encode(cleaned)
 
 
+@pytest.mark.parametrize("text, words", [
+    ("The  red-star,\tplease! ", ["The", "red-star,", "please!"]),
+    ("a&nbsp;b red", ["a", "b", "red"]),
+    ("caf\u00c3\u00a9 <|endoftext|> 3rd", ["caf\u00c3\u00a9", "<|endoftext|>", "3rd"]),
+    ("red\u200bstar &amp;amp;amp;lt; x", ["red\u200bstar", "&amp;amp;amp;lt;", "x"]),
+])
+def test_tokens_by_word(small, text, words):
+    counts = small.count_by_word(text)
+    assert [word for word, _ in counts] == words
+    assert sum(count for _, count in counts) == len(small.encode(text))
+
+
 def test_special_tokens_in_text(small):
     ids = small.encode("a <|startoftext|> b <|endoftext|>")
     assert ids == [*small.encode("a"), small.sot_id, *small.encode("b"), small.eot_id]

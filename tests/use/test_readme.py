@@ -14,6 +14,7 @@ import shutil
 import sys
 from itertools import dropwhile, takewhile
 from pathlib import Path
+from socketserver import ThreadingTCPServer
 
 import pytest
 from makers import BUNDLED, ROOT
@@ -96,6 +97,9 @@ def run_ground(args, monkeypatch):
     for image in images:
         make_image(Path(image))
     make_weights(value_of(args, "--weights"))
+    if "--page" in args:  # it would serve until Ctrl-C
+        monkeypatch.setattr(ThreadingTCPServer, "serve_forever", lambda server: None)
+        args = [*args, "--port", "0"]
     assert call(ground.main, args, monkeypatch) == 0
 
 

@@ -1,0 +1,206 @@
+"""The interactive page: an image and an expression in the browser, and what the model sees.
+
+`python ground.py --page` serves it to this machine alone. What arrives stays in memory, and nothing else is fetched:
+
+    GET /             page.html
+    GET /example.png  the image it begins with
+    GET /scene        {"image": base64 of a PNG, "expression": text}, a new drawn scene
+    POST /ground      {"image": base64 of an image file, or null for the example, "expression": text}
+                      -> {"box", "score", "width", "height", "warnings", "token_map", "attention", "words", ..}
+
+Maps are rows of numbers over the patches that show the image (`Result.patches`). Errors are {"error": one line}.
+"""
+
+import base64
+import html
+import io
+import json
+import os
+import random
+import re
+import sys
+import time
+from contextlib import suppress
+from functools import lru_cache
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from socketserver import ThreadingTCPServer
+from threading import Lock
+
+import numpy as np
+
+from hivg.data.drawn.expressions import NOTHING
+from hivg.data.drawn.scenes import Shapes
+from hivg.data.images import ImageError, open_image
+from hivg.utils.memory import enough_memory
+from hivg.utils.messages import shown
+
+MOST = 20 * 10**6  # bytes of a request's body
+PATIENCE = 10  # seconds without a byte from the browser
+PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+
+
+def hash_of(tag):
+    """The hash by which the browser accepts the page's own <style> or <script>, and no other."""
+    content = re.search(f"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)[1]
+    return f"'sha256-{base64.b64encode(sha256(content.encode()).digest()).decode()}'"
+
+
+POLICY = (f"default-src 'none'; style-src {hash_of('style')}; script-src {hash_of('script')}; connect-src 'self'; "
+          "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+
+
+class Server(ThreadingTCPServer):
+    """A thread for each request, but one forward pass at a time."""
+
+    allow_reuse_address = os.name != "nt"  # on Windows two servers would share the port
+    daemon_threads = True  # Ctrl-C waits for no browser
+
+    def __init__(self, port, load, example, expression):
+        """Listen on the port of 127.0.0.1, 0 for a free one, then load() the Grounder. example: the path of the image
+        to begin with, and the expression about it. Raises ValueError for a port that cannot be had."""
+        try:
+            super().__init__(("127.0.0.1", port), Handler)
+        except OSError as error:
+            raise ValueError(f"port {port} cannot be used ({error.strerror}); give another --port, or 0 for any that "
+                             "is free") from None
+        port = self.server_address[1]
+        self.address = f"http://127.0.0.1:{port}/"
+        self.hosts = [f"{name}:{port}".removesuffix(":80") for name in ("127.0.0.1", "localhost")]
+        self.lock = Lock()  # of the model
+        self.open = lru_cache(maxsize=1)(opened)  # the image stays while one types
+        self.example = Path(example).read_bytes()
+        self.grounder = load()
+        self.grounder.ground(example, expression, attention=True)  # the first takes longer
+        # TODO: an attribute of every grounder soon
+        settings = {"expression": expression, "doubtful": getattr(self.grounder, "recommended_score", 0.5)}
+        self.page = PAGE.replace("{settings}", html.escape(json.dumps(settings))).encode()
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exception(), OSError):  # a browser that went away is no fault
+            super().handle_error(request, client_address)
+
+    def scene(self):
+        """The answer to GET /scene, of the world that the weights know."""
+        dataset = getattr(self.grounder.model, "info", {}).get("dataset")
+        world = Shapes("train", captions=False, wide=dataset != "shapes")
+        while True:
+            item = world[random.randrange(len(world))]
+            for expression, target in zip(item["expressions"], item["targets"]):
+                if target != NOTHING:
+                    file = io.BytesIO()
+                    item["image"].save(file, "PNG")
+                    return {"image": base64.b64encode(file.getvalue()).decode(), "expression": expression}
+
+    def ground(self, body):
+        """The answer to POST /ground. Raises ValueError or MemoryError, one line."""
+        start = time.perf_counter()
+        data, expression = parsed(body)
+        with self.lock, enough_memory("", "make the image smaller"):
+            image = self.open(self.example if data is None else data)
+            result = self.grounder.ground(image, expression, attention=True)
+            warnings = self.grounder.warnings(expression, image)
+        words = []
+        for word in result.words:
+            words.append({"text": word.text, "bridges": {block: rows(map_) for block, map_ in word.bridges.items()}})
+        return {
+            "box": result.box, "score": result.score, "width": image.width, "height": image.height,
+            "warnings": warnings, "token_map": rows(result.token_map[result.patches]),
+            "attention": rows(result.attention_map[result.patches]), "words": words,
+            "milliseconds": 1000 * (time.perf_counter() - start),
+        }
+
+
+class Handler(BaseHTTPRequestHandler):
+    timeout = PATIENCE
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        if not self.is_from_here():
+            self.refuse(403, "this page answers its own address alone")
+        elif path == "/":
+            self.reply(200, self.server.page, "text/html; charset=utf-8")
+        elif path == "/example.png":
+            self.reply(200, self.server.example, "image/png")
+        elif path == "/scene":
+            self.reply(200, self.server.scene())
+        else:
+            self.refuse(404, "there is nothing at this address")
+
+    def do_POST(self):
+        length = self.headers.get("Content-Length")
+        if not self.is_from_here():
+            self.refuse(403, "this page answers its own address alone")
+        elif self.path != "/ground":
+            self.refuse(404, "there is nothing at this address")
+        elif length is None:
+            self.refuse(411, "send a Content-Length")
+        elif not re.fullmatch("[0-9]{1,18}", length):
+            self.refuse(400, "the Content-Length is no number of bytes")
+        elif int(length) > MOST:
+            self.refuse(413, f"the request is larger than {MOST // 10**6} MB; make the image smaller")
+        else:
+            try:
+                self.reply(200, self.server.ground(self.rfile.read(int(length))))
+            except (ValueError, MemoryError) as error:
+                self.reply(400, {"error": shown(error, 300)})
+
+    def is_from_here(self):
+        """Whether the page itself asks: of another site the Origin is foreign, or the Host, if its name leads here."""
+        origins = [None, *(f"http://{host}" for host in self.server.hosts)]
+        return self.headers.get("Host", "").lower() in self.server.hosts and self.headers.get("Origin") in origins
+
+    def refuse(self, code, message):
+        """Reply without reading the body, then drop what still comes of it: a browser that is cut off while it sends
+        shows no reply."""
+        self.reply(code, {"error": message})
+        self.connection.settimeout(1)
+        end = time.monotonic() + 3
+        with suppress(OSError):
+            while "Content-Length" in self.headers and time.monotonic() < end and self.rfile.read1(2**16):
+                pass
+
+    def reply(self, code, body, kind="application/json"):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(code)
+        for name, value in (("Content-Type", kind), ("Content-Length", len(body)), ("Cache-Control", "no-store"),
+                            ("Content-Security-Policy", POLICY), ("X-Content-Type-Options", "nosniff")):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def parsed(body):
+    """The body of POST /ground -> (the bytes of an image file or None, the expression). Raises ValueError."""
+    with suppress(ValueError, RecursionError):  # the latter: brackets nested by the thousand
+        match json.loads(body):
+            case {"image": None, "expression": str(expression)}:
+                return None, expression
+            case {"image": str(image), "expression": str(expression)}:
+                return base64.b64decode(image, validate=True), expression
+    raise ValueError('send {"image": an image file in base64, or null, "expression": text} as JSON')
+
+
+def opened(data):
+    """The bytes of an image file -> upright PIL RGB image. Raises ValueError."""
+    try:
+        return open_image(io.BytesIO(data))
+    except ImageError as error:
+        raise ValueError(str(error).replace("file object", "the image", 1)) from None
+
+
+def rows(values):
+    """An array as lists of numbers, in six digits."""
+    return np.round(values.astype(np.float64), 6).tolist()
+
+
+def serve(port, load, example, expression):
+    """Print the page's address and serve it until Ctrl-C; see Server."""
+    with Server(port, load, example, expression) as server, suppress(KeyboardInterrupt):
+        print(server.address, flush=True)
+        print("open it in a browser on this machine; Ctrl-C ends it", file=sys.stderr)
+        server.serve_forever()
