@@ -33,6 +33,7 @@ import numpy as np
 from hivg.data.drawn.expressions import NOTHING
 from hivg.data.drawn.scenes import Shapes
 from hivg.data.images import ImageError, open_image
+from hivg.evaluate.calibration import RECOMMENDED
 from hivg.utils.memory import enough_memory
 from hivg.utils.messages import shown
 
@@ -73,8 +74,7 @@ class Server(ThreadingTCPServer):
         self.example = Path(example).read_bytes()
         self.grounder = load()
         self.grounder.ground(example, expression, attention=True)  # the first takes longer
-        # TODO: an attribute of every grounder soon
-        settings = {"expression": expression, "doubtful": getattr(self.grounder, "recommended_score", 0.5)}
+        settings = {"expression": expression, "doubtful": RECOMMENDED}
         self.page = PAGE.replace("{settings}", html.escape(json.dumps(settings))).encode()
 
     def handle_error(self, request, client_address):
