@@ -23,6 +23,7 @@ from hivg.data.batches import MASKS, STAGE_ITEMS, evaluation_batches, open_datas
 from hivg.data.drawn.scenes import DRAWN
 from hivg.evaluate.metrics import accuracy, mean, present
 from hivg.evaluate.predict import predict
+from hivg.evaluate.report import guessers
 from hivg.fast import training_copy
 from hivg.fusion import choose_backend
 from hivg.grounder import Grounder, draw_results
@@ -250,6 +251,8 @@ def train(s: Settings, hooks=Hooks()):
         optimizers = make_optimizers(model, s.optimizer, s.weight_decay, clip_rates)
         dataset = open_split(s, model, "train")
         val = open_split(s, model, "val")  # here, so that a missing one is noticed before any work
+        if s.dataset in DRAWN and log.is_writer and not log.levels:
+            log.levels = {"guessing the largest object": guessers(val.shapes)["largest object"]}
         steps_per_epoch = count_steps_per_epoch(s, stage, dataset)
         steps = stage.epochs * steps_per_epoch
         path = run.folder / f"{stage.name}.safetensors"

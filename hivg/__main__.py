@@ -42,7 +42,7 @@ def arguments():
                         "images (default: grounded/) or if it ends in /")
     parser.add_argument("--heatmap", choices=HEATMAPS, help="draw a heat map of the first expression: tokens, how much "
                         "each patch belongs to the object (also if no name is given); attention, what the token that "
-                        "predicts the box attends to")
+                        "predicts the box attends to; words, which word each patch reads most in each bridge")
     parser.add_argument("--mask", action="store_true", help="draw the mask of the first expression")
     parser.add_argument("--save_masks", metavar="FOLDER", help="write the mask of each expression as a black and white "
                         "PNG: NAME-1.png, NAME-2.png for the expressions of NAME.jpg")
@@ -199,7 +199,7 @@ def main():
     for number, image in enumerate(images):
         try:
             with enough_memory(f"{shown(image, 150)}: ", LOWER):
-                results = grounder.ground(image, args.expression, attention=args.heatmap == "attention")
+                results = grounder.ground(image, args.expression, attention=args.heatmap in ("attention", "words"))
         except (ImageError, MemoryError) as error:
             if not several:
                 raise

@@ -27,11 +27,12 @@ from hivg.utils.draw import draw_boxes
 from hivg.utils.files import save_image
 from hivg.utils.fonts import clean_text, drawable
 from hivg.utils.messages import quoted
+from hivg.utils.words import draw_most_read, draw_word
 
 DEFAULT_WEIGHTS = weights.bundled("hivg-tiny.safetensors")
 BATCH = 32  # expressions in one forward pass
 DRAWN = 200  # pixels: small images are drawn enlarged by the largest whole factor that keeps both sides within this
-HEATMAPS = ("tokens", "attention")  # the maps that can be drawn as a heat map
+HEATMAPS = {"tokens": "token map", "attention": "relative attention of [REG]", "words": ""}  # {name: in a drawing}
 UNREQUESTED = "the attention was not requested; call ground or ground_pairs with attention=True"
 
 
@@ -123,10 +124,18 @@ class Result:
         {"size": [H, W], "counts": text}."""
         return run_lengths_of(self.mask > 0.5)
 
-    def draw(self, heatmap=False, mask=False):
-        """-> PIL RGB image with the box and the expression. heatmap: "tokens" (or True) or "attention" to lay that map
-        over the image. mask: whether to tint and outline the mask."""
-        return draw_results([self], heatmap, mask)
+    def draw(self, heatmap=False, mask=False, words=None, heat_range=None):
+        """-> PIL RGB image with the box, the expression and the score, or of what the patches read. Raises ValueError.
+
+        heatmap:    "tokens" (or True) or "attention" to lay that map over the image; "words" for the word that each
+                    patch reads most, bridge by bridge
+        mask:       whether to dim what is not in the mask
+        words:      a word of the expression, for how much each patch reads it, bridge by bridge
+        heat_range: (low, high), the values of the map with the first and the last colour; by default the map's own
+        """
+        if words is not None:
+            return draw_word(self, words)
+        return draw_results([self], heatmap, mask, heat_range=heat_range)
 
     def to_dict(self):
         """The entry of `ground.py --json`."""
@@ -147,32 +156,37 @@ def spread(values, size, at="middle"):
     return square[0, 0].clamp(0, 1).numpy()  # bicubic overshoots
 
 
-def draw_results(results, heatmap=False, mask=False, min_score=0.0):
+def draw_results(results, heatmap=False, mask=False, min_score=0.0, heat_range=None):
     """Draw the results of one image together -> PIL RGB image. Heat map and mask (see Result.draw) are those of the
-    first result. The box and mask of a result that scores below min_score are not drawn.
+    first result, which is said below the image. The box and mask of a result that scores below min_score are not drawn.
 
     An image of at most 100 pixels a side is drawn enlarged (DRAWN). An expression that no installed font can write,
     e.g. Chinese or emoji, is labelled with its number among the results: #1."""
     heatmap = "tokens" if heatmap is True else heatmap
-    if heatmap and heatmap not in HEATMAPS:
+    if heatmap and heatmap not in tuple(HEATMAPS):
         raise ValueError(f"heatmap must be one of {', '.join(HEATMAPS)}, not {heatmap!r:.40}")
     if not results:
         raise ValueError("draw_results was given no result; ground one expression or more first")
     first = results[0]
+    if heatmap == "words" and mask:
+        raise ValueError("the words that patches read and the mask are two drawings; ask for one of them")
+    if heatmap == "words":
+        return draw_most_read(first)
     window = first.letterbox.window  # not `first.heatmap`: the image may have many more pixels than the square
     factor = max(1, DRAWN // max(first.image.size))
-    boxes = []
-    labels = []
-    for number, result in enumerate(results, 1):
-        if result.score >= min_score:
-            boxes.append([factor * v for v in result.box])
-            labels.append(drawable(clean_text(result.expression), f"#{number}"))
+    found = [(number, result) for number, result in enumerate(results, 1) if result.score >= min_score]
+    mask = mask and first.score >= min_score
+    maps = [name for name, is_drawn in ((HEATMAPS.get(heatmap), heatmap), ("mask", mask)) if is_drawn]
     return draw_boxes(
         ImageOps.scale(first.image, factor, Image.Resampling.NEAREST) if factor > 1 else first.image,  # it is copied
-        boxes,
-        labels,
+        [[factor * v for v in result.box] for _, result in found],
+        [drawable(clean_text(result.expression), f"#{number}") for number, result in found],
+        scores=[result.score for _, result in found],
+        doubtful=getattr(first, "recommended_score", 0.5),
         heatmap=first.on_square(heatmap)[window] if heatmap else None,
-        mask=first.on_square("mask")[window] if mask and first.score >= min_score else None,
+        heat_range=heat_range,
+        mask=first.on_square("mask")[window] if mask else None,
+        note=f'{" and ".join(maps)} for "{clean_text(first.expression)}"' if maps else "",
     )
 
 

@@ -10,13 +10,14 @@ from hivg.ablate.arms import CLAIMS
 from hivg.ablate.runs import MAPS_KEPT
 from hivg.data.drawn.scenes import EXPRESSIONS_PER_SCENE, Shapes
 from hivg.data.transforms import Letterbox
-from hivg.utils.draw import FAINT, GREY, INK, contact_sheet, draw_boxes
-from hivg.utils.fonts import text_block, write_block
+from hivg.utils.draw import FAINT, GREY, INK, contact_sheet, draw_boxes, heat_range_of
+from hivg.utils.fonts import text_block
 
 LINE = 44  # pixels a row, before the chart is reduced to half its size
 NAMES = 760  # pixels for the names on the left
 WIDTH = 1800
-COLOURS = {"better": (20, 120, 60), "worse": (180, 40, 40), "undecided": (110, 110, 110)}
+COLOURS = {"better": "#0072b2", "worse": "#d55e00", "undecided": "#6e6e6e"}  # distinct with any kind of colour vision
+SIDES = {"better": 32, "worse": 4, "undecided": 3}  # of the mark: a dot, a square, a triangle
 
 
 def plot_differences(results):
@@ -43,22 +44,22 @@ def plot_differences(results):
     for points in range(least, most + 1, step):
         x = column(points)
         draw.line((x, 10, x, height - 2 * LINE), INK if points == 0 else FAINT, 3 if points == 0 else 2)
-        label = text_block(f"{points:+d}" if points else "0", 24, math.inf)
-        write_block(draw, (x - label.width / 2, height - 2 * LINE + 4), label, GREY)
-    label = text_block("points of Acc@0.5 on test; intervals that hold for all at once, 95 %", 24, math.inf)
-    write_block(draw, (WIDTH - label.width - 60, height - LINE), label, GREY)
+        label = text_block(f"{points:+d}" if points else "0", 24)
+        draw.bitmap((x - label.width / 2, height - 2 * LINE + 4), label, GREY)
+    label = text_block("points of Acc@0.5 on test; intervals that hold for all at once, 95 %", 24)
+    draw.bitmap((WIDTH - label.width - 60, height - LINE), label, GREY)
     for number, (text, d) in enumerate(lines):
         y = LINE * number + LINE
-        block = text_block(text, 28, math.inf)
-        write_block(draw, (20 if d is None else 60, y - 18), block, INK if d is None else GREY)
+        block = text_block(text, 28)
+        draw.bitmap((20 if d is None else 60, y - 18), block, INK if d is None else GREY)
         if d is not None:
             colour = COLOURS[d.verdict]
             draw.line((column(d.low), y, column(d.high), y), colour, 6)
-            draw.ellipse((column(d.points) - 9, y - 9, column(d.points) + 9, y + 9), colour)
+            draw.regular_polygon((column(d.points), y, 12), SIDES[d.verdict], fill=colour)
     return image.reduce(2)
 
 
-def plot_attention(columns, expressions, size, tile=220):
+def plot_attention(columns, expressions, size, tile=240):
     """Attention of [REG] over the patches in the last encoder layer -> a PIL image, a row for each expression.
 
     columns: {caption: the `maps` of a results row}. expressions: their numbers in `test`. size: of the model's square.
@@ -74,9 +75,10 @@ def plot_attention(columns, expressions, size, tile=220):
         box = item["boxes"][which]
         tiles.append(draw_boxes(item["image"], [box], colours=["#ffffff"]))
         captions.append(item["expressions"][which])
-        for caption, maps in columns.items():
-            heatmap = letterbox.map_to_image(enlarge(map_of(maps, number), size))
-            tiles.append(draw_boxes(item["image"], [box], colours=["#ffffff"], heatmap=heatmap))
+        heatmaps = [letterbox.map_to_image(enlarge(map_of(maps, number), size)) for maps in columns.values()]
+        for caption, heatmap in zip(columns, heatmaps):
+            tiles.append(draw_boxes(item["image"], [box], colours=["#ffffff"], heatmap=heatmap,
+                                    heat_range=heat_range_of(*heatmaps)))  # those of a row can be compared
             captions.append(caption)
     return contact_sheet(tiles, captions, columns=1 + len(columns), tile=tile)
 

@@ -144,6 +144,6 @@ def bench_efficiency(args):
                 report.row(name, name_of(dtype), n, f"{low:.1f}", f"{median:.1f}", f"{high:.1f}", f"{peak:.0f}",
                            f"{rate:.1f}", f"{flops * rate / 1e12:.3f}", f"{flops * rate / limit:.0%}")
                 for label, y in (("expressions per second", rate), ("peak MiB", peak)):
-                    curves = charts.setdefault((f"{name}: {label}", label), {})
+                    curves = charts.setdefault((name, label), {})
                     curves.setdefault(name_of(dtype), []).append((n, y))
     report.save(folder, "efficiency", charts)

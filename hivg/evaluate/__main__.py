@@ -52,7 +52,7 @@ def arguments():
     parser.add_argument("--data_root", default="data", metavar="DIR", help="folder of the data sets; default: data")
     parser.add_argument("--annotations", metavar="FILE", help="a file or folder, if not at its published place")
     parser.add_argument("--per_sample", metavar="FILE.jsonl", help="write a JSON object a line for every expression")
-    parser.add_argument("--sheet", metavar="FILE.png", help="draw the worst and some random samples")
+    parser.add_argument("--sheet", metavar="FILE.png", help="draw the surest mistakes and some random samples")
     parser.add_argument("--calibrate", metavar="OUT.safetensors", help="write the weights file with its score "
                         "calibrated on this split")
     parser.add_argument("--compare", nargs=2, metavar=("A.jsonl", "B.jsonl"), help="compare two files of "

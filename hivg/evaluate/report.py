@@ -79,23 +79,27 @@ def grouped(rows, key):
 
 
 def sheet(dataset, rows):
-    """The SHEET worst samples and as many random others on one PIL image, each with the box wanted and the one found.
-    """
-    # of expressions of nothing those with the highest score
-    order = sorted(range(len(rows)), key=lambda n: rows[n]["iou"] if rows[n]["target"] else 1 - rows[n]["score"])
-    others = order[SHEET:]
-    picked = [("worst", number) for number in order[:SHEET]]
-    picked += [("random", number) for number in random.Random(0).sample(others, min(SHEET, len(others)))]
-    tiles = [sheet_tile(dataset, rows, number) for _, number in picked]
-    return contact_sheet(tiles, [f"{why}: {rows[number]['expression']}" for why, number in picked])
+    """The SHEET worst samples and as many random others on one PIL image, at most one of an image, each with the box
+    wanted and the one found. The worst are the surest mistakes: wrong boxes, and boxes of nothing, by their score."""
+    wrong = [number for number, row in enumerate(rows) if row["iou"] < 0.5]  # 0 where nothing is there
+    surest = sorted(wrong, key=lambda number: -rows[number]["score"])
+    at_random = random.Random(0).sample(range(len(rows)), len(rows))
+    picked = {}  # {image: (why, number)}
+    for why, numbers in (("worst", surest), ("random", at_random)):
+        most = len(picked) + SHEET
+        for number in numbers:
+            if len(picked) < most:
+                picked.setdefault(rows[number]["image_id"], (why, number))
+    tiles = [sheet_tile(dataset, rows, number) for _, number in picked.values()]
+    return contact_sheet(tiles, [f"{why}: {rows[number]['expression']}" for why, number in picked.values()])
 
 
 def sheet_tile(dataset, rows, number):
     row = rows[number]
-    image = dataset.image(number)
     if not row["target"]:
-        return draw_boxes(image, [row["box"]], [f"nothing there, score {row['score']:.2f}"])
-    return draw_boxes(image, [row["target"], row["box"]], ["wanted", f"found, IoU {row['iou']:.2f}"])
+        return draw_boxes(dataset.image(number), [row["box"]], ["nothing there, score"], scores=[row["score"]])
+    labels = ["wanted", f"found, IoU {row['iou']:.2f}, score"]
+    return draw_boxes(dataset.image(number), [row["target"], row["box"]], labels, scores=[None, row["score"]])
 
 
 def guessers(shapes):

@@ -1,6 +1,7 @@
 """The progress of a run: log.jsonl, lines on stderr, curves.png."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -10,7 +11,7 @@ from hivg.utils.charts import plot_panels
 from hivg.utils.files import write_whole, written
 
 LOG_STEPS = 50  # steps to a line
-TITLES = {"loss": "Training loss", "accuracy": "Accuracy on val", "lr": "Learning rate"}  # the panels of curves.png
+NO_PARTS = {"stage", "step", "lr", "loss", "gradient_norm", "meant"}  # of a row of steps; the others add up to the loss
 
 
 class Log:
@@ -21,6 +22,7 @@ class Log:
         """run: the folder of the run. saved: the saved state that the run resumes from, or None."""
         self.run = run
         self.is_writer = distributed.rank() == 0
+        self.levels = {}  # {name: the accuracy of guessing so}, drawn beside the model's
         self.clear()
         if self.is_writer:
             run.mkdir(parents=True, exist_ok=True)
@@ -96,28 +98,38 @@ class Log:
         self.restart_clock()  # the validation is not part of a step's time
 
     def draw(self):
-        """curves.png from log.jsonl, the stages one after another."""
-        curves = {}
+        """curves.png from log.jsonl, the stages one after another and each with lines of its own. A mean of steps is
+        drawn in the middle of these."""
+        loss, parts, accuracy, lr = {}, {}, {}, {}  # {name: points} of each panel
         boundaries = []  # (step at which it starts, stage)
-        offset = 0
-        stage = None
-        last = 0  # the last step seen of the stage
+        start = last = 0  # of the stage: the steps before it, and the last step seen
         for line in (self.run / "log.jsonl").read_text().splitlines():
             row = json.loads(line)
-            if row["stage"] != stage:
-                offset += last
-                stage = row["stage"]
-                boundaries.append((offset, stage))
+            if not boundaries or row["stage"] != boundaries[-1][1]:
+                start += last
+                averaged = 0  # steps of the stage whose means are drawn
+                boundaries.append((start, row["stage"]))
+                for points in [*loss.values(), *parts.values(), *accuracy.values(), *lr.values()]:
+                    points.append((start, math.nan))  # a gap
             last = row["step"]
-            for name in TITLES:
-                if name in row:
-                    curves.setdefault(name, []).append((offset + last, row[name]))
-        panels = []
-        for name, title in TITLES.items():
-            if name in curves:
-                panels.append({"curves": {name: curves[name]}, "title": title, "x_label": "step",
-                               "boundaries": boundaries})
-        plot_panels(panels, self.run / "curves.png")
+            if "accuracy" in row:
+                accuracy.setdefault("accuracy", []).append((start + last, row["accuracy"]))
+            if "loss" in row:
+                middle = start + (averaged + last) / 2
+                averaged = last
+                loss.setdefault("loss", []).append((middle, row["loss"]))
+                lr.setdefault("learning rate", []).append((start + last, row["lr"]))
+                for name in row.keys() - NO_PARTS:
+                    parts.setdefault(name, []).append((middle, row[name]))
+        parts = dict(sorted(parts.items(), key=lambda item: -item[1][0][1]))  # the largest first
+        panels = [
+            {"title": "Training loss", "curves": loss},
+            {"title": "Its parts, weighted, on a logarithmic axis", "curves": parts, "log": True},
+            {"title": "Accuracy on val", "curves": accuracy, "levels": self.levels},
+            {"title": "Learning rate", "curves": lr, "x_label": "step, in all"},
+        ]
+        plot_panels([{"boundaries": boundaries, **panel} for panel in panels if panel["curves"]],
+                    self.run / "curves.png")
 
 
 def is_row(line):

@@ -1,18 +1,25 @@
 """Line charts with Pillow alone: the curves of a training run, the panels of a benchmark."""
 
 import math
-from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
+import numpy as np
 from PIL import Image, ImageDraw
 
-from hivg.utils.draw import FAINT, GREY, INK, colour_of
+from hivg.utils.draw import COLOURS, FAINT, GREY, INK
 from hivg.utils.files import save_image
-from hivg.utils.fonts import clean_text, font_for, fonts_of_size, text_block, write_block
+from hivg.utils.fonts import clean_text, font_for, text_block
+
+# Curve i is told apart by its colour, with any kind of colour vision, and without colours by its dashes and its marks
+CURVES = [COLOURS[1], COLOURS[0], COLOURS[4], COLOURS[5], COLOURS[3], "#222222"]  # no green beside the red
+DASHES = [(1, 0), (26, 12), (9, 9), (48, 12)]  # pixels drawn, pixels left out
+SIDES = [32, 4, 3, 5]  # of a mark: a dot, a square, a triangle, a pentagon
+MARKED = 24  # points of a curve that are marked; in a longer one only those that stand alone
+LEAST = 1 / 12  # of the width: the narrowest piece between two boundaries
 
 
 def plot_curves(curves, path=None, size=(900, 360), **options):
-    """A chart of one panel; options: title, x_label, y_label and boundaries, as in plot_panels."""
+    """A chart of one panel; options: as in plot_panels."""
     return plot_panels([{"curves": curves, **options}], path, size)
 
 
@@ -22,106 +29,97 @@ def plot_panels(panels, path=None, size=(900, 300)):
     panels: dicts with
         curves                  {name: [(x, y), ...]} in drawing order; a y that is not finite leaves a gap
         title, x_label, y_label optional texts
-        boundaries              optional [(x, name), ...]: vertical lines, e.g. where a stage begins
+        boundaries              optional [(x, name), ...]: vertical lines, e.g. where a stage begins. The pieces between
+                                them are as wide as the roots of their lengths, so that a short one is seen
+        levels                  optional {name: y}: horizontal lines, e.g. what guessing reaches
+        log                     whether y is logarithmic; then a y of 0 or less leaves a gap
     size: (width, height) of one panel in pixels. Raises ValueError.
     """
     width, height = size
     if not panels or width < 200 or height < 150:
         raise ValueError(f"a chart needs panels of at least 200 x 150 pixels, got {len(panels)} of {size}")
-    xs = []
-    for panel in panels:
-        xs += [x for x, _ in _finite_points(panel["curves"])]
-        xs += [x for x, _ in panel.get("boundaries", ())]
-    x_range = _range(xs, room=0.0)
-    x_step = 1.0 if all(float(x).is_integer() for x in xs) else 0.0  # no ticks between two steps or epochs
+    starts = [x for panel in panels for x, _ in panel.get("boundaries", ())]
+    xs = starts + [x for panel in panels for curve in panel["curves"].values() for x, y in curve if _finite(x, y)]
+    low, high = _range(xs, room=0.0)
+    knots = np.unique([low, *starts, high])  # (n,) the pieces' ends
+    roots = np.sqrt(np.diff(knots))  # (n - 1,)
+    shares = np.maximum(roots / roots.sum(), LEAST)
+    places = np.append(0, shares.cumsum() / shares.sum())  # (n,) shares of the width
+    x_step = 1.0 if (knots % 1 == 0).all() else 0.0  # no ticks between two steps or epochs
     image = Image.new("RGB", (2 * width, 2 * height * len(panels)), "white")
     for i, panel in enumerate(panels):  # drawn at twice the size, then reduced: smooth lines
-        image.paste(_panel(2 * width, 2 * height, x_range, x_step, **panel), (0, 2 * height * i))
+        image.paste(_panel(2 * width, 2 * height, knots, places, x_step, **panel), (0, 2 * height * i))
     image = image.reduce(2)
     if path is not None:
         save_image(image, path)
     return image
 
 
-@dataclass
-class Axes:
-    """The plotting area in pixels and the ranges of its axes."""
-
-    left: int
-    right: int
-    top: int
-    bottom: int
-    x_range: tuple
-    y_range: tuple
-    x_step: float  # least distance between two ticks
-
-    def column(self, x):
-        low, high = self.x_range
-        return self.left + (x - low) / (high - low) * (self.right - self.left)
-
-    def row(self, y):
-        low, high = self.y_range
-        return self.bottom - (y - low) / (high - low) * (self.bottom - self.top)
-
-
-def _panel(width, height, x_range, x_step, curves, title="", x_label="", y_label="", boundaries=()):
+def _panel(width, height, knots, places, x_step, curves, title="", x_label="", y_label="", boundaries=(), levels=None,
+           log=False):
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)
-    ys = [y for _, y in _finite_points(curves)]
+    levels = levels or {}
+    scale = math.log10 if log else float
+    curves = {name: [(x, scale(y)) if _finite(x, y) and (y > 0 or not log) else None for x, y in curve]
+              for name, curve in curves.items()}
+    ys = [*map(scale, levels.values()), *(point[1] for curve in curves.values() for point in curve if point)]
     low, high = _range(ys, room=0.05)
-    if all(0 <= y <= 1 for y in ys):  # an accuracy is never 1.1
-        low = max(low, 0.0)
-        high = min(high, 1.0)
-    axes = Axes(160, width - 40, 16, height - (92 if x_label else 56), x_range, (low, high), x_step)
-    if title:
-        write_block(draw, (axes.left, axes.top), text_block(clean_text(title, 80), 32), INK)
-        axes.top += 48
-    axes.top = _legend(draw, curves, axes)
-    axes.top = _boundary_names(draw, boundaries, axes) + 8
-    axes.top = min(axes.top, axes.bottom - 60)  # a legend of very many names must not push the chart out
+    if not log and all(0 <= y <= 1 for y in ys):  # an accuracy is never 1.1
+        low, high = max(low, 0.0), min(high, 1.0)
 
-    _grid(draw, axes)
-    for x, _ in boundaries:
-        column = axes.column(x)
-        for y in range(axes.top - 8, axes.bottom, 16):  # dashed
-            draw.line((column, y, column, min(y + 8, axes.bottom)), GREY, 2)
-    draw.line((axes.left, axes.top, axes.left, axes.bottom, axes.right, axes.bottom), GREY, 2)
+    left, right, top, bottom = 160, width - 40, 16, height - (92 if x_label else 56)
+    heading = clean_text(", ".join(filter(None, (title, y_label))), 80)
+    if heading:
+        draw.bitmap((left, top), text_block(heading, 32), INK)
+        top += 48
+    if len(curves) > 1 or not heading:
+        top = _legend(draw, curves, left, right, top)
+    top = min(top + (40 if boundaries else 8), bottom - 60)  # very many names must not push the chart out
+
+    def column(x):
+        return left + float(np.interp(x, knots, places)) * (right - left)
+
+    def row(y):  # of a scaled y
+        return bottom - (y - low) / (high - low) * (bottom - top)
+
+    font = font_for("0", 24)
+    for y, text in (_log_ticks if log else _ticks)(low, high, (bottom - top) // 64):
+        draw.line((left, row(y), right, row(y)), FAINT, 2)
+        draw.text((left - 14, row(y)), text, GREY, font, anchor="rm")
+    last = -math.inf
+    for start, end in pairwise(knots.tolist()):
+        for x, text in _ticks(start, end, int(column(end) - column(start)) // 160, x_step):
+            if column(x) >= last + 80:
+                last = column(x)
+                draw.line((last, top, last, bottom), FAINT, 2)
+                draw.text((last, bottom + 12), text, GREY, font, anchor="ma")
+    end = 0  # of the last name
+    for x, name in sorted(boundaries):
+        _line(draw, [(column(x), top - 8), (column(x), bottom)], GREY, 2, (8, 8))
+        block = text_block(clean_text(name, 40), 22)
+        start = min(column(x), right - block.width)
+        if start >= end:  # else there is no room for it
+            draw.bitmap((start, top - 38), block, GREY)
+            end = start + block.width + 12
+    draw.line((left, top, left, bottom, right, bottom), GREY, 2)
+    for name, y in levels.items():
+        _line(draw, [(left, row(scale(y))), (right, row(scale(y)))], GREY, 3, (4, 8))
+        block = text_block(clean_text(name, 60), 22)
+        draw.bitmap((right - block.width, row(scale(y)) - block.height - 2), block, GREY)
     for i, points in enumerate(curves.values()):
-        _curve(draw, [(axes.column(x), axes.row(y)) if _finite(x, y) else None for x, y in points], colour_of(i))
-    middle = ((axes.left + axes.right) / 2, (axes.top + axes.bottom) / 2)
+        _curve(draw, [point and (column(point[0]), row(point[1])) for point in points], i)
+    middle = (left + right) // 2
     if not ys:
-        draw.text(middle, "no data", GREY, fonts_of_size(28)[0], anchor="mm")
+        draw.text((middle, (top + bottom) // 2), "no data", GREY, font_for("no data", 28), anchor="mm")
     if x_label:
         x_label = clean_text(x_label, 80)
-        draw.text((int(middle[0]), height - 12), x_label, INK, font_for(x_label, 24), anchor="md")
-    if y_label:  # reads upwards
-        block = text_block(clean_text(y_label, 40), 24)
-        upright = Image.new("L", (block.width, block.height))
-        write_block(ImageDraw.Draw(upright), (0, 0), block, 255)
-        upright = upright.transpose(Image.Transpose.ROTATE_90)
-        image.paste(INK, (14, int(middle[1]) - upright.height // 2), upright)
+        draw.text((middle, height - 12), x_label, INK, font_for(x_label, 24), anchor="md")
     return image
-
-
-def _grid(draw, axes):
-    """Lines at round values, which are written beside the axes."""
-    font = fonts_of_size(24)[0]
-    for y, text in _ticks(*axes.y_range, (axes.bottom - axes.top) // 64):
-        row = axes.row(y)
-        draw.line((axes.left, row, axes.right, row), FAINT, 2)
-        draw.text((axes.left - 14, row), text, GREY, font, anchor="rm")
-    for x, text in _ticks(*axes.x_range, (axes.right - axes.left) // 160, axes.x_step):
-        column = axes.column(x)
-        draw.line((column, axes.top, column, axes.bottom), FAINT, 2)
-        draw.text((column, axes.bottom + 12), text, GREY, font, anchor="ma")
 
 
 def _finite(x, y):
     return abs(x) < 1e300 and abs(y) < 1e300  # False for NaN; beyond 1e300 a difference could overflow
-
-
-def _finite_points(curves):
-    return [point for curve in curves.values() for point in curve if _finite(*point)]
 
 
 def _range(values, room):
@@ -140,54 +138,49 @@ def _ticks(low, high, count, least=0.0):
     power = 10.0 ** math.floor(math.log10(least))
     step = next((factor * power for factor in (1, 2, 5) if factor * power >= least), 10 * power)
     values = [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-    largest = max(map(abs, values), default=0.0)
-    step_power = math.floor(math.log10(step) + 1e-9)
-    if 1e-3 <= largest < 1e6:
-        decimals = max(0, -step_power)
-        return [(value, f"{value + 0.0:,.{decimals}f}") for value in values]  # + 0.0: no "-0"
-    decimals = max(0, math.floor(math.log10(largest or 1.0)) - step_power)
-    ticks = []
-    for value in values:
-        mantissa, exponent = f"{value:.{decimals}e}".split("e")
-        ticks.append((value, f"{float(mantissa):g}e{int(exponent)}" if value else "0"))
-    return ticks
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    is_plain = 1e-3 <= max(map(abs, values), default=0.0) < 1e6
+    return [(value, f"{value + 0.0:,.{decimals}f}" if is_plain else f"{value:g}") for value in values]  # + 0.0: no "-0"
 
 
-def _legend(draw, names, axes):
-    """A coloured line and the name of each curve, in as many rows as it takes -> the pixel row below."""
-    x = axes.left
-    top = axes.top
+def _log_ticks(low, high, count):
+    """The same of a logarithmic axis, where low, high and each value are powers of ten: at 1, 2 and 5 times every whole
+    power, or where these are many at the powers alone."""
+    powers = range(max(math.floor(low), -300), min(math.ceil(high), 300) + 1)
+    numbers = [factor * 10.0**power for power in powers for factor in ((1, 2, 5) if len(powers) <= count else (1,))]
+    return [(math.log10(y), f"{y:g}") for y in numbers if low <= math.log10(y) <= high]
+
+
+def _legend(draw, names, left, right, top):
+    """The line and the name of each curve, in as many rows as it takes -> the pixel row below."""
+    x = left
     for i, name in enumerate(names):
         block = text_block(clean_text(name, 60), 24)
-        if x > axes.left and x + 52 + block.width > axes.right:
-            x = axes.left
-            top += 34
-        draw.line((x, top + 16, x + 40, top + 16), colour_of(i), 8)
-        write_block(draw, (x + 52, top), block, INK)
-        x += 52 + block.width + 36
+        if x > left and x + 88 + block.width > right:
+            x, top = left, top + 34
+        _curve(draw, [(x, top + 16), (x + 37, top + 16), (x + 74, top + 16)], i)
+        draw.bitmap((x + 88, top), block, INK)
+        x += 88 + block.width + 36
     return top + 40 if names else top
 
 
-def _boundary_names(draw, boundaries, axes):
-    """The names of vertical lines above them, a row lower where they would overlap -> the pixel row below."""
-    ends = []  # of the last name in each row
-    for x, name in sorted((axes.column(x), clean_text(name, 40)) for x, name in boundaries):
-        block = text_block(name, 22)
-        x = min(x, axes.right - block.width)
-        row = 0
-        while row < len(ends) and ends[row] > x:
-            row += 1
-        ends[row:row + 1] = [x + block.width + 12]
-        write_block(draw, (x, axes.top + 28 * row), block, GREY)
-    return axes.top + 28 * len(ends)
-
-
-def _curve(draw, points, colour):
-    """A line through (x, y) points in pixels, interrupted at each None; an isolated point is a dot."""
+def _curve(draw, points, i):
+    """Curve number i through (x, y) points in pixels, interrupted at each None."""
     for is_gap, run in groupby(points, lambda point: point is None):
-        run = list(run)
-        if len(run) > 1 and not is_gap:
-            draw.line(run, colour, 5, joint="curve")
-        elif not is_gap:
-            x, y = run[0]
-            draw.ellipse((x - 7, y - 7, x + 7, y + 7), colour)
+        if is_gap:
+            continue
+        run = [np.mean(list(close), 0) for _, close in groupby(run, lambda point: point[0] // 8)]  # of many, their mean
+        _line(draw, run, CURVES[i % len(CURVES)], 5, DASHES[i % len(DASHES)])
+        for point in run if len(run) == 1 or len(points) <= MARKED else ():
+            draw.regular_polygon((*point, 9), SIDES[i % len(SIDES)], fill=CURVES[i % len(CURVES)])
+
+
+def _line(draw, points, colour, width, dashes):
+    """A line through points, dashed by (pixels drawn, pixels left out)."""
+    x, y = np.transpose(points)  # (n,) each
+    along = np.append(0, np.hypot(np.diff(x), np.diff(y)).cumsum())  # (n,) how far along the line each point is
+    drawn, left_out = dashes if dashes[1] else (along[-1], 1)
+    for start in np.arange(0, along[-1], drawn + left_out):
+        end = min(start + drawn, along[-1])
+        at = np.unique([start, *along[(along > start) & (along < end)], end])
+        draw.line(list(zip(np.interp(at, along, x), np.interp(at, along, y))), colour, width, joint="curve")

@@ -8,22 +8,20 @@ excluded. Every function returns a new RGB image and does not change its argumen
 import math
 
 import numpy as np
-from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFilter, ImageOps
 
-from hivg.utils.fonts import clean_text, text_block, write_block
+from hivg.utils.fonts import clean_text, text_block
 
 # Okabe and Ito, distinct with any kind of colour vision: vermillion, blue, green, orange, sky, purple, yellow
 COLOURS = ["#d55e00", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#f0e442"]
-# eleven equal steps of "inferno", whose lightness rises evenly, so that it also reads in grey
-HEAT = "#000004 #160b39 #420a68 #6a176e #932667 #bc3754 #dd513a #f37819 #fca50a #f6d746 #fcffa4".split()
+HEAT = ["#2a0a8f", "#d4436f", "#f6ef20"]  # violet, red, yellow: their lightness rises, so that they also read in grey
 PAPER = (252, 252, 250)
 INK = (34, 34, 34)
 GREY = (105, 105, 105)
 FAINT = (228, 228, 228)
 OUTLINED = 400  # long side in pixels at which outlines are traced
+TILE = 240  # pixels: in a smaller tile of a contact sheet labels cannot be read
 
-
-# ---- colours and images ---------------------------------------------------------------------------------------------
 
 def colour_of(i):
     """The i-th colour (red, green, blue), 0..255: seven hues, then darker, then lighter, then again from the start."""
@@ -39,7 +37,7 @@ def _colour(colour, i):
     return ImageColor.getrgb(colour)[:3] if isinstance(colour, str) else tuple(map(int, colour))
 
 
-def _contrast(colour):
+def contrast(colour):
     """White where its contrast to `colour` (WCAG) is at least 3.5, else black."""
     luminance = (np.array(colour) / 255) ** 2.2 @ [0.2126, 0.7152, 0.0722]
     return (255, 255, 255) if luminance < 0.25 else (0, 0, 0)
@@ -66,105 +64,114 @@ def _layer(values, size, name):
     return Image.fromarray(grey).resize(size, Image.Resampling.BICUBIC)
 
 
-def overlay_heatmap(image, heatmap, alpha=0.65):
-    """Lay a heat map over an image, from dark violet (lowest) to light yellow (highest).
+def heat_range_of(*heatmaps):
+    """(lowest, highest) finite value of heat maps: the range to draw them with if they are to be compared."""
+    values = np.concatenate([np.asarray(heatmap, dtype=np.float64).ravel() for heatmap in heatmaps])
+    values = values[np.isfinite(values)]
+    return (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
 
-    heatmap: (h, w) of any range and size; scaled to the image and to its own minimum and maximum. NaN and a constant
-    map count as lowest. alpha: opacity in 0..1 at the maximum; half of it at the minimum, to keep the image visible.
+
+def overlay_heatmap(image, heatmap, alpha=0.85, heat_range=None):
+    """Lay a heat map over an image: nothing where it is lowest, then violet, red and, where it is highest, yellow.
+
+    heatmap: (h, w) of any range and size, scaled to the image; NaN counts as lowest. alpha: the opacity in 0..1 at the
+    highest. heat_range: (low, high), the values that count as lowest and highest, by default the map's own; of a
+    constant map nothing is seen. Raises ValueError.
     """
     image = _rgb(image)
     heat = np.asarray(heatmap, dtype=np.float64)
-    finite = heat[np.isfinite(heat)]
-    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
-    heat = np.nan_to_num(heat, nan=low, posinf=high, neginf=low)
+    given = np.array(heat_range_of(heat) if heat_range is None else heat_range, dtype=np.float64)
+    if given.shape != (2,) or not -math.inf < given[0] <= given[1] < math.inf:
+        raise ValueError(f"heat_range must be (low, high), finite, with low <= high, got {heat_range!r:.100}")
+    low, high = given
+    heat = np.clip(np.nan_to_num(heat, nan=low, posinf=high, neginf=low), low, high)
     grey = _layer((heat - low) / (high - low or 1.0), image.size, "heatmap")
-    anchors = np.array([ImageColor.getrgb(c) for c in HEAT])  # (11, 3)
-    at = np.linspace(0, 10, 256)  # where each grey level lies between them
-    table = np.stack([np.interp(at, range(11), channel) for channel in anchors.T], 1).round()  # (256, 3)
-    colours = Image.fromarray(table.astype(np.uint8)[np.asarray(grey)])
-    opacity = grey.point([round(255 * alpha * (0.5 + 0.5 * level / 255)) for level in range(256)])
+    colours = ImageOps.colorize(grey, HEAT[0], HEAT[2], HEAT[1])
+    opacity = grey.point([round(alpha * level) for level in range(256)])
     return Image.composite(colours, image, opacity)
 
 
-def overlay_mask(image, mask, colour=None):
-    """Tint the masked part of an image, and trace it where the mask is 0.5: a white line between black ones, visible
-    on any colour. mask: (h, w) bool or 0..1, scaled to the image. colour: (r, g, b), a name or "#rrggbb"."""
+def overlay_mask(image, mask, colour="white"):
+    """Dim an image where the mask is not, and trace the mask where it is 0.5: a line in a contrasting casing, visible
+    on anything. mask: (h, w) bool or 0..1, scaled to the image. colour: of the line, (r, g, b), a name or "#rrggbb"."""
     image = _rgb(image)
     mask = np.asarray(mask, dtype=np.float64)
-    opacity = _layer(mask, image.size, "mask").point(lambda level: level * 0.5)
-    image.paste(_colour(colour, 0), mask=opacity)
+    dim = image.point(lambda level: level * 0.4)
+    image = Image.composite(image, dim, _layer(mask, image.size, "mask"))
     scale = min(1, OUTLINED / max(image.size))  # the filters are slow on a large image
     size = [max(1, round(side * scale)) for side in image.size]
     inside = _layer(mask, size, "mask").point(lambda level: 255 * (level > 127))
-    for width, colour in ((5, "black"), (3, "white")):
+    colour = _colour(colour, 0)
+    for width, line in ((5, contrast(colour)), (3, colour)):
         larger = inside.filter(ImageFilter.MaxFilter(width))
         smaller = inside.filter(ImageFilter.MinFilter(width))
-        image.paste(colour, mask=ImageChops.subtract(larger, smaller).resize(image.size, Image.Resampling.BICUBIC))
+        image.paste(line, mask=ImageChops.subtract(larger, smaller).resize(image.size, Image.Resampling.BICUBIC))
     return image
 
 
-# ---- boxes ----------------------------------------------------------------------------------------------------------
-
-def draw_boxes(image, boxes, labels=None, colours=None, heatmap=None, mask=None):
-    """Draw boxes, each with its expression beside it.
+def draw_boxes(image, boxes, labels=None, colours=None, heatmap=None, mask=None, scores=None, doubtful=0.5,
+               heat_range=None, note=""):
+    """Draw boxes, each with its expression and its score beside it.
 
     image:   PIL image, or (H, W, 3) uint8 RGB array
     boxes:   (n, 4), (xmin, ymin, xmax, ymax) in pixels; clipped to the image
     labels:  n strings
     colours: n colours, (r, g, b) or "#rrggbb"; by default those of colour_of
-    heatmap: (h, w), see overlay_heatmap; mask: (h, w) in 0..1, see overlay_mask
+    heatmap: (h, w), with heat_range: see overlay_heatmap; a bar below the image prints the two ends
+    mask:    (h, w) in 0..1, see overlay_mask
+    scores:  n numbers or None; a box that scores below `doubtful` is dashed
+    note:    a line below the image: what the heat map and the mask are of
 
     A box's line runs around its inside and labels lie outside all boxes, so neither hides an object; only a line along
     the image's border lies inside the box. Labels that do not fit, or would hide more than a sixth of the image, go
-    into a colour key below it. The returned image is then larger, with the old one in its top left corner, so that
-    coordinates stay the same.
+    into a colour key below it. With anything below it the returned image is larger, with the old one in its top left
+    corner, so that coordinates stay the same.
 
     Raises ValueError for boxes of another shape, not finite or inverted, and for lists of another length.
     """
     image = _rgb(image)
-    boxes = _checked_boxes(boxes)
-    labels = _one_each(labels, len(boxes), "labels")
-    colours = [_colour(colour, i) for i, colour in enumerate(_one_each(colours, len(boxes), "colours"))]
-    if heatmap is not None:
-        image = overlay_heatmap(image, heatmap)
-    if mask is not None:
-        image = overlay_mask(image, mask, colours[0] if colours else None)
-
-    scale = math.sqrt(image.width * image.height)  # everything grows with the image, down to a readable size
-    line = max(2, round(scale / 180))
-    halo = max(1, round(scale / 600))
-    size = max(12, round(scale / 32))  # of the font
-    draw = ImageDraw.Draw(image)
-    frames = [_frame(box, line + halo, image.size) for box in boxes]
-    for frame, colour in zip(frames, colours):
-        _outline(draw, frame, colour, line, halo)
-
-    taken = list(frames)
-    in_key = []  # (text, colour)
-    for frame, label, colour in zip(frames, labels, colours):
-        text = clean_text(label or "")
-        if not text:
-            continue
-        place = _place_tag(text, size, frame, taken, image.size)
-        if place is None:
-            in_key.append((text, colour))
-            continue
-        tag, block = place
-        taken.append(tag)
-        _fill(draw, tag, colour)
-        write_block(draw, (tag[0] + size // 3, tag[1] + size // 8), block, _contrast(colour))
-    return _with_key(image, in_key, size) if in_key else image
-
-
-def _checked_boxes(boxes):
-    """(n, 4) float64. Raises ValueError."""
     boxes = np.asarray(boxes, dtype=np.float64)
     boxes = boxes if boxes.size else boxes.reshape(0, 4)
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise ValueError(f"boxes must have shape (n, 4), got {boxes.shape}")
     if not np.isfinite(boxes).all() or (boxes[:, :2] > boxes[:, 2:]).any():
         raise ValueError("boxes must be finite, with xmin <= xmax and ymin <= ymax")
-    return boxes
+    labels = _one_each(labels, len(boxes), "labels")
+    scores = _one_each(scores, len(boxes), "scores")
+    colours = [_colour(colour, i) for i, colour in enumerate(_one_each(colours, len(boxes), "colours"))]
+    if heatmap is not None:
+        heat_range = heat_range_of(heatmap) if heat_range is None else heat_range
+        image = overlay_heatmap(image, heatmap, heat_range=heat_range)
+    if mask is not None:
+        image = overlay_mask(image, mask, colours[0] if colours else "white")
+
+    scale = math.sqrt(image.width * image.height)  # everything grows with the image, down to a readable size
+    line = max(2, round(scale / 180))
+    casing = max(1, round(scale / 600))
+    size = max(12, round(scale / 32))  # of the font
+    frames = [_frame(box, line + casing, image.size) for box in boxes]
+    for frame, colour, score in zip(frames, colours, scores):
+        _outline(image, frame, colour, line, casing, is_dashed=score is not None and score < doubtful)
+
+    draw = ImageDraw.Draw(image)
+    taken = list(frames)
+    rows = []  # below the image
+    width = max(image.width, 16 * size) - size  # of a row; at least 15: a very narrow image leaves no room
+    for frame, label, colour, score in zip(frames, labels, colours, scores):
+        text = f"{clean_text(label or '')} {'' if score is None else f'{score:.2f}'}".strip()
+        place = _place_tag(text, size, frame, taken, image.size) if text else None
+        if place:
+            tag, block = place
+            taken.append(tag)
+            _fill(draw, tag, colour, outline=contrast(colour), width=casing)
+            draw.bitmap((tag[0] + size // 3, tag[1] + size // 8), block, contrast(colour))
+        elif text:
+            rows.append(key_row(text, size, width, colour))
+    if note:
+        rows.append(key_row(clean_text(note), size, width))
+    if heatmap is not None:
+        rows.append(heat_bar(size, *heat_range))
+    return with_rows(image, rows, size // 2)
 
 
 def _one_each(values, n, name):
@@ -186,96 +193,111 @@ def _frame(box, margin, size):
 
 def _fill(draw, rectangle, colour, **outline):
     x0, y0, x1, y1 = rectangle
-    draw.rectangle((x0, y0, x1 - 1, y1 - 1), colour, **outline)  # Pillow includes the last pixel
+    if x0 < x1 and y0 < y1:
+        draw.rectangle((x0, y0, x1 - 1, y1 - 1), colour, **outline)  # Pillow includes the last pixel
 
 
-def _outline(draw, frame, colour, line, halo):
-    """A line along the inside of a frame, with a halo of a contrasting colour."""
+def _outline(image, frame, colour, line, casing, is_dashed):
+    """A line along the inside of a frame, in a casing of a contrasting colour, which shows in the gaps of a dashed
+    line. Its corners are whole."""
     x0, y0, x1, y1 = frame
-    _fill(draw, (x0 - halo, y0 - halo, x1 + halo, y1 + halo), None, outline=_contrast(colour), width=line + 2 * halo)
-    _fill(draw, frame, None, outline=colour, width=line)
+    edge = line + casing
+    inside = image.crop((x0 + edge, y0 + edge, max(x0 + edge, x1 - edge), max(y0 + edge, y1 - edge)))
+    draw = ImageDraw.Draw(image)
+    _fill(draw, (x0 - casing, y0 - casing, x1 + casing, y1 + casing), contrast(colour))
+    _fill(draw, frame, colour)
+    for axis in (0, 1) if is_dashed else ():
+        low, high = frame[axis], frame[axis + 2]
+        cuts = np.linspace(low, high, 2 * max(1, (high - low) // (8 * line)) + 2).round().astype(int).tolist()
+        for start, end in zip(cuts[1::2], cuts[2::2]):
+            _fill(draw, (x0, start, x1, end) if axis else (start, y0, end, y1), contrast(colour))
+    if 0 not in inside.size:
+        image.paste(inside, (x0 + edge, y0 + edge))
 
 
 def _place_tag(text, size, frame, taken, image_size):
-    """(rectangle, wrapped text) of a label that touches its frame and overlaps nothing taken, or None."""
-    image_width, image_height = image_size
-    indent = size // 3
+    """(rectangle, its text) of a label that touches its frame and overlaps nothing taken, or None. Above the frame, or
+    else below, right or left of it."""
+    W, H = image_size
+    x0, y0, x1, y1 = frame
     for share in (0.6, 0.4, 0.25, 1.0):  # of the image's width
-        text_width = image_width * share - 2 * indent
-        if text_width < 3 * size:  # one or two letters a line
+        room = W * share - 2 * (size // 3)
+        if room < 3 * size:  # one or two letters a line
             continue
-        block = text_block(text, size, text_width)
-        width = block.width + 2 * indent
-        height = block.height + 2 * (size // 8)
-        if len(block.lines) > 3 or width * height > image_width * image_height / 6 or width > image_width:
+        block = text_block(text, size, room)
+        w, h = block.width + 2 * (size // 3), block.height + 2 * (size // 8)
+        if block.height > 5 * size or w * h > W * H / 6:
             continue
-        for x, y in _spots(frame, width, height, image_size):
-            tag = (x, y, x + width, y + height)
-            is_inside = x >= 0 and y >= 0 and tag[2] <= image_width and tag[3] <= image_height
-            if is_inside and not any(_overlap(tag, other) for other in taken):
-                return tag, block
+        columns = [min(max(x, 0), W - w) for x in (x0, x1 - w, (x0 + x1 - w) // 2)]
+        rows = [min(max(y, 0), H - h) for y in (y0, y1 - h, (y0 + y1 - h) // 2)]
+        above_or_below = [(x, y) for y in (y0 - h, y1) for x in columns]
+        for x, y in above_or_below + [(x, y) for x in (x1, x0 - w) for y in rows]:
+            is_free = all(x >= x1 or x + w <= x0 or y >= y1 or y + h <= y0 for x0, y0, x1, y1 in taken)
+            if is_free and 0 <= x <= W - w and 0 <= y <= H - h:
+                return (x, y, x + w, y + h), block
     return None
 
 
-def _spots(frame, width, height, image_size):
-    """Top left corners for a label around a frame, in order of preference: above, below, right, left."""
-    x0, y0, x1, y1 = frame
-    columns = [min(max(x, 0), image_size[0] - width) for x in (x0, x1 - width, (x0 + x1 - width) // 2)]
-    rows = [min(max(y, 0), image_size[1] - height) for y in (y0, y1 - height, (y0 + y1 - height) // 2)]
-    return [(x, y) for y in (y0 - height, y1) for x in columns] + [(x, y) for x in (x1, x0 - width) for y in rows]
-
-
-def _overlap(a, b):
-    """Whether two rectangles have pixels in common."""
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-def _with_key(image, entries, size):
-    """The image with a strip below it: for each (text, colour) a square of the colour and the wrapped text."""
-    pad = size // 2
-    indent = 2 * size
-    text_width = max(image.width, 16 * size) - indent - pad  # at least 16: a very narrow image leaves no room
-    blocks = [text_block(text, size, text_width) for text, _ in entries]
-    width = max([image.width] + [block.width + indent + pad for block in blocks])
-    height = sum(block.height + pad // 2 for block in blocks) + 2 * pad - pad // 2
-    canvas = Image.new("RGB", (width, image.height + height), PAPER)
+def with_rows(image, rows, gap):
+    """An image with rows, which are images too, below it, `gap` pixels around each."""
+    width = max([image.width] + [row.width + 2 * gap for row in rows])
+    height = image.height + sum(row.height + gap for row in rows) + gap * bool(rows)
+    canvas = Image.new("RGB", (width, height), PAPER)
     canvas.paste(image, (0, 0))
-    draw = ImageDraw.Draw(canvas)
-    y = image.height + pad
-    for (_, colour), block in zip(entries, blocks):
-        top = y + (block.height // len(block.lines) - size) // 2
-        _fill(draw, (pad, top, pad + size, top + size), colour)
-        write_block(draw, (indent, y), block, INK)
-        y += block.height + pad // 2
+    y = image.height + gap
+    for row in rows:
+        canvas.paste(row, (gap, y))
+        y += row.height + gap
     return canvas
 
 
-# ---- contact sheet --------------------------------------------------------------------------------------------------
+def key_row(text, size, width, colour=None):
+    """Text of `size`, wrapped to `width` pixels, behind a square of the colour if there is one -> PIL image."""
+    indent = 3 * size // 2 if colour else 0
+    block = text_block(text, size, width - indent)
+    row = Image.new("RGB", (indent + block.width, block.height), PAPER)
+    draw = ImageDraw.Draw(row)
+    if colour:
+        _fill(draw, (0, size // 8, size, size // 8 + size), colour, outline=GREY)
+    draw.bitmap((indent, 0), block, INK)
+    return row
+
+
+def heat_bar(size, low, high):
+    """The colours of a heat map from low to high between these numbers, in a font of `size` -> PIL image."""
+    places = max(0, 1 - math.floor(math.log10(high - low))) if low < high else 2
+    start, end = (text_block(f"{value:.{places}f}", size) for value in (low, high))
+    bar = overlay_heatmap(Image.new("RGB", (7 * size, size), "white"), [np.linspace(0, 1, 7 * size)])
+    row = Image.new("RGB", (start.width + bar.width + end.width + size, start.height), PAPER)
+    row.paste(ImageOps.expand(bar, 1, GREY), (start.width + size // 2, size // 8))
+    for block, x in ((start, 0), (end, row.width - end.width)):
+        ImageDraw.Draw(row).bitmap((x, 0), block, INK)
+    return row
+
 
 def contact_sheet(tiles, captions=None, columns=4, tile=320):
-    """A grid of images, `columns` wide, each fitted into a square of `tile` pixels with its caption below.
-
-    tiles: images as in draw_boxes; captions: as many strings. Raises ValueError.
-    """
+    """A grid of images, `columns` wide, each fitted into a square of `tile` pixels, or of TILE if that is more, with
+    its caption below. tiles: images as in draw_boxes; captions: as many strings. Raises ValueError."""
     if not tiles:
         raise ValueError("a contact sheet needs at least one image")
     captions = _one_each(captions, len(tiles), "captions")
+    tile = max(tile, TILE)
     columns = min(columns, len(tiles))
-    gap = size = max(11, tile // 20)  # of the font
-    blocks = [text_block(clean_text(caption or "", 200), size, tile) for caption in captions]
-    rows = [range(i, min(i + columns, len(tiles))) for i in range(0, len(tiles), columns)]
-    heights = [tile + max([blocks[i].height for i in row if captions[i]], default=0) + gap // 2 for row in rows]
-    sheet = Image.new("RGB", (columns * (tile + gap) + gap, sum(heights) + gap * (len(rows) + 1)), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    y = gap
-    for row, height in zip(rows, heights):
-        for column, i in enumerate(row):
-            x = gap + column * (tile + gap)
-            image = _rgb(tiles[i])
-            scale = tile / max(image.size)
+    gap = tile // 20
+    size = max(12, tile // 24)  # of the font
+    strips = []
+    for start in range(0, len(tiles), columns):
+        images = []
+        for image in map(_rgb, tiles[start : start + columns]):
+            scale = (tile - 2) / max(image.size)  # a line of a pixel around it shows where a white image ends
             image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
-            _fill(draw, (x, y, x + tile, y + tile), (240, 240, 238))
-            sheet.paste(image, (x + (tile - image.width) // 2, y + (tile - image.height) // 2))
-            write_block(draw, (x, y + tile + gap // 2), blocks[i], INK)
-        y += height + gap
-    return sheet
+            images.append(ImageOps.expand(image, 1, GREY))
+        texts = [text_block(clean_text(text or "", 200), size, tile) for text in captions[start : start + columns]]
+        top = max(image.height for image in images)  # of the captions
+        height = top + max(gap // 2 + text.height for text in texts) * any(captions)
+        strip = Image.new("RGB", (columns * (tile + gap) - gap, height), PAPER)
+        for i, (image, text) in enumerate(zip(images, texts)):
+            strip.paste(image, (i * (tile + gap) + (tile - image.width) // 2, 0))
+            ImageDraw.Draw(strip).bitmap((i * (tile + gap), top + gap // 2), text, INK)
+        strips.append(strip)
+    return with_rows(Image.new("RGB", (1, 0)), strips, gap)

@@ -3,20 +3,10 @@
 import math
 import re
 from functools import lru_cache
-from typing import NamedTuple
 
-from PIL import ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 FALLBACK_FONTS = ["DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msgothic.ttc", "arial.ttf"]
-
-
-class Block(NamedTuple):
-    """Wrapped text, ready to draw; width and height in pixels."""
-
-    lines: list
-    font: ImageFont.FreeTypeFont
-    width: int
-    height: int
 
 
 @lru_cache(maxsize=64)
@@ -68,42 +58,39 @@ def clean_text(text, limit=300):
 
 def _wrap(text, font, width):
     """Lines of at most `width` pixels."""
-    lines = []
-    line = ""
+    lines = [""]
     for word in text.split(" "):
-        longer = f"{line} {word}" if line else word
+        longer = f"{lines[-1]} {word}".lstrip()
         if font.getlength(longer) <= width:
-            line = longer
+            lines[-1] = longer
             continue
-        if line:
-            lines.append(line)
-        while len(word) > 1 and font.getlength(word) > width:  # e.g. Japanese, which has no spaces to break at
-            cut = 1
-            while font.getlength(word[:cut + 1]) <= width:
-                cut += 1
-            lines.append(word[:cut])
-            word = word[cut:]
-        line = word
-    return lines + [line]
+        lines.append("")
+        for part in [word] if font.getlength(word) <= width else word:  # e.g. Japanese has no spaces to break at
+            if font.getlength(lines[-1] + part) > width:
+                lines.append("")
+            lines[-1] += part
+    return list(filter(None, lines)) or [""]
+
+
+def text_lines(text, font, width):
+    """Text wrapped to at most `width` pixels, in lines of similar length."""
+    lines = _wrap(text, font, width)
+    for percent in range(95, 55, -5) if len(lines) > 1 else ():  # narrower, as long as it needs no further line
+        narrower = _wrap(text, font, width * percent / 100)
+        if len(narrower) > len(lines):
+            break
+        lines = narrower
+    return lines
 
 
 def text_block(text, size, width=math.inf):
-    """Text in a font of `size`, wrapped to at most `width` pixels in lines of similar length."""
+    """Text in a font of `size`, wrapped to at most `width` pixels -> grey image, white on black, for ImageDraw.bitmap:
+    drawn at twice the size and then reduced, as small letters drawn at their own size are uneven."""
     text = drawable(text)
-    font = font_for(text, size)
-    lines = _wrap(text, font, width)
-    if len(lines) > 1:  # narrow the block as long as it needs no further line: no short last one
-        for share in (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6):
-            narrower = _wrap(text, font, share * width)
-            if len(narrower) > len(lines):
-                break
-            lines = narrower
-    ascent, descent = font.getmetrics()
-    return Block(lines, font, math.ceil(max(map(font.getlength, lines))), (ascent + descent) * len(lines))
-
-
-def write_block(draw, corner, block, colour):
-    """Write a Block with its top left at `corner`, (x, y)."""
-    x, y = corner
-    for i, line in enumerate(block.lines):
-        draw.text((x, y + i * block.height // len(block.lines)), line, colour, block.font)
+    font = font_for(text, 2 * size)
+    lines = text_lines(text, font, 2 * width)
+    height = 2 * math.ceil(sum(font.getmetrics()) / 2)  # of a line
+    block = Image.new("L", (2 * math.ceil(max(map(font.getlength, lines)) / 2) + 4, height * len(lines)))
+    for i, line in enumerate(lines):
+        ImageDraw.Draw(block).text((2, i * height), line, 255, font)  # 2: some letters reach beyond their width
+    return block.reduce(2)

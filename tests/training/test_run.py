@@ -1,5 +1,6 @@
 """A run: what it writes and keeps, and that every setting of the optimization does what it says."""
 
+import math
 import re
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,10 +14,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import train
 from hivg import weights
-from hivg.data.drawn.scenes import HARD_MIX, SPLITS, WIDE_SPLITS
+from hivg.data.drawn.scenes import HARD_MIX, SPLITS, WIDE_SPLITS, Shapes
+from hivg.evaluate.report import guessers
 from hivg.lora import without_adapters
 from hivg.losses import LossWeights
 from hivg.training import optimizers
+from hivg.training.log import Log
 from hivg.training.optimizers import learning_rate
 from train import Settings, stages
 
@@ -35,6 +38,48 @@ def test_what_a_run_writes(whole):
         assert row["lr"] == learning_rate(row["step"] - 1, row["step"], stage.lr, 2)
         assert names <= row.keys()
         assert sum(row[name] for name in names) == pytest.approx(row["loss"], abs=1e-3)
+
+
+@pytest.fixture
+def charts(monkeypatch):
+    """The panels of the curves.png that are drawn from now on, by their titles."""
+    drawn = []
+    monkeypatch.setattr("hivg.training.log.plot_panels", lambda panels, path: drawn.append(
+        {panel["title"].split(",")[0]: panel for panel in panels}))
+    return drawn
+
+
+@pytest.mark.parametrize("lengths", [(3, 1, 2), (50, 51, 120), (16, 16, 400)], ids=str)
+def test_curves_show_each_stage(charts, tmp_path, lengths):
+    """However short it is, between its start and its end, with no line to the next; and the parts of the loss."""
+    log = Log(tmp_path / "run")
+    starts = [0, lengths[0], lengths[0] + lengths[1]]
+    for name, steps in zip(NAMES, lengths):
+        for step in range(1, steps + 1):
+            v = torch.tensor(float(step))
+            log.step(name, step, steps, 0.1, {"loss": 3 * v, "box": 2 * v, "clc": v, "gradient_norm": v})
+        log.epoch(name, steps, 1, {"accuracy": 0.5}, 0.5)
+    panels = charts[-1]
+    assert list(panels) == ["Training loss", "Its parts", "Accuracy on val", "Learning rate"]
+    assert list(panels["Its parts"]["curves"]) == ["box", "clc"]  # which are the loss; the largest first
+    for title, panel in panels.items():
+        assert panel["boundaries"] == list(zip(starts, NAMES))
+        for curve in panel["curves"].values():
+            gaps = [x for x, y in curve if not math.isfinite(y)]
+            assert gaps == starts[1:]
+            for start, steps in zip(starts, lengths):
+                xs = [x for x, y in curve if math.isfinite(y) and start < x <= start + steps]
+                assert xs and xs == sorted(xs)
+    for x, mean in panels["Training loss"]["curves"]["loss"]:  # in the middle of the steps that it is the mean of
+        start = max(start for start in starts if start <= x)
+        assert math.isnan(mean) or mean == pytest.approx(3 * (x - start + 0.5))
+
+
+@pytest.mark.parametrize("dataset", ["shapes", "shapes-wide"])
+def test_curves_show_what_guessing_reaches(world, tiny, charts, dataset):
+    train.train(replace(tiny, dataset=dataset, lora="none", epochs=(1,), epoch_samples=8, lr=(2e-3,)))
+    val = Shapes("val", wide=dataset == "shapes-wide")
+    assert charts[-1]["Accuracy on val"]["levels"] == {"guessing the largest object": guessers(val)["largest object"]}
 
 
 def test_a_run_on_the_wider_world(world, tiny, monkeypatch):

@@ -264,20 +264,27 @@ def test_weights_that_are_damaged(model, monkeypatch, capfd, tmp_path):
     assert not (tmp_path / "rows.jsonl").exists()
 
 
-def test_sheet_shows_the_worst_first(model, monkeypatch):
+def test_sheet_shows_the_surest_mistakes_first(monkeypatch):
+    """And then random others, each of another image; no mistake is a small or a sure right box."""
     captions = []
-    monkeypatch.setattr(reports, "contact_sheet", lambda tiles, names: captions.extend(zip(tiles, names)))
-    dataset = ShapesTensors("val", 64)
-    rows = evaluate.predict(model, batches())
-    evaluate.sheet(dataset, rows)
-    worst = sorted(rows, key=lambda row: row["iou"])[: reports.SHEET]
-    assert [name for _, name in captions[: reports.SHEET]] == [f"worst: {row['expression']}" for row in worst]
-    assert len(captions) == 2 * reports.SHEET
-    others = [name.removeprefix("random: ") for _, name in captions[reports.SHEET :]]
-    assert len(set(others)) == reports.SHEET and not set(others) & {row["expression"] for row in worst}
-    for tile, name in captions:
-        row = next(row for row in rows if row["expression"] == name.split(": ", 1)[1])
-        assert tile.width >= dataset.shapes[row["image_id"]]["image"].width
+    monkeypatch.setattr(reports, "contact_sheet", lambda tiles, names: captions.extend(names))
+    monkeypatch.setattr(reports, "sheet_tile", lambda dataset, rows, number: None)
+    rng = np.random.default_rng(0)
+    for n in (1, 7, 40, 300):
+        rows = [{"expression": str(i), "image_id": i // 4, "iou": rng.choice([0.0, 0.3, 0.5, 0.9]),
+                 "score": rng.random(), "target": [0, 0, 1, 1] if i % 3 else None} for i in range(n)]
+        captions.clear()
+        evaluate.sheet(None, rows)
+        picked = {why: [rows[int(name.split(": ")[1])] for name in captions if name.startswith(why)]
+                  for why in ("worst", "random")}
+        images = [row["image_id"] for row in picked["worst"] + picked["random"]]
+        assert len(set(images)) == len(images) == len(captions) <= 2 * reports.SHEET
+        wrong = [row for row in rows if row["iou"] < 0.5]
+        surest = {image: max(row["score"] for row in wrong if row["image_id"] == image)
+                  for image in {row["image_id"] for row in wrong}}
+        assert [row["score"] for row in picked["worst"]] == sorted(surest.values(), reverse=True)[: reports.SHEET]
+        left = len({row["image_id"] for row in rows}) - len(picked["worst"])
+        assert len(picked["random"]) == min(left, reports.SHEET)
 
 
 @pytest.mark.parametrize("args, word", [

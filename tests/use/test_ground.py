@@ -109,8 +109,8 @@ def test_words_and_drawing(run, grounder):
     box = rf"box \({number}, {number}, {number}, {number}\), score \d\.\d\d\n"
     assert code == 0 and re.fullmatch(rf"a.png \(200 x 120\)\n  star: {box}  circle: {box}", out)
     plain = pixels("grounded.png")
-    run("a.png", "-e", "star", "-e", "circle", "--mask", "--output", "tinted.png")
-    assert (pixels("tinted.png") != plain).any()
+    run("a.png", "-e", "star", "-e", "circle", "--mask", "--output", "dimmed.png")
+    assert pixels("dimmed.png")[:120, :200].mean() < plain[:120, :200].mean()
 
 
 @pytest.mark.parametrize("words, heatmap", [
@@ -119,7 +119,8 @@ def test_words_and_drawing(run, grounder):
     (["a.png", "--heatmap", "-e", "star"], "tokens"),
     (["a.png", "-e", "star", "--heatmap", "tokens"], "tokens"),
     (["a.png", "-e", "star", "--heatmap=attention"], "attention"),
-    (["--heatmap", "attention", "a.png", "-e", "star"], "attention")], ids=lambda value: "".join(value))
+    (["--heatmap", "attention", "a.png", "-e", "star"], "attention"),
+    (["--heatmap", "words", "a.png", "-e", "star"], "words")], ids=lambda value: "".join(value))
 def test_heatmap(run, grounder, words, heatmap):
     assert run(*words)[0] == 0
     result = grounder.ground("a.png", "star", attention=True)
@@ -201,7 +202,7 @@ def test_nothing_found(run):
     mask = Image.open("out/a-1.png")
     assert (mask.mode, mask.size) == ("L", (200, 120)) and not np.asarray(mask).any()
     run("a.png", "-e", "star", "--min_score", "1", "--output", "none.png", "--heatmap")
-    assert (pixels("none.png") != pixels("a.png")).any()
+    assert (pixels("none.png")[:120, :200] != pixels("a.png")).any()
 
 
 def test_masks_as_files(run, grounder):

@@ -48,21 +48,37 @@ def test_small_images_are_drawn_larger(grounder, size, factor):
     width, height = size
     result = grounder.ground(Image.new("RGB", size, "white"), TEXTS[0])
     result = replace(result, expression="", box=(width / 2, 0.0, width, height))
-    drawn = result.draw()
-    assert drawn.size == (factor * width, factor * height)
-    changed = (np.asarray(drawn) != 255).any((0, 2))
-    assert changed[-1] and (factor == 1 or not changed[: factor * width // 2 - 4].any())
-    assert result.draw(heatmap=True).size == result.draw(mask=True).size == drawn.size
+    for drawn in (result.draw(), result.draw(heatmap=True), result.draw(mask=True)):
+        assert drawn.width >= factor * width and drawn.height >= factor * height  # or a bar or a note is below
+    changed = np.asarray(result.draw())[: factor * height, : factor * width] != 255
+    middle = changed[-1].any(1)  # of the last row, which has no label
+    assert middle[-1] and (factor == 1 or not middle[: factor * width // 2 - 4].any())
 
 
 def test_an_expression_without_glyphs_has_its_number(grounder, image, monkeypatch):
     """Among all results, those not found included."""
     asked = []
     monkeypatch.setattr("hivg.utils.fonts._lacks", lambda which, character: character > "z")
-    monkeypatch.setattr("hivg.grounder.draw_boxes", lambda image, boxes, labels, **_: asked.append(labels))
+    monkeypatch.setattr("hivg.grounder.draw_boxes", lambda image, boxes, labels, **more: asked.append((labels, more)))
     results = grounder.ground(image, ["star", "红色的圆", "red 圆"])
     draw_results([replace(result, score=0.5 * i) for i, result in enumerate(results)], min_score=0.1)
-    assert asked == [["#2", "red ?"]]
+    (labels, more), = asked
+    assert labels == ["#2", "red ?"] and more["scores"] == [0.5, 1.0] and more["doubtful"] == 0.5
+
+
+def test_a_drawing_says_what_its_maps_are_of(grounder, image, monkeypatch):
+    """Of which expression, in words below it; maps of one range have one scale."""
+    asked = []
+    monkeypatch.setattr("hivg.grounder.draw_boxes", lambda *args, **more: asked.append(more))
+    results = grounder.ground(image, TEXTS[:2], attention=True)
+    asks = [(True, False, "token map"), ("attention", False, "relative attention of [REG]"), (False, True, "mask"),
+            ("tokens", True, "token map and mask")]
+    for heatmap, mask, note in asks:
+        draw_results(results, heatmap, mask, heat_range=(0, 1))
+        assert asked[-1]["note"] == f'{note} for "{TEXTS[0]}"' and asked[-1]["heat_range"] == (0, 1)
+    draw_results(results)
+    draw_results(results, mask=True, min_score=1.0)  # then its mask is not drawn
+    assert asked[-1]["note"] == asked[-2]["note"] == ""
 
 
 def test_maps_lie_where_their_patches_are(grounder, image):

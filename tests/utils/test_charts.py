@@ -1,12 +1,31 @@
 """Line charts: ticks are round and in the right place, curves run through their points, odd input is drawn."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor, ImageDraw
 
+from hivg.ablate import charts as ablate_charts
 from hivg.utils import charts
-from hivg.utils.charts import _ticks, plot_curves, plot_panels
-from hivg.utils.draw import colour_of
+from hivg.utils.charts import _log_ticks, _ticks, plot_curves, plot_panels
+
+FIRST = ImageColor.getrgb(charts.CURVES[0])
+# Machado et al. 2009: linear red, green and blue as seen without the red, and without the green cones
+PROTANOPIA = [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]]
+DEUTERANOPIA = [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]]
+
+
+@pytest.mark.parametrize("colours", [charts.CURVES, list(ablate_charts.COLOURS.values())], ids=["curves", "ablation"])
+@pytest.mark.parametrize("seen", [PROTANOPIA, DEUTERANOPIA], ids=["protanopia", "deuteranopia"])
+def test_curves_are_told_apart_with_any_kind_of_colour_vision(colours, seen):
+    """And without colour: neighbours differ in their dashes and marks, and the first twelve in something."""
+    linear = [(np.array(ImageColor.getrgb(colour)) / 255) ** 2.2 @ np.transpose(seen) for colour in colours]
+    for a, b in combinations(np.clip(linear, 0, 1) ** (1 / 2.2), 2):
+        assert np.abs(a - b).max() > 0.1
+    styles = [(i % len(charts.DASHES), i % len(charts.SIDES), i % len(charts.CURVES)) for i in range(12)]
+    assert len(set(styles)) == 12 and len({style[:2] for style in styles[:4]}) == 4
+    assert len(set(ablate_charts.SIDES.values())) == 3
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (0, 2.5e-4), (-3, 7), (0, 123456), (1e7, 3e7), (0.3, 0.3001), (5, 60)])
@@ -28,38 +47,41 @@ def test_ticks_have_a_least_distance():
 NAN = float("nan")
 
 
-def axes_of(monkeypatch, curves, **options):
-    """The Axes of a chart."""
-    found = []
-    monkeypatch.setattr(charts, "_grid", lambda draw, axes: found.append(axes))
+def ranges_of(monkeypatch, curves, **options):
+    """(low, high) of y, and the least distance of ticks of x."""
+    asked = []
+    monkeypatch.setattr(charts, "_ticks", lambda low, high, count, least=0.0: asked.append((low, high, least)) or [])
     plot_curves(curves, **options)
-    return found[0]
+    return asked[0][:2], asked[1][2]
 
 
 def test_a_chart_of_few_points(monkeypatch):
     """Whole steps have whole ticks, and an accuracy is at most 1."""
-    assert axes_of(monkeypatch, {"a": [(1, 0.8)]}).x_step == 1
-    assert axes_of(monkeypatch, {"a": [(0.5, 0.8), (2, 0.9)]}).x_step == 0
-    low, high = axes_of(monkeypatch, {"accuracy": [(3, 0.8)]}).y_range
-    assert (low, high) == (0.4, 1)
-    assert axes_of(monkeypatch, {"accuracy": [(3, 0), (4, 1)]}).y_range == (0, 1)
-    assert axes_of(monkeypatch, {"loss": [(3, 0), (4, 2)]}).y_range == pytest.approx((-0.1, 2.1))
+    assert ranges_of(monkeypatch, {"a": [(1, 0.8)]})[1] == 0
+    assert ranges_of(monkeypatch, {"a": [(0, 0.8), (1.5, 0.8), (3, 0.9)]})[1] == 1
+    assert ranges_of(monkeypatch, {"a": [(0.5, 0.8), (2, 0.9)]})[1] == 0
+    assert ranges_of(monkeypatch, {"accuracy": [(3, 0.8)]})[0] == (0.4, 1)
+    assert ranges_of(monkeypatch, {"accuracy": [(3, 0), (4, 1)]})[0] == (0, 1)
+    assert ranges_of(monkeypatch, {"loss": [(3, 0), (4, 2)]})[0] == pytest.approx((-0.1, 2.1))
+    with_level = ranges_of(monkeypatch, {"accuracy": [(3, 0.5), (4, 0.7)]}, levels={"guessing": 0.3})[0]
+    assert with_level == pytest.approx((0.28, 0.72))
 
 
+@pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("curves", [
     {}, {"none": []}, {"one": [(3, 5)]}, {"gap": [(0, 1), (1, NAN), (2, 3)]}, {"all": [(0, NAN), (1, float("inf"))]},
     {"flat": [(0, 2), (9, 2)]}, {"huge": [(0, -1e299), (1, 1e299)]}, {"tiny": [(0, 1e-12), (1, 3e-12)]},
     {f"run {i} with a long name": [(0, i), (1, -i)] for i in range(30)}, {"犬": [(i, i % 7) for i in range(5000)]},
 ])
-def test_curves(curves):
-    image = plot_curves(curves, title="Training", x_label="epoch", y_label="loss",
+def test_curves(curves, log):
+    image = plot_curves(curves, title="Training", x_label="epoch", y_label="loss", levels={"guessing": 0.2}, log=log,
                         boundaries=[(0, "warm-up"), (0.5, "stage 1"), (0.55, "stage 2"), (1, "end")])
     assert image.size == plot_curves(curves).size == (900, 360) and image.mode == "RGB"
 
 
 def test_a_curve_is_where_its_points_are():
     line = np.asarray(plot_curves({"a": [(0, 0), (0.5, 0.5), (1, 1)]}))[60:]  # below the legend
-    rows, columns = np.nonzero(np.abs(line.astype(int) - colour_of(0)).sum(axis=2) < 60)
+    rows, columns = np.nonzero(np.abs(line.astype(int) - FIRST).sum(axis=2) < 60)
     assert np.corrcoef(rows, columns)[0, 1] < -0.999  # rises to the right
     broken = np.asarray(plot_curves({"a": [(0, 0), (0.4, 0.4), (0.5, NAN), (0.6, 0.6), (1, 1)]}))[60:]
     assert (broken[:, 470:490] == 255).all(axis=2).mean() > (line[:, 470:490] == 255).all(axis=2).mean()
@@ -68,14 +90,14 @@ def test_a_curve_is_where_its_points_are():
 def curve_pixels(image):
     """(rows, columns) of the first curve, below the legend."""
     pixels = np.asarray(image)[26:].astype(int)
-    rows, columns = np.nonzero(np.abs(pixels - colour_of(0)).sum(axis=2) < 60)
+    rows, columns = np.nonzero(np.abs(pixels - FIRST).sum(axis=2) < 60)
     return rows + 26, columns
 
 
 def test_a_curve_stays_within_the_axes():
     rows, columns = curve_pixels(plot_curves({"a": [(0, 0), (1, 9), (2, -9), (3, 0)]}))
     assert rows.min() > 32 and rows.max() <= 332  # between the legend and the tick labels of x
-    assert columns.min() >= 78 and columns.max() <= 882
+    assert columns.min() >= 75 and columns.max() <= 885
     assert columns.max() - columns.min() > 790
 
 
@@ -94,20 +116,49 @@ def test_boundaries_count_for_the_range():
     assert 470 < columns.max() < 490  # half of the width
 
 
+@pytest.mark.parametrize("lengths", [(16, 16, 16), (1, 1, 1, 1, 96), (1, 10**6), (9000, 3000, 3000, 3000)], ids=str)
+def test_each_stage_can_be_seen(lengths):
+    """However short it is beside the others; a longer one is wider."""
+    ends = np.cumsum([0, *lengths]).tolist()
+    boundaries = [(end, "") for end in ends]
+    widths = []
+    for start, end in zip(ends, ends[1:]):
+        _, columns = curve_pixels(plot_curves({"a": [(start, 0), (end, 0)]}, title="A stage", boundaries=boundaries))
+        widths.append(int(np.ptp(columns)) - 10)  # without the marks at its ends
+    assert min(widths) > 800 * charts.LEAST / 2 and sum(widths) == pytest.approx(800, abs=12)
+    for (a, wide), (b, other) in combinations(zip(lengths, widths), 2):
+        assert abs(wide - other) <= 2 if a == b else (wide < other) == (a < b)
+
+
+def test_a_logarithmic_axis():
+    """Equal factors are equal distances, and the ticks are true."""
+    line = plot_curves({"a": [(x, 10 ** (-x / 4)) for x in range(9)]}, log=True)
+    rows, columns = curve_pixels(line)
+    assert np.corrcoef(rows, columns)[0, 1] > 0.999
+    ticks = _log_ticks(np.log10(0.03), np.log10(20), 9)
+    assert [text for _, text in ticks] == ["0.05", "0.1", "0.2", "0.5", "1", "2", "5", "10", "20"]
+    assert all(10**place == pytest.approx(float(text)) for place, text in ticks)
+    assert [text for _, text in _log_ticks(-3, 3, 5)] == ["0.001", "0.01", "0.1", "1", "10", "100", "1000"]
+
+
 def test_names_that_do_not_fit_take_another_row(monkeypatch):
-    one_row = axes_of(monkeypatch, {"a long name of a curve": []}).top
-    assert axes_of(monkeypatch, {f"a long name of curve {i}": [] for i in range(4)}).top == one_row
-    assert axes_of(monkeypatch, {f"a long name of curve {i}": [] for i in range(12)}).top == one_row + 2 * 34
-    stages = [(0, "stage 1"), (300, "stage 2"), (1000, "end")]
-    assert axes_of(monkeypatch, {}, boundaries=stages).top == axes_of(monkeypatch, {}).top + 28
-    stages.append((5, "stage 1b"))
-    assert axes_of(monkeypatch, {}, boundaries=stages).top == axes_of(monkeypatch, {}).top + 2 * 28
+    draw = ImageDraw.Draw(Image.new("RGB", (1800, 600)))
+
+    def rows(n):
+        return (charts._legend(draw, [f"a long name of curve {i}" for i in range(n)], 160, 1760, 0) - 40) / 34
+
+    assert [rows(n) for n in (0, 1, 4, 5, 12)] == [-40 / 34, 0, 0, 1, 2]
 
 
-def test_the_name_of_y_reads_upwards():
-    image = np.asarray(plot_curves({}, y_label="MMMMMM.........."))[:, :40]
-    rows, _ = np.nonzero(image.max(axis=2) < 128)
-    assert np.median(rows) > rows.min() + 0.6 * (rows.max() - rows.min())
+def test_what_a_lone_curve_is_called_is_the_title():
+    """Without a title it has its legend."""
+    def top(**options):
+        rows, _ = curve_pixels(plot_curves({"loss": [(0, 0), (1, 1)]}, **options))
+        return rows.min()
+
+    alone, named = top(title="Training loss"), top()
+    assert alone != named
+    assert (np.asarray(plot_curves({"loss": [(0, 0)], "more": [(1, 1)]}, y_label="ms"))[:24] < 128).any()
 
 
 def test_panels(tmp_path):

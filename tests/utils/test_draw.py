@@ -6,8 +6,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hivg.utils.draw import COLOURS, PAPER, colour_of, contact_sheet, draw_boxes, overlay_heatmap, overlay_mask
-from hivg.utils.fonts import drawable, font_for, fonts_of_size, text_block
+from hivg.utils.draw import (
+    COLOURS,
+    PAPER,
+    TILE,
+    colour_of,
+    contact_sheet,
+    draw_boxes,
+    heat_range_of,
+    overlay_heatmap,
+    overlay_mask,
+)
+from hivg.utils.fonts import drawable, font_for, fonts_of_size, text_block, text_lines
 
 WORDS = "the giraffe left of the fence zebra man in a red shirt umbrella second person from right".split()
 BOX = [200, 150, 400, 350]
@@ -43,6 +53,26 @@ def inside(boxes, width, height, inset=0.0):
         columns = slice(max(0, int(np.floor(x0))), max(0, int(np.ceil(x1))))
         mask[rows, columns] = True
     return mask
+
+
+def contrast(a, b):
+    """WCAG's contrast ratio of colours (..., 3) in 0..255, from 1 to 21."""
+    light = [np.where(np.array(c) <= 10, np.array(c) / 3295, ((np.array(c) / 255 + 0.055) / 1.055) ** 2.4)
+             @ [0.2126, 0.7152, 0.0722] + 0.05 for c in (a, b)]
+    return np.maximum(*light) / np.minimum(*light)
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """The texts that are drawn from now on."""
+    texts = []
+
+    def spy(text, *args):
+        texts.append(text)
+        return text_block(text, *args)
+
+    monkeypatch.setattr("hivg.utils.draw.text_block", spy)
+    return texts
 
 
 def sizes():
@@ -150,6 +180,39 @@ def test_boxes_have_distinct_colours():
     assert where(draw_boxes(plain(99, 99), [[9, 9, 50, 50]], colours=[(1, 2, 3)]), (1, 2, 3))[0].size
 
 
+# a label's colour, on the image's own or on the two that a photograph has most of
+@pytest.mark.parametrize("background", ["black", "white", "#808080", "own"])
+@pytest.mark.parametrize("score", [0.1, 0.9])
+def test_boxes_and_labels_are_seen_on_any_colour(background, score):
+    """Across each side of a box, and of its label, there is a pixel that contrasts with the image."""
+    for i in range(3 * len(COLOURS)):
+        image = plain(640, 480, colour_of(i) if background == "own" else background)
+        drawn = np.asarray(draw_boxes(image, [BOX], ["zebra"], [colour_of(i)], scores=[score])).astype(float)
+        seen = contrast(drawn, np.asarray(image).astype(float)) >= 3
+        x, y = 300, 250  # lines from the middle of the box to its four sides
+        for line in (seen[140:150, x], seen[350:360, x], seen[y, 190:200], seen[y, 400:410]):
+            assert line.any()
+        assert seen[120:145, 195:210].any() and seen[118:126, 220].any()  # the label's left side and its top
+
+
+def test_doubtful_boxes_are_dashed():
+    """By the score that is asked for; their corners are whole."""
+    def gaps(score, **options):
+        drawn = np.asarray(draw_boxes(plain(640, 480, "grey"), [BOX], scores=[score], **options))
+        own = (drawn == colour_of(0)).all(2)
+        assert own[148, 197:204].all() and own[352, 397:402].all()  # corners
+        return [(np.diff(side.astype(int)) == 1).sum() for side in (own[148, 198:402], own[148:352, 198])]
+
+    assert gaps(0.5) == gaps(None) == [0, 0] == gaps(0.2, doubtful=0.2)
+    assert min(gaps(0.49)) > 2 and gaps(0.49) == gaps(0.0) == gaps(0.7, doubtful=0.9)
+
+
+def test_scores_are_printed(said):
+    draw_boxes(plain(640, 480), [BOX, [9, 9, 99, 99], [450, 9, 500, 99]], ["zebra", None, "dog"],
+               scores=[0.934, 0.125, None])
+    assert {"zebra 0.93", "0.12", "dog"} <= set(said)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (4000, 8), (8, 4000), (2, 3), (50, 50)])
 @pytest.mark.parametrize("label", ["", "dog", "犬が左にいる" * 50, "word " * 400, "x" * 5000, None,
                                    "a\n\tb\ud800\u202e🦒\0é"])
@@ -173,7 +236,9 @@ def test_arguments_are_left_alone_and_may_be_lists():
     draw_boxes(image, boxes, ["a"])
     assert not np.asarray(image).any() and boxes.tolist() == [[5, 5, 20, 20]]
     assert draw_boxes(image, [], []).size == (60, 60)
-    assert draw_boxes(image, boxes, heatmap=np.ones((3, 3)), mask=np.ones((2, 2), dtype=bool)).size == (60, 60)
+    assert draw_boxes(image, boxes, mask=np.ones((2, 2), dtype=bool)).size == (60, 60)
+    with_bar = draw_boxes(image, boxes, heatmap=np.ones((3, 3)))
+    assert with_bar.height > 60 and with_bar.crop((0, 0, 60, 60)) == draw_boxes(image, boxes)  # a flat map is not seen
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -181,6 +246,9 @@ def test_arguments_are_left_alone_and_may_be_lists():
     (dict(boxes=[[9, 0, 3, 4]]), "xmin"), (dict(boxes=[[0, 0, float("nan"), 4]]), "finite"),
     (dict(boxes=[[0, 0, 3, 4]], labels=["a", "b"]), "labels"), (dict(boxes=[[0, 0, 3, 4]], labels="a"), "labels"),
     (dict(boxes=[[0, 0, 3, 4]], colours=[]), "colours"), (dict(boxes=[[0, 0, 3, 4]], colours="red"), "colours"),
+    (dict(boxes=[[0, 0, 3, 4]], scores=0.5), "scores"), (dict(boxes=[[0, 0, 3, 4]], scores=[]), "scores"),
+    *((dict(boxes=[], heatmap=np.eye(2), heat_range=bad), "heat_range") for bad in (
+        (1, 0), (0, float("nan")), (0, float("inf")), (0, 1, 2), 3)),
     (dict(boxes=[], heatmap=np.ones(4)), "heatmap"), (dict(boxes=[], mask=np.ones((0, 4))), "mask"),
     (dict(boxes=[], image=np.ones((4, 4))), "uint8"), (dict(boxes=[], image=noise(4, 4)[:0]), "H, W > 0"),
     (dict(boxes=[], image=Image.new("RGB", (0, 0))), "no pixels"),
@@ -194,9 +262,27 @@ def test_errors(arguments, message):
 
 
 def test_lines_of_a_label_are_even():
-    width = fonts_of_size(20)[0].getlength("word word word word word word")
-    assert text_block(" ".join(["word"] * 7), 20, width).lines == ["word word word word", "word word word"]
-    assert len(text_block(" ".join(["word"] * 6), 20, width).lines) == 1
+    font = fonts_of_size(20)[0]
+    width = font.getlength("word word word word word word")
+    assert text_lines(" ".join(["word"] * 7), font, width) == ["word word word word", "word word word"]
+    assert len(text_lines(" ".join(["word"] * 6), font, width)) == 1
+
+
+def test_lines_fit_and_lose_nothing():
+    rng = np.random.default_rng(0)
+    font = fonts_of_size(20)[0]
+    for _ in range(30):
+        text = " ".join("x" * n for n in rng.integers(1, 30, rng.integers(1, 12)))
+        width = rng.integers(20, 400)
+        lines = text_lines(text, font, width)
+        assert max(map(font.getlength, lines)) <= width and "".join(lines).replace(" ", "") == text.replace(" ", "")
+
+
+def test_text_is_drawn_at_twice_its_size():
+    """And reduced: as wide as without hinting, and with many greys."""
+    block = text_block("illicit hill", 12)
+    assert abs(block.width - fonts_of_size(480)[0].getlength("illicit hill") / 40) < 3
+    assert len(block.getcolors()) > 30
 
 
 def test_the_font_that_has_the_characters(monkeypatch):
@@ -215,7 +301,7 @@ def test_what_no_font_has_is_a_question_mark():
     assert drawable("left of the star?") == "left of the star?"
     assert drawable(f"{missing * 2} [red] {missing}") == "? [red] ?"
     assert drawable(f"{missing}, {missing}") == "?" and drawable(missing, "#2") == "#2"
-    assert text_block(f"the {missing}", 20, 900).lines == ["the ?"]
+    assert text_block(f"the {missing}", 20, 900) == text_block("the ?", 20)
     assert drawable("") == "" and drawable("!", "#1") == "!"
 
 
@@ -234,48 +320,81 @@ def test_heatmap():
         assert overlay_heatmap(white, odd).size == (40, 20)
     assert (np.asarray(overlay_heatmap(white, ramp[..., 0], alpha=0.0)) == 255).all()
     holes = np.asarray(overlay_heatmap(white, [[np.nan, np.nan, 5, 5, 9, 9]]))[10]  # drawn as the lowest
-    assert (holes[0] == np.asarray(overlay_heatmap(white, [[5, 5, 5, 5, 9, 9]]))[10, 0]).all()
+    assert (holes[0] == 255).all() and (holes[-1] != 255).any()
 
 
-def test_the_image_stays_visible_where_a_heatmap_is_low():
-    """alpha where it is highest, half of it where it is lowest."""
-    columns = np.asarray(overlay_heatmap(plain(40, 20), [[0, 1]], alpha=0.8))[10].astype(int)
-    for column, (r, g, b), alpha in ((0, (0, 0, 4), 0.4), (-1, (252, 255, 164), 0.8)):
-        mixed = [255 + (c - 255) * alpha for c in (r, g, b)]
-        assert np.abs(columns[column] - mixed).max() <= 2
+@pytest.mark.parametrize("seed", range(5))
+def test_the_colours_of_the_image_stay_where_a_heatmap_is_low(seed):
+    """They are covered the more the higher it is."""
+    image = noise(64, 64, seed)
+    heatmap = np.random.default_rng(seed).normal(0, 100, (8, 8)).cumsum(0).repeat(8, 0).repeat(8, 1)
+    drawn = np.asarray(overlay_heatmap(image, heatmap)).astype(int)
+    assert (drawn == image)[heatmap == heatmap.min()].all()
+    step = [np.abs(drawn - image)[near].mean() for near in (
+        heatmap < np.quantile(heatmap, 0.2), heatmap > np.quantile(heatmap, 0.8))]
+    assert step[0] < step[1]
+    assert np.abs(drawn[heatmap == heatmap.max()] - (246, 239, 32)).mean() < 30  # the last colour, mostly
 
 
-def test_mask():
+def test_heat_maps_of_one_range_can_be_compared():
+    """What has the same value has the same colour; what is beyond the range that of its end."""
+    weak, strong = np.array([[0.0, 0.2]]), np.array([[0.0, 0.2, 1.0]])
+    heat_range = heat_range_of(weak, strong, [[np.nan, -np.inf]])
+    assert heat_range == (0, 1)
+    own, both, alone = (np.asarray(overlay_heatmap(plain(60, 20), heatmap, heat_range=given))[10]
+                        for heatmap, given in ((weak, None), (strong, heat_range), (weak, heat_range)))
+    assert np.abs(alone[-1] - both[30].astype(int)).max() <= 5 and (own[-1] == both[-1]).all()
+    beyond = np.asarray(overlay_heatmap(plain(60, 20), [[-9, 9]], heat_range=heat_range))[10]
+    assert (beyond[0] == 255).all() and (beyond[-1] == both[-1]).all()
+
+
+@pytest.mark.parametrize("heatmap, heat_range, ends", [
+    ([[0.031, 0.842]], None, ["0.03", "0.84"]), ([[0.031, 0.842]], (0, 1), ["0.0", "1.0"]),
+    ([[-5, 900]], None, ["-5", "900"]), ([[2e-5, 3e-5]], None, ["0.000020", "0.000030"]),
+    ([[7, 7]], None, ["7.00", "7.00"])], ids=str)
+def test_the_bar_below_a_heat_map(said, heatmap, heat_range, ends):
+    """Prints what its ends stand for, and the note what the map is of."""
+    image = draw_boxes(plain(640, 480), [], heatmap=heatmap, heat_range=heat_range, note='map of "zebra"')
+    assert said == ['map of "zebra"', *ends]
+    assert image.width == 640 and 480 < image.height < 560
+    strip = np.asarray(image)[480:].astype(int)
+    assert (np.ptp(strip, 2) > 150).any()  # its yellow
+
+
+def test_a_mask_dims_what_it_leaves_out():
     mask = np.zeros((20, 40), dtype=bool)
     mask[2:16, 20:] = True
-    for colour in ("#ff0000", (255, 0, 0)):
-        tinted = np.asarray(overlay_mask(plain(40, 20), mask, colour))
-        assert np.abs(tinted[6:12, 24:].astype(int) - (255, 128, 128)).max() <= 2  # half, where the mask is
-        assert (tinted[:, :16] == 255).all()
-    boxes = [[4, 4, 9, 9], [20, 4, 30, 9]]  # with boxes, the mask has the colour of the first
-    drawn = draw_boxes(plain(40, 20), boxes, colours=["#ff0000", "#00ff00"], mask=np.ones((4, 4)))
-    assert drawn.getpixel((35, 18)) == overlay_mask(plain(40, 20), np.ones((4, 4)), "#ff0000").getpixel((35, 18))
+    image = noise(400, 200)
+    drawn = np.asarray(overlay_mask(image, mask)).astype(int)
+    inside, outside = (slice(40, 140), slice(230, 400)), (slice(None), slice(0, 160))
+    assert (drawn[inside] == image[inside]).all()
+    assert np.abs(drawn[outside] - 0.4 * image[outside]).max() <= 1
+    boxes = [[40, 40, 90, 90], [200, 40, 300, 90]]  # with boxes, its outline has the colour of the first
+    drawn = draw_boxes(plain(400, 200), boxes, mask=mask)
+    assert len(where(drawn.crop((310, 0, 400, 200)), colour_of(0))[0]) > 50
 
 
 @pytest.mark.parametrize("colour", ["#ffffff", "#000000", "#808080", "#d55e00", "#0072b2"])
 @pytest.mark.parametrize("size", [(60, 40), (900, 600)], ids=str)
 def test_outline_of_a_mask_is_seen_on_any_colour(colour, size):
-    """Black and white pixels run along it, and none is elsewhere."""
+    """Whatever its own colour is, something in it contrasts with the image; away from it nothing is drawn."""
     mask = np.zeros((20, 30))
     mask[5:15, 10:] = 1  # up to the right border
     image = plain(*size, colour)
-    drawn = np.asarray(overlay_mask(image, mask, colour)).astype(int)  # a tint that is not seen
     scale = size[0] // 30
-    for across in (drawn[10 * scale], drawn[:, 20 * scale]):  # a line over the outline each
-        assert (across.min(1) > 230).any() and (across.max(1) < 25).any()
-    changed = np.abs(drawn - np.asarray(image)).max(2) > 1
-    assert not changed[: 3 * scale].any() and not changed[8 * scale : 12 * scale, 13 * scale :].any()
-    assert changed.mean() < 0.3 and np.asarray(image).std(axis=(0, 1)).max() == 0  # the image given is unchanged
+    for own in ("white", colour):
+        drawn = np.asarray(overlay_mask(image, mask, own)).astype(float)
+        for across in (drawn[10 * scale], drawn[:, 20 * scale]):  # a line over the outline each
+            for beside in (across[0], drawn[10 * scale, 18 * scale]):  # without the mask, and in it
+                assert (contrast(across, beside) >= 2.9).any()
+        assert (drawn[8 * scale : 12 * scale, 13 * scale :] == np.asarray(image)[0, 0]).all()
+        assert np.abs(drawn[: 3 * scale] - 0.4 * np.asarray(image)[0, 0]).max() <= 1
+    assert np.asarray(image).std(axis=(0, 1)).max() == 0  # the image given is unchanged
 
 
 def test_masks_without_an_outline():
-    for mask in (np.zeros((4, 4)), np.ones((4, 4)), np.full((3, 5), np.nan)):
-        assert (np.asarray(overlay_mask(plain(50, 40, "red"), mask, "red")) == (255, 0, 0)).all()
+    for mask, share in ((np.zeros((4, 4)), 0.4), (np.ones((4, 4)), 1), (np.full((3, 5), np.nan), 0.4)):
+        assert (np.asarray(overlay_mask(plain(50, 40, "red"), mask)) == (255 * share, 0, 0)).all()
 
 
 def test_outline_of_an_image_of_many_pixels():
@@ -290,20 +409,29 @@ def test_outline_of_an_image_of_many_pixels():
 
 def test_contact_sheet():
     tiles = [noise(50, 50), plain(300, 20), Image.new("L", (1, 4000)), noise(7, 9), noise(30, 30)]
-    sheet = contact_sheet(tiles, ["a", "word " * 100, "犬", "", None], columns=4, tile=100)
-    assert 400 < sheet.width < 500 and sheet.height > 2 * 100
-    assert contact_sheet(tiles[:1], tile=100).width < 130
+    sheet = contact_sheet(tiles, ["a", "word " * 100, "犬", "", None], columns=4, tile=300)
+    assert 1200 < sheet.width < 1300 and sheet.height > 2 * 300
     for bad in (dict(tiles=[]), dict(tiles=tiles, captions=["a"])):
         with pytest.raises(ValueError):
             contact_sheet(**bad)
 
 
+@pytest.mark.parametrize("colour", ["white", "black", PAPER], ids=str)
+def test_tiles_are_large_enough_and_have_a_border(colour):
+    """On any image, whatever smaller size is asked for."""
+    sheet = np.asarray(contact_sheet([plain(300, 200, colour)] * 2, columns=1, tile=100)).astype(float)
+    rows, columns = np.nonzero((contrast(sheet, np.array(PAPER, float)) > 3) & (contrast(sheet, np.zeros(3)) > 3))
+    assert columns.max() - columns.min() == TILE - 1 >= 239
+    for x in (columns.min(), columns.max()):
+        assert (columns == x).sum() == 2 * 161  # the sides of both
+
+
 def test_tiles_fit_into_their_cells_and_captions_below():
     red = plain(300, 20, "red")
-    sheet = contact_sheet([red, red], columns=1, tile=100)
+    sheet = contact_sheet([red, red], columns=1, tile=300)
     rows, columns = where(sheet, (255, 0, 0))
-    assert columns.max() - columns.min() == 99 and 5 <= (np.diff(np.unique(rows)) == 1).sum() <= 14
-    told = np.asarray(contact_sheet([red, red], ["a caption"] * 2, columns=1, tile=100))
+    assert columns.max() - columns.min() == 297 and 30 <= (np.diff(np.unique(rows)) == 1).sum() <= 40
+    told = np.asarray(contact_sheet([red, red], ["a caption"] * 2, columns=1, tile=300))
     text = (told.max(axis=2) < 60).any(axis=1)
     assert told.shape[0] > sheet.height + 20
-    assert not text[:100].any() and text[100:130].any() and text[-30:].any()
+    assert not text[:36].any() and text[36:70].any() and text[-40:].any()
