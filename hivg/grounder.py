@@ -18,7 +18,7 @@ from hivg import weights
 from hivg.data.images import open_image
 from hivg.data.masks import run_lengths_of
 from hivg.data.transforms import Letterbox
-from hivg.evaluate.calibration import calibrated, calibration_of
+from hivg.evaluate.calibration import RECOMMENDED, calibrated, calibration_of
 from hivg.evaluate.known import DRAWN_ONLY, knows_drawn_only, looks_photographed, unknown_words
 from hivg.model import HiVG
 from hivg.tokenizer import split_words
@@ -182,7 +182,7 @@ def draw_results(results, heatmap=False, mask=False, min_score=0.0, heat_range=N
         [[factor * v for v in result.box] for _, result in found],
         [drawable(clean_text(result.expression), f"#{number}") for number, result in found],
         scores=[result.score for _, result in found],
-        doubtful=getattr(first, "recommended_score", 0.5),
+        doubtful=RECOMMENDED,
         heatmap=first.on_square(heatmap)[window] if heatmap else None,
         heat_range=heat_range,
         mask=first.on_square("mask")[window] if mask else None,
