@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 from hivg.boxes import box_on_grid, cxcywh_to_xyxy, giou
 
-NO_IMAGE = -1  # in image_ids: the expression was said of no image
 IGNORED = -100  # the class that a cross entropy leaves out
 
 
@@ -32,7 +31,7 @@ def giou_loss(boxes, targets):
     return (1 - giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(targets))).mean()
 
 
-def contrastive_loss(logits_per_text, image_ids=None):
+def contrastive_loss(logits_per_text, image_ids=None, present=None):
     """CLC: CLIP's symmetric contrastive loss between the expressions and the images of a batch.
 
         L = (CE(S) + CE(S^T)) / 2,   S_ij = min(exp(logit_scale), 100) cos(t_i, v_j)
@@ -43,21 +42,25 @@ def contrastive_loss(logits_per_text, image_ids=None):
     parallelism B is the batch of all GPUs together.
 
     image_ids (B,): which image each row is of, None if all differ. Expressions of one image are not negatives of each
-    other: that image is right for both. The released code takes them for negatives. A row of NO_IMAGE is left out.
+    other: that image is right for both. The released code takes them for negatives.
+
+    present (B,) bool: false for an expression that is true of nothing in its image. It has no right image, nor its
+    image a right expression, but both are negatives of others as ever.
     """
     B = len(logits_per_text)
     own = torch.arange(B, device=logits_per_text.device)  # (B,): expression i was said of image i
     if image_ids is not None:
-        no_image = image_ids == NO_IMAGE  # (B,)
-        no_pair = (image_ids[:, None] == image_ids) | no_image[:, None] | no_image  # (B, B), symmetric
+        same_image = image_ids[:, None] == image_ids  # (B, B)
         itself = torch.eye(B, dtype=torch.bool, device=image_ids.device)
         # exp(-inf) = 0 takes these pairs out of the softmax, for the rows and for the columns alike
-        logits_per_text = logits_per_text.masked_fill(no_pair & ~itself, float("-inf"))
-        own = own.masked_fill(no_image, IGNORED)
-    count = (own != IGNORED).sum().clamp(min=1)
-    text_to_image = F.cross_entropy(logits_per_text, own, ignore_index=IGNORED, reduction="sum") / count
-    image_to_text = F.cross_entropy(logits_per_text.T, own, ignore_index=IGNORED, reduction="sum") / count
-    return (text_to_image + image_to_text) / 2
+        logits_per_text = logits_per_text.masked_fill(same_image & ~itself, float("-inf"))
+    count = B
+    if present is not None:
+        own = own.masked_fill(~present, IGNORED)
+        count = present.sum().clamp(min=1)
+    text_to_image = F.cross_entropy(logits_per_text, own, ignore_index=IGNORED, reduction="sum")
+    image_to_text = F.cross_entropy(logits_per_text.T, own, ignore_index=IGNORED, reduction="sum")
+    return (text_to_image + image_to_text) / (2 * count)
 
 
 def focal_loss(logits, targets, alpha=0.25, gamma=2.0):
@@ -124,10 +127,11 @@ class LossWeights:
 DRAWN_WORLD = LossWeights(clc=0.1, patch_box=2.0, reg_attention=0.5)
 
 
-def grounding_losses(output, batch, logits_per_text, image_ids, weights: LossWeights, box_kind="smooth_l1"):
+def grounding_losses(output, batch, logits_per_text, image_ids, weights: LossWeights, box_kind="smooth_l1",
+                     all_present=None):
     """All terms, weighted: output an HiVGOutput, batch a dict with images (B, 3, S, S), boxes (B, 4) cxcywh in 0..1,
-    masks (B, M, M) bool, to whose size the mask logits are resized; logits_per_text (n, n) and image_ids (n,) are those
-    of all ranks -> {name: scalar tensor}; their sum is the loss.
+    masks (B, M, M) bool, to whose size the mask logits are resized; logits_per_text (n, n), image_ids and all_present
+    (n,) are those of all ranks -> {name: scalar tensor}; their sum is the loss.
 
     The drawn world may also have present (B,) bool, false for an expression that is true of nothing in its image, whose
     mask is empty. The paper's task has no such thing.
@@ -135,8 +139,9 @@ def grounding_losses(output, batch, logits_per_text, image_ids, weights: LossWei
     targets = batch["boxes"]
     # all in float32: in bfloat16 a GIoU is mostly rounding, and the sums of the dice losses lose digits
     boxes = output.boxes.float()
-    absent = ~batch["present"][:, None] if "present" in batch else targets.new_zeros(1, dtype=torch.bool)  # (B, 1)
-    boxes, targets = boxes.masked_fill(absent, 1.0), targets.masked_fill(absent, 1.0)  # no box: equal ones cost nothing
+    if "present" in batch:
+        absent = ~batch["present"][:, None]  # (B, 1)
+        boxes, targets = boxes.masked_fill(absent, 1.0), targets.masked_fill(absent, 1.0)  # equal ones cost nothing
     terms = {}
 
     if weights.box:
@@ -144,13 +149,14 @@ def grounding_losses(output, batch, logits_per_text, image_ids, weights: LossWei
     if weights.giou:
         terms["giou"] = weights.giou * giou_loss(boxes, targets)
     if weights.clc:
-        terms["clc"] = weights.clc * contrastive_loss(logits_per_text, image_ids)
+        terms["clc"] = weights.clc * contrastive_loss(logits_per_text, image_ids, all_present)
 
     # RTCC: each patch should be similar to the text if, and only if, it lies in the box
     if weights.rtcc_focal or weights.rtcc_dice or weights.patch_box or weights.reg_attention:
         side = round(output.token_similarity.shape[1] ** 0.5)  # the grid is square, as the letterbox is
         on_grid = box_on_grid(targets, (side, side), batch["images"].shape[-1])  # (B, P)
-        on_grid = on_grid.masked_fill(absent, 0.0)  # the text is like no patch
+        if "present" in batch:
+            on_grid = on_grid.masked_fill(absent, 0.0)  # the text is like no patch
     if weights.rtcc_focal:
         terms["rtcc_focal"] = weights.rtcc_focal * focal_loss(output.token_similarity.float(), on_grid)
     if weights.rtcc_dice:

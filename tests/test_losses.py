@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from hivg.boxes import box_on_grid, cxcywh_to_xyxy, iou
 from hivg.evaluate.metrics import accuracy
 from hivg.losses import (
-    NO_IMAGE,
     LossWeights,
     box_loss,
     contrastive_loss,
@@ -184,19 +183,25 @@ def test_box_losses_of_bfloat16_are_in_float32():
 # --- rows of which nothing is true ---
 
 
-def test_contrast_without_rows_of_no_image():
-    """It is that of the other rows."""
+def test_contrast_with_expressions_of_nothing():
+    """They have no right image, but are negatives of others, not of those of their own image. On paper."""
     logits = random(5, 5).requires_grad_()
-    images = torch.tensor([3, NO_IMAGE, 3, 8, NO_IMAGE])
-    kept = torch.tensor([0, 2, 3])
-    loss = contrastive_loss(logits, images)
-    assert_close("the rest", loss, contrastive_loss(logits[kept][:, kept], images[kept]), 1e-12)
+    images = torch.tensor([3, 3, 4, 8, 9])
+    present = torch.tensor([True, False, True, True, False])
+    loss = contrastive_loss(logits, images, present)
+    expected = 0
+    for i, others in ((0, [2, 3, 4]), (2, [0, 1, 3, 4]), (3, [0, 1, 2, 4])):
+        for row in (logits[i], logits[:, i]):
+            expected = expected + (row[[i, *others]].logsumexp(0) - row[i]) / 6
+    assert_close("on paper", loss, expected, 1e-12)
     loss.backward()
-    assert not logits.grad[[1, 4]].any() and not logits.grad[:, [1, 4]].any()
-    assert contrastive_loss(logits, torch.full((5,), NO_IMAGE)).item() == 0
+    assert not logits.grad[[1, 4]][:, [1, 4]].any()
+    assert_close("all present", contrastive_loss(logits, images, torch.ones(5, dtype=torch.bool)),
+                 contrastive_loss(logits, images), 1e-12)
+    assert contrastive_loss(logits, images, torch.zeros(5, dtype=torch.bool)).item() == 0
 
 
-def losses_of(present, image_ids):
+def losses_of(present):
     """-> {name: term} of a batch of four, and the gradients of the boxes, the patches' boxes and [REG]'s attention. A
     row that is not present has zeros as its box and an empty mask."""
     hinted = {"with_patch_boxes": True, "with_reg_attention": True}
@@ -209,7 +214,7 @@ def losses_of(present, image_ids):
         batch["masks"] = batch["masks"] & present[:, None, None]
         batch["present"] = present
     weights = LossWeights(patch_box=1.0, reg_attention=1.0)
-    terms = grounding_losses(output, batch, output.logits_per_text, torch.tensor(image_ids), weights)
+    terms = grounding_losses(output, batch, output.logits_per_text, torch.arange(4), weights, all_present=present)
     inputs = output.boxes, output.patch_boxes, output.reg_attention
     return terms, torch.autograd.grad(sum(terms.values()), inputs)
 
@@ -218,8 +223,8 @@ BOX_TERMS = "box", "giou", "patch_box", "reg_attention"
 
 
 def test_a_batch_of_present_rows_is_one_that_says_nothing_of_it():
-    terms, gradients = losses_of([True] * 4, range(4))
-    others, other_gradients = losses_of(None, range(4))
+    terms, gradients = losses_of([True] * 4)
+    others, other_gradients = losses_of(None)
     assert list(terms) == list(others)
     assert all(torch.equal(terms[name], others[name]) for name in terms)
     assert all(map(torch.equal, gradients, other_gradients))
@@ -227,14 +232,14 @@ def test_a_batch_of_present_rows_is_one_that_says_nothing_of_it():
 
 def test_rows_of_nothing_have_no_box_loss():
     """Nor a gradient from there; what other rows add is as ever. Their empty token map and mask count."""
-    parts = [losses_of([i in kept for i in range(4)], range(4))[0] for kept in ({0}, {1, 3}, {2}, {0, 1, 2, 3})]
+    parts = [losses_of([i in kept for i in range(4)])[0] for kept in ({0}, {1, 3}, {2}, {0, 1, 2, 3})]
     for name in BOX_TERMS:
         assert_close(name, parts[0][name] + parts[1][name] + parts[2][name], parts[3][name], 1e-5)
         assert parts[0][name] > 0
-    terms, (boxes, patch_boxes, attention) = losses_of([True, False, True, False], range(4))
+    terms, (boxes, patch_boxes, attention) = losses_of([True, False, True, False])
     for gradient, rows in ((boxes, boxes), (patch_boxes, patch_boxes), (attention, attention.transpose(0, 1))):
         assert gradient.isfinite().all() and not rows[[1, 3]].any() and rows[[0, 2]].any()
-    _, gradients = losses_of([False] * 4, [NO_IMAGE] * 4)
+    _, gradients = losses_of([False] * 4)
     assert not any(gradient.any() for gradient in gradients)
     images, *_ = make_batch()
     logits = torch.zeros(4, 16, requires_grad=True)
@@ -247,7 +252,7 @@ def test_rows_of_nothing_have_no_box_loss():
 
 
 def test_a_batch_of_nothing_has_finite_losses():
-    terms, _ = losses_of([False] * 4, [NO_IMAGE] * 4)
+    terms, _ = losses_of([False] * 4)
     assert all(term.isfinite() for term in terms.values())
     assert [name for name in terms if terms[name] == 0] == ["box", "giou", "clc", "patch_box", "reg_attention"]
 

@@ -146,7 +146,6 @@ class SampleTensors(Dataset):
         return {
             "pixels": row["pixels"][None],  # (1, 3, S, S) uint8
             "padding_mask": row["padding_mask"][None],  # (1, S, S) bool
-            "present": torch.ones(1, dtype=torch.bool),
             "boxes": row["box"][None],  # (1, 4) cxcywh in 0..1
             "masks": row["mask"][None],  # (1, S, S) bool
             "image_ids": torch.tensor([self.image_ids[number]]),

@@ -39,6 +39,7 @@ def predict_batch(model, batch, texts, device, masks):
     boxes, scores = model.boxes_and_scores(output)
     if with_mask:
         overlaps = mask_iou(output.mask_logits.float().cpu(), batch["masks"])  # (B,)
+    is_present = batch.get("present", [True] * len(texts))
     rows = []
     for i, text in enumerate(texts):
         box = batch["letterboxes"][i].boxes_to_image(boxes[i])  # (4,)
@@ -49,7 +50,7 @@ def predict_batch(model, batch, texts, device, masks):
             "kind": batch["kinds"][i],
             "image_id": int(batch["image_ids"][i]),
             "box": box.tolist(),
-            "target": target.tolist() if batch["present"][i] else None,
+            "target": target.tolist() if is_present[i] else None,
             "iou": iou(box, target).item(),
             "score": scores[i],
         }

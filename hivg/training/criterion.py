@@ -3,7 +3,7 @@
 import torch
 
 from hivg.clip import similarity
-from hivg.losses import NO_IMAGE, LossWeights, grounding_losses
+from hivg.losses import LossWeights, grounding_losses
 from hivg.training import distributed
 
 
@@ -31,10 +31,8 @@ class Criterion(torch.nn.Module):
                             with_reg_attention=self.weights.reg_attention > 0)
         text = distributed.gather(output.text_features.float())  # (n, E), n = B times the ranks
         image = distributed.gather(output.image_features.float())  # (n, E)
-        image_ids = batch["image_ids"]  # (B,)
-        if "present" in batch:
-            image_ids = image_ids.masked_fill(~batch["present"], NO_IMAGE)
-        image_ids = distributed.gather(image_ids)  # (n,)
+        image_ids = distributed.gather(batch["image_ids"])  # (n,)
+        present = distributed.gather(batch["present"]) if "present" in batch else None  # (n,)
         with torch.autocast(text.device.type, enabled=False):  # in bfloat16 logits of up to 100 would lose digits
             logits_per_text = similarity(text, image, self.model.clip.logit_scale)  # (n, n)
-        return grounding_losses(output, batch, logits_per_text, image_ids, self.weights, self.box_loss)
+        return grounding_losses(output, batch, logits_per_text, image_ids, self.weights, self.box_loss, present)

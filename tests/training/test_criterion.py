@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hivg.clip import similarity
 from hivg.fast import training_copy
-from hivg.losses import NO_IMAGE, LossWeights
+from hivg.losses import LossWeights
 from hivg.training import criterion as module
 from hivg.training import distributed
 from hivg.training.criterion import Criterion
@@ -36,15 +36,15 @@ def test_contrast_of_bfloat16_features_is_in_float32(monkeypatch):
     assert torch.equal(logits_per_text, expected)
 
 
-def test_contrast_leaves_out_what_was_said_of_no_image(monkeypatch):
+def test_contrast_is_told_what_is_there(monkeypatch):
     seen = []
     whole = module.grounding_losses
-    monkeypatch.setattr(module, "grounding_losses", lambda *args: seen.append(args[3]) or whole(*args))
+    monkeypatch.setattr(module, "grounding_losses", lambda *args: seen.append(args[-1]) or whole(*args))
     batch = make_training_batch()
     criterion = Criterion(make_hivg(dtype=torch.float32), LossWeights(), "l1")
     criterion(batch)
     criterion(batch | {"present": torch.arange(len(batch["boxes"])) != 1})
-    assert seen[0].tolist() == [0, 1, 2, 3] and seen[1].tolist() == [0, NO_IMAGE, 2, 3]
+    assert seen[0] is None and seen[1].tolist() == [True, False, True, True]
 
 
 class NoReading(TorchDispatchMode):
