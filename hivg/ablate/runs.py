@@ -69,8 +69,7 @@ def settings_of(arm, budget, lr, seed):
     b = BUDGETS[budget]
     definition = zlib.crc32(json.dumps(arm.definition()).encode())  # a run of another definition is not resumed
     name = f"{FOLDER}/{budget}, {arm.name}, {lr:g}, {seed}, {definition:08x}".replace(" ", "_").replace(",", "")
-    world = dict(dataset="shapes", clip="weights/clip-shapes.safetensors")
-    return train.Settings(**world, name=name, seed=seed, workers=0, epoch_samples=b.epoch_samples, epochs=b.epochs,
+    return train.Settings(name=name, seed=seed, workers=0, epoch_samples=b.epoch_samples, epochs=b.epochs,
                           lr=(lr,) * len(b.epochs), warmup_steps=20, **arm.settings)
 
 
