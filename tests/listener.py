@@ -43,7 +43,7 @@ NOUNS |= spelled({None: "shape, object, thing, one"})
 WIDE_ADJECTIVES = spelled({
     ("size", "small"): "mini", ("size", "medium"): "mid-sized, middle-sized", ("size", "large"): "huge, giant",
     ("filled", True): "filled-in", ("filled", False): "unfilled", ("colour", "red"): "crimson, scarlet",
-    ("colour", "green"): "emerald", ("colour", "blue"): "cobalt, navy", ("colour", "brown"): "chocolate, chestnut",
+    ("colour", "green"): "emerald", ("colour", "blue"): "cobalt", ("colour", "brown"): "chocolate, chestnut",
     ("colour", "purple"): "plum", ("colour", "orange"): "tangerine", ("colour", "black"): "jet-black, ebony",
     ("colour", "pink"): "rose, hot pink"})
 WIDE_NOUNS = spelled({
@@ -247,7 +247,7 @@ class Listener:
         if special in MIDDLES or self.take("in the middle"):
             assert not self.rest
             return self.middle(members, of_image=special != "middle")
-        if found := self.take("(?:number|that is) " + any_of(NUMBERS | RANKS)):
+        if found := self.take("(?:number |that is )?" + any_of(NUMBERS | RANKS)):
             special = (NUMBERS | RANKS)[found[1]]
         if isinstance(special, int):
             return self.ordinal(special, members)

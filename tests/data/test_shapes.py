@@ -49,10 +49,9 @@ def test_same_pairs_on_every_machine():
     assert Pairs(32)[0]["expressions"][:3] == [
         "square at the very bottom", "the lowest square", "2nd filled square from left"]
     pair = Pairs(32, wide=True)[0]
-    assert pair["phrases"][:3] == ["a chocolate box", "a medium-sized filled-in cobalt block", "a mini plum square"]
-    assert pair["captions"][0] == ("a little disc on the right, a medium solid square at the top and a mid-sized "
-                                   "filled-in square at the bottom left")
-    assert pair["expressions"][:2] == ["the very last block from the right", "the last block starting from the left"]
+    assert pair["phrases"][:3] == ["a crimson cross", "a plum cross", "a green cross"]
+    assert pair["captions"][0] == "a cross on the right, a plus at the top right and a cross on the left"
+    assert pair["expressions"][:2] == ["the last cross counting from the top", "star shape furthest to the right"]
 
 
 def test_splits_share_no_scene():

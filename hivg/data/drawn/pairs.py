@@ -18,7 +18,7 @@ from hivg.data.batches import collate
 from hivg.data.drawn.drawing import COLOURS, HELD_OUT, LONG, SHAPES, draw
 from hivg.data.drawn.expressions import Expression, Speaker, draw_kinds, express, the
 from hivg.data.drawn.phrases import COLOUR, PLAIN, SHAPE, WIDE, caption, noun_phrase, object_phrases, pick, place
-from hivg.data.drawn.scenes import MAX_OBJECTS, ROWS, attribute_ids, background, random_scene
+from hivg.data.drawn.scenes import MAX_OBJECTS, attribute_ids, background, random_scene, row_length
 from hivg.data.drawn.wide_expressions import WIDE_SHAPES, WideSpeaker, asked
 from hivg.data.drawn.wide_scenes import row_scene, wide_scene
 from hivg.data.transforms import Letterbox
@@ -90,8 +90,9 @@ def draw_pair(rng, wide):
     own, shared = COLOUR, SHAPE  # the look that is an object's own, and the one in which the twins differ
     if rng.random() < UNIQUE_SHAPES:
         own, shared = shared, own
+    n = row_length(rng) if wide and rng.random() < ROWS_SHARE else 0
     while True:  # until a scene yields expressions
-        made = new_scene(rng, own, shared, wide)
+        made = new_scene(rng, own, shared, wide, n)
         twins = made and make_twins(rng, *made[:2], own)
         if not twins:
             continue
@@ -101,14 +102,15 @@ def draw_pair(rng, wide):
             return twins, (said, twin_said)
 
 
-def new_scene(rng, own, shared, wide):
-    """-> (scene, {colour: RGB, or None}, row or None) of at most MAX_OBJECTS objects, or None if that failed."""
+def new_scene(rng, own, shared, wide, n):
+    """-> (scene, {colour: RGB, or None}, row or None) of at most MAX_OBJECTS objects, or None if that failed. n: how
+    many a row has, 0 for a scene without one."""
     if not wide:
         return random_scene(rng, None), dict.fromkeys(COLOURS), None
     shapes = SHAPES if own == SHAPE else WIDE_SHAPES
     row = None
-    if rng.random() < ROWS_SHARE:
-        made = row_scene(rng, background, ROWS["ordinal"], attributes=shared, shapes=shapes)
+    if n:
+        made = row_scene(rng, background, n, attributes=shared, shapes=shapes)
         if not made:
             return None
         scene, row, shades = made

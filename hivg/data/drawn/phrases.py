@@ -70,7 +70,7 @@ WIDE = Words(
         "ellipse": ("ellipse", "oval", "oval")},
     colour={
         "red": ("red", "red", "red", "crimson", "scarlet"), "green": ("green", "green", "green", "emerald"),
-        "blue": ("blue", "blue", "blue", "cobalt", "navy"),
+        "blue": ("blue", "blue", "blue", "cobalt"),
         "brown": ("brown", "brown", "brown", "chocolate", "chestnut"),
         "purple": ("purple", "purple", "violet", "violet", "plum"),
         "orange": ("orange", "orange", "orange", "tangerine"),

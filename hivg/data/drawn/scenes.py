@@ -133,6 +133,11 @@ def random_scene(rng, held_out):
     return Scene(width, height, background(rng), _place(rng, _looks(rng, held_out), width, height))
 
 
+def row_length(rng, lengths=ROWS["ordinal"]):
+    """How many a row has, each in proportion to itself: then each (rank, number) is drawn equally often."""
+    return pick(rng, [n for n in lengths for _ in range(n)])
+
+
 def attribute_ids(obj, attributes=ALL):
     """[shape, colour, fill, size] as numbers, -1 for those that are not in `attributes`."""
     return [
@@ -216,7 +221,7 @@ class Shapes:
         lone = {kind: share for kind, share in others.items() if kind in ("attribute", "absent")}
         n, most, kinds = 0, MOST, others
         if rng.random() * sum(self.weights.values()) < sum(in_row.values()):
-            n = pick(rng, [n for n in ROWS[next(iter(in_row))] for _ in range(n)])  # each rank of each n equally often
+            n = row_length(rng, ROWS[next(iter(in_row))])
             kinds = in_row if n < 6 else {kind: share for kind, share in in_row.items() if kind != "beyond"}
         elif lone and rng.random() < LONE:
             most, kinds = 1, lone
@@ -226,7 +231,7 @@ class Shapes:
         n, most, kinds = plan
         row = None
         if n:
-            made = row_scene(rng, background, (n,), held_out)
+            made = row_scene(rng, background, n, held_out)
             if not made:
                 return None
             scene, row, _ = made

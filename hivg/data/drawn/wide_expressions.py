@@ -110,8 +110,9 @@ class WideSpeaker(Speaker):
         style = rng.random()
         if style < 0.05:
             return the(rng, f"{self.noun(some, self.row.attributes)} number {NUMBERS[rank - 1]} {where}")
-        if style < 0.13:
-            return the(rng, f"{self.noun(some, self.row.attributes)} that is {counted} {where}")
+        if style < 0.2:
+            link = "that is " if style < 0.12 else ""
+            return the(rng, f"{self.noun(some, self.row.attributes)} {link}{counted} {where}")
         return the(rng, f"{self.noun(some, self.row.attributes, (counted,))} {where}", 0.7)
 
     def is_middle(self, target):

@@ -114,15 +114,13 @@ def wide_scene(rng, new_background, held_out=None, shapes=WIDE_SHAPES, most=MOST
     return Scene(width, height, background, place(rng, objects, width, height)), shades
 
 
-def row_scene(rng, new_background, sizes, held_out=None, attributes=0, shapes=WIDE_SHAPES):
+def row_scene(rng, new_background, n, held_out=None, attributes=0, shapes=WIDE_SHAPES):
     """-> (a scene with a row, Row, shades), or None if that failed.
 
-    sizes: how many a class may have; each is drawn in proportion to itself, so that each (rank, size) is drawn equally
-    often. attributes: what names the class, 0 = any of three. Others as in wide_scene.
+    n: how many the row has. attributes: what names its class, 0 = any of three. Others as in wide_scene.
     """
     width, height, background, shades = page(rng, new_background)
     axis = int(rng.random() * 2)
-    n = pick(rng, [size for size in sizes for _ in range(size)])
     attributes = attributes or pick(rng, (SHAPE, SHAPE, SHAPE | COLOUR, SHAPE | COLOUR, COLOUR))
     if held_out:
         attributes = SHAPE | COLOUR
