@@ -22,7 +22,7 @@ from listener import (
 
 from hivg.data.drawn import scenes as shapes
 from hivg.data.drawn.expressions import KINDS, NOTHING
-from hivg.data.drawn.scenes import MIXED, SIZES, WIDE_MIX, Shapes
+from hivg.data.drawn.scenes import MIXED, SIZES, WIDE_MIX, WIDE_TRAINING, Shapes
 
 ABSENT = {f"absent {what}" for what in ("thing", "anchor", "side", "not", "rank")}
 
@@ -127,10 +127,11 @@ def test_kinds_of_the_wider_world():
                          "count": {"ordinal"}, "negation": {"negation"}, "absent": ABSENT, "train": wide | ABSENT,
                          "val": wide | ABSENT, "test": wide | ABSENT, "compose": wide}.items():
         assert shares_of_kinds(f"wide {split}").keys() == kinds, split
-    shares = shares_of_kinds("wide train")
-    absent = sum(shares.pop(kind) for kind in ABSENT)
-    assert absent == pytest.approx(0.1, abs=0.03)
-    assert shares == pytest.approx({kind: WIDE_MIX[kind] for kind in shares}, abs=0.04)
+    for split, mix in {"train": WIDE_TRAINING, "val": WIDE_MIX}.items():
+        shares = shares_of_kinds(f"wide {split}")
+        absent = sum(shares.pop(kind) for kind in ABSENT)
+        assert absent == pytest.approx(0.1, abs=0.04)
+        assert shares == pytest.approx({kind: mix[kind] for kind in shares}, abs=0.04)
 
 
 def test_ordinals_of_every_rank_and_number():

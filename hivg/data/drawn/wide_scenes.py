@@ -43,10 +43,10 @@ def form(rng, shape, colour, size, filled, unit, shades):
             stretch = 1 / stretch
         if rng.random() < 0.2:
             rotation = 180 * rng.random()
-    elif shape == "arrow":  # to all four sides
-        rotation += 90 * int(4 * rng.random())
     elif shape not in LONG.values() and filled and rng.random() < 0.3:
         stretch = 2 ** (0.8 * rng.random() - 0.4)
+    if shape == "arrow":  # to all four sides
+        rotation += 90 * int(4 * rng.random())
     diameter = SIZES[size] * unit * (0.95 + 0.1 * rng.random())
     return Object(shape, colour, size, filled, 0.0, 0.0, diameter, rotation, stretch, shades[colour])
 
