@@ -28,7 +28,8 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setitem(pretrain.CLIP_SIZES, "tiny", SMALL)
-        pretrain.pretrain(Settings(epochs=2, epoch_samples=16, val_images=64, batch_size=8, warmup_steps=1, **ON_CPU))
+        pretrain.pretrain(Settings(dataset="shapes-wide", epochs=2, epoch_samples=16, val_images=64, batch_size=8,
+                                   warmup_steps=1, **ON_CPU))
     return folder / "runs/clip"
 
 
