@@ -112,15 +112,16 @@ class Log:
                 for points in [*loss.values(), *parts.values(), *accuracy.values(), *lr.values()]:
                     points.append((start, math.nan))  # a gap
             last = row["step"]
-            if "accuracy" in row:
-                accuracy.setdefault("accuracy", []).append((start + last, row["accuracy"]))
+            for name, curves in (("accuracy", accuracy), ("lr", lr)):
+                if name in row:
+                    curves.setdefault(name, []).append((start + last, row[name]))
             if "loss" in row:
                 middle = start + (averaged + last) / 2
                 averaged = last
                 loss.setdefault("loss", []).append((middle, row["loss"]))
-                lr.setdefault("learning rate", []).append((start + last, row["lr"]))
-                for name in row.keys() - NO_PARTS:
-                    parts.setdefault(name, []).append((middle, row[name]))
+                for name, value in row.items():
+                    if name not in NO_PARTS:
+                        parts.setdefault(name, []).append((middle, value))
         parts = dict(sorted(parts.items(), key=lambda item: -item[1][0][1]))  # the largest first
         panels = [
             {"title": "Training loss", "curves": loss},
