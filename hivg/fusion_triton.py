@@ -9,14 +9,23 @@ The mathematics (fusion.py), for a row m = (b, t) of the output and text layers 
 
 Plain PyTorch writes x_hat, n, w n, a and the concatenation of the a_i to memory and reads each of them back. Here a
 small kernel computes mean and rstd of every row, and then each program of the main kernel owns a tile of y. Its operand
-a never reaches memory: it is computed in registers, BD channels at a time, in one loop over the blocks of all K layers:
+a never reaches memory: it is computed in registers, BD channels at a time, in one loop over the blocks of all K layers.
+Program 4 in the third of its four steps, for K = 2 layers of two blocks each:
 
-             D_v                            for each step = (layer i, block of BD channels):
-         +---+---+---+                          x (BM, BD), mean, rstd (BM,)  -> x_hat
-    B T  | 0 | 1 | 2 |  BM x BN                 g, c (BD,)                    -> n
-         +---+---+---+                          w (BM, BD)                    -> a (BM, BD)
-         | 3 | 4 | 5 |  numbers: order          y += a @ block of P_i^T (BD, BN)
-         +---+---+---+  of the programs     y + p -> memory
+                                          D_v                each step = (layer i, block of BD channels):
+                                    +-----+-----+-----+        x (BM, BD), mean, rstd (BM,)  -> x_hat
+        P^T (K D, D_v)     layer 1  |     |  .  |     |        g, c (BD,)                    -> n
+        in memory                   |     |  .  |     |        w (BM, BD)                    -> a (BM, BD)
+                                    +-----+-----+-----+        y += a @ block of P_i^T (BD, BN)
+                           layer 2  |     |#####|     | BD   after the last one:
+                                    |     |  .  |     |        y + p -> memory
+          layer 1   layer 2         +-----+-----+-----+
+        +----+----+----+----+       +-----+-----+-----+
+    B T |    |    |    |    |       |  0  |  1  |  2  |      y (B T, D_v), in the order of its programs
+        +----+----+----+----+       +-----+-----+-----+
+        |  . |  . |####|  . | BM    |  3  |##4##|  5  |      a (B T, K D): only #### exists, in registers
+        +----+----+----+----+       +-----+-----+-----+
+                    BD                      BN
 
 It is one loop, not one per layer, so that loads are prefetched across layer boundaries too. The tiles in a row of tiles
 run side by side, so x comes from memory once and then from the cache. Rows are ordered position by position, all b of
