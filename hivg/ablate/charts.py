@@ -10,7 +10,7 @@ from hivg.ablate.arms import CLAIMS
 from hivg.ablate.runs import MAPS_KEPT
 from hivg.data.drawn.scenes import EXPRESSIONS_PER_SCENE, Shapes
 from hivg.data.transforms import Letterbox
-from hivg.utils.draw import FAINT, GREY, INK, contact_sheet, draw_boxes, heat_range_of
+from hivg.utils.draw import FAINT, GREY, INK, contact_sheet, draw_boxes
 from hivg.utils.fonts import text_block
 
 LINE = 44  # pixels a row, before the chart is reduced to half its size
@@ -59,11 +59,12 @@ def plot_differences(results):
     return image.reduce(2)
 
 
-def plot_attention(columns, expressions, size, tile=240):
-    """Attention of [REG] over the patches in the last encoder layer -> a PIL image, a row for each expression.
+def plot_attention(columns, expressions, size, across=None):
+    """Where [REG] looks in the last encoder layer, relative to the patch that it looks at most -> a PIL image, a row
+    for each expression.
 
     columns: {caption: the `maps` of a results row}. expressions: their numbers in `test`. size: of the model's square.
-    tile: of an image, in pixels.
+    across: images side by side, by default a whole row.
     """
     test = Shapes("test")
     tiles = []
@@ -75,22 +76,21 @@ def plot_attention(columns, expressions, size, tile=240):
         box = item["boxes"][which]
         tiles.append(draw_boxes(item["image"], [box], colours=["#ffffff"]))
         captions.append(item["expressions"][which])
-        heatmaps = [letterbox.map_to_image(enlarge(map_of(maps, number), size)) for maps in columns.values()]
-        for caption, heatmap in zip(columns, heatmaps):
-            tiles.append(draw_boxes(item["image"], [box], colours=["#ffffff"], heatmap=heatmap,
-                                    heat_range=heat_range_of(*heatmaps)))  # those of a row can be compared
+        for caption, maps in columns.items():
+            heatmap = letterbox.map_to_image(enlarge(map_of(maps, number), size))
+            tiles.append(draw_boxes(item["image"], [box], colours=["#ffffff"], heatmap=heatmap, heat_range=(0, 1)))
             captions.append(caption)
-    return contact_sheet(tiles, captions, columns=1 + len(columns), tile=tile)
+    return contact_sheet(tiles, captions, columns=across or 1 + len(columns), tile=240)
 
 
 def map_of(maps, number):
-    """The map of one expression from base64: (side, side) uint8."""
+    """The map of one expression from base64: (side, side) float32 in 0..1."""
     values = np.frombuffer(base64.b64decode(maps), np.uint8)
     side = math.isqrt(len(values) // MAPS_KEPT)
-    return values.reshape(MAPS_KEPT, side, side)[number]
+    return values.reshape(MAPS_KEPT, side, side)[number] / np.float32(255)
 
 
 def enlarge(patches, size):
     """(side, side) -> (size, size) float32, bilinear."""
-    image = Image.fromarray(patches.astype(np.float32))
+    image = Image.fromarray(patches)
     return np.asarray(image.resize((size, size), Image.BILINEAR))

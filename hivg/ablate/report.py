@@ -88,12 +88,21 @@ def groups_of_test():
     return groups
 
 
-# ---- tables, in Markdown
+# ---- tables
+
+class Table(str):
+    """A table in Markdown, which Jupyter shows as a table."""
+
+    __repr__ = str.__str__
+
+    def _repr_markdown_(self):
+        return str(self)
+
 
 def table(header, rows):
     lines = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
     lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    return "\n".join(lines)
+    return Table("\n".join(lines))
 
 
 def accuracy_table(found):

@@ -17,7 +17,7 @@ from hivg.ablate import runs
 from hivg.ablate.__main__ import main
 from hivg.ablate.arms import BY_NAME
 from hivg.ablate.charts import plot_attention, plot_differences
-from hivg.ablate.report import comparisons, report, runs_of
+from hivg.ablate.report import comparisons, mixing_table, report, runs_of
 from hivg.ablate.runs import RESULTS, Budget, best_lr, code_version, missing, next_lr, pack, read_results, unpack
 from hivg.data.drawn.scenes import SPLITS
 from hivg.training.optimizers import Diverged
@@ -182,7 +182,10 @@ def test_the_report_says_what_the_results_say(small):
     chart = plot_differences(comparisons(found))
     assert chart.width == 900 and len(chart.getcolors(10**6)) > 3
     maps = {"end": found["base"].rows[0]["attention"]["lora3"]["maps"]}
-    assert plot_attention(maps, [0, 2], 32).width > 400
+    in_rows, in_a_column = plot_attention(maps, [0, 2], 32), plot_attention(maps, [0, 2], 32, across=1)
+    assert in_rows.width > 400 > in_a_column.width and in_a_column.height > in_rows.height
+    mixing = mixing_table(found)
+    assert mixing._repr_markdown_() == repr(mixing) == str(mixing)  # in Jupyter a table
 
 
 def test_one_seed_alone_gives_no_interval(small):
