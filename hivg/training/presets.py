@@ -60,7 +60,7 @@ PRESETS = {
 
 
 # A first look: one stage, in which CLIP is trained too
-QUICK = dict(name="quick", lora="none", clip_rate=0.3, epochs=(1,), lr=(3e-3,), epoch_samples=12288)
+QUICK = dict(name="quick", lora="none", clip_rate=0.3, epochs=(1,), lr=(3e-3,), epoch_samples=10240)
 
 
 def preset_of(name):
