@@ -5,8 +5,9 @@
     r.box, r.score, r.mask, r.heatmap, r.draw()
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -62,6 +63,7 @@ class Result:
     mask_map: np.ndarray = field(repr=False, compare=False)  # (8 h, 8 w), 0..1
     attention_map: np.ndarray | None = field(default=None, repr=False, compare=False)  # (h, w) shares, on request
     word_maps: list | None = field(default=None, repr=False, compare=False)  # of Word, on request
+    again: Callable | None = field(default=None, repr=False, compare=False)  # -> [this result, with what is on request]
 
     @property
     def heatmap(self):
@@ -82,10 +84,12 @@ class Result:
 
     @property
     def words(self):
-        """The expression's words in order, a list of Word: which patches read which word in each bridge. Raises
-        ValueError if the attention was not requested."""
+        """The expression's words in order, a list of Word: which patches read which word in each bridge. Unless the
+        attention was requested, the first look at them grounds the expression once more."""
         if self.word_maps is None:
-            raise ValueError(UNREQUESTED)
+            if not self.again:
+                raise ValueError(UNREQUESTED)
+            self.word_maps = self.again()[0].word_maps
         return self.word_maps
 
     @property
@@ -300,7 +304,8 @@ class Grounder:
             own = i if len(images) > 1 else 0
             box = letterboxes[own].boxes_to_image(boxes[i]).tolist()  # xmin, ymin, xmax, ymax
             results.append(Result(text, tuple(box), scores[i], images[own], letterboxes[own], token_maps[i],
-                                  mask_maps[i], attention_maps[i]))
+                                  mask_maps[i], attention_maps[i],
+                                  again=partial(self._ground_batch, [images[own]], [text], True)))
             if attention:
                 patches = results[-1].patches
                 results[-1].word_maps = self._words(text, {b: maps[i][patches] for b, maps in bridge_maps.items()})

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from makers import make_hivg
-from makers_use import TEXTS
+from makers_use import TEXTS, assert_same
 
 from hivg import Grounder
 from hivg.data.transforms import Letterbox
@@ -76,6 +76,19 @@ def test_words_are_what_the_bridges_read(model, grounder, image):
             np.testing.assert_allclose(whole, 1, atol=1e-5)
 
 
+def test_words_can_be_asked_for_later(grounder, image):
+    """Without attention=True, of one image and of several; the result stays as it is."""
+    asked = grounder.ground(image, TEXTS, attention=True)
+    for later in (grounder.ground(image, TEXTS), grounder.ground_pairs([image] * len(TEXTS), TEXTS)):
+        for result, other in zip(later, asked):
+            for word, wanted in zip(result.words, other.words, strict=True):
+                assert word.text == wanted.text and word.bridges.keys() == wanted.bridges.keys()
+                for block, share in word.bridges.items():
+                    np.testing.assert_allclose(share, wanted.bridges[block], atol=1e-5)
+            assert result.draw(words=result.words[0].text).width > 200
+            assert_same(result, other)
+
+
 def test_words_that_do_not_fit_are_not_read(model, grounder, image):
     """Nor is the end token, which stands in the place of one, a part of it."""
     text = "red " * 50 + "circle"
@@ -127,7 +140,7 @@ def test_plain_results_have_none(model, grounder, image, monkeypatch):
     monkeypatch.setattr(type(model.encoder[0].attn), "log_shares", None)
     result = grounder.ground(image, TEXTS[0])
     assert result.attention_map is None
-    for use in (lambda: result.attention, lambda: result.words, lambda: result.draw(heatmap="attention")):
+    for use in (lambda: result.attention, lambda: result.draw(heatmap="attention")):
         with pytest.raises(ValueError, match="attention=True"):
             use()
 

@@ -73,12 +73,12 @@ def test_notebook_is_of_one_clean_run(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_is_easy_to_follow(path):
     cells = code_cells(path)
-    first = next(output for cell in cells for output in cell["outputs"])
-    assert "image/png" in first.get("data", ()), f"{path.name} does not open with a picture"
+    first = next(cell["outputs"] for cell in cells if cell["outputs"])
+    assert any("image/png" in output.get("data", ()) for output in first), f"{path.name} does not open with a picture"
     assert len(cells[0]["source"]) <= 8
     assert max(len(cell["source"]) for cell in cells) <= 25
-    headings = re.findall("^## (.+)$", "".join(read(path)["cells"][-1]["source"]), re.MULTILINE)
-    assert headings == ["Exercise", "What next"]
+    end = "".join(read(path)["cells"][-1]["source"])
+    assert "## Exercises" in end and "**What next:**" in end
 
 
 def strings(value):
