@@ -206,8 +206,8 @@ def main():
             print(f"error: {error}", file=sys.stderr)
             code = 1
             continue
-        for result in results:
-            for line in grounder.warnings(result.expression, result.image):
+        for n, result in enumerate(results):
+            for line in grounder.warnings(result.expression, None if n else result.image):  # an image is judged once
                 if line not in warned:  # once is enough
                     print(f"warning: {line}", file=sys.stderr)
                     warned.add(line)

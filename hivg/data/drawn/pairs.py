@@ -108,17 +108,11 @@ def new_scene(rng, own, shared, wide, n):
     if not wide:
         return random_scene(rng, None), dict.fromkeys(COLOURS), None
     shapes = SHAPES if own == SHAPE else WIDE_SHAPES
-    row = None
-    if n:
-        made = row_scene(rng, background, n, attributes=shared, shapes=shapes)
-        if not made:
-            return None
-        scene, row, shades = made
-    else:
-        made = wide_scene(rng, background, shapes=shapes)
-        if not made:
-            return None
-        scene, shades = made
+    made = (row_scene(rng, background, n, attributes=shared, shapes=shapes) if n
+            else wide_scene(rng, background, shapes=shapes))
+    if not made:
+        return None
+    scene, row, shades = made[0], made[1] if n else None, made[-1]
     most = len(shades) if own == COLOUR else MAX_OBJECTS
     if not 1 < len(scene.objects) <= most or row and any(scene.objects[i].shape in LONG for i in row.members):
         return None

@@ -53,7 +53,7 @@ SPLITS = {  # number of scenes, kinds of expressions. A split's position is part
 # The wider world
 WIDE_MIX = {"attribute": 0.25, "superlative": 0.13, "ordinal": 0.2, "relation": 0.18, "conjunction": 0.07,
             "negation": 0.07, "absent": 0.08, "beyond": 0.02}
-LONE = 0.06  # share of the scenes of one object
+LONE = 0.06  # share of the scenes without a row that have one object
 # More of what is learned last
 WIDE_TRAINING = {"attribute": 0.14, "superlative": 0.1, "ordinal": 0.34, "relation": 0.18, "conjunction": 0.06,
                  "negation": 0.07, "absent": 0.09, "beyond": 0.02}
@@ -229,17 +229,10 @@ class Shapes:
 
     def _make_wide(self, rng, held_out, plan):
         n, most, kinds = plan
-        row = None
-        if n:
-            made = row_scene(rng, background, n, held_out)
-            if not made:
-                return None
-            scene, row, _ = made
-        else:
-            made = wide_scene(rng, background, held_out, most=most)
-            if not made:
-                return None
-            scene, _ = made
+        made = row_scene(rng, background, n, held_out) if n else wide_scene(rng, background, held_out, most=most)
+        if not made:
+            return None
+        scene, row = made[0], made[1] if n else None
         targets, must = meant(scene, held_out)
         if targets == [] or not scene.objects:
             return None
