@@ -10,7 +10,7 @@ import math
 import random
 import statistics
 
-from PIL import Image, ImageColor, ImageDraw, ImageOps
+from PIL import Image, ImageColor, ImageDraw
 
 from hivg import Grounder
 from hivg.grounder import DEFAULT_WEIGHTS
@@ -57,7 +57,7 @@ def draw(things, paper="#f1efe8"):
         rgb = ImageColor.getrgb(COLOURS[colour])
         box = (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
         line = int(0.13 * min(w, h) * FINE)
-        if shape in ("circle", "ellipse"):
+        if shape == "circle":
             canvas.ellipse([FINE * v for v in box], rgb if filled else None, rgb, line)
         else:
             points = outline(shape, x, y, w, h)
@@ -242,7 +242,7 @@ def overlap(a, b):
     return w * h / (sum(areas) - w * h)
 
 
-def tried(grounder, make, scenes, paper="#f1efe8", inverted=False):
+def tried(grounder, make, scenes, paper="#f1efe8"):
     """-> (for each scene whether the box is right, the scores)."""
     images, phrases, wanted = [], [], []
     for number in range(scenes):
@@ -251,7 +251,7 @@ def tried(grounder, make, scenes, paper="#f1efe8", inverted=False):
             things = [(s, "orange" if c == "black" else c, *rest) for s, c, *rest in things]
             phrase = phrase.replace("black", "orange")
         image, boxes = draw(things, paper)
-        images.append(ImageOps.invert(image) if inverted else image)
+        images.append(image)
         phrases.append(phrase)
         wanted.append(None if target is None else boxes[target])
     results = grounder.ground_pairs(images, phrases)
