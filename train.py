@@ -58,7 +58,7 @@ class Settings(RunSettings):
     quick: bool = setting(False, "a first look in under three minutes: one short stage, then boxes on the example")
     plan: bool = setting(False, "print the stages and exit; needs neither data nor a published CLIP", resumable=True)
 
-    dataset: str = setting("shapes", "shapes, shapes-wide, a data set of the paper, or your own .jsonl or .json "
+    dataset: str = setting("shapes-wide", "shapes-wide, shapes, a data set of the paper, or your own .jsonl or .json "
                            "file", group="Data")
     data_root: str = setting("data", "the folder with the data sets, laid out as published")
     annotations: str = setting("", "annotation file or folder, if not in the published layout")
@@ -85,7 +85,7 @@ class Settings(RunSettings):
     recompute: bool = setting(False, "recompute the vision blocks in the backward pass: less memory, more time",
                               resumable=True)
 
-    epochs: tuple[int, ...] = setting((1, 1, 1, 12), "epochs of each stage", group="Optimization", low=0, high=10**6)
+    epochs: tuple[int, ...] = setting((1, 1, 1, 18), "epochs of each stage", group="Optimization", low=0, high=10**6)
     lr: tuple[float, ...] = setting((3e-3, 3e-3, 3e-3, 2e-3), "peak learning rate of each stage", low=0, high=1e30)
     accumulate: tuple[int, ...] = setting((1,), "batches accumulated per step, for all stages or for each", low=1,
                                           high=10**6)

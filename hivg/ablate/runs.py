@@ -52,9 +52,9 @@ class Budget:
 
 
 BUDGETS = {
-    # 12,288 expressions, a tenth of the default run's
+    # 12,288 expressions
     "short": Budget(2048, (1, 1, 1, 3), (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), (), 5),
-    # the default run's
+    # 122,880
     "long": Budget(8192, (1, 1, 1, 12), (5e-4, 1e-3, 2e-3, 4e-3),
                    ("base", "bridge none", "bridge constant", "lora vanilla", "lora none"), 5),
 }
@@ -69,7 +69,8 @@ def settings_of(arm, budget, lr, seed):
     b = BUDGETS[budget]
     definition = zlib.crc32(json.dumps(arm.definition()).encode())  # a run of another definition is not resumed
     name = f"{FOLDER}/{budget}, {arm.name}, {lr:g}, {seed}, {definition:08x}".replace(" ", "_").replace(",", "")
-    return train.Settings(name=name, seed=seed, workers=0, epoch_samples=b.epoch_samples, epochs=b.epochs,
+    world = dict(dataset="shapes", clip="weights/clip-shapes.safetensors")
+    return train.Settings(**world, name=name, seed=seed, workers=0, epoch_samples=b.epoch_samples, epochs=b.epochs,
                           lr=(lr,) * len(b.epochs), warmup_steps=20, **arm.settings)
 
 

@@ -44,7 +44,7 @@ def arguments():
     parser = Parser(description=__doc__)
     parser.add_argument("--weights", default=str(bundled("hivg-tiny.safetensors")), metavar="FILE",
                         help="a HiVG weights file")
-    parser.add_argument("--dataset", default="shapes", help="shapes, shapes-wide, a data set of the paper, or "
+    parser.add_argument("--dataset", default="shapes-wide", help="shapes-wide, shapes, a data set of the paper, or "
                         "your own .jsonl or .json file")
     parser.add_argument("--split", help=f"of shapes: {', '.join(drawn['shapes'])}; of shapes-wide: "
                         f"{', '.join(drawn['shapes-wide'])}; default: the first of {', '.join(DEFAULT_SPLITS)} that "

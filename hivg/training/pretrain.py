@@ -45,7 +45,7 @@ class Settings(RunSettings):
     """Every setting is a flag of the same name. Those that every training has are in RunSettings."""
 
     name: str = setting("clip", "the run's folder under runs/", group="The run")
-    dataset: str = setting("shapes", "the drawn world", choices=tuple(DRAWN), group="Data")
+    dataset: str = setting("shapes-wide", "the drawn world", choices=tuple(DRAWN), group="Data")
     epochs: int = setting(6, "number of epochs", low=1, high=10**6, group="Optimization")
     epoch_samples: int = setting(8192, "images in an epoch", low=1, high=10**9)
     val_images: int = setting(1984, "images to validate on, in batches of 64", low=64, high=10**9)

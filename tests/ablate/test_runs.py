@@ -33,8 +33,8 @@ def small(tmp_path, monkeypatch, clip_file):
     monkeypatch.setattr(runs, "LEADING", 64)
     monkeypatch.setitem(runs.BUDGETS, "short", Budget(64, (1, 1, 1, 1), (1e-3, 3e-3), (), 5))
     settings = train.Settings
-    monkeypatch.setattr(train, "Settings", lambda **given: settings(clip=str(clip_file), device="cpu", dtype="float32",
-                                                                    **given))
+    here = dict(clip=str(clip_file), device="cpu", dtype="float32")
+    monkeypatch.setattr(train, "Settings", lambda **given: settings(**(given | here)))
     monkeypatch.setattr(runs, "choose_dtype", lambda name, device: torch.float32)  # bfloat16 may depend on the batch
     monkeypatch.setattr(runs, "code_version", lambda: "abc")
     (tmp_path / "notebooks").mkdir()

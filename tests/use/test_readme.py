@@ -116,7 +116,7 @@ def run_evaluate(args, monkeypatch):
     if "--compare" in args:
         for path in args[args.index("--compare") + 1 :]:
             make_rows(Path(path))
-    dataset = value_of(args, "--dataset") or "shapes"
+    dataset = value_of(args, "--dataset") or "shapes-wide"
     monkeypatch.setattr(sys, "argv", ["evaluate", *args])
     settings = evaluate.arguments()
     if dataset in DRAWN or "--compare" in args:
