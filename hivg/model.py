@@ -78,7 +78,9 @@ class HiVGOutput:
     boxes: torch.Tensor  # (B, 4) cxcywh in 0..1 of the padded square
     token_similarity: torch.Tensor  # (B, P) logits: does the patch belong to the region? (RTCC)
     mask_logits: torch.Tensor | None  # (B, 1, 8 h, 8 w) for a patch grid of (h, w)
-    logits_per_text: torch.Tensor  # (B, B) scaled cosine of every expression with every image (CLC)
+    # (B, B) scaled cosine of every expression with every image (CLC). With a bridge this is no retrieval score: image j
+    # has read expression j, and repeats it
+    logits_per_text: torch.Tensor
     text_features: torch.Tensor  # (B, E) pooled, not normalised
     image_features: torch.Tensor  # (B, E)
     patch_boxes: torch.Tensor | None = None  # (B, P, 4) the box head applied to every patch, on request

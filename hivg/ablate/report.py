@@ -46,7 +46,7 @@ def runs_of(rows, budget):
     return found
 
 
-def comparisons(found):
+def comparisons(found, split="test"):
     """[(Arm, Difference to the arm it is compared with)] in the order of CLAIMS, for the seeds that both have. The
     arms of a claim share a variance: they are alike, while an arm that barely learns differs much from seed to seed.
     A claim that was tried with one seed alone is left out, as nothing tells its spread."""
@@ -60,7 +60,8 @@ def comparisons(found):
     results = []
     for claim in [claim for claim in CLAIMS if claim in told]:
         of_claim = [(arm, seeds) for arm, seeds in pairs if arm.claim == claim]
-        right = [(found[arm.name].right(seeds), found[arm.against].right(seeds)) for arm, seeds in of_claim]
+        right = [(found[arm.name].right(seeds, split), found[arm.against].right(seeds, split))
+                 for arm, seeds in of_claim]
         for (arm, _), d in zip(of_claim, differences(right, EXPRESSIONS_PER_SCENE, len(pairs))):
             results.append((arm, d))
     return results
@@ -71,6 +72,13 @@ def shared_seeds(found, arm):
     if arm.name not in found or arm.against not in found:
         return []
     return sorted(found[arm.name].rows.keys() & found[arm.against].rows.keys())
+
+
+def gain_in_iou(found, arm):
+    """Points of mean IoU on `test` that an arm has more than the one it is compared with, mean of the seeds."""
+    seeds = shared_seeds(found, arm)
+    return 100 * float(np.mean([found[arm.name].rows[seed]["test"]["mean_iou"]
+                                - found[arm.against].rows[seed]["test"]["mean_iou"] for seed in seeds]))
 
 
 def groups_of_test():
@@ -117,22 +125,28 @@ def accuracy_table(found):
         finals = [r["test"]["accuracy"] for r in runs.rows.values()]
         spread = f"{np.std(finals, ddof=1):.3f}" if len(finals) > 1 else "-"
         on_target = np.mean([list(r["attention"].values())[-1]["on_target"] for r in runs.rows.values()])
+        iou = np.mean([r["test"]["mean_iou"] for r in runs.rows.values()])
         rows.append((name, f"{parameters / 1e6:.2f} M", f"{runs.lr:g}", len(runs.rows), ", ".join(stages),
-                     f"{runs.accuracy():.3f}", spread, f"{runs.accuracy('compose'):.3f}", f"{on_target:.2f}"))
-    return table(("arm", "parameters", "rate", "seeds", "`val` after each stage", "`test`", "sd of seeds", "`compose`",
-                  "[REG] on target"), rows)
+                     f"{runs.accuracy():.3f}", spread, f"{iou:.3f}", f"{runs.accuracy('compose'):.3f}",
+                     f"{on_target:.2f}"))
+    return table(("arm", "parameters", "rate", "seeds", "`val` after each stage", "`test`", "sd of seeds", "mean IoU",
+                  "`compose`", "[REG] on target"), rows)
 
 
-def claims_table(results):
-    """Every comparison with its interval, by claim."""
+def claims_table(found):
+    """Every comparison by claim: points of Acc@0.5 on `test` with their interval, once with the spread of the claim's
+    comparisons together, once with its own; points of mean IoU; points on `compose` with their interval."""
     rows = []
-    for claim, text in CLAIMS.items():
-        for arm, d in results:
-            if arm.claim == claim:
-                rows.append((text, f"{arm.name}: {arm.differs}", arm.against, d.seeds, f"{d.points:+.1f}",
-                             f"{d.low:+.1f} to {d.high:+.1f}", f"{d.visible:.1f}", d.verdict))
-                text = ""
-    return table(("claim", "tried", "against", "seeds", "points", "interval", "its half", "the arm is"), rows)
+    told = None
+    for (arm, d), (_, c) in zip(comparisons(found), comparisons(found, "compose")):
+        claim = CLAIMS[arm.claim] if arm.claim != told else ""
+        told = arm.claim
+        rows.append((claim, f"{arm.name}: {arm.differs}", arm.against, d.seeds, f"{d.points:+.1f}",
+                     f"{d.low:+.1f} to {d.high:+.1f}", f"{d.visible:.1f}", d.verdict,
+                     f"{d.own[0]:+.1f} to {d.own[1]:+.1f}, {d.own_verdict}", f"{gain_in_iou(found, arm):+.1f}",
+                     f"{c.points:+.1f} ({c.low:+.1f} to {c.high:+.1f})"))
+    return table(("claim", "tried", "against", "seeds", "points", "interval", "its half", "the arm is",
+                  "with its own spread", "mean IoU", "`compose`"), rows)
 
 
 def groups_table(found, arms):
@@ -203,7 +217,7 @@ def report(path, charts):
         parts.append(f"## {budget.capitalize()} budget, {b.expressions:,} expressions")
         if absent:
             parts.append("Not run yet: " + "; ".join(absent) + ".")
-        parts += [accuracy_table(found), claims_table(results)]
+        parts += [accuracy_table(found), claims_table(found)]
         by_group = [arm for arm, _ in results if arm.claim in ("bridge", "Hi LoRA")]
         if by_group and "base" in found:
             parts.append(groups_table(found, by_group))

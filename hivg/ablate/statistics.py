@@ -17,6 +17,7 @@ class Difference:
     low: float  # of the interval
     high: float
     seeds: int
+    own: tuple[float, float]  # the interval with the spread of this comparison's own seeds, unbounded for one seed
 
     @property
     def visible(self):
@@ -25,11 +26,17 @@ class Difference:
 
     @property
     def verdict(self):
-        if self.low > 0:
-            return "better"
-        if self.high < 0:
-            return "worse"
-        return "undecided"
+        return verdict(self.low, self.high)
+
+    @property
+    def own_verdict(self):
+        return verdict(*self.own)
+
+
+def verdict(low, high):
+    if low > 0:
+        return "better"
+    return "worse" if high < 0 else "undecided"
 
 
 def differences(pairs, rows, comparisons=None):
@@ -42,20 +49,32 @@ def differences(pairs, rows, comparisons=None):
     Expressions: images are drawn with replacement, the same for all seeds. Seeds: a bootstrap of three seeds cannot
     reach further than they do, so their part is drawn from Student's t, with one variance of a seed's difference for
     the group, which has the degrees of freedom of all its comparisons. Where no comparison has two seeds, the intervals
-    are of the expressions alone.
+    are of the expressions alone. `own` takes each comparison's own variance, which assumes nothing of the others and
+    has few degrees of freedom.
     """
     per_image = [(right.astype(float) - other).reshape(len(right), -1, rows).mean(2) for right, other in pairs]
     freedom = sum(len(d) - 1 for d in per_image)
     squares = sum(((d.mean(1) - d.mean()) ** 2).sum() for d in per_image)
     sd = (squares / freedom) ** 0.5 if freedom else 0.0  # of a seed's difference
-    t = np.random.default_rng(1).standard_t(freedom, (SEED_DRAWS, DRAWS)) if freedom else np.zeros((1, DRAWS))
     tail = 100 * 0.05 / (comparisons or len(pairs)) / 2
-    found = []
-    for d in per_image:  # (S, images)
-        draws = drawn_images(d.shape[1]) @ d.mean(0) + sd / len(d) ** 0.5 * t  # (SEED_DRAWS, DRAWS)
+
+    def interval(d, sd, freedom):
+        """d (S, images), sd: of a seed's difference -> (low, high) in points."""
+        draws = drawn_images(d.shape[1]) @ d.mean(0) + sd / len(d) ** 0.5 * of_seeds(freedom)  # (SEED_DRAWS, DRAWS)
         low, high = np.percentile(draws, (tail, 100 - tail))
-        found.append(Difference(100 * d.mean(), 100 * low, 100 * high, len(d)))
+        return 100 * low, 100 * high
+
+    found = []
+    for d in per_image:
+        of_its_own = interval(d, d.mean(1).std(ddof=1), len(d) - 1) if len(d) > 1 else (-np.inf, np.inf)
+        found.append(Difference(100 * d.mean(), *interval(d, sd, freedom), len(d), of_its_own))
     return found
+
+
+@cache
+def of_seeds(freedom):
+    """(SEED_DRAWS, DRAWS) of Student's t; zeros without a degree of freedom."""
+    return np.random.default_rng(1).standard_t(freedom, (SEED_DRAWS, DRAWS)) if freedom else np.zeros((1, DRAWS))
 
 
 @cache  # every comparison draws the same images

@@ -176,6 +176,7 @@ def test_the_report_says_what_the_results_say(small):
     [d] = [d for arm, d in comparisons(found) if arm.name == "bridge none"]
     assert d.verdict == "worse" and d.high < 0
     assert f"| {d.points:+.1f} | {d.low:+.1f} to {d.high:+.1f} | {d.visible:.1f} | worse |" in text
+    assert f"| {d.own[0]:+.1f} to {d.own[1]:+.1f}, {d.own_verdict} | +0.0 | {d.points:+.1f} (" in text  # all alike here
     assert f"| base | 1.50 M | 0.003 | 3 | 0.100, {found['base'].accuracy():.3f} |" in text
     assert "Not run yet: bridge constant" in text and "| mixed | 1.50 | 12.5 % |" in text
     assert "20 runs, 0.7 hours" in text

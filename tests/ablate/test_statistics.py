@@ -54,6 +54,8 @@ def test_a_group_of_a_larger_table_has_wider_intervals_and_a_spread_of_its_own()
     pair = answers(3, 100, 0.6, rng, 0.02), answers(3, 100, 0.6, rng, 0.02)
     wild = answers(3, 100, 0.6, rng, 0.3), answers(3, 100, 0.6, rng, 0.3)
     alone = differences([pair, pair], 4)[0]
+    beside = differences([pair, wild], 4)[0]
+    assert beside.own == alone.own and beside.low < beside.own[0] < beside.own[1] < beside.high
     of_many = differences([pair, pair], 4, 25)[0]
     assert of_many.points == alone.points and width(of_many) > 1.3 * width(alone)
     assert width(differences([pair, wild], 4, 25)[0]) > 2 * width(of_many)

@@ -6,7 +6,7 @@ import re
 import pytest
 from makers import ROOT
 
-from hivg.ablate.report import comparisons, runs_of
+from hivg.ablate.report import comparisons, gain_in_iou, runs_of
 from hivg.ablate.runs import RESULTS, read_results
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -110,16 +110,22 @@ def table_of_differences(page, number):
     ("README.md", 0, "long", LONG), ("notebooks/README.md", 0, "short", SHORT),
     ("notebooks/README.md", 1, "long", LONG)])
 def test_the_differences_are_of_the_results(page, number, budget, rows):
+    found = runs_of(read_results(ROOT / RESULTS), budget)
     measured = {}
-    for arm, d in comparisons(runs_of(read_results(ROOT / RESULTS), budget)):
-        measured[arm.name, arm.against] = d
+    for (arm, d), (_, of_compose) in zip(comparisons(found), comparisons(found, "compose")):
+        measured[arm.name, arm.against] = d, of_compose, gain_in_iou(found, arm)
     for line, (sign, compared) in zip(table_of_differences(page, number), rows, strict=True):
-        claim, *_, ours, verdict = map(str.strip, line.strip("|").split("|"))
-        differences = [measured[names] for names in compared]
-        assert ours == as_in_readme(sign, differences), claim
+        claim, *cells, verdict = map(str.strip, line.strip("|").split("|"))
+        differences, of_compose, of_iou = zip(*(measured[names] for names in compared))
+        ours = [as_in_readme(sign, differences), ", ".join(points(sign * gain) for gain in of_iou)]
+        if page != "README.md":
+            ours.append(as_in_readme(sign, of_compose))
+        assert cells[-len(ours):] == ours, claim
         if len(differences) == 1:
             gain = {"better": sign, "worse": -sign, "undecided": 0}[differences[0].verdict]
             assert verdict.startswith({1: "helps", -1: "hurts", 0: "undecided"}[gain]), claim
+            is_pooled = differences[0].verdict != differences[0].own_verdict
+            assert verdict.endswith("only with the pooled spread") == is_pooled, claim
 
 
 def headings(path):
