@@ -1,11 +1,12 @@
 """The arms of the ablation: each is a model to train, what differs in it, and the claim it tests.
 
-An arm is settings of train.py and fields of HiVGConfig. Two things that nobody should train with are neither: they are
-TRICKS, done to the model at the start of each stage.
+An arm is settings of train.py and fields of HiVGConfig. Three things that nobody should train with are neither: they
+are TRICKS, done to the model at the start of each stage.
 """
 
 from dataclasses import dataclass, field, replace
 
+from hivg.clip import similarity
 from hivg.losses import DRAWN_WORLD
 
 CLAIMS = {  # name -> the claim as the paper, its program or a reader makes it
@@ -18,6 +19,10 @@ CLAIMS = {  # name -> the claim as the paper, its program or a reader makes it
     "batch mixing": "the released program's mixing of a batch's texts does no harm, and spares the norm on text layers",
     "fine-tuning": "leaving CLIP as it is is better than training all of it",
     "slow fine-tuning": "the same, where CLIP is trained at a lower rate than what is new",
+    "copying": "the contrastive loss needs its weight, and an image that has read its text",
+    "recipe": "with the paper's own recipe, the bridge and the text in it help",
+    "small gap": "adapters in stages are better where CLIP comes from a world a little different",
+    "large gap": "adapters in stages are better where CLIP comes from a world that lacks most looks and words",
 }
 
 
@@ -36,7 +41,7 @@ class Arm:
     @property
     def seeds(self):
         """With how many seeds it is tried, from 0 on: more for the main claims, and where seeds differ most."""
-        return 3 if self.claim in ("text layers", "visual levels", "losses", "batch mixing") else 5
+        return 3 if self.claim in ("text layers", "visual levels", "losses", "batch mixing", "copying") else 5
 
     def definition(self):
         """All that makes the arm what it is, for the results file."""
@@ -58,6 +63,13 @@ NO_NORM = {"text_norm": False}
 AS_RELEASED = {"text_padding": "released"}  # 77 positions, which the bridge sees all: padding is not masked
 # Hi LoRA ends with 24 pairs in the tiny CLIP, plain LoRA with 10, so 24 / 10 times the rank is as many parameters
 VANILLA_WIDE = {"lora": "vanilla", "lora_rank": 38, "lora_alpha": 38.0}
+
+NO_HINTS = loss_weights(patch_box=0.0, reg_attention=0.0)
+PAPER = {"optimizer": "adamw", "level_norm": False} | NO_NORM | NO_HINTS
+GAPS = {  # between the world that CLIP was pre-trained on and the one it grounds in
+    "small gap": {"dataset": "shapes", "clip": "weights/clip-tiny.safetensors"},
+    "large gap": {"dataset": "shapes-wide", "clip": "weights/clip-shapes.safetensors"},
+}
 
 ARMS = [
     Arm("base", "", "the model of train.py: adaptive bridge on text layers 2 and 4 with norm, Hi LoRA"),
@@ -86,7 +98,7 @@ ARMS = [
     Arm("no CLC", "losses", "without the contrastive loss", loss_weights(clc=0.0)),
     Arm("no RTCC", "losses", "without the region-text loss", loss_weights(rtcc_focal=0.0, rtcc_dice=0.0)),
     Arm("no mask", "losses", "without the mask losses", loss_weights(mask_focal=0.0, mask_dice=0.0)),
-    Arm("no hints", "hints", "without our two hints", loss_weights(patch_box=0.0, reg_attention=0.0)),
+    Arm("no hints", "hints", "without our two hints", NO_HINTS),
     Arm("padding seen", "batch mixing", "77 positions of text, padding not masked in the bridge, as released",
         config=AS_RELEASED),
     Arm("mixed", "batch mixing", "and the texts of the batch mixed in the bridge, as released", config=AS_RELEASED,
@@ -98,12 +110,28 @@ ARMS = [
         {"lora": "none", "clip_rate": 1.0}, against="lora none"),
     Arm("CLIP trained slowly", "slow fine-tuning", "all of CLIP is trained, at a tenth of the rate of what is new",
         {"lora": "none", "clip_rate": 0.1}, against="lora none"),
+    Arm("neither", "bridge", "no bridge, where there are no adapters", {"bridge": "none", "lora": "none"},
+        against="lora none"),
+    Arm("CLC 0.1", "copying", "a tenth of the weight", loss_weights(clc=0.1)),
+    Arm("CLC of CLIP", "copying", "of an image feature that no bridge touched", trick="CLC without bridges"),
+    Arm("recipe", "", "the paper's: AdamW, no hints, no norms of ours", PAPER),
+    Arm("recipe, bridge none", "recipe", "no bridge", PAPER | {"bridge": "none"}, against="recipe"),
+    Arm("recipe, bridge constant", "recipe", "learned constants instead of the text", PAPER | {"bridge": "constant"},
+        against="recipe"),
+    Arm("recipe, text norm", "recipe", "the norm on the text layers", PAPER | {"text_norm": True}, against="recipe"),
 ]
+ACROSS = ("lora shared", "lora vanilla", "lora vanilla, wide", "lora none", "lora deep first", "CLIP trained slowly")
+for gap, world in GAPS.items():
+    ARMS.append(Arm(f"base, {gap}", "", "the base, with another CLIP or another world", world))
+    for arm in [arm for arm in ARMS if arm.name in ACROSS]:
+        ARMS.append(replace(arm, name=f"{arm.name}, {gap}", claim=gap, settings=arm.settings | world,
+                            against=f"base, {gap}"))
 BY_NAME = {arm.name: arm for arm in ARMS}
-COMPARED = [  # every arm but the base with the arm it differs from, and two with another besides
-    *ARMS[1:],
+COMPARED = [  # every arm of a claim with the arm it differs from, and three with another besides
+    *[arm for arm in ARMS if arm.claim],
     replace(BY_NAME["lora vanilla"], differs="one stage instead of four", against="lora at once"),
     replace(BY_NAME["lora none"], differs="no adapters instead of plain ones", against="lora vanilla"),
+    replace(BY_NAME["neither"], claim="Hi LoRA", differs="no adapters, without a bridge", against="bridge none"),
 ]
 
 
@@ -127,4 +155,17 @@ def zero_weights(model):
         bridge.adaptive_weights.requires_grad_(False)  # they start at zero
 
 
-TRICKS = {"": lambda model: None, "mix the batch": mix_the_batch, "zero weights": zero_weights}
+def clc_without_bridges(model):
+    """Image features for CLC from a second pass of the vision tower, which reads no text."""
+
+    def untouched(model, args, output):
+        visual = model.clip.visual
+        features = visual.pool(visual(args[0])[-1])  # (B, E), or (1, E) for one image
+        output.image_features = features.expand_as(output.text_features)
+        output.logits_per_text = similarity(output.text_features, output.image_features, model.clip.logit_scale)
+
+    model.register_forward_hook(untouched)
+
+
+TRICKS = {"": lambda model: None, "mix the batch": mix_the_batch, "zero weights": zero_weights,
+          "CLC without bridges": clc_without_bridges}

@@ -1,6 +1,7 @@
 """The report of the ablation, tables and charts, from its results file alone."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from hivg.ablate.charts import plot_attention, plot_differences
 from hivg.ablate.runs import BUDGETS, best_lr, read_results, unpack
 from hivg.ablate.statistics import differences
 from hivg.clip import CLIP_SIZES
-from hivg.data.drawn.expressions import KINDS
+from hivg.data.drawn.expressions import KINDS, NOTHING
 from hivg.data.drawn.scenes import EXPRESSIONS_PER_SCENE, Shapes
 from hivg.evaluate.metrics import LENGTHS
 from hivg.utils.files import save_image
@@ -62,9 +63,24 @@ def comparisons(found, split="test"):
         of_claim = [(arm, seeds) for arm, seeds in pairs if arm.claim == claim]
         right = [(found[arm.name].right(seeds, split), found[arm.against].right(seeds, split))
                  for arm, seeds in of_claim]
-        for (arm, _), d in zip(of_claim, differences(right, EXPRESSIONS_PER_SCENE, len(pairs))):
+        counted = share_present(split, is_wide(BY_NAME[of_claim[0][0].against]))  # a claim's arms share a world
+        for (arm, _), d in zip(of_claim, differences(right, EXPRESSIONS_PER_SCENE, len(pairs), counted)):
             results.append((arm, d))
     return results
+
+
+def is_wide(arm):
+    return arm.settings.get("dataset") == "shapes-wide"
+
+
+@cache
+def share_present(split, wide):
+    """The share of a split's expressions that are true of something."""
+    if not wide:
+        return 1.0
+    shapes = Shapes(split, wide=True)
+    present = [expression.target != NOTHING for i in range(len(shapes)) for expression in shapes.scene(i)[1]]
+    return sum(present) / len(present)
 
 
 def shared_seeds(found, arm):
@@ -178,6 +194,18 @@ def mixing_table(found):
     return table(("arm", "pixels that a box moves by in another batch", "answers that change"), rows) if rows else ""
 
 
+def copying_table(found):
+    """Whether CLC was met by copying: the arms it was measured for."""
+    rows = []
+    for name, runs in found.items():
+        measured = [row["copying"] for row in runs.rows.values() if "copying" in row]
+        if measured:
+            own, shown = (np.mean([m[key] for m in measured]) for key in ("own", "shown"))
+            rows.append((name, len(measured), f"{own:.2f}", f"{shown:.2f}"))
+    return table(("arm", "seeds", "own image found", "image found that another's text was shown with"), rows) if rows \
+        else ""
+
+
 def write_charts(found, results, folder):
     """differences.png and attention.png of a budget, where there is enough for them -> their paths."""
     paths = []
@@ -221,6 +249,6 @@ def report(path, charts):
         by_group = [arm for arm, _ in results if arm.claim in ("bridge", "Hi LoRA")]
         if by_group and "base" in found:
             parts.append(groups_table(found, by_group))
-        parts.append(mixing_table(found))
+        parts += [mixing_table(found), copying_table(found)]
         parts.append("Charts: " + ", ".join(map(str, write_charts(found, results, charts / budget))))
     return "\n\n".join(part for part in parts if part)

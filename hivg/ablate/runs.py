@@ -21,6 +21,7 @@ from hivg import weights
 from hivg.ablate.arms import BY_NAME
 from hivg.boxes import box_on_grid
 from hivg.data.batches import ShapesTensors, evaluation_batches, to_device
+from hivg.data.drawn.scenes import EXPRESSIONS_PER_SCENE
 from hivg.evaluate.metrics import accuracy, mean
 from hivg.evaluate.predict import predict
 from hivg.training.checkpoint import load_state
@@ -56,7 +57,8 @@ BUDGETS = {
     "short": Budget(2048, (1, 1, 1, 3), (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), (), 5),
     # 122,880
     "long": Budget(8192, (1, 1, 1, 12), (5e-4, 1e-3, 2e-3, 4e-3),
-                   ("base", "bridge none", "bridge constant", "lora vanilla", "lora none"), 5),
+                   ("base", "bridge none", "bridge constant", "lora vanilla", "lora none", "neither", "recipe",
+                    "recipe, bridge none", "recipe, bridge constant", "recipe, text norm"), 5),
 }
 FAILED = "FAILED:"
 CHOICE_SEED = 0  # the seed on which the rates are chosen
@@ -70,8 +72,8 @@ def settings_of(arm, budget, lr, seed):
     definition = zlib.crc32(json.dumps(arm.definition()).encode())  # a run of another definition is not resumed
     name = f"{FOLDER}/{budget}, {arm.name}, {lr:g}, {seed}, {definition:08x}".replace(" ", "_").replace(",", "")
     world = dict(dataset="shapes", clip="weights/clip-shapes.safetensors")
-    return train.Settings(**world, name=name, seed=seed, workers=0, epoch_samples=b.epoch_samples, epochs=b.epochs,
-                          lr=(lr,) * len(b.epochs), warmup_steps=20, **arm.settings)
+    return train.Settings(name=name, seed=seed, workers=0, epoch_samples=b.epoch_samples, epochs=b.epochs,
+                          lr=(lr,) * len(b.epochs), warmup_steps=20, **(world | arm.settings))
 
 
 def can_resume(settings):
@@ -119,6 +121,7 @@ def results(arm, settings, path):
         row["val"][stage.name] = round(model.info["accuracy"], 4)
         row["attention"][stage.name] = attention(model, device)
         row["parameters"][stage.name] = sum(p.numel() for p in model.parameters())
+    row["copying"] = copying(model, device)
     model = model.for_prediction(device, choose_dtype("auto", device))
     predicted = {split: predict(model, batches_of(model, split), device) for split in SPLITS}
     row |= {split: scores(rows) for split, rows in predicted.items()}
@@ -128,13 +131,16 @@ def results(arm, settings, path):
 
 def batches_of(model, split, batch_size=64):
     config = model.config
-    return evaluation_batches(ShapesTensors(split, config.clip.image_size, config.normalization), batch_size)
+    is_wide = model.info["dataset"] == "shapes-wide"
+    return evaluation_batches(ShapesTensors(split, config.clip.image_size, config.normalization, wide=is_wide),
+                              batch_size)
 
 
 def scores(rows):
-    """Accuracy, mean IoU, and whether each expression is right, of the rows of `predict`."""
-    ious = [row["iou"] for row in rows]
-    right = [iou >= 0.5 for iou in ious]
+    """Accuracy and mean IoU of the expressions that are true of something, and whether each expression is right, of the
+    rows of `predict`."""
+    ious = [row["iou"] for row in rows if row["target"]]
+    right = [row["iou"] >= 0.5 for row in rows]
     return {"accuracy": accuracy(ious), "mean_iou": round(mean(ious), 4), "right": pack(right)}
 
 
@@ -153,6 +159,23 @@ def batch_dependence(rows, model, device):
         moved.append(max(abs(p - q) for p, q in zip(x["box"], y["box"])))
         changed.append((x["iou"] >= 0.5) != (y["iou"] >= 0.5))
     return {"moved_pixels": round(mean(moved), 4), "answers_changed": mean(changed)}
+
+
+@torch.no_grad()
+def copying(model, device, n=64):
+    """Does an image's feature repeat the text that the bridge has told it? n images of `val`, each with the text of
+    another -> the share of texts that are nearest to the image they were "shown" with, and, where each image has its
+    own text, to that one ("own"). Chance is 1/n for both."""
+    model = model.to(device).eval()
+    rows = EXPRESSIONS_PER_SCENE
+    batch = to_device(next(iter(batches_of(model, "val", rows * n))), model.tokenizer, device)
+    images, padding_mask, token_ids = (batch[key][::rows] for key in ("images", "padding_mask", "token_ids"))
+    found = {}
+    for name, shift in (("own", 0), ("shown", 1)):
+        output = model(images, padding_mask, token_ids.roll(shift, 0))
+        nearest = output.logits_per_text.argmax(1)  # (n,): the image that each text is nearest to
+        found[name] = mean((nearest == torch.arange(len(nearest), device=device)).tolist())
+    return found
 
 
 @torch.no_grad()

@@ -39,12 +39,12 @@ def verdict(low, high):
     return "worse" if high < 0 else "undecided"
 
 
-def differences(pairs, rows, comparisons=None):
+def differences(pairs, rows, comparisons=None, counted=1.0):
     """The differences of a group of comparisons; their intervals hold for a whole table at once with 95 % (Bonferroni).
 
     pairs: for each comparison (right, other), both (S, n) bool: whether an arm, and the one it is compared with, are
     right with seed s about expression i of n. rows: expressions of an image, which stand together. comparisons: of the
-    whole table, default: these.
+    whole table, default: these. counted: the share of the expressions that count; right and other agree on the rest.
 
     Expressions: images are drawn with replacement, the same for all seeds. Seeds: a bootstrap of three seeds cannot
     reach further than they do, so their part is drawn from Student's t, with one variance of a seed's difference for
@@ -52,7 +52,10 @@ def differences(pairs, rows, comparisons=None):
     are of the expressions alone. `own` takes each comparison's own variance, which assumes nothing of the others and
     has few degrees of freedom.
     """
-    per_image = [(right.astype(float) - other).reshape(len(right), -1, rows).mean(2) for right, other in pairs]
+    per_image = []
+    for right, other in pairs:
+        gain = (right.astype(float) - other) / counted  # (S, n)
+        per_image.append(gain.reshape(len(gain), -1, rows).mean(2))  # (S, images)
     freedom = sum(len(d) - 1 for d in per_image)
     squares = sum(((d.mean(1) - d.mean()) ** 2).sum() for d in per_image)
     sd = (squares / freedom) ** 0.5 if freedom else 0.0  # of a seed's difference

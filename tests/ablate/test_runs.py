@@ -72,6 +72,7 @@ def test_a_run_resumes_and_leaves_a_row(small, monkeypatch):
     assert first["test"]["accuracy"] == unpack(first["test"]["right"], 32).mean()
     assert first["batch_dependence"]["moved_pixels"] < 1e-3
     assert 0 < first["attention"]["lora1"]["on_target"] < 1
+    assert set(first["copying"]) == {"own", "shown"}
     assert not list((small.parent.parent / "runs" / "ablate").glob("*/*.safetensors"))
 
 

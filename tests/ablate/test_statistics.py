@@ -33,6 +33,15 @@ def test_the_difference_is_that_of_the_means_in_points():
     assert (mirrored.low, mirrored.high) == pytest.approx((-d.high, -d.low), rel=0.1)
 
 
+def test_expressions_that_do_not_count_leave_the_mean_as_it_is():
+    rng = np.random.default_rng(0)
+    right, other = answers(3, 200, 0.7, rng), answers(3, 200, 0.5, rng)
+    whole = difference(right, other)
+    nothing = np.zeros((3, 4 * 100), bool)  # wrong in both
+    padded = np.concatenate((right, nothing), 1), np.concatenate((other, nothing), 1)
+    assert differences([padded], 4, counted=2 / 3)[0].points == pytest.approx(whole.points)
+
+
 def test_equal_answers_differ_by_exactly_nothing():
     right = answers(3, 50, 0.7, np.random.default_rng(0))
     d = difference(right, right)
