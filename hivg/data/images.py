@@ -145,8 +145,7 @@ def _upright(image):
         raise ImageError(f"image of size {image.size}: has no pixels")
     image.load()
     turn = turn_of(image)
-    rgb = _to_rgb(image.transpose(turn) if turn is not None else image)
-    return _plain(image, rgb.im)
+    return _plain(image, _to_rgb(image.transpose(turn) if turn is not None else image).im)
 
 
 def _plain(image, pixels):

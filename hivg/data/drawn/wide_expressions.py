@@ -88,8 +88,7 @@ class WideSpeaker(Speaker):
 
     def rank(self, ranks):
         rng = self.rng
-        sides = [side for side, (axis, _) in DIRECTIONS.items() if axis == self.row.axis]
-        side = pick(rng, sides)
+        side = pick(rng, [side for side, (axis, _) in DIRECTIONS.items() if axis == self.row.axis])
         members = self.row.members[:: -DIRECTIONS[side][1]]  # as seen from this side
         rank = pick(rng, ranks)
         behind = len(members) - rank  # how many come after it

@@ -193,9 +193,8 @@ def in_a_row(rng, members, axis, lengths, is_flat):
         share = level + 0.1 * (rng.random() - 0.5) if is_flat else rng.random()
         across = reach + min(max(share, 0.0), 1.0) * (lengths[1 - axis] - 2 * reach)
         placed.append(replace(obj, **dict(zip("xy" if axis == 0 else "yx", (at, across)))))
-    clear = all(a + MARGIN <= b for a, b in zip(along, along[1:]))
     fits = all(reaches(obj)[1 - axis] * 2 < lengths[1 - axis] for obj in members)
     inside = all(reaches(obj)[axis] <= at <= lengths[axis] - reaches(obj)[axis] for obj, at in zip(members, along))
-    if not (clear and fits and inside) or any(overlap(a, b) for i, a in enumerate(placed) for b in placed[:i]):
+    if not (fits and inside) or any(overlap(a, b) for i, a in enumerate(placed) for b in placed[:i]):
         return None
     return placed
