@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 
-from hivg.data.drawn.scenes import SIZES, Background, Object, Scene, draw
+from hivg.data.drawn.drawing import SIZES, Background, Object, Scene, draw
 from hivg.utils.cli import run
 
 TEXTS = ["the red circle", "star", "large blue square left of the green triangle at the very bottom of the picture"]

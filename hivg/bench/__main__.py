@@ -63,8 +63,7 @@ def main():
     threads = f"{torch.get_num_threads()} CPU threads"
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name(device) if device.type == 'cuda' else threads}")
     for name in args.names or DEFAULT:
-        module = import_module(f"hivg.bench.{BENCHES[name]}")
-        getattr(module, f"bench_{name}")(args)
+        getattr(import_module(f"hivg.bench.{BENCHES[name]}"), f"bench_{name}")(args)
 
 
 if __name__ == "__main__":

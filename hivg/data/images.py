@@ -122,7 +122,7 @@ def _using(file, name, use):
     what lies beside its pixels. Raises ImageError or MemoryError, which begin with `name`."""
     is_path = isinstance(file, (str, os.PathLike))
     try:
-        with _decoding(name), (_open_file if is_path else _identified)(file, name) as image:
+        with _decoding(name), _opened(Path(file) if is_path else file, name) as image:
             return use(image)
     except ImageTooLarge:
         raise
@@ -145,8 +145,7 @@ def _upright(image):
         raise ImageError(f"image of size {image.size}: has no pixels")
     image.load()
     turn = turn_of(image)
-    rgb = _to_rgb(image.transpose(turn) if turn is not None else image)
-    return _plain(image, rgb.im)
+    return _plain(image, _to_rgb(image.transpose(turn) if turn is not None else image).im)
 
 
 def _plain(image, pixels):
@@ -156,32 +155,26 @@ def _plain(image, pixels):
     return plain
 
 
-def _open_file(path, name):
-    """A file -> PIL image, its pixels not read yet. Raises ImageError."""
-    path = Path(path)
-    if not os.path.exists(path):  # unlike path.exists(), False for a name that no file can have
-        raise ImageError(f"{name}: there is no such file; check the path")
-    if path.is_dir():
-        raise ImageError(f"{name}: is a folder; name an image in it")
-    if path.stat().st_size == 0:
-        raise ImageError(f"{name}: the file is empty; copy or download it again")
-    return _identified(path, name)
-
-
-def _identified(file, name):
-    """A path or a file object -> PIL image, its pixels not read yet. Raises ImageError."""
-    with _decoding(name):
-        try:
-            image = Image.open(file)
-        except Image.UnidentifiedImageError:
-            raise ImageError(f"{name}: not an image that can be read; convert it to PNG or JPEG") from None
-        except Image.DecompressionBombError:
-            raise ImageTooLarge(f"{name}: has more than {most_pixels()}; make it smaller") from None
-        except OSError as error:
-            if is_out_of_memory(error):
-                raise
-            problem = getattr(error, "strerror", None) or error  # without the path again
-            raise ImageError(f"{name}: cannot be opened ({shown(problem, 80)}); check the file") from None
+def _opened(file, name):
+    """A Path or a file object -> PIL image, its pixels not read yet. Raises ImageError, and anything (_decoding)."""
+    if isinstance(file, Path):
+        if not os.path.exists(file):  # unlike file.exists(), False for a name that no file can have
+            raise ImageError(f"{name}: there is no such file; check the path")
+        if file.is_dir():
+            raise ImageError(f"{name}: is a folder; name an image in it")
+        if file.stat().st_size == 0:
+            raise ImageError(f"{name}: the file is empty; copy or download it again")
+    try:
+        image = Image.open(file)
+    except Image.UnidentifiedImageError:
+        raise ImageError(f"{name}: not an image that can be read; convert it to PNG or JPEG") from None
+    except Image.DecompressionBombError:
+        raise ImageTooLarge(f"{name}: has more than {most_pixels()}; make it smaller") from None
+    except OSError as error:
+        if is_out_of_memory(error):
+            raise
+        problem = getattr(error, "strerror", None) or error  # without the path again
+        raise ImageError(f"{name}: cannot be opened ({shown(problem, 80)}); check the file") from None
     if image.format == "EPS":  # a program, which Pillow would run
         raise ImageError(f"{name}: EPS is a program, not pixels; convert it to PNG or JPEG")
     return image

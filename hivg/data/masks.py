@@ -169,12 +169,11 @@ def mask_of(segmentation, height, width):
     """
     if segmentation is None or (isinstance(segmentation, (list, tuple, dict)) and not segmentation):
         return None
-    if isinstance(segmentation, dict):
-        return rle_mask(segmentation, (height, width))
-    if isinstance(segmentation, (list, tuple)):
-        mask = polygon_mask([part for part in segmentation if not isinstance(part, dict)], height, width)
-        for rle in segmentation:
-            if isinstance(rle, dict):
-                mask |= rle_mask(rle, (height, width))
-        return mask
-    raise ValueError(f"a segmentation is a list of polygons or a dictionary of run lengths, not {quoted(segmentation)}")
+    parts = [segmentation] if isinstance(segmentation, dict) else segmentation
+    if not isinstance(parts, (list, tuple)):
+        raise ValueError(f"a segmentation is a list of polygons or a dictionary of run lengths, not {quoted(parts)}")
+    mask = polygon_mask([part for part in parts if not isinstance(part, dict)], height, width)
+    for rle in parts:
+        if isinstance(rle, dict):
+            mask |= rle_mask(rle, (height, width))
+    return mask

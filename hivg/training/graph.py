@@ -12,7 +12,7 @@ from collections import Counter
 
 import torch
 
-RECORDED = ("images", "padding_mask", "boxes", "masks", "image_ids")  # of a batch, beside token_ids
+RECORDED = {"images", "padding_mask", "boxes", "masks", "image_ids", "present"}  # of a batch, beside token_ids
 WARM_UP = 3  # steps of a length before it is recorded, launch by launch: kernels are chosen and compiled in them
 
 
@@ -50,9 +50,10 @@ class GraphedStep:
             self.batches = []
             for part in parts:
                 ids = part["token_ids"].new_zeros(len(part["token_ids"]), self.context_length)
-                self.batches.append({name: torch.empty_like(part[name]) for name in RECORDED} | {"token_ids": ids})
+                copies = {name: torch.empty_like(part[name]) for name in RECORDED & part.keys()}
+                self.batches.append(copies | {"token_ids": ids})
         for batch, part in zip(self.batches, parts, strict=True):
-            for name in RECORDED:
+            for name in RECORDED & part.keys():
                 batch[name].copy_(part[name])
             batch["token_ids"].zero_()  # padding: nothing looks behind the end token
             batch["token_ids"][:, : part["token_ids"].shape[1]].copy_(part["token_ids"])

@@ -2,6 +2,7 @@
 
 import math
 import re
+from contextlib import suppress
 from functools import lru_cache
 
 from PIL import Image, ImageDraw, ImageFont
@@ -14,10 +15,8 @@ def fonts_of_size(size):
     """Pillow's own font (little more than ASCII), then those of FALLBACK_FONTS that are installed."""
     fonts = [ImageFont.load_default(size=size)]
     for name in FALLBACK_FONTS:
-        try:
+        with suppress(OSError):  # not installed
             fonts.append(ImageFont.truetype(name, size))
-        except OSError:  # not installed
-            pass
     return fonts
 
 

@@ -56,21 +56,17 @@ def convert(source, target):
               file=sys.stderr)
 
 
-def arguments():
+def main():
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="fetch | convert | show")
-    fetch = commands.add_parser("fetch", help="download OpenAI's weights and merge table into weights/")
-    fetch.add_argument("model", metavar="MODEL", help=", ".join(download.FILES))
-    convert = commands.add_parser("convert", help="write any file that can be loaded as our own")
-    convert.add_argument("source", metavar="IN", help="a weights file of any kind")
-    convert.add_argument("target", metavar="OUT", help="the file to make, .safetensors")
-    show = commands.add_parser("show", help="show what is in a file")
-    show.add_argument("file", metavar="FILE", help="a weights file of any kind")
-    return parser.parse_args()
-
-
-def main():
-    args = arguments()
+    command = commands.add_parser("fetch", help="download OpenAI's weights and merge table into weights/")
+    command.add_argument("model", metavar="MODEL", help=", ".join(download.FILES))
+    command = commands.add_parser("convert", help="write any file that can be loaded as our own")
+    command.add_argument("source", metavar="IN", help="a weights file of any kind")
+    command.add_argument("target", metavar="OUT", help="the file to make, .safetensors")
+    command = commands.add_parser("show", help="show what is in a file")
+    command.add_argument("file", metavar="FILE", help="a weights file of any kind")
+    args = parser.parse_args()
     if args.command == "fetch":
         for path in download.fetch(args.model, FOLDER):
             print(path)

@@ -97,17 +97,9 @@ def clip_config(tensors):
         raise NotThisKind(f"widths {width} and {text_width} (multiples of {HEAD_WIDTH} in a CLIP) and {positions} "
                           "positions (a square number and one) cannot be a CLIP's")
     return CLIPConfig(
-        image_size=side * patch,
-        patch_size=patch,
-        vision_width=width,
-        vision_layers=depth_of(tensors, "visual"),
-        vision_heads=width // HEAD_WIDTH,
-        text_width=text_width,
-        text_layers=depth_of(tensors, "text"),
-        text_heads=text_width // HEAD_WIDTH,
-        embed_dim=embed,
-        context_length=context,
-        vocab_size=vocabulary,
+        image_size=side * patch, patch_size=patch, embed_dim=embed, context_length=context, vocab_size=vocabulary,
+        vision_width=width, vision_layers=depth_of(tensors, "visual"), vision_heads=width // HEAD_WIDTH,
+        text_width=text_width, text_layers=depth_of(tensors, "text"), text_heads=text_width // HEAD_WIDTH,
     )
 
 

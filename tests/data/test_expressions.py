@@ -20,7 +20,7 @@ from listener import (
     scenes,
 )
 
-from hivg.data.drawn import scenes as shapes
+from hivg.data.drawn import drawing as shapes
 from hivg.data.drawn.expressions import KINDS, NOTHING
 from hivg.data.drawn.scenes import MIXED, SIZES, WIDE_MIX, WIDE_TRAINING, Shapes
 

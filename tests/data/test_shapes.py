@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from listener import ALL_ADJECTIVES, ALL_NOUNS, BOTH, EXPRESSED, WIDE_EXPRESSED, expressions, scenes
 
-from hivg.data.drawn import scenes as shapes
+from hivg.data.drawn import drawing as shapes
 from hivg.data.drawn.drawing import LONG
 from hivg.data.drawn.expressions import NOTHING
 from hivg.data.drawn.pairs import Pairs

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
+from hivg.data.drawn.phrases import pick
+
 # All darker than any background: outlines then look alike in every colour, which a small ViT learns far sooner
 COLOURS = {"red": (205, 20, 30), "green": (10, 130, 45), "blue": (30, 65, 215), "brown": (125, 75, 30),
            "purple": (115, 25, 155), "orange": (240, 115, 0), "black": (18, 18, 22), "pink": (230, 70, 160)}
@@ -61,6 +63,18 @@ class Scene:
     height: float
     background: Background
     objects: tuple
+
+
+def background(rng, darkest=200, tint=30, floor=180):
+    """A random Background: RGB from floor on, around a grey of darkest..245."""
+    light = darkest + (245 - darkest) * rng.random()
+    first = light + tint * (rng.random(3) - 0.5)  # (3,) RGB
+    second = first + (10 + 14 * rng.random()) * (1 if rng.random() < 0.5 else -1)
+    colours = np.clip([first, second], floor, 252).astype(int).tolist()
+    texture = pick(rng, TEXTURES)
+    period = 0.04 + 0.08 * rng.random()
+    angle = math.pi * rng.random()
+    return Background(texture, tuple(map(tuple, colours)), period, angle, seed=int(rng.random() * 2**32))
 
 
 def _polar(radii, count):

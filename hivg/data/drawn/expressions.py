@@ -6,23 +6,11 @@ into words.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 
-from hivg.data.drawn.phrases import (
-    ALL,
-    COLOUR,
-    FILL,
-    FIRST_WORDS,
-    PLAIN,
-    SECOND_WORDS,
-    SHAPE,
-    SIZE,
-    attribute_words,
-    noun_phrase,
-    pick,
-)
+from hivg.data.drawn.phrases import ALL, COLOUR, FILL, PLAIN, SHAPE, SIZE, attribute_words, noun_phrase, pick
 
 KINDS = ("attribute", "superlative", "ordinal", "relation", "conjunction")
 KIND_OF = {"closeness": "relation", "counting": "ordinal", "beyond": "absent rank"}  # of what is asked for, else itself
@@ -95,15 +83,16 @@ class Speaker:
     """Makes expressions for one scene. Objects are given by their number in it.
 
     targets: the objects that may be meant. must: attributes that every head phrase names. never: attributes that no
-    phrase names. Each method named like a key of FORMS makes one attempt at a form of it -> (text, target), or None if
-    that failed.
+    phrase names. row: the scene's, if it has one (wide_expressions.Row). Each method named like a key of FORMS makes
+    one attempt at a form of it -> (text, target), or None if that failed.
     """
 
     words = PLAIN
     forms = FORMS
 
-    def __init__(self, scene, rng, targets=None, must=0, never=0):
+    def __init__(self, scene, rng, targets=None, must=0, never=0, row=None):
         self.rng = rng
+        self.row = row
         self.objects = scene.objects
         self.must = must
         self.never = never
@@ -173,6 +162,10 @@ class Speaker:
             return centres, centres - (a.diameter + b.diameter) / 2
         gaps = [max(abs(at[i] - at[j]) - (width[i] + width[j]) / 2, 0) for at, width in zip(self.at, self.widths)]
         return centres, math.hypot(*gaps)
+
+    def asked(self, text):
+        """The expression as it is, in the wider language now and then as a question or a request."""
+        return text
 
     # ---- the five kinds, and two that are part of one
 
@@ -285,8 +278,7 @@ class Speaker:
         aside = abs(a_to_b[0] * a_to_i[1] - a_to_b[1] * a_to_i[0]) / length2
         return end < along < 1 - end and aside < width / 2
 
-    def conjunction(self, form):
-        """form: one of the methods below."""
+    def conjunction(self, form):  # one of the methods below
         return getattr(self, form)()
 
     def two_attributes(self):
@@ -364,9 +356,9 @@ class Speaker:
     def two_places(self, first, second):
         """Two (anchor, direction) in words."""
         rng = self.rng
-        if first[0] == second[0]:
-            words = f"{pick(rng, FIRST_WORDS[first[1]])} and {pick(rng, SECOND_WORDS[second[1]])}"
-            return f"{words} {the(rng, self.name(first[0]), 0.8)}"
+        if first[0] == second[0]:  # in short, "to the left and above the star"
+            words = [pick(rng, PLAIN.relation[direction][:2]) for _, direction in (first, second)]
+            return f"{words[0].removesuffix(' of')} and {words[1]} {the(rng, self.name(first[0]), 0.8)}"
         words = [pick(rng, self.words.relation[direction]) for _, direction in (first, second)]
         names = [the(rng, self.name(anchor), 0.8) for anchor, _ in (first, second)]
         return f"{words[0]} {names[0]} and {words[1]} {names[1]}"
@@ -405,4 +397,4 @@ def express(speaker, kinds, forms=3, attempts=40):
                 break
         else:
             return None
-    return list(found.values())
+    return [replace(expression, text=speaker.asked(expression.text)) for expression in found.values()]

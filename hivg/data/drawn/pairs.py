@@ -15,11 +15,11 @@ import torch
 from torch.utils.data import Dataset
 
 from hivg.data.batches import collate
-from hivg.data.drawn.drawing import COLOURS, HELD_OUT, LONG, SHAPES, draw
+from hivg.data.drawn.drawing import HELD_OUT, LONG, SHAPES, draw
 from hivg.data.drawn.expressions import Expression, Speaker, draw_kinds, express, the
-from hivg.data.drawn.phrases import COLOUR, PLAIN, SHAPE, WIDE, caption, noun_phrase, object_phrases, pick, place
-from hivg.data.drawn.scenes import MAX_OBJECTS, attribute_ids, background, random_scene, row_length
-from hivg.data.drawn.wide_expressions import WIDE_SHAPES, WideSpeaker, asked
+from hivg.data.drawn.phrases import COLOUR, SHAPE, caption, noun_phrase, object_phrases, pick, place
+from hivg.data.drawn.scenes import MAX_OBJECTS, attribute_ids, random_scene, row_length
+from hivg.data.drawn.wide_expressions import WIDE_SHAPES, WideSpeaker
 from hivg.data.drawn.wide_scenes import row_scene, wide_scene
 from hivg.data.transforms import Letterbox
 
@@ -48,6 +48,7 @@ class Pairs(Dataset):
     def __init__(self, size, seed=0, wide=False):
         self.size = size
         self.wide = wide
+        self.words = (WideSpeaker if wide else Speaker).words
         self.seed = seed
 
     def __len__(self):
@@ -64,9 +65,8 @@ class Pairs(Dataset):
         """The part of an item that is about one image. few: the numbers of the objects that the caption names."""
         image, _ = draw(scene)
         letterbox = Letterbox(*image.size, self.size)
-        words = WIDE if self.wide else PLAIN
-        text = caption(replace(scene, objects=tuple(scene.objects[i] for i in few)), rng, words)
-        phrases, named = object_phrases(scene, rng, words)
+        text = caption(replace(scene, objects=tuple(scene.objects[i] for i in few)), rng, self.words)
+        phrases, named = object_phrases(scene, rng, self.words)
         named = [attribute_ids(obj, attributes) for obj, attributes in zip(scene.objects, named)]
         attributes = [attribute_ids(obj) for obj in scene.objects]
         targets = [expression.target for expression in expressions]
@@ -93,30 +93,29 @@ def draw_pair(rng, wide):
     n = row_length(rng) if wide and rng.random() < ROWS_SHARE else 0
     while True:  # until a scene yields expressions
         made = new_scene(rng, own, shared, wide, n)
-        twins = made and make_twins(rng, *made[:2], own)
+        twins = made and make_twins(rng, made[0], made[2], own)
         if not twins:
             continue
         seed = int(rng.random() * 2**53)
-        said, twin_said = (speak(np.random.default_rng(seed), scene, own, shared, made[2], wide) for scene in twins)
+        said, twin_said = (speak(np.random.default_rng(seed), scene, own, shared, made[1], wide) for scene in twins)
         if said and [e.target for e in said] == [e.target for e in twin_said]:
             return twins, (said, twin_said)
 
 
 def new_scene(rng, own, shared, wide, n):
-    """-> (scene, {colour: RGB, or None}, row or None) of at most MAX_OBJECTS objects, or None if that failed. n: how
+    """-> (scene, row or None, {colour: RGB, or None}) of at most MAX_OBJECTS objects, or None if that failed. n: how
     many a row has, 0 for a scene without one."""
     if not wide:
-        return random_scene(rng, None), dict.fromkeys(COLOURS), None
+        return random_scene(rng, None)
     shapes = SHAPES if own == SHAPE else WIDE_SHAPES
-    made = (row_scene(rng, background, n, attributes=shared, shapes=shapes) if n
-            else wide_scene(rng, background, shapes=shapes))
+    made = row_scene(rng, n, attributes=shared, shapes=shapes) if n else wide_scene(rng, shapes=shapes)
     if not made:
         return None
-    scene, row, shades = made[0], made[1] if n else None, made[-1]
+    scene, row, shades = made
     most = len(shades) if own == COLOUR else MAX_OBJECTS
     if not 1 < len(scene.objects) <= most or row and any(scene.objects[i].shape in LONG for i in row.members):
         return None
-    return scene, shades, row
+    return made
 
 
 def make_twins(rng, scene, shades, own):
@@ -154,14 +153,9 @@ def speak(rng, scene, own, shared, row, wide):
     groups = [members for members in groups.values() if len(members) > 1]
     if not groups:
         return []
-    if wide:
-        speaker = WideSpeaker(scene, rng, sum(groups, []), never=own, row=row)
-    else:
-        speaker = Speaker(scene, rng, sum(groups, []), never=own)
+    speaker = (WideSpeaker if wide else Speaker)(scene, rng, sum(groups, []), never=own, row=row)
     mix = MIX if not wide else ROW_MIX if row else WIDE_MIX
-    said = express(speaker, draw_kinds(rng, mix, SPOKEN), attempts=12) or []
-    if wide:
-        said = [replace(expression, text=asked(rng, expression.text)) for expression in said]
+    said = express(speaker, draw_kinds(rng, mix, SPOKEN), attempts=12)
     if not said:
         return []
     for _ in range(PLACES_NAMED):

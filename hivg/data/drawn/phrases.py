@@ -105,12 +105,6 @@ WIDE = Words(
     ordinals={1: ("first", "first", "1st"), **PLAIN.ordinals, 6: ("sixth", "6th")},
 )
 
-# Short forms for two directions from one thing: "to the left and above the star", "above and left of the star"
-FIRST_WORDS = {"left": ("left", "to the left"), "right": ("right", "to the right"), "above": ("above",),
-               "below": ("below",)}
-SECOND_WORDS = {"left": ("left of", "to the left of"), "right": ("right of", "to the right of"),
-                "above": ("above",), "below": ("below",)}
-
 PLACES = (("at the top left", "at the top", "at the top right"),
           ("on the left", "in the middle", "on the right"),
           ("at the bottom left", "at the bottom", "at the bottom right"))

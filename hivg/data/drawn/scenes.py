@@ -8,29 +8,14 @@ off the drawn pixels, so they are exact.
 """
 
 import math
-from dataclasses import replace
-from functools import partial
-from itertools import product
 
 import numpy as np
 
-from hivg.data.drawn.drawing import (
-    COLOURS,
-    HELD_OUT,
-    REACH,
-    SHAPES,
-    SIZES,
-    TEXTURES,
-    Background,
-    Object,
-    Scene,
-    boxes_of,
-    draw,
-)
+from hivg.data.drawn.drawing import COLOURS, HELD_OUT, REACH, SHAPES, SIZES, Object, Scene, background, boxes_of, draw
 from hivg.data.drawn.expressions import Speaker, draw_kinds, express
-from hivg.data.drawn.phrases import ALL, COLOUR, FILL, PLAIN, SHAPE, SIZE, WIDE, caption, object_phrases, pick
-from hivg.data.drawn.wide_expressions import WIDE_SHAPES, WideSpeaker, asked
-from hivg.data.drawn.wide_scenes import MOST, row_scene, wide_scene
+from hivg.data.drawn.phrases import ALL, COLOUR, FILL, SHAPE, SIZE, caption, object_phrases, pick
+from hivg.data.drawn.wide_expressions import WIDE_SHAPES, WideSpeaker
+from hivg.data.drawn.wide_scenes import MOST, looks_of, row_scene, some, wide_scene
 
 EXPRESSIONS_PER_SCENE = 4
 MAX_OBJECTS = 8
@@ -73,36 +58,12 @@ WIDE_SPLITS = {
 DRAWN = {"shapes": SPLITS, "shapes-wide": WIDE_SPLITS}  # the data sets that are drawn
 
 
-def _some(rng, options, low, high):
-    """low to high different options."""
-    count = low + int(rng.random() * (high - low + 1))
-    return [options[i] for i in rng.permutation(len(options))[:count]]
-
-
-def background(rng, darkest=200, tint=30, floor=180):
-    light = darkest + (245 - darkest) * rng.random()
-    first = light + tint * (rng.random(3) - 0.5)  # (3,) RGB
-    second = first + (10 + 14 * rng.random()) * (1 if rng.random() < 0.5 else -1)
-    colours = np.clip([first, second], floor, 252).astype(int).tolist()
-    texture = pick(rng, TEXTURES)
-    period = 0.04 + 0.08 * rng.random()
-    angle = math.pi * rng.random()
-    return Background(texture, tuple(map(tuple, colours)), period, angle, seed=int(rng.random() * 2**32))
-
-
 def _looks(rng, held_out):
     """The (shape, colour, size, filled) of 3 to 8 objects, of few colours and shapes, so that objects share attributes
     and expressions need their words. held_out: a (colour, shape) that at least one has, or None."""
-    colours = _some(rng, tuple(COLOURS), 2, 4)
-    shapes = _some(rng, SHAPES, 2, 4)
-    if held_out:
-        colours = [held_out[0], *(colour for colour in colours if colour != held_out[0])]
-        shapes = [held_out[1], *(shape for shape in shapes if shape != held_out[1])]
-    pairs = [pair for pair in product(colours, shapes) if pair not in HELD_OUT]
-    sizes = _some(rng, ("small", "small", "medium", "medium", "large"), 2, 5)  # large ones are rarer: they need room
+    pairs = looks_of(some(rng, tuple(COLOURS), 2, 4), some(rng, SHAPES, 2, 4), held_out)
+    sizes = some(rng, ("small", "small", "medium", "medium", "large"), 2, 5)  # large ones are rarer: they need room
     filled = pick(rng, ((True,), (True, False), (True, True, False)))
-    if held_out:
-        pairs += [held_out] * (1 + len(pairs) * 2 // 3)  # often several, so that a place or relation is needed
     chosen = [pick(rng, pairs) for _ in range(3 + int(6 * rng.random()))]
     if held_out:
         chosen[0] = held_out
@@ -126,11 +87,12 @@ def _place(rng, looks, width, height):
 
 
 def random_scene(rng, held_out):
-    """A scene, without expressions. held_out: a colour and shape of HELD_OUT that it shows, or None."""
+    """-> (a scene, no row, {colour: no shade}). held_out: a colour and shape of HELD_OUT that it shows, or None."""
     aspect = 2 ** (rng.random() + rng.random() - 1)  # width / height from 1:2 to 2:1, mostly near 1:1
     width = min(1.0, aspect)
     height = min(1.0, 1 / aspect)
-    return Scene(width, height, background(rng), _place(rng, _looks(rng, held_out), width, height))
+    scene = Scene(width, height, background(rng), _place(rng, _looks(rng, held_out), width, height))
+    return scene, None, dict.fromkeys(COLOURS)
 
 
 def row_length(rng, lengths=ROWS["ordinal"]):
@@ -182,6 +144,7 @@ class Shapes:
         self.seed = seed
         self.captions = captions
         self.wide = wide
+        self.speaker = WideSpeaker if wide else Speaker
         self.number = list(splits).index(split) + 100 * wide
         self.size, split_weights = splits[split]
         self.weights = weights or split_weights
@@ -195,20 +158,28 @@ class Shapes:
         if not 0 <= index < self.size:
             raise IndexError(f"index {index} is not in 0..{self.size - 1}")
         rng = np.random.default_rng([self.seed, self.number, index])
-        make = partial(self._make_wide, plan=self._plan(rng)) if self.wide else self._make_plain
+        plan = self._plan(rng) if self.wide else None
         for _ in range(1000):  # until a scene yields its expressions, usually the first or second
-            made = make(rng, pick(rng, sorted(HELD_OUT)) if self.split == "compose" else None)
-            if made:
+            if made := self._attempt(rng, plan):
                 return *made, rng
         raise RuntimeError("no scene yields its expressions")
 
-    def _make_plain(self, rng, held_out):
-        scene = random_scene(rng, held_out)
-        targets, must = meant(scene, held_out)
-        if len(scene.objects) < 3 or targets == []:
+    def _attempt(self, rng, plan):
+        """(scene, expressions), or None."""
+        held_out = pick(rng, sorted(HELD_OUT)) if self.split == "compose" else None
+        if plan:
+            n, most, kinds = plan
+            made = row_scene(rng, n, held_out) if n else wide_scene(rng, held_out, most=most)
+        else:
+            kinds = draw_kinds(rng, self.weights, EXPRESSIONS_PER_SCENE)  # one after another, as they are expressed
+            made = random_scene(rng, held_out)
+        if not made:
             return None
-        kinds = draw_kinds(rng, self.weights, EXPRESSIONS_PER_SCENE)
-        expressions = express(Speaker(scene, rng, targets, must), kinds)
+        scene, row, _ = made
+        targets, must = meant(scene, held_out)
+        if targets == [] or len(scene.objects) < (1 if plan else 3):
+            return None
+        expressions = express(self.speaker(scene, rng, targets, must, row=row), kinds)
         return expressions and (scene, expressions)
 
     def _plan(self, rng):
@@ -226,20 +197,6 @@ class Shapes:
         elif lone and rng.random() < LONE:
             most, kinds = 1, lone
         return n, most, list(draw_kinds(rng, kinds, EXPRESSIONS_PER_SCENE))
-
-    def _make_wide(self, rng, held_out, plan):
-        n, most, kinds = plan
-        made = row_scene(rng, background, n, held_out) if n else wide_scene(rng, background, held_out, most=most)
-        if not made:
-            return None
-        scene, row = made[0], made[1] if n else None
-        targets, must = meant(scene, held_out)
-        if targets == [] or not scene.objects:
-            return None
-        expressions = express(WideSpeaker(scene, rng, targets, must, row=row), kinds)
-        if not expressions:
-            return None
-        return scene, [replace(expression, text=asked(rng, expression.text)) for expression in expressions]
 
     def scene(self, index):
         """(Scene, list of Expression) of an item; depends on (seed, split, index) only."""
@@ -273,9 +230,8 @@ class Shapes:
             "details": [expression.detail for expression in expressions],
         }
         if self.captions:
-            words = WIDE if self.wide else PLAIN
-            item["caption"] = caption(scene, rng, words)
-            item["phrases"], named = object_phrases(scene, rng, words)
+            item["caption"] = caption(scene, rng, self.speaker.words)
+            item["phrases"], named = object_phrases(scene, rng, self.speaker.words)
             item["attributes"] = [attribute_ids(obj) for obj in scene.objects]
             item["named"] = [attribute_ids(obj, attributes) for obj, attributes in zip(scene.objects, named)]
         return item

@@ -8,8 +8,8 @@ import math
 from dataclasses import dataclass, replace
 
 from hivg.data.drawn.drawing import ALIKE, COLOURS, HELD_OUT, LONG, SHAPES, SIZES
-from hivg.data.drawn.expressions import DIRECTIONS, FORMS, MARGIN, NOTHING, Speaker, includes, the
-from hivg.data.drawn.phrases import ALL, COLOUR, FILL, SHAPE, SIZE, WIDE, noun_phrase, pick
+from hivg.data.drawn.expressions import DIRECTIONS, FORMS, MARGIN, NOTHING, Speaker, includes, shared_attributes, the
+from hivg.data.drawn.phrases import ALL, COLOUR, FILL, SHAPE, SIZE, WIDE, indefinite, noun_phrase, pick
 
 WIDE_SHAPES = (*SHAPES, *LONG)
 LOOKS = {SIZE: "size", FILL: "filled", COLOUR: "colour", SHAPE: "shape"}
@@ -44,7 +44,7 @@ class Row:
 
 
 class WideSpeaker(Speaker):
-    """Makes expressions of the wider language for one scene; `row` is the scene's, if it has one."""
+    """Makes expressions of the wider language for one scene."""
 
     words = WIDE
     forms = WIDE_FORMS
@@ -52,15 +52,19 @@ class WideSpeaker(Speaker):
     def __init__(self, scene, rng, targets=None, must=0, never=0, row=None):
         if len({obj.size for obj in scene.objects}) == 1:  # how large is large shows beside others only
             never |= SIZE
-        super().__init__(scene, rng, targets, must, never)
+        super().__init__(scene, rng, targets, must, never, row)
         self.scene = scene
-        self.row = row
 
     def noun(self, i, attributes, before=()):
         """A noun phrase; with a superlative now and then as "the leftmost of the red stars"."""
         if before and before[0].endswith(("most", "est", "st", "nd", "rd", "th", "last")) and self.rng.random() < 0.12:
             return f"{' '.join(before)} of the {plural(super().noun(i, attributes))}"
         return super().noun(i, attributes, before)
+
+    def asked(self, text):
+        if self.rng.random() > 0.12:
+            return text
+        return pick(self.rng, ASKED).format(text if text.startswith("the ") else "the " + text)
 
     def attribute(self, _):
         made = super().attribute(_)
@@ -84,8 +88,7 @@ class WideSpeaker(Speaker):
 
     def rank(self, ranks):
         rng = self.rng
-        sides = [side for side, (axis, _) in DIRECTIONS.items() if axis == self.row.axis]
-        side = pick(rng, sides)
+        side = pick(rng, [side for side, (axis, _) in DIRECTIONS.items() if axis == self.row.axis])
         members = self.row.members[:: -DIRECTIONS[side][1]]  # as seen from this side
         rank = pick(rng, ranks)
         behind = len(members) - rank  # how many come after it
@@ -136,17 +139,10 @@ class WideSpeaker(Speaker):
         if attribute & (self.never | self.must):
             return None
         others = self.rivals(target, attributes)
-        look = LOOKS[attribute]
-        if {getattr(self.objects[i], look) for i in others} in ({getattr(self.objects[target], look)}, set()):
-            return None
-        if len({getattr(self.objects[i], look) for i in others}) > 1 or self.agree(target, others[0], attribute):
-            return None
-        if attribute == SHAPE and {self.objects[target].shape, self.objects[others[0]].shape} in ALIKE:
+        own, *theirs = [getattr(self.objects[i], LOOKS[attribute]) for i in (target, *others)]
+        if len(set(theirs)) != 1 or own in theirs or {own, *theirs} in ALIKE:
             return None
         return self.negated(target, attributes, others[0], attribute), target
-
-    def agree(self, i, j, attribute):
-        return includes(self.shared[i][j], attribute)
 
     def negated(self, i, attributes, other, attribute):
         """In words: of the class of i by these attributes, the one that has not this attribute of the other."""
@@ -154,8 +150,7 @@ class WideSpeaker(Speaker):
         noun = self.noun(i, attributes)
         link = pick(rng, ("that is not", "that is not", "that isn't", "which is not"))
         if attribute == SHAPE:
-            other_noun = super().noun(other, SHAPE)
-            return the(rng, f"{noun} {link} {'an' if other_noun[0] in 'aeiou' else 'a'} {other_noun}")
+            return the(rng, f"{noun} {link} {indefinite(rng, self.objects[other], SHAPE, WIDE)}")
         adjective = self.adjective(other, attribute)
         style = rng.random()
         if style < 0.65:
@@ -174,12 +169,11 @@ class WideSpeaker(Speaker):
         """An object that is not there: one of the scene's with another look, such that no object agrees with it in all
         of these attributes; None if that failed."""
         rng = self.rng
-        changed = pick(rng, [attribute for attribute in LOOKS if attributes & attribute])
+        changed = pick(rng, [look for attribute, look in LOOKS.items() if attributes & attribute])
         obj = pick(rng, self.objects)
-        looks = {SIZE: tuple(SIZES), FILL: (True, False), COLOUR: tuple(COLOURS), SHAPE: WIDE_SHAPES}
-        obj = replace(obj, **{LOOKS[changed]: pick(rng, looks[changed])})
-        named = [LOOKS[attribute] for attribute in LOOKS if attributes & attribute]
-        if any(all(getattr(obj, look) == getattr(other, look) for look in named) for other in self.objects):
+        looks = {"size": tuple(SIZES), "filled": (True, False), "colour": tuple(COLOURS), "shape": WIDE_SHAPES}
+        obj = replace(obj, **{changed: pick(rng, looks[changed])})
+        if any(includes(shared_attributes(obj, other), attributes) for other in self.objects):
             return None
         there = {other.shape for other in self.objects}
         if any(obj.shape in pair and there & set(pair) for pair in LONG.items()):  # a square may pass for a rectangle
@@ -230,13 +224,6 @@ class WideSpeaker(Speaker):
         target, attributes = self.head()
         attribute = pick(self.rng, (COLOUR, COLOUR, FILL))
         attributes &= ~attribute
-        if not all(self.agree(target, i, attribute) for i in self.rivals(target, attributes)):
+        if not all(includes(self.shared[target][i], attribute) for i in self.rivals(target, attributes)):
             return None
         return self.negated(target, attributes, target, attribute)
-
-
-def asked(rng, text):
-    """The expression as a question or a request, now and then."""
-    if rng.random() > 0.12:
-        return text
-    return pick(rng, ASKED).format(text if text.startswith("the ") else "the " + text)

@@ -4,10 +4,11 @@ of two to six of a class, for ordinals.
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 
-from hivg.data.drawn.drawing import ALIKE, COLOURS, HELD_OUT, LONG, REACH, SIZES, Object, Scene
+from hivg.data.drawn.drawing import ALIKE, COLOURS, HELD_OUT, LONG, REACH, SIZES, Object, Scene, background
 from hivg.data.drawn.expressions import MARGIN
 from hivg.data.drawn.phrases import COLOUR, SHAPE, pick
 from hivg.data.drawn.wide_expressions import WIDE_SHAPES, Row
@@ -27,15 +28,16 @@ def shades_on(rng, paper):
     return shades
 
 
-def page(rng, new_background):
+def page(rng):
     """(width, height, background, shades) of a new scene."""
     aspect = 2 ** (rng.random() + rng.random() - 1)  # width / height from 1:2 to 2:1, mostly near 1:1
-    background = new_background(rng, 8, 40, 0)
-    return min(1.0, aspect), min(1.0, 1 / aspect), background, shades_on(rng, background)
+    paper = background(rng, 8, 40, 0)
+    return min(1.0, aspect), min(1.0, 1 / aspect), paper, shades_on(rng, paper)
 
 
-def form(rng, shape, colour, size, filled, unit, shades):
-    """An object of this look, not placed yet. unit: the length that SIZES are shares of."""
+def form(rng, look, size, filled, unit, shades):
+    """An object of this (colour, shape), not placed yet. unit: the length that SIZES are shares of."""
+    colour, shape = look
     stretch, rotation = 1.0, 20 * rng.random() - 10
     if shape in LONG:
         stretch = 1.6 * (6 / 1.6) ** rng.random()
@@ -88,38 +90,42 @@ def some(rng, options, low, high):
     return [options[i] for i in rng.permutation(len(options))[:count]]
 
 
-def wide_scene(rng, new_background, held_out=None, shapes=WIDE_SHAPES, most=MOST):
-    """-> (a scene of one to ten objects, shades), or None if a colour needed does not show on its paper.
+def looks_of(colours, shapes, held_out):
+    """All (colour, shape) of these that are not held out. held_out: one that is among them all the same, or None."""
+    if held_out:
+        colours = [held_out[0], *(colour for colour in colours if colour != held_out[0])]
+        shapes = [held_out[1], *(shape for shape in shapes if shape != held_out[1])]
+    looks = [look for look in product(colours, shapes) if look not in HELD_OUT]
+    if held_out:
+        looks += [held_out] * (1 + len(looks) * 2 // 3)  # often several, so that a place or relation is needed
+    return looks
+
+
+def wide_scene(rng, held_out=None, shapes=WIDE_SHAPES, most=MOST):
+    """-> (a scene of one to ten objects, no row, shades), or None if a colour needed does not show on its paper.
 
     held_out: a (colour, shape) that at least one object has, or None. shapes: those that may be drawn. most: objects.
     """
-    width, height, background, shades = page(rng, new_background)
-    colours = some(rng, tuple(shades), 2, 4)
-    shapes = some(rng, shapes, 2, 5)
-    if held_out:
-        if held_out[0] not in shades:
-            return None
-        colours = [held_out[0], *(colour for colour in colours if colour != held_out[0])]
-        shapes = [held_out[1], *(shape for shape in shapes if shape != held_out[1])]
-    looks = [(colour, shape) for colour in colours for shape in shapes if (colour, shape) not in HELD_OUT]
-    if held_out:
-        looks += [held_out] * (1 + len(looks) * 2 // 3)  # often several, so that a place or relation is needed
+    width, height, paper, shades = page(rng)
+    looks = looks_of(some(rng, tuple(shades), 2, 4), some(rng, shapes, 2, 5), held_out)
+    if held_out and held_out[0] not in shades:
+        return None
     chosen = [pick(rng, looks) for _ in range(1 + int(most * rng.random()))]
     if held_out:
         chosen[0] = held_out
     sizes = pick(rng, SIZE_MIXES)
     filled = pick(rng, ((True,), (True, False), (True, True, False)))
     unit = math.sqrt(width * height) * (0.6 + 0.4 * rng.random())
-    objects = [form(rng, shape, colour, pick(rng, sizes), pick(rng, filled), unit, shades) for colour, shape in chosen]
-    return Scene(width, height, background, place(rng, objects, width, height)), shades
+    objects = [form(rng, look, pick(rng, sizes), pick(rng, filled), unit, shades) for look in chosen]
+    return Scene(width, height, paper, place(rng, objects, width, height)), None, shades
 
 
-def row_scene(rng, new_background, n, held_out=None, attributes=0, shapes=WIDE_SHAPES):
+def row_scene(rng, n, held_out=None, attributes=0, shapes=WIDE_SHAPES):
     """-> (a scene with a row, Row, shades), or None if that failed.
 
     n: how many the row has. attributes: what names its class, 0 = any of three. Others as in wide_scene.
     """
-    width, height, background, shades = page(rng, new_background)
+    width, height, paper, shades = page(rng)
     axis = int(rng.random() * 2)
     attributes = attributes or pick(rng, (SHAPE, SHAPE, SHAPE | COLOUR, SHAPE | COLOUR, COLOUR))
     if held_out:
@@ -149,8 +155,7 @@ def row_scene(rng, new_background, n, held_out=None, attributes=0, shapes=WIDE_S
     filled = pick(rng, ((True,), (True, False)))
     members = []
     for _ in range(n):
-        member_colour, member_shape = look(True)
-        obj = form(rng, member_shape, member_colour, pick(rng, mix), pick(rng, filled), unit, shades)
+        obj = form(rng, look(True), pick(rng, mix), pick(rng, filled), unit, shades)
         if is_flat and obj.shape in LONG and (obj.stretch > 1) == (axis == 0):  # they stand side by side
             obj = replace(obj, stretch=1 / obj.stretch)
         members.append(obj)
@@ -159,10 +164,9 @@ def row_scene(rng, new_background, n, held_out=None, attributes=0, shapes=WIDE_S
         return None
     others = []
     for _ in range(int(rng.random() * min(5, MOST - n + 1))):
-        other_colour, other_shape = look(False)
-        others.append(form(rng, other_shape, other_colour, pick(rng, mix), pick(rng, filled), unit, shades))
+        others.append(form(rng, look(False), pick(rng, mix), pick(rng, filled), unit, shades))
     objects = place(rng, others, width, height, members)
-    return Scene(width, height, background, objects), Row(tuple(range(n)), axis, attributes), shades
+    return Scene(width, height, paper, objects), Row(tuple(range(n)), axis, attributes), shades
 
 
 def in_a_row(rng, members, axis, lengths, is_flat):
@@ -189,9 +193,8 @@ def in_a_row(rng, members, axis, lengths, is_flat):
         share = level + 0.1 * (rng.random() - 0.5) if is_flat else rng.random()
         across = reach + min(max(share, 0.0), 1.0) * (lengths[1 - axis] - 2 * reach)
         placed.append(replace(obj, **dict(zip("xy" if axis == 0 else "yx", (at, across)))))
-    clear = all(a + MARGIN <= b for a, b in zip(along, along[1:]))
     fits = all(reaches(obj)[1 - axis] * 2 < lengths[1 - axis] for obj in members)
     inside = all(reaches(obj)[axis] <= at <= lengths[axis] - reaches(obj)[axis] for obj, at in zip(members, along))
-    if not (clear and fits and inside) or any(overlap(a, b) for i, a in enumerate(placed) for b in placed[:i]):
+    if not (fits and inside) or any(overlap(a, b) for i, a in enumerate(placed) for b in placed[:i]):
         return None
     return placed

@@ -42,13 +42,13 @@ def check(data_root, dataset, annotations=None, decode=False):
                     problems.append(str(error))
                 continue
             images[name, split] = {sample.image_id for sample in samples}
+            title = f"{shown(name)} {shown(split, 40)}"
             published = f" ({count:,} published)" if count else ""
-            lines.append(f"{shown(name)} {shown(split, 40)}: {len(samples):,} expressions{published}, "
-                         f"{len(images[name, split]):,} images")
+            lines.append(f"{title}: {len(samples):,} expressions{published}, {len(images[name, split]):,} images")
             lines += report.lines()
             problems += report.lines()
             if decode:
-                lines += decoded(f"{shown(name)} {shown(split, 40)}", samples)
+                lines += decoded(title, samples)
     if not images or is_own(dataset) and not any(images.values()):
         raise ValueError([*problems, *missing, f"{shown(dataset)}: it has no expressions"][0])
     lines += missing  # after the reasons of the rows that there are
@@ -105,13 +105,10 @@ def leakage(name, images):
     """Lines on the training images that are in other splits too; none without training images. images: {(name, split):
     image ids}."""
     train = images.get((name, "train"))
-    if not train:
-        return []
     lines = []
     for (other, split), ids in images.items():
-        if split == "train":
-            continue
-        both = train & ids
-        example = f", for instance {shown(min(both), 80)}" if both else ""
-        lines.append(f"images of {shown(name)} train in {shown(other)} {shown(split, 40)}: {len(both):,}{example}")
+        if train and split != "train":
+            both = train & ids
+            example = f", for instance {shown(min(both), 80)}" if both else ""
+            lines.append(f"images of {shown(name)} train in {shown(other)} {shown(split, 40)}: {len(both):,}{example}")
     return lines

@@ -206,10 +206,7 @@ def record_rows(place, split, record, image_folder):
 
 def value_of(record, keys):
     """The first value of these keys that is not None, or None."""
-    for key in keys:
-        if (value := record.get(key)) is not None:
-            return value
-    return None
+    return next((value for key in keys if (value := record.get(key)) is not None), None)
 
 
 def name_splits(rows, folder):

@@ -315,9 +315,7 @@ def checked_box(bbox, form, width, height, file, own):
         numbers = four_numbers(bbox, own)
     except (TypeError, ValueError, OverflowError):
         raise Problem("box that is not four numbers", file, quoted(bbox)) from None
-    to_corners = FORMS[form][1]
-    xmin, ymin, xmax, ymax = to_corners(*numbers)
-    box = (xmin, ymin, xmax, ymax)
+    box = xmin, ymin, xmax, ymax = FORMS[form][1](*numbers)
     if not (xmax > xmin and ymax > ymin):  # also for nan
         hint = f"; boxes are {FORMS[form][0]}" if own else ""
         raise Problem(NO_AREA, file, f"{quoted(box, 40)}{hint}")
