@@ -62,7 +62,7 @@ class Settings(RunSettings):
                            "file", group="Data")
     data_root: str = setting("data", "the folder with the data sets, laid out as published")
     annotations: str = setting("", "annotation file or folder, if not in the published layout")
-    hard_mix: bool = setting(False, "draw more ordinals and distances, which are learned last (shapes only)")
+    hard_mix: bool = setting(False, "draw more of what is learned last, ordinals and distances (drawn data only)")
     epoch_samples: int = setting(0, "expressions in an epoch; 0 = all, or 8192 of the drawn ones, which are endless",
                                  low=0, high=10**9)
     masks: str = setting("auto", "target of the mask head; auto = box, for your own data segmentation", choices=MASKS)
@@ -98,8 +98,8 @@ class Settings(RunSettings):
     def __post_init__(self):
         """Raises ValueError, one line, for settings that do not fit."""
         super().__post_init__()
-        if self.hard_mix and self.dataset != "shapes":
-            raise ValueError("--hard_mix is for the data set shapes; leave it out")
+        if self.hard_mix and self.dataset not in DRAWN:
+            raise ValueError(f"--hard_mix is for {' and '.join(DRAWN)}; leave it out")
         if self.dataset in DRAWN and (self.masks != "auto" or self.annotations):
             raise ValueError(f"--masks and --annotations are for data sets from files, {self.dataset} is drawn; leave "
                              "them out")

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hivg.data.augment import Augment
 from hivg.data.drawn.expressions import NOTHING
-from hivg.data.drawn.scenes import DRAWN, EXPRESSIONS_PER_SCENE, HARD_MIX, Shapes
+from hivg.data.drawn.scenes import DRAWN, EXPRESSIONS_PER_SCENE, HARD_MIX, PLAIN, WIDE_HARD_MIX, Shapes
 from hivg.data.images import ImageError, open_image, open_published
 from hivg.data.published.reading import annotation_path, read_samples, refuse_annotations
 from hivg.data.transforms import Letterbox, normalise
@@ -36,9 +36,9 @@ class ShapesTensors(Dataset):
     rows = EXPRESSIONS_PER_SCENE  # of an item
     texts = {"token_ids": "expressions"}  # {name of the token ids: name of their texts}
 
-    def __init__(self, split, size, normalization="clip", seed=0, weights=None, wide=False):
-        """size: side of the square in pixels. weights, wide: see Shapes."""
-        self.shapes = Shapes(split, seed, weights, captions=False, wide=wide)
+    def __init__(self, split, size, normalization="clip", seed=0, weights=None, wide=False, plain=0.0):
+        """size: side of the square in pixels. weights, wide, plain: see Shapes."""
+        self.shapes = Shapes(split, seed, weights, captions=False, wide=wide, plain=plain)
         self.size = size
         self.normalization = normalization
 
@@ -190,13 +190,16 @@ def open_dataset(dataset, split, size, normalization="clip", seed=0, data_root="
                  hard_mix=False, masks="auto"):
     """A split of a drawn data set, of one of published/catalogue.py, or of a .jsonl or .json file.
 
-    train: endless and augmented. hard_mix: train on more of the expressions that are learned last (shapes only). masks:
-    see SampleTensors; drawn ones are always exact. Raises ValueError.
+    train: endless and augmented. hard_mix: train on more of the expressions that are learned last (drawn data only).
+    masks: see SampleTensors; drawn ones are always exact. Raises ValueError.
     """
     if dataset in DRAWN:
         refuse_annotations(dataset, annotations)
-        weights = HARD_MIX if hard_mix and train else None
-        return ShapesTensors(split, size, normalization, seed, weights, wide=dataset == "shapes-wide")
+        is_wide = dataset == "shapes-wide"
+        harder = {}
+        if hard_mix and train:
+            harder = dict(weights=WIDE_HARD_MIX, plain=PLAIN) if is_wide else dict(weights=HARD_MIX)
+        return ShapesTensors(split, size, normalization, seed, wide=is_wide, **harder)
     stamps = stamps_of(data_root, dataset, split, annotations)
     samples = cached_samples(data_root, dataset, split, annotations, stamps)
     if not samples:

@@ -94,7 +94,6 @@ def test_quick_is_a_recipe(monkeypatch):
     (["--masks", "polygon"], "auto, box, segmentation"),
     (["--dataset", "shapes", "--masks", "box"], "shapes is drawn"),
     (["--annotations", "somewhere"], "shapes-wide is drawn"),
-    (["--hard_mix"], "--hard_mix is for the data set shapes"),
     (["--clip_grad", "0"], "clip_grad"),
     (["--bridge", "golden"], "golden"),
     (["--lora", "deep"], "deep"),

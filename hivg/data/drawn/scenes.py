@@ -42,6 +42,11 @@ LONE = 0.06  # share of the scenes without a row that have one object
 # More of what is learned last
 WIDE_TRAINING = {"attribute": 0.14, "superlative": 0.1, "ordinal": 0.34, "relation": 0.18, "conjunction": 0.06,
                  "negation": 0.07, "absent": 0.09, "beyond": 0.02}
+# For long training; besides, a quarter of the scenes are the narrower world's, whose words "medium" and "closest" are
+# rare in the wider one
+WIDE_HARD_MIX = {"attribute": 0.11, "superlative": 0.1, "ordinal": 0.36, "relation": 0.12, "closeness": 0.08,
+                 "conjunction": 0.05, "negation": 0.07, "absent": 0.09, "beyond": 0.02}
+PLAIN = 0.25
 ROWS = {"ordinal": (2, 3, 4, 5, 6), "counting": (4, 5, 6), "beyond": (2, 3, 4, 5)}  # kinds that need a row, its sizes
 WIDE_SPLITS = {
     "train": (2**40, WIDE_TRAINING),
@@ -133,9 +138,10 @@ class Shapes:
     absent         2,000 that are true of nothing in the image
     """
 
-    def __init__(self, split, seed=0, weights=None, captions=True, wide=False):
+    def __init__(self, split, seed=0, weights=None, captions=True, wide=False, plain=0.0):
         """weights: how often each kind of expression is drawn, instead of the split's own. captions: whether items
-        have a caption and phrases; without them they are made faster."""
+        have a caption and phrases; without them they are made faster. plain: share of the wider world's scenes that are
+        the narrower one's, with the kinds of HARD_MIX."""
         dataset = "shapes-wide" if wide else "shapes"
         splits = DRAWN[dataset]
         if split not in splits:
@@ -145,6 +151,7 @@ class Shapes:
         self.captions = captions
         self.wide = wide
         self.speaker = WideSpeaker if wide else Speaker
+        self.plain = plain
         self.number = list(splits).index(split) + 100 * wide
         self.size, split_weights = splits[split]
         self.weights = weights or split_weights
@@ -158,7 +165,7 @@ class Shapes:
         if not 0 <= index < self.size:
             raise IndexError(f"index {index} is not in 0..{self.size - 1}")
         rng = np.random.default_rng([self.seed, self.number, index])
-        plan = self._plan(rng) if self.wide else None
+        plan = self._plan(rng) if self.wide and not (self.plain and rng.random() < self.plain) else None
         for _ in range(1000):  # until a scene yields its expressions, usually the first or second
             if made := self._attempt(rng, plan):
                 return *made, rng
@@ -171,7 +178,8 @@ class Shapes:
             n, most, kinds = plan
             made = row_scene(rng, n, held_out) if n else wide_scene(rng, held_out, most=most)
         else:
-            kinds = draw_kinds(rng, self.weights, EXPRESSIONS_PER_SCENE)  # one after another, as they are expressed
+            weights = HARD_MIX if self.wide else self.weights
+            kinds = draw_kinds(rng, weights, EXPRESSIONS_PER_SCENE)  # one after another, as they are expressed
             made = random_scene(rng, held_out)
         if not made:
             return None
@@ -179,7 +187,8 @@ class Shapes:
         targets, must = meant(scene, held_out)
         if targets == [] or len(scene.objects) < (1 if plan else 3):
             return None
-        expressions = express(self.speaker(scene, rng, targets, must, row=row), kinds)
+        speaker = self.speaker if plan else Speaker
+        expressions = express(speaker(scene, rng, targets, must, row=row), kinds)
         return expressions and (scene, expressions)
 
     def _plan(self, rng):
