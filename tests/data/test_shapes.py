@@ -306,9 +306,9 @@ def test_drawing_at_other_sizes():
 def test_a_share_of_the_wider_worlds_scenes_may_be_the_narrower_ones():
     """They are what the narrower world draws, and the others stay what they are."""
     plain, mixed, wide = (Shapes("train", wide=True, plain=share) for share in (1.0, 0.5, 0.0))
-    for shapes in (plain, mixed):
-        counts = [len(shapes.scene(i)[0].objects) for i in range(60)]
-        assert (min(counts) >= 3) == (shapes is plain)
+    for split in (plain, mixed):
+        counts = [len(split.scene(i)[0].objects) for i in range(60)]
+        assert (min(counts) >= 3) == (split is plain)
     said = " ".join(e.text for i in range(60) for e in plain.scene(i)[1])
     assert "?" not in said and "closest" in said
     papers = [min(colour for rgb in plain.scene(i)[0].background.colours for colour in rgb) for i in range(60)]
