@@ -36,7 +36,7 @@ def test_every_setting_is_a_flag(monkeypatch):
         # not those that exclude others or stand for them
         if f.name not in ("preset", "quick", "finetune", "resume", "dataset", "masks", "annotations", "graph"):
             changed[f.name] = words.get(f.name) or other[type(f.default)](f.default)
-    s = Settings(**changed, dataset="shapes")
+    s = Settings(**changed)
     assert parsed(monkeypatch, *flags(s)) == s
     assert parsed(monkeypatch) == Settings()
 
