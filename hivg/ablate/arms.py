@@ -112,7 +112,7 @@ ARMS = [
         {"lora": "none", "clip_rate": 0.1}, against="lora none"),
     Arm("neither", "bridge", "no bridge, where there are no adapters", {"bridge": "none", "lora": "none"},
         against="lora none"),
-    Arm("CLC 0.1", "copying", "a tenth of the weight", loss_weights(clc=0.1)),
+    Arm("CLC 1", "copying", "ten times the weight: the paper's", loss_weights(clc=1.0)),
     Arm("CLC of CLIP", "copying", "of an image feature that no bridge touched", trick="CLC without bridges"),
     Arm("recipe", "", "the paper's: AdamW, no hints, no norms of ours", PAPER),
     Arm("recipe, bridge none", "recipe", "no bridge", PAPER | {"bridge": "none"}, against="recipe"),
