@@ -20,6 +20,7 @@ if find_spec("triton"):
         pytest.exit("Triton 3.6 runs a kernel without a GPU, as the tests do here, only with an older NumPy: "
                     "pip install 'numpy<2.4'", returncode=2)
 
+from beside import pytest_collection_modifyitems  # noqa: F401  a hook
 from makers import make_batch, make_clip, make_hivg
 
 from hivg import weights
