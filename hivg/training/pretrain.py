@@ -179,8 +179,7 @@ def new_clip(s: Settings):
     shapes = Shapes("train", s.seed, wide=s.is_wide)
     texts = []
     for index in range(6000 if s.is_wide else 1500):
-        item = shapes[index]
-        texts += [item["caption"], *item["expressions"]]
+        texts += shapes.texts(index)
     tokenizer = Tokenizer(learn_merges(texts, N_MERGES))
     clip = CLIP(replace(CLIP_SIZES["tiny"], vocab_size=tokenizer.vocab_size))
     clip.tokenizer = tokenizer

@@ -25,6 +25,7 @@ def test_items_depend_on_their_seed_and_index_alone():
     assert with_caption.keys() - without.keys() == {"caption", "phrases", "attributes", "named"}
     for key, value in without.items():
         assert np.array_equal(value, with_caption[key]), key
+    assert Shapes("compose").texts(5) == [with_caption["caption"], *with_caption["expressions"]]
 
 
 def test_same_item_on_every_machine():

@@ -49,8 +49,7 @@ def test_every_word_is_a_token(run):
     words = set()
     for split in ("val", "testA", "testB", "compose", "ordinal", "negation", "absent"):
         for index in range(60):
-            item = Shapes(split, wide=True)[index]
-            for text in [item["caption"], *item["expressions"]]:
+            for text in Shapes(split, wide=True).texts(index):
                 words.update(split_words(text))
     assert len(words) > 80
     assert {word for word in words if len(tokenizer.encode(word)) != 1} == set()

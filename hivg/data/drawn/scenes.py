@@ -211,6 +211,11 @@ class Shapes:
         """(Scene, list of Expression) of an item; depends on (seed, split, index) only."""
         return self._make(index)[:2]
 
+    def texts(self, index):
+        """The caption and the expressions of an item, without drawing its image."""
+        scene, expressions, rng = self._make(index)
+        return [caption(scene, rng, self.speaker.words), *(expression.text for expression in expressions)]
+
     def __getitem__(self, index):
         """A dictionary:
 
