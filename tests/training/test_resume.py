@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from makers import ROOT
+from makers_data import write_shapes
 from makers_training import (
     Killed,
     assert_one_line,
@@ -33,7 +35,7 @@ from hivg.training.log import Log
 MOMENTS = [  # save_minutes, the function that is called for the n-th time when the run is killed, n
     (0, "to_device", 8), (1000, "validate", 3), (0, "torch.save", 6)]  # a step, a validation, the writing of a state
 MORE_MOMENTS = [
-    (0, "to_device", 2), (1000, "to_device", 6), (1000, "to_device", 8),  # before a step
+    (1000, "to_device", 1), (1000, "to_device", 6), (1000, "to_device", 8),  # before a step
     (0, "validate", 1), (0, "weights.save", 3), (0, "Log.draw", 2),  # between two steps
     (0, "begin_stage", 2), (1000, "stage_column", 3), (1000, "training_batches", 2),  # between two stages
     (1000, "torch.save", 3), (0, "os.replace", 4), (1000, "os.replace", 5)]  # writing a file
@@ -66,16 +68,6 @@ def test_resumed_after_every_step(whole, world, tiny, monkeypatch):
     assert_same_run(world / "runs/tiny", whole)
 
 
-@pytest.mark.slow
-def test_killed_before_the_first_step(whole, world, tiny, monkeypatch):
-    """There is a state from the start, so the advice to resume is always right."""
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill(patch, train, "to_device", 1)
-        train.train(tiny)
-    train.train(replace(tiny, resume=True))
-    assert_same_run(world / "runs/tiny", whole)
-
-
 def test_a_run_is_trained_by_one_process(begun):
     code = "import fcntl; f = open('runs/tiny/lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -104,7 +96,7 @@ def test_full_disk_gets_one_line(world, tiny, monkeypatch):
 
 @pytest.mark.slow
 def test_resuming_a_finished_run_changes_nothing(whole, world, tiny):
-    train.train(tiny)
+    shutil.copytree(whole, "runs/tiny")
     before = {p: p.stat().st_mtime_ns for p in Path("runs/tiny").glob("*.safetensors")}
     assert train.train(replace(tiny, resume=True)) == Path("runs/tiny/lora3.safetensors")
     assert before == {p: p.stat().st_mtime_ns for p in before}
@@ -114,7 +106,9 @@ def test_resuming_a_finished_run_changes_nothing(whole, world, tiny):
 @pytest.mark.slow
 def test_killed_by_the_system(tmp_path, monkeypatch, tiny):
     """A process of its own, ended by SIGKILL at some moment after its first state, then resumed by command."""
-    s = replace(tiny, lora="none", epochs=(1,), epoch_samples=40 * 8, workers=1)
+    write_shapes(tmp_path, 4)
+    path = write_shapes(tmp_path, 2, split="val", to="val")
+    s = replace(tiny, dataset=str(path), lora="none", epochs=(1,), epoch_samples=20 * 8, workers=1)
     command = [sys.executable, str(ROOT / "train.py"), *flags(s)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*command, "--save_minutes", "0"], cwd=tmp_path, env=environment,
@@ -126,7 +120,7 @@ def test_killed_by_the_system(tmp_path, monkeypatch, tiny):
     time.sleep(0.05)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    assert torch.load(state, weights_only=True)["step"] < 40
+    assert torch.load(state, weights_only=True)["step"] < 20
     again = subprocess.run([*command, "--resume"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert again.stdout == "runs/tiny/warmup.safetensors\n"
