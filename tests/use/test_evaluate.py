@@ -3,14 +3,12 @@
 import copy
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from makers import ROOT, make_clip
+from makers import make_clip
 from makers_use import assert_fails, call
 
 from hivg import weights
@@ -313,17 +311,3 @@ def test_bad_arguments_get_one_line(weights_file, monkeypatch, capfd, tmp_path, 
     if "--weights" not in args:
         args = ["--weights", weights_file, *args]
     assert_fails(run(monkeypatch, capfd, *args), word)
-
-
-def test_help(monkeypatch, capfd):
-    code, out, err = run(monkeypatch, capfd, "--help")
-    assert (code, err) == (0, "")
-    for word in ("--per_sample", "--data_root", "--compare", "testA", "compose"):
-        assert word in out
-
-
-@pytest.mark.slow
-def test_as_a_module(tmp_path):
-    command = [sys.executable, "-m", "hivg.evaluate", "--weights", tmp_path / "none.safetensors"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert_fails((done.returncode, done.stdout, done.stderr), "none.safetensors: ")

@@ -131,9 +131,9 @@ def test_a_gpu_that_does_not_multiply_bfloat16_gets_float32(monkeypatch, capabil
     assert choose_dtype("bfloat16", torch.device("cuda")) == torch.bfloat16
 
 
-@pytest.mark.parametrize("command", ["hivg.weights show weights/clip-tiny.safetensors", "hivg.ablate list"])
+@pytest.mark.parametrize("command", ["hivg --json --device cpu", "hivg.ablate list"])
 def test_a_reader_that_leaves(command):
-    """As `python -m ... | head -0`: no traceback, no message."""
+    """As `python -m ... | head -0`, found while it works or at its end: no traceback, no message."""
     with subprocess.Popen([sys.executable, "-m", *command.split()], cwd=ROOT, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, text=True) as program:
         program.stdout.close()

@@ -3,14 +3,13 @@
 import hashlib
 import http.server
 import re
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from makers import ROOT, TEXTS, make_tokenizer
+from makers import TEXTS, make_tokenizer
+from makers_use import call
 from makers_weights import (
     assert_same_weights,
     half,
@@ -25,7 +24,7 @@ from PIL import Image
 import train
 from hivg import Grounder, weights
 from hivg.weights import WeightsError, download
-from hivg.weights.__main__ import convert, describe
+from hivg.weights.__main__ import convert, describe, main
 
 # --- fetch ---
 
@@ -199,26 +198,20 @@ def fail_to_connect(*_, **__):
 # --- convert, show ---
 
 
-def run(*args):
-    command = [sys.executable, "-m", "hivg.weights", *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
-@pytest.mark.slow
-def test_convert_and_show(tmp_path):
+def test_convert_and_show(tmp_path, monkeypatch, capfd):
     clip = make_published_clip()
     path = tmp_path / "ViT.pt"
     torch.save(half(to_openai(clip)), path)
     save_table(tmp_path / download.TABLE)
-    done = run("convert", path, tmp_path / "out.safetensors")
-    assert done.returncode == 0, done.stderr
+    code, _, err = call(main, capfd, monkeypatch, "convert", path, tmp_path / "out.safetensors")
+    assert code == 0, err
     ours = weights.load_clip(tmp_path / "out.safetensors")
     assert_same_weights(ours, clip)
     assert ours.tokenizer.merges == make_tokenizer().merges and ours.info == {"source": "OpenAI's CLIP"}
-    shown = run("show", path)
-    assert "OpenAI's CLIP" in shown.stdout and "patches of 16 px" in shown.stdout and "2 heads" in shown.stdout
-    refused = run("convert", path, tmp_path / "out.pt")
-    assert refused.returncode == 2 and re.fullmatch(r"error: .*out.pt: [^\n]+\n", refused.stderr)
+    _, shown, _ = call(main, capfd, monkeypatch, "show", path)
+    assert "OpenAI's CLIP" in shown and "patches of 16 px" in shown and "2 heads" in shown
+    code, _, err = call(main, capfd, monkeypatch, "convert", path, tmp_path / "out.pt")
+    assert code == 2 and re.fullmatch(r"error: .*out.pt: [^\n]+\n", err)
 
 
 def test_convert_replaces_nothing(tmp_path):
