@@ -30,8 +30,12 @@ def report(rows, is_calibrated=False):
     if any(right) and not all(right):  # else there is nothing to tell apart
         lines.append(f"score tells right from wrong boxes: AUROC {auroc(scores, right):.3f} (0.5 = not at all)")
     if is_calibrated:
-        kept = [mean(s >= RECOMMENDED for s, r in zip(scores, right) if r == wanted) for wanted in (True, False)]
-        lines.append(f"score of {RECOMMENDED} or more: {kept[0]:.4f} of the right boxes, {kept[1]:.4f} of the others")
+        kept = []
+        for name, wanted in (("right boxes", True), ("others", False)):
+            if wanted in right:
+                share = mean(s >= RECOMMENDED for s, r in zip(scores, right) if r == wanted)
+                kept.append(f"{share:.4f} of the {name}")
+        lines.append(f"score of {RECOMMENDED} or more: {', '.join(kept)}")
         lines += reliability_lines(scores, right)
     return "\n".join(lines)
 

@@ -15,7 +15,7 @@ from hivg import Grounder, weights
 from hivg import __main__ as ground
 from hivg.boxes import iou
 from hivg.data.batches import ShapesTensors, evaluation_batches
-from hivg.data.drawn.scenes import SPLITS, boxes_of, draw
+from hivg.data.drawn.scenes import WIDE_SPLITS, boxes_of, draw
 from hivg.evaluate import __main__ as evaluate
 
 
@@ -64,7 +64,6 @@ SCENES = {
         ("diamond", "green", "small", 0.1, 0.34),
     ),
 }
-missed = pytest.mark.xfail(strict=True, reason="an ordinal that needs counting: weights/README.md")
 ASKED = [  # scene, expression, the object meant
     ("landscape", "the large red circle", 0),
     ("landscape", "the small red circle", 1),
@@ -84,8 +83,6 @@ ASKED = [  # scene, expression, the object meant
     ("portrait", "the little green thing", 3),
     ("portrait", "the lowest triangle", 2),
 ]
-MISSED = {"the third brown heart from the left"}
-
 
 def drawn(name):
     """(image, box of each object)."""
@@ -93,9 +90,7 @@ def drawn(name):
     return image, torch.from_numpy(boxes_of(labels, range(len(SCENES[name].objects))))
 
 
-@pytest.mark.parametrize("name, text, meant", [
-    pytest.param(*row, marks=missed if row[1] in MISSED else [], id=row[1].replace(" ", "_")) for row in ASKED
-])
+@pytest.mark.parametrize("name, text, meant", ASKED, ids=[text.replace(" ", "_") for _, text, _ in ASKED])
 def test_the_expression_decides(bundled, name, text, meant):
     image, boxes = drawn(name)
     overlaps = iou(torch.tensor(bundled.ground(image, text).box).expand_as(boxes), boxes)
@@ -105,10 +100,11 @@ def test_the_expression_decides(bundled, name, text, meant):
 @pytest.mark.slow
 def test_accuracy(monkeypatch):
     """A sample of the test split; the README has all of it."""
-    monkeypatch.setitem(SPLITS, "test", (50, SPLITS["test"][1]))
+    monkeypatch.setitem(WIDE_SPLITS, "test", (50, WIDE_SPLITS["test"][1]))
     model = weights.load_hivg(BUNDLED).merged()
-    dataset = ShapesTensors("test", model.config.clip.image_size, model.config.normalization)
+    dataset = ShapesTensors("test", model.config.clip.image_size, model.config.normalization, wide=True)
     rows = evaluate.predict(model, evaluation_batches(dataset))
     moved = evaluate.predict(model, evaluation_batches(dataset), expressions=evaluate.shuffled(rows))
-    assert np.mean([row["iou"] >= 0.5 for row in rows]) >= 0.95  # 0.985 of all, give or take 0.01
-    assert np.mean([row["iou"] >= 0.5 for row in moved]) <= 0.27  # 0.179 of all, give or take 0.03
+    present = [i for i, row in enumerate(rows) if row["target"]]
+    assert np.mean([rows[i]["iou"] >= 0.5 for i in present]) >= 0.86  # 0.918 of all, give or take 0.02
+    assert np.mean([moved[i]["iou"] >= 0.5 for i in present]) <= 0.22  # 0.123 of all, give or take 0.03

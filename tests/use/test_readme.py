@@ -17,6 +17,7 @@ from pathlib import Path
 from socketserver import ThreadingTCPServer
 
 import pytest
+import typed
 from makers import BUNDLED, ROOT
 from torch.distributed.run import get_args_parser as torchrun_parser
 
@@ -81,7 +82,8 @@ def check_command(words, monkeypatch):
 def check_python(words, monkeypatch):
     rules = {"ground.py": run_ground, "train.py": plan_training, "-m venv": check_venv, "-m pip": check_pip,
              "-m pytest": check_pytest, "-m hivg.evaluate": run_evaluate, "-m hivg.weights": run_weights,
-             "-m hivg.bench": parse_bench, "-m hivg.training.pretrain": parse_pretraining}
+             "-m hivg.bench": parse_bench, "-m hivg.training.pretrain": parse_pretraining,
+             "tests/typed.py": run_typed}
     n = 2 if words[0] == "-m" else 1
     program, args = " ".join(words[:n]), words[n:]
     if program in rules:
@@ -144,6 +146,12 @@ def parse_bench(args, monkeypatch):
 def parse_pretraining(args, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pretrain", *without_flag(args, "--resume")])
     settings_from_flags(pretrain.Settings, "")
+
+
+def run_typed(args, monkeypatch):
+    assert args[-2] == "--scenes"
+    monkeypatch.setattr(sys, "argv", ["typed", *args[:-1], "1"])
+    typed.main()
 
 
 def check_venv(args, monkeypatch):
