@@ -5,9 +5,9 @@
     python -m hivg.ablate report                              tables and charts from the results file alone
 
 `run` trains and evaluates what is missing in notebooks/ablations.jsonl: every arm in the short budget, then the most
-important ones in the long. Interrupt it with Ctrl-C at any time and start it again. Every arm sees the same expressions
-in the same order, as often, with the same optimizer; its learning rate is the best on `val`, with seed 0, of the
-budget's grid, which is the same for all. Run it in the folder of train.py.
+important ones in the long. Interrupt it with Ctrl-C at any time and start it again. Every arm of a world sees the same
+expressions in the same order, as often, with the same optimizer; its learning rate is the best on `val`, with seed 0,
+of the budget's grid, which is the same for all. Run it in the folder of train.py.
 """
 
 from importlib.util import find_spec

@@ -63,21 +63,16 @@ def comparisons(found, split="test"):
         of_claim = [(arm, seeds) for arm, seeds in pairs if arm.claim == claim]
         right = [(found[arm.name].right(seeds, split), found[arm.against].right(seeds, split))
                  for arm, seeds in of_claim]
-        counted = share_present(split, is_wide(BY_NAME[of_claim[0][0].against]))  # a claim's arms share a world
+        is_wide = of_claim[0][0].settings.get("dataset") == "shapes-wide"  # a claim's arms share a world
+        counted = share_present(split) if is_wide else 1.0
         for (arm, _), d in zip(of_claim, differences(right, EXPRESSIONS_PER_SCENE, len(pairs), counted)):
             results.append((arm, d))
     return results
 
 
-def is_wide(arm):
-    return arm.settings.get("dataset") == "shapes-wide"
-
-
 @cache
-def share_present(split, wide):
-    """The share of a split's expressions that are true of something."""
-    if not wide:
-        return 1.0
+def share_present(split):
+    """The share of the expressions of the wider world's split that are true of something."""
     shapes = Shapes(split, wide=True)
     present = [expression.target != NOTHING for i in range(len(shapes)) for expression in shapes.scene(i)[1]]
     return sum(present) / len(present)
@@ -149,12 +144,13 @@ def accuracy_table(found):
                   "`compose`", "[REG] on target"), rows)
 
 
-def claims_table(found):
+def claims_table(found, results):
     """Every comparison by claim: points of Acc@0.5 on `test` with their interval, once with the spread of the claim's
-    comparisons together, once with its own; points of mean IoU; points on `compose` with their interval."""
+    comparisons together, once with its own; points of mean IoU; points on `compose` with their interval. results: of
+    `comparisons` on `test`."""
     rows = []
     told = None
-    for (arm, d), (_, c) in zip(comparisons(found), comparisons(found, "compose")):
+    for (arm, d), (_, c) in zip(results, comparisons(found, "compose")):
         claim = CLAIMS[arm.claim] if arm.claim != told else ""
         told = arm.claim
         rows.append((claim, f"{arm.name}: {arm.differs}", arm.against, d.seeds, f"{d.points:+.1f}",
@@ -245,7 +241,7 @@ def report(path, charts):
         parts.append(f"## {budget.capitalize()} budget, {b.expressions:,} expressions")
         if absent:
             parts.append("Not run yet: " + "; ".join(absent) + ".")
-        parts += [accuracy_table(found), claims_table(found)]
+        parts += [accuracy_table(found), claims_table(found, results)]
         by_group = [arm for arm, _ in results if arm.claim in ("bridge", "Hi LoRA")]
         if by_group and "base" in found:
             parts.append(groups_table(found, by_group))

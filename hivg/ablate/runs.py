@@ -20,7 +20,7 @@ import train
 from hivg import weights
 from hivg.ablate.arms import BY_NAME
 from hivg.boxes import box_on_grid
-from hivg.data.batches import ShapesTensors, evaluation_batches, to_device
+from hivg.data.batches import evaluation_batches, open_dataset, to_device
 from hivg.data.drawn.scenes import EXPRESSIONS_PER_SCENE
 from hivg.evaluate.metrics import accuracy, mean
 from hivg.evaluate.predict import predict
@@ -131,9 +131,8 @@ def results(arm, settings, path):
 
 def batches_of(model, split, batch_size=64):
     config = model.config
-    is_wide = model.info["dataset"] == "shapes-wide"
-    return evaluation_batches(ShapesTensors(split, config.clip.image_size, config.normalization, wide=is_wide),
-                              batch_size)
+    dataset = open_dataset(model.info["dataset"], split, config.clip.image_size, config.normalization)
+    return evaluation_batches(dataset, batch_size)
 
 
 def scores(rows):

@@ -79,7 +79,8 @@ def operations(config):
 
 def step_operations(config):
     """Operations of a training step, forward and backward, on one image and one expression."""
-    model, batch = last_stage(config), random_batch(1, config.clip, CPU)
+    model = last_stage(config)
+    batch = random_batch(1, config.clip, CPU)
     return count_operations(lambda: forward_backward(model, batch, torch.float32))
 
 
@@ -143,5 +144,6 @@ def bench_efficiency(args):
                 report.row(name, name_of(dtype), n, f"{low:.1f}", f"{median:.1f}", f"{high:.1f}", f"{peak:.0f}",
                            f"{rate:.1f}", f"{flops * rate / 1e12:.3f}", f"{flops * rate / limit:.0%}")
                 for label, y in (("expressions per second", rate), ("peak MiB", peak)):
-                    charts.setdefault((name, label), {}).setdefault(name_of(dtype), []).append((n, y))
+                    curves = charts.setdefault((name, label), {})
+                    curves.setdefault(name_of(dtype), []).append((n, y))
     report.save(folder, "efficiency", charts)

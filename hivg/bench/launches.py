@@ -49,8 +49,9 @@ SEVERAL = {"fusion_backward": 12, "_scaled_dot_product_efficient_attention_backw
 
 def launches_of(name, args, out):
     if name.startswith(("_foreach", "_fused")):  # a launch takes up to 48 tensors, and 320 blocks of 65,536 numbers
-        blocks = sum(-(-t.numel() // 65536) for t in args[0])
-        return max(-(-len(args[0]) // 48), -(-blocks // 320))
+        tensors = args[0]
+        blocks = sum(-(-t.numel() // 65536) for t in tensors)
+        return max(-(-len(tensors) // 48), -(-blocks // 320))
     if name == "native_layer_norm_backward":
         return 1 if out[1] is None else 2  # the gradients of weight and bias take another
     return SEVERAL.get(name, 1)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hivg.data.augment import Augment
 from hivg.data.drawn.expressions import NOTHING
-from hivg.data.drawn.scenes import DRAWN, EXPRESSIONS_PER_SCENE, HARD_MIX, PLAIN, WIDE_HARD_MIX, Shapes
+from hivg.data.drawn.scenes import DRAWN, EXPRESSIONS_PER_SCENE, HARD_MIX, PLAIN_SHARE, WIDE_HARD_MIX, Shapes
 from hivg.data.images import ImageError, open_image, open_published
 from hivg.data.published.reading import annotation_path, read_samples, refuse_annotations
 from hivg.data.transforms import Letterbox, normalise
@@ -198,7 +198,7 @@ def open_dataset(dataset, split, size, normalization="clip", seed=0, data_root="
         is_wide = dataset == "shapes-wide"
         harder = {}
         if hard_mix and train:
-            harder = dict(weights=WIDE_HARD_MIX, plain=PLAIN) if is_wide else dict(weights=HARD_MIX)
+            harder = dict(weights=WIDE_HARD_MIX, plain=PLAIN_SHARE) if is_wide else dict(weights=HARD_MIX)
         return ShapesTensors(split, size, normalization, seed, wide=is_wide, **harder)
     stamps = stamps_of(data_root, dataset, split, annotations)
     samples = cached_samples(data_root, dataset, split, annotations, stamps)

@@ -99,7 +99,8 @@ def _split_webp(data):
         else:
             kept.append(chunk)
         at += len(chunk)
-    return [b"RIFF", struct.pack("<I", 4 + sum(map(len, kept))), b"WEBP", *kept], others
+    size = 4 + sum(map(len, kept))
+    return [b"RIFF", struct.pack("<I", size), b"WEBP", *kept], others
 
 
 def _bare_tiff(data):

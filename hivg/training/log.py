@@ -83,8 +83,9 @@ class Log:
             means = {name: round(float(total) / self.n, 5) for name, total in self.sums.items()}
             self.write({"stage": stage, "step": step, "lr": lr, **means})
             seconds = (time.monotonic() - self.start) / self.timed
+            minutes_left = (steps - step) * seconds / 60
             self.message(f"{stage} step {step}/{steps}, loss {means['loss']:.3f}, {seconds:.2f} s a step, "
-                         f"{(steps - step) * seconds / 60:.0f} min left in the stage")
+                         f"{minutes_left:.0f} min left in the stage")
             self.clear()
 
     def epoch(self, stage, step, epoch, scores, best):

@@ -68,7 +68,8 @@ class RunSettings:
                 value = type(f.default)(**value)
                 setattr(self, f.name, value)
             choices = f.metadata["choices"]
-            if not isinstance(value, (float, int) if f.type is float else type(f.default)):
+            kind = (float, int) if f.type is float else type(f.default)
+            if not isinstance(value, kind):
                 raise ValueError(f"--{f.name} must be of type {type(f.default).__name__}, not {value!r:.60}")
             if choices and value not in choices:
                 raise ValueError(f"--{f.name} must be one of {', '.join(choices)}, not {value!r:.60}")

@@ -87,7 +87,8 @@ def overlay_heatmap(image, heatmap, alpha=0.85, heat_range=None):
     heat = np.clip(np.nan_to_num(heat, nan=low, posinf=high, neginf=low), low, high)
     grey = _layer((heat - low) / (high - low or 1.0), image.size, "heatmap")
     colours = ImageOps.colorize(grey, HEAT[0], HEAT[2], HEAT[1])
-    return Image.composite(colours, image, grey.point([round(alpha * level) for level in range(256)]))
+    opacity = grey.point([round(alpha * level) for level in range(256)])
+    return Image.composite(colours, image, opacity)
 
 
 def overlay_mask(image, mask, colour="white"):
@@ -95,7 +96,8 @@ def overlay_mask(image, mask, colour="white"):
     on anything. mask: (h, w) bool or 0..1, scaled to the image. colour: of the line, (r, g, b), a name or "#rrggbb"."""
     image = _rgb(image)
     mask = np.asarray(mask, dtype=np.float64)
-    image = Image.composite(image, image.point(lambda level: level * 0.4), _layer(mask, image.size, "mask"))
+    dim = image.point(lambda level: level * 0.4)
+    image = Image.composite(image, dim, _layer(mask, image.size, "mask"))
     scale = min(1, OUTLINED / max(image.size))  # the filters are slow on a large image
     size = [max(1, round(side * scale)) for side in image.size]
     inside = _layer(mask, size, "mask").point(lambda level: 255 * (level > 127))

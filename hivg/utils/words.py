@@ -63,7 +63,8 @@ def _picture(result):
     """The image with a long side of SIDE, and the pixel rows and columns between which its patches lie."""
     if not result.words[0].bridges:
         raise ValueError("these weights have no bridge that reads words; draw another heat map, or load others")
-    image = result.image.resize([max(1, round(SIDE / max(result.image.size) * side)) for side in result.image.size])
+    scale = SIDE / max(result.image.size)
+    image = result.image.resize([max(1, round(scale * side)) for side in result.image.size])
     patch = result.letterbox.size / len(result.token_map)  # pixels of the square
     edges = []
     for patches, window, length in zip(result.patches, result.letterbox.window, (image.height, image.width)):

@@ -27,7 +27,7 @@ from hivg.data.batches import (
     to_device,
     training_batches,
 )
-from hivg.data.drawn.scenes import HARD_MIX, PLAIN, Shapes
+from hivg.data.drawn.scenes import HARD_MIX, PLAIN_SHARE, Shapes
 from hivg.data.masks import mask_of
 from hivg.data.published.reading import Sample
 from hivg.data.transforms import NORMALIZATION
@@ -113,7 +113,7 @@ def test_only_training_is_augmented_and_harder(tmp_path):
     for options in ({"train": True}, {"hard_mix": True}):
         assert open_dataset("shapes", "val", 32, **options).shapes.weights != HARD_MIX
         assert open_dataset("shapes-wide", "train", 32, **options).shapes.plain == 0
-    assert open_dataset("shapes-wide", "train", 32, train=True, hard_mix=True).shapes.plain == PLAIN
+    assert open_dataset("shapes-wide", "train", 32, train=True, hard_mix=True).shapes.plain == PLAIN_SHARE
 
 
 def test_a_file_that_was_corrected_is_read_again(tmp_path, monkeypatch):

@@ -46,7 +46,7 @@ WIDE_TRAINING = {"attribute": 0.14, "superlative": 0.1, "ordinal": 0.34, "relati
 # rare in the wider one
 WIDE_HARD_MIX = {"attribute": 0.11, "superlative": 0.1, "ordinal": 0.36, "relation": 0.12, "closeness": 0.08,
                  "conjunction": 0.05, "negation": 0.07, "absent": 0.09, "beyond": 0.02}
-PLAIN = 0.25
+PLAIN_SHARE = 0.25
 ROWS = {"ordinal": (2, 3, 4, 5, 6), "counting": (4, 5, 6), "beyond": (2, 3, 4, 5)}  # kinds that need a row, its sizes
 WIDE_SPLITS = {
     "train": (2**40, WIDE_TRAINING),
