@@ -4,10 +4,11 @@
     python -m hivg.ablate run [NAME ...] [--budget short] [--seeds 0 1 2] [--jobs 2]
     python -m hivg.ablate report                              tables and charts from the results file alone
 
-`run` trains and evaluates what is missing in notebooks/ablations.jsonl: every arm in the short budget, then the most
-important ones in the long. Interrupt it with Ctrl-C at any time and start it again. Every arm of a world sees the same
-expressions in the same order, as often, with the same optimizer; its learning rate is the best on `val`, with seed 0,
-of the budget's grid, which is the same for all. Run it in the folder of train.py.
+`run` trains and evaluates what is missing in notebooks/ablations.jsonl: every arm in the short budget, the most
+important ones in the long, and those across the large gap in one between. Interrupt it with Ctrl-C at any time and
+start it again. Every arm of a world sees the same expressions in the same order, as often, with the same optimizer; its
+learning rate is the best on `val`, with seed 0, of the budget's grid, which is the same for all. Run it in the folder
+of train.py.
 """
 
 from importlib.util import find_spec
@@ -27,7 +28,7 @@ def arguments():
     parser = Parser(description=__doc__)
     parser.add_argument("command", choices=("list", "run", "report", "one"), help="one: a single run, as `run` starts")
     parser.add_argument("names", nargs="*", metavar="NAME", help="of arms; default: all")
-    parser.add_argument("--budget", choices=tuple(BUDGETS), help="default: both, of `one` short")
+    parser.add_argument("--budget", choices=tuple(BUDGETS), help="default: all, of `one` short")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 2, of some claims 0 to 4")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each; default: 1")
     parser.add_argument("--lr", type=float, help="of `one`")

@@ -59,6 +59,8 @@ BUDGETS = {
     "long": Budget(8192, (1, 1, 1, 12), (5e-4, 1e-3, 2e-3, 4e-3),
                    ("base", "bridge none", "bridge constant", "lora vanilla", "lora none", "neither", "recipe",
                     "recipe, bridge none", "recipe, bridge constant", "recipe, text norm"), 5),
+    # 49,152: across the large gap a short one learns next to nothing
+    "gap": Budget(8192, (1, 1, 1, 3), (2e-3, 4e-3), tuple(name for name in BY_NAME if name.endswith("large gap")), 5),
 }
 FAILED = "FAILED:"
 CHOICE_SEED = 0  # the seed on which the rates are chosen
