@@ -3,6 +3,8 @@
 Both are told of weights of the drawn world alone (`dataset` in the file), which many people try first, on anything.
 """
 
+from difflib import get_close_matches
+
 import numpy as np
 from PIL import Image
 
@@ -20,15 +22,27 @@ def knows_drawn_only(model):
     return getattr(model, "info", {}).get("dataset") in DRAWN
 
 
+def trained_tokens(model):
+    """(V,) bool: whether the embedding of each token is longer than training began with."""
+    embedding = model.clip.text.token_embedding.weight.float()  # (V, D)
+    return embedding.norm(dim=1) >= TRAINED * INITIAL_NORM * embedding.shape[1] ** 0.5
+
+
 def unknown_words(model, text):
     """The words of a text that have a token which was never trained, a list. Empty for weights that know more than the
     drawn world: CLIP's own tokens start and end with other norms."""
     if not knows_drawn_only(model):
         return []
-    embedding = model.clip.text.token_embedding.weight  # (V, D)
-    longest = TRAINED * INITIAL_NORM * embedding.shape[1] ** 0.5
+    trained = trained_tokens(model)
     return [word for word in dict.fromkeys(split_words(text))
-            if word[-1].isalnum() and (embedding[model.tokenizer.encode(word)].float().norm(dim=1) < longest).any()]
+            if word[-1].isalnum() and not trained[model.tokenizer.encode(word)].all()]
+
+
+def similar_word(model, word):
+    """The trained word that is spelled most like an unknown one; "" if none is close."""
+    trained = zip(model.tokenizer.symbols, trained_tokens(model).tolist())
+    known = [symbol.removesuffix("</w>") for symbol, is_trained in trained if is_trained and symbol.endswith("</w>")]
+    return next(iter(get_close_matches(word, known, 1, 0.75)), "")
 
 
 def looks_photographed(image):

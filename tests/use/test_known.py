@@ -42,6 +42,9 @@ def test_unknown_words_of_bundled_weights():
         assert unknown_words(grounder.model, f"the {word} left of the star") == [word]
         (line,) = grounder.warnings(f"the {word} left of the star")
         assert word in line and "\n" not in line
+    assert grounder.warnings("the purpel trianlge, a zebra") == [
+        "these weights were never taught 'purpel' (did you mean 'purple'?), 'trianlge' (did you mean 'triangle'?), "
+        "'zebra'; say it in other words"]
 
 
 def photograph(seed, size=(160, 120)):
