@@ -50,9 +50,9 @@ def test_same_pairs_on_every_machine():
     assert Pairs(32)[0]["expressions"][:3] == [
         "square at the very bottom", "the lowest square", "2nd filled square from left"]
     pair = Pairs(32, wide=True)[0]
-    assert pair["phrases"][:3] == ["a crimson cross", "a plum cross", "a green cross"]
-    assert pair["captions"][0] == "a cross on the right, a plus at the top right and a cross on the left"
-    assert pair["expressions"][:2] == ["the last cross counting from the top", "star shape furthest to the right"]
+    assert pair["phrases"][:3] == ["a filled blue block", "a red box", "a tangerine square"]
+    assert pair["captions"][0] == "a block further up than a square and a square"
+    assert pair["expressions"][:2] == ["the box number two from the top", "locate the fifth square from the bottom"]
 
 
 def test_splits_share_no_scene():

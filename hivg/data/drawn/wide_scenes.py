@@ -14,6 +14,7 @@ from hivg.data.drawn.phrases import COLOUR, SHAPE, pick
 from hivg.data.drawn.wide_expressions import WIDE_SHAPES, Row
 
 MOST = 10  # objects of a scene
+LEAST = 0.09  # diameter of the small ones of a row, in units of the image's long side
 CONTRAST = 80  # of a shade to the paper, at least: the distance of two points in RGB
 SIZE_MIXES = (("small",), ("medium",), ("large",), ("small", "large"), ("small", "small", "medium", "large"))
 
@@ -147,10 +148,10 @@ def row_scene(rng, n, held_out=None, attributes=0, shapes=WIDE_SHAPES):
             if fits == is_member and (pair not in HELD_OUT or pair == held_out) and is_clear:
                 return pair
 
-    is_flat = rng.random() < 0.4
-    small = SIZES["small"] * math.sqrt(width * height)
-    room = lengths[axis] * (0.9 if is_flat else 1.6) / (n * small)
-    unit = math.sqrt(width * height) * min(1.0, room) * (0.7 + 0.3 * rng.random())
+    is_flat = rng.random() < 0.5
+    # in rows of any number the objects are as small as in long ones, or their size would tell the number
+    fitting = min(SIZES["small"] * math.sqrt(width * height), (0.9 if is_flat else 1.6) * lengths[axis] / n)
+    unit = (LEAST + (fitting - LEAST) * rng.random()) / SIZES["small"]
     mix = ("small",) if n > 3 else pick(rng, (("small",), ("small", "medium"), ("medium",)))
     filled = pick(rng, ((True,), (True, False)))
     members = []
@@ -170,7 +171,8 @@ def row_scene(rng, n, held_out=None, attributes=0, shapes=WIDE_SHAPES):
 
 
 def in_a_row(rng, members, axis, lengths, is_flat):
-    """The members, placed one after another along an axis, evenly now and then; None if there is no room.
+    """The members, placed one after another along an axis, evenly or not, over a part of the image: where "the third"
+    is says little then, it must be counted. None if there is no room.
 
     is_flat: about level, else anywhere on the other axis.
     """
@@ -182,9 +184,9 @@ def in_a_row(rng, members, axis, lengths, is_flat):
     free = lengths[axis] - before - after - sum(gaps)
     if free < 0:
         return None
-    extra = np.sort(rng.random(n)) * free
-    if rng.random() < 0.4:
-        extra = np.linspace(*np.sort(rng.random(2)), n) * free
+    spaces = np.linspace(0, 1, n) if rng.random() < 0.5 else np.sort(rng.random(n))
+    span = free * rng.random()
+    extra = span * spaces + (free - span) * rng.random()
     along = before + extra + np.concatenate([[0], np.cumsum(gaps)])
     level = rng.random()
     placed = []
