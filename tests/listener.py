@@ -118,6 +118,8 @@ class Listener:
         """(superlative or rank or None, the objects that the adjectives and the noun fit)."""
         self.take("the")
         unwanted = None
+        if self.rest.startswith("non-"):
+            self.rest = self.rest.replace("-", " ", 1)
         if self.take("(?:not|non)"):  # "the not red star"
             self.kind = "negation"
             unwanted = self.take(ANY_ADJECTIVE)[1]

@@ -157,7 +157,7 @@ class WideSpeaker(Speaker):
             return the(rng, f"{noun} {link} {adjective}")
         if style < 0.8:
             return f"{the(rng, noun)} not the {adjective} one"
-        return the(rng, f"{pick(rng, ('not', 'non'))} {adjective} {noun}")
+        return the(rng, f"{pick(rng, ('not ', 'non ', 'non-'))}{adjective} {noun}")
 
     # ---- true of nothing
 

@@ -116,7 +116,7 @@ def wide_scene(rng, held_out=None, shapes=WIDE_SHAPES, most=MOST):
         chosen[0] = held_out
     sizes = pick(rng, SIZE_MIXES)
     filled = pick(rng, ((True,), (True, False), (True, True, False)))
-    unit = math.sqrt(width * height) * (0.6 + 0.4 * rng.random())
+    unit = math.sqrt(width * height) * (0.4 + 0.6 * rng.random())
     objects = [form(rng, look, pick(rng, sizes), pick(rng, filled), unit, shades) for look in chosen]
     return Scene(width, height, paper, place(rng, objects, width, height)), None, shades
 
