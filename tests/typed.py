@@ -113,6 +113,28 @@ def ranked(n, rank):
     return make
 
 
+def stacked(n, rank):
+    """The same from the top, one below another."""
+    def make(rng):
+        shape = rng.choice(SHAPES)
+        side = min(40, 170 / n)
+        things = [(shape, rng.choice(list(COLOURS)), WIDTH / 2 + rng.uniform(-8, 8), HEIGHT * (k + 0.5) / n, side, side,
+                   True) for k in range(n)]
+        return things, f"the {NUMBERS[rank - 1]} {shape} from the top", rank - 1
+    return make
+
+
+def sized(phrase, *sides):
+    """Some of a shape, one of each size, and another shape; the first is meant."""
+    def make(rng):
+        shape, other = two(rng, SHAPES)
+        xs = rng.sample((50, 135, 225, 310), len(sides) + 1)
+        things = [(kind, rng.choice(list(COLOURS)), x, rng.uniform(80, 160), side, side, True)
+                  for kind, x, side in zip([shape] * len(sides) + [other], xs, (*sides, 48))]
+        return things, phrase.format(shape=shape), 0
+    return make
+
+
 def readme(rng):
     colours = two(rng, COLOURS)
     return row(rng, "star", 2, colours, [("circle", "blue")]), "the second star from the left", 1
@@ -211,6 +233,12 @@ ROWS = {
     "the second star from the left, of two and a circle": readme,
     "the last star from the left, of two to five": last,
     "the middle square, of three": middle,
+    "the third star from the top, of 3": stacked(3, 3),
+    "the fourth star from the top, of 5": stacked(5, 4),
+    "the small star": sized("the small {shape}", 32, 66),
+    "the big star": sized("the big {shape}", 66, 32),
+    "the smallest star, of three": sized("the smallest {shape}", 32, 48, 66),
+    "the largest star, of three": sized("the largest {shape}", 66, 48, 32),
     "the star that is not red": negated("the {shape} that is not {colour}"),
     "the star that isn't red": negated("the {shape} that isn't {colour}"),
     "not the red star": negated("the {shape}, not the {colour} one"),
