@@ -1,7 +1,7 @@
 """Train HiVG: warm-up, then Hi LoRA stage by stage, on one GPU or a laptop.
 
     python train.py --quick                a first look in two minutes
-    python train.py                        all stages on the bundled data set, from the bundled tiny CLIP
+    python train.py                        all stages in the drawn world, from the bundled tiny CLIP
     python train.py --plan                 print the table of the stages and exit; works with all other flags
     python train.py --name NAME --resume   resume after an interruption, bit for bit on a CPU
     python train.py --finetune FILE        train an existing HiVG further, in one stage or those of --lora
@@ -65,14 +65,14 @@ class Settings(RunSettings):
     hard_mix: bool = setting(False, "draw more of what is learned last, ordinals and distances (drawn data only)")
     epoch_samples: int = setting(0, "expressions in an epoch; 0 = all, or 8192 of the drawn ones, which are endless",
                                  low=0, high=10**9)
-    masks: str = setting("auto", "target of the mask head; auto = box, for your own data segmentation", choices=MASKS)
+    masks: str = setting("auto", "mask head's target; auto = box, but segmentation for your own data", choices=MASKS)
 
     clip: str = setting("weights/clip-tiny.safetensors", "the CLIP to start from", group="Model", of_model=True)
     finetune: str = setting("", "a HiVG to train further, instead of --clip")
     bridge: str = setting("adaptive", "what the bridge attends to", choices=BRIDGE_KINDS, of_model=True)
-    bridgeless: bool = setting(False, "begin with a stage without the bridge, as the paper's large models",
+    bridgeless: bool = setting(False, "begin with a stage without the bridge, as the paper does for its large models",
                                of_model=True)
-    text_layers: tuple[int, ...] = setting((), "text layers to fuse, from 1; default: the last layer (tiny: 2 4)",
+    text_layers: tuple[int, ...] = setting((), "text layers to fuse, counted from 1; default: the last (tiny: 2 4)",
                                            low=1, high=99, of_model=True)
     text_norm: bool = setting(True, "a layer norm on each text layer before the fusion", of_model=True)
     level_norm: bool = setting(True, "a layer norm on each level of visual features", of_model=True)
@@ -92,7 +92,7 @@ class Settings(RunSettings):
     box_loss: str = setting("l1", "l1 (released program) or smooth_l1 (paper)", choices=("l1", "smooth_l1"))
     loss_weights: LossWeights = setting(DRAWN_WORLD, "weights of the loss terms; 0 leaves a term out", low=0, high=1e6)
 
-    graph: bool = setting(False, "record the step on one GPU and launch it as one (hivg/training/graph.py)",
+    graph: bool = setting(False, "record the step as a CUDA graph, launched as one; one GPU (hivg/training/graph.py)",
                           group="Machine")
 
     def __post_init__(self):
@@ -201,7 +201,7 @@ def count_steps_per_epoch(s: Settings, stage, dataset):
 
 
 def first_item_of(s: Settings, table, number, rows, one_stream):
-    """The item of the endless data at which stage `number` begins; rows: of an item. one_stream: see Hooks."""
+    """The item of the endless data where stage `number` begins. rows: expressions per item. one_stream: see Hooks."""
     if one_stream:
         return sum(stage.epochs for stage in table[:number]) * s.epoch_samples // rows
     return number * STAGE_ITEMS

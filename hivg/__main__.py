@@ -1,8 +1,8 @@
 """Ground expressions in images: print the boxes and draw them.
 
     python ground.py                                     a bundled image, with the bundled weights
-    python ground.py photo.jpg -e "the man on the left"  your own; repeat -e for several expressions
-    python ground.py folder/ -e "the red star" --json    every image of a folder, a JSON object a line
+    python ground.py drawing.png -e "the last star"      your own; repeat -e for several expressions
+    python ground.py folder/ -e "the red star" --json    every image of a folder, one line of JSON for each
     python ground.py --page                              type and see, in the browser
 
 Once hivg is installed (`pip install .`), the same command is also called hivg-ground.
@@ -48,7 +48,7 @@ def arguments():
                         "PNG: NAME-1.png, NAME-2.png for the expressions of NAME.jpg")
     parser.add_argument("--min_score", type=float, default=0.0, metavar="S", help="0 to 1: a result that scores less "
                         "counts as not found, without a box or a mask; a heat map is still drawn")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line on stdout; draw only with --output")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON per image; draw only with --output")
     parser.add_argument("--rle", action="store_true", help="with --json: also masks, as COCO's compressed run lengths")
     parser.add_argument("--page", action="store_true", help="serve a page on this machine to drop images on and type "
                         "expressions in; its address is printed")

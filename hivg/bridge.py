@@ -40,7 +40,7 @@ class Bridge(nn.Module):
         self.ln = nn.LayerNorm(vision_width)
         self.attn = Attention(vision_width, heads)
         self.mlp = MLP(vision_width, 4 * vision_width)
-        # FFN(..) = 0 at the start, so x = x
+        # FFN(..) = 0 at the start, so the bridge returns x unchanged
         nn.init.zeros_(self.mlp.c_proj.weight)
         nn.init.zeros_(self.mlp.c_proj.bias)
 

@@ -33,7 +33,7 @@ class CLIPConfig:
 
 
 CLIP_SIZES = {
-    # for the bundled `shapes`; its vocabulary is set when its merge table is learned
+    # for the drawn worlds; its vocabulary is set when its merge table is learned
     "tiny": CLIPConfig(image_size=64, patch_size=8, vision_width=128, vision_layers=6, vision_heads=4,
                        text_width=128, text_layers=4, text_heads=4, embed_dim=128),
     "ViT-B/32": CLIPConfig(patch_size=32),

@@ -1,7 +1,7 @@
 """Prediction: images and expressions in, boxes in the images' own pixels out.
 
     g = Grounder.from_pretrained("weights/hivg-tiny.safetensors")
-    r = g.ground("photo.jpg", "the red circle left of the star")
+    r = g.ground("drawing.png", "the red circle left of the star")
     r.box, r.score, r.mask, r.heatmap, r.draw()
 """
 
@@ -94,8 +94,8 @@ class Result:
 
     @property
     def patches(self):
-        """The rows and columns of the patch grid that show the image, two slices: what the model takes for no padding;
-        of an image so narrow that this is nothing, the patches it touches."""
+        """Two slices, the rows and columns of the patch grid that show the image: the patches that the model does not
+        take for padding. If an image is so narrow that there are none, the patches that it touches."""
         side = len(self.token_map)
         shown = HiVG.find_visual(self.letterbox.padding_mask()[None], (side, side))[0, 1:].view(side, side)
         if not shown.any():
@@ -250,7 +250,7 @@ class Grounder:
         return results
 
     def warnings(self, expression, image=None):
-        """Reasons why the model may not understand an expression, or an image: a list of lines, mostly empty. Raises
+        """Reasons why the model may not understand an expression, or an image: a list of lines, usually empty. Raises
         ValueError for an expression that is empty or no text, and as `ground` does for an image."""
         texts_of([expression])
         lines = []

@@ -16,13 +16,13 @@ The layers that a stage trains (`adapted_layers`), in ViT-B, L = 12 and G = 3, a
     vision      1-4     1-8     1-12
     text        1-12    1-12    1-12
 
-Nothing else of CLIP is trained (but with --clip_rate of train.py); the bridges, the grounding encoder and the heads are
+Nothing else of CLIP is trained, unless train.py's --clip_rate is set; the bridges, the grounding encoder and heads are
 trained in every stage.
 
 The other modes, for comparison (`lora` of the configuration):
 
-    shared    one pair a layer; stage j adds it to the layers l <= j L/G that lack it and trains all there are
-              (as the released program does, but there they are the first 5, 8 and 12, of 24 layers too)
+    shared    one pair per layer; stage j adds it to the layers l <= j L/G that lack it and trains all pairs there are
+              (as the released program, whose stages take the first 5, 8 and 12 layers, even where there are 24)
     vanilla   all layers get their pair in stage 1, the only one
     none      no adapters
 

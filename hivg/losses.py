@@ -41,8 +41,8 @@ def contrastive_loss(logits_per_text, image_ids=None, present=None):
     (`similarity` in clip.py). CE is the cross entropy of each row with its own column as the right one. Under data
     parallelism B is the batch of all GPUs together.
 
-    Where the bridge tells image j its own expression j, this can be met by copying: [CLS] repeats the text it was
-    shown, and says little of the image (LOG.md, "The contrastive loss copies").
+    Where the bridge shows image j its own expression j, copying satisfies this loss: [CLS] repeats the text it was
+    shown, and says little about the image (LOG.md, "The contrastive loss copies").
 
     image_ids (B,): which image each row is of, None if all differ. Expressions of one image are not negatives of each
     other: that image is right for both. The released code takes them for negatives.

@@ -170,7 +170,7 @@ class HiVGConfig:
 
 
 class HiVG(nn.Module):
-    """The grounding model. CLIP's own weights are frozen from the start, and only they."""
+    """The grounding model. At first only CLIP's own weights are frozen; `add_stage` freezes the older adapters too."""
 
     tokenizer = None  # the one that CLIP was trained with, if there is a merge table
 
@@ -416,7 +416,7 @@ class HiVG(nn.Module):
             block.compile()
 
     def with_bridge(self, kind):
-        """A new model with fresh bridges of this kind beside all there is in this one, which has none."""
+        """A new model: everything in this one, which has no bridges, and fresh bridges of this kind."""
         model = HiVG(replace(self.config, bridge=kind)).requires_grad_(False)
         fresh = {}
         for name, tensor in model.state_dict().items():

@@ -3,7 +3,7 @@
     python -m hivg.evaluate --weights FILE --dataset NAME --split SPLIT [--data_root DIR]
         [--per_sample FILE.jsonl] [--sheet FILE.png]
     python -m hivg.evaluate --weights FILE --split val --calibrate OUT.safetensors
-    python -m hivg.evaluate --compare A.jsonl B.jsonl         two files of --per_sample
+    python -m hivg.evaluate --compare A.jsonl B.jsonl         two files written by --per_sample
 
 Prints Acc@0.5 with its 95 % interval, Acc@0.6 to 0.9, mean IoU, mask IoU where there are masks, and accuracy and mean
 IoU by expression length. IoU is between float boxes in pixels of the original image; every sample counts once. On the
@@ -51,8 +51,8 @@ def arguments():
                         "the data set has, with --calibrate val")
     parser.add_argument("--data_root", default="data", metavar="DIR", help="folder of the data sets; default: data")
     parser.add_argument("--annotations", metavar="FILE", help="a file or folder, if not at its published place")
-    parser.add_argument("--per_sample", metavar="FILE.jsonl", help="write a JSON object a line for every expression")
-    parser.add_argument("--sheet", metavar="FILE.png", help="draw the surest mistakes and some random samples")
+    parser.add_argument("--per_sample", metavar="FILE.jsonl", help="write a line of JSON for each expression")
+    parser.add_argument("--sheet", metavar="FILE.png", help="draw the most confident mistakes and some random samples")
     parser.add_argument("--calibrate", metavar="OUT.safetensors", help="write the weights file with its score "
                         "calibrated on this split")
     parser.add_argument("--compare", nargs=2, metavar=("A.jsonl", "B.jsonl"), help="compare two files of "

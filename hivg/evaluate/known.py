@@ -1,6 +1,6 @@
 """What a model was never taught: words, and photographs where it has seen drawn shapes only.
 
-Both are told of weights of the drawn world alone (`dataset` in the file), which many people try first, on anything.
+Both are reported only for weights of the drawn world (`dataset` in the file), which many people try first, on anything.
 """
 
 from difflib import get_close_matches
