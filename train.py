@@ -21,6 +21,7 @@ from hivg import weights
 from hivg.bridge import KINDS as BRIDGE_KINDS
 from hivg.data.batches import MASKS, STAGE_ITEMS, evaluation_batches, open_dataset, to_device, training_batches
 from hivg.data.drawn.scenes import DRAWN
+from hivg.data.published.catalogue import DATA_ROOT
 from hivg.evaluate.metrics import accuracy, mean, present
 from hivg.evaluate.predict import predict
 from hivg.evaluate.report import guessers
@@ -60,7 +61,7 @@ class Settings(RunSettings):
 
     dataset: str = setting("shapes-wide", "shapes-wide, shapes, a data set of the paper, or your own .jsonl or .json "
                            "file", group="Data")
-    data_root: str = setting("data", "the folder with the data sets, laid out as published")
+    data_root: str = setting(DATA_ROOT, "the folder with the data sets, laid out as published")
     annotations: str = setting("", "annotation file or folder, if not in the published layout")
     hard_mix: bool = setting(False, "draw more of what is learned last, ordinals and distances (drawn data only)")
     epoch_samples: int = setting(0, "expressions in an epoch; 0 = all, or 8192 of the drawn ones, which are endless",
@@ -276,7 +277,7 @@ def train(s: Settings, hooks=Hooks()):
         if first == 0 and best >= 0 and distributed.rank() == 0:
             weights.save(path, model, info_of(s, stage.name, {"accuracy": best}))  # kept if the stage never improves it
         if number == 0 and first == 0:
-            run.save(number, 0, best, model, optimizers)  # so that every run can be resumed
+            run.save(number, 0, steps, best, model, optimizers)  # so that every run can be resumed
         trained = training_copy(model, run.dtype, together=distributed.world_size() == 1)
         if s.compile:
             model.compile_blocks()  # to validate
@@ -319,7 +320,7 @@ def train(s: Settings, hooks=Hooks()):
 
             # save the state
             if may_wait and run.save_is_due(end_of_epoch):
-                run.save(number, step + 1, best, model, optimizers)
+                run.save(number, step + 1, steps, best, model, optimizers)
         distributed.barrier()  # the next stage reads the file that the first rank wrote
     return path
 
@@ -350,5 +351,5 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main, "interrupted; the same command with --resume continues",
+    run(main, "interrupted; the same command with --resume continues from the last saved state",
         "lower --batch_size and raise --accumulate as much, set --recompute, or lower --workers")

@@ -11,6 +11,7 @@ Once hivg is installed (`pip install .`), the same command is also called hivg-g
 import json
 import os
 import sys
+import unicodedata
 from itertools import chain
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def arguments():
     parser.add_argument("--port", type=int, metavar="N", help=f"with --page: its port (default: {PORT}); 0 for any "
                         "that is free")
     add_machine_flags(parser)
-    args = parser.parse_args(with_heatmap_named(sys.argv[1:]))
+    args = parser.parse_intermixed_args(with_heatmap_named(sys.argv[1:]))  # images before or after -e
     if args.page:
         needless = [name for name, value in vars(args).items() if value and name not in OF_PAGE]
         if needless:
@@ -75,6 +76,8 @@ def arguments():
         parser.error(f"--min_score must be from 0 to 1, not {args.min_score}")
     if "" in (args.output, args.save_masks):
         parser.error("--output and --save_masks must name a file or folder, not be empty")
+    if args.heatmap == "words" and args.mask:
+        parser.error("--heatmap words and --mask are two drawings; ask for one of them")
     if args.rle and not args.json:
         parser.error("--rle needs --json; for PNG files use --save_masks FOLDER")
     if not args.images:
@@ -123,15 +126,20 @@ def list_images(names):
 
 def names_of(images):
     """The names of image files without folder and suffix, numbered where several have the same: a, a-2, a-3."""
-    names = {}  # an ordered set
+    names = {}  # in the order of the images: {what tells them apart on any disk: name}
     numbers = {}  # {stem: the last number it got}
     for image in images:
         name = stem = Path(image).stem
-        while name in names:
+        while one_spelling(name) in names:
             numbers[stem] = numbers.get(stem, 1) + 1
             name = f"{stem}-{numbers[stem]}"
-        names[name] = None
-    return list(names)
+        names[one_spelling(name)] = name
+    return list(names.values())
+
+
+def one_spelling(name):
+    """The same for all names that are one file on macOS or Windows: A and a, an accent as one letter or two."""
+    return unicodedata.normalize("NFC", str(name)).casefold()
 
 
 def drawing_paths(args, images, several):
@@ -147,7 +155,7 @@ def drawing_paths(args, images, several):
 def refuse_to_overwrite(images, targets):
     """Raises ValueError if a file to be written is one of the images, or if two of them are the same."""
     targets = [target for target in targets if target]
-    if len(set(map(os.path.abspath, targets))) < len(targets):
+    if len({one_spelling(os.path.abspath(target)) for target in targets}) < len(targets):
         raise ValueError("a drawing would replace a mask; give --output and --save_masks different folders")
     refuse_to_replace(images, targets, REPLACING)
 

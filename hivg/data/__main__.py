@@ -4,6 +4,7 @@ hold, the problems in them, and whether training images are in another split too
 DATASET is a name (refcoco, refcoco+, refcocog, refcocog_google, referit, flickr, mixup) or a .jsonl or .json file.
 """
 
+from hivg.data.published.catalogue import DATA_ROOT
 from hivg.data.published.check import check
 from hivg.utils.cli import Parser, run
 
@@ -12,7 +13,7 @@ def main():
     parser = Parser(description=__doc__)
     parser.add_argument("command", choices=["check"])
     parser.add_argument("dataset")
-    parser.add_argument("--data_root", default="data", metavar="DIR", help="folder with all data sets (default: data)")
+    parser.add_argument("--data_root", default=DATA_ROOT, metavar="DIR", help="folder of all data sets; default: data")
     parser.add_argument("--annotations", metavar="FILE", help="a file or folder, if it is not at a published place")
     parser.add_argument("--decode", action="store_true", help="also read every image and list the damaged ones")
     args = parser.parse_args()

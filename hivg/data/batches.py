@@ -17,6 +17,7 @@ from hivg.data.augment import Augment
 from hivg.data.drawn.expressions import NOTHING
 from hivg.data.drawn.scenes import DRAWN, EXPRESSIONS_PER_SCENE, HARD_MIX, PLAIN_SHARE, WIDE_HARD_MIX, Shapes
 from hivg.data.images import ImageError, open_image, open_published
+from hivg.data.published.catalogue import DATA_ROOT
 from hivg.data.published.reading import annotation_path, read_samples, refuse_annotations
 from hivg.data.transforms import Letterbox, normalise
 from hivg.utils.messages import shown
@@ -186,7 +187,7 @@ def stamps_of(data_root, dataset, split, annotations):
     return tuple((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats)
 
 
-def open_dataset(dataset, split, size, normalization="clip", seed=0, data_root="data", annotations=None, train=False,
+def open_dataset(dataset, split, size, normalization="clip", seed=0, data_root=DATA_ROOT, annotations=None, train=False,
                  hard_mix=False, masks="auto"):
     """A split of a drawn data set, of one of published/catalogue.py, or of a .jsonl or .json file.
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from hivg.data.batches import evaluation_batches, open_dataset
 from hivg.data.drawn.scenes import DRAWN
+from hivg.data.published.catalogue import DATA_ROOT
 from hivg.data.published.check import splits_of
 from hivg.data.published.reading import images_of, is_own, read_dataset
 from hivg.evaluate.calibration import calibrated, calibration_of, fit_calibration
@@ -49,7 +50,7 @@ def arguments():
     parser.add_argument("--split", help=f"of shapes: {', '.join(drawn['shapes'])}; of shapes-wide: "
                         f"{', '.join(drawn['shapes-wide'])}; default: the first of {', '.join(DEFAULT_SPLITS)} that "
                         "the data set has, with --calibrate val")
-    parser.add_argument("--data_root", default="data", metavar="DIR", help="folder of the data sets; default: data")
+    parser.add_argument("--data_root", default=DATA_ROOT, metavar="DIR", help="folder of the data sets; default: data")
     parser.add_argument("--annotations", metavar="FILE", help="a file or folder, if not at its published place")
     parser.add_argument("--per_sample", metavar="FILE.jsonl", help="write a line of JSON for each expression")
     parser.add_argument("--sheet", metavar="FILE.png", help="draw the most confident mistakes and some random samples")
@@ -129,7 +130,7 @@ def choose_split(args):
 
 
 def evaluate(args, model, dataset, device, dtype):
-    """Print the report of --weights on --dataset -> its rows. Raises ValueError."""
+    """Evaluate --weights on --dataset -> (its rows, the lines of the report). Raises ValueError."""
     total = len(dataset) * dataset.rows
 
     def predictions(what, expressions=None):
@@ -148,14 +149,13 @@ def evaluate(args, model, dataset, device, dtype):
             row["score"] = calibrated(row["score"], *calibration)
     for line in doubts(model, args.dataset, rows):
         print(f"warning: {line}", file=sys.stderr)
-    print(f"{shown(args.weights, 300)} on {shown(args.dataset, 300)} {shown(args.split)} in {name_of(dtype)}, "
-          f"{total / seconds:.0f} expressions a second")
-    print(report(rows, calibration is not None))
+    lines = [f"{shown(args.weights, 300)} on {shown(args.dataset, 300)} {shown(args.split)} in {name_of(dtype)}, "
+             f"{total / seconds:.0f} expressions a second", report(rows, calibration is not None)]
     if args.dataset in DRAWN and present(rows):
         moved = predictions("evaluated shuffled", shuffled(rows))
         others = {"expressions shuffled": accuracy(row["iou"] for row in present(moved))} | guessers(dataset.shapes)
-        print("for comparison, Acc@0.5: " + ", ".join(f"{name} {value:.4f}" for name, value in others.items()))
-    return rows
+        lines.append("for comparison, Acc@0.5: " + ", ".join(f"{name} {value:.4f}" for name, value in others.items()))
+    return rows, lines
 
 
 def doubts(model, dataset, rows):
@@ -208,11 +208,12 @@ def main():
                            data_root=args.data_root, annotations=args.annotations, masks="segmentation")
     if args.dataset not in DRAWN:
         refuse_to_replace_data(args)
-    rows = evaluate(args, model, dataset, device, dtype)
-    if args.per_sample:
+    rows, lines = evaluate(args, model, dataset, device, dtype)
+    if args.per_sample:  # files first: whoever reads the output may stop
         save_rows(args.per_sample, rows)
     if args.sheet:
         save_image(sheet(dataset, rows), args.sheet)
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,10 @@ def compare(path_a, path_b):
     if not a or samples_of(a) != samples_of(b):
         raise ValueError(f"{shown(path_a, 80)} ({len(a):,} rows) and {shown(path_b, 80)} ({len(b):,}) are not of the "
                          "same samples; evaluate both on the same split")
+    left_out = len(a) - len(present(a))
     a, b = present(a), present(b)
+    if not a:
+        raise ValueError(f"{shown(path_a, 80)}: all {left_out} expressions are true of nothing, so no box can be right")
     only_a = [(x, y) for x, y in zip(a, b) if x["iou"] >= 0.5 > y["iou"]]  # pairs that the first alone has right
     only_b = [(x, y) for x, y in zip(a, b) if y["iou"] >= 0.5 > x["iou"]]
     p = mcnemar(len(only_a), len(only_b))
@@ -23,6 +26,8 @@ def compare(path_a, path_b):
         f"{len(a)} samples: {len(only_a)} right in the first alone, {len(only_b)} in the second alone; McNemar's p = "
         f"{p:.3g}: {'' if p < 0.05 else 'not '}significant at 5 %",
     ]
+    if left_out:
+        lines.append(f"left out: {left_out} expressions that are true of nothing")
     for name, pairs in (("first", only_a), ("second", only_b)):
         for x, y in pairs:
             lines.append(f"  right in the {name} alone: {shown(x['image'], 300)}: {shown(x['expression'], 300)} "

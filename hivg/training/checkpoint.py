@@ -70,7 +70,8 @@ def check_state(state):
     the end of an epoch only."""
     dict(state["settings"])
     log = state["log"]
-    counts = [state["stage"], state["step"], log["bytes"], log["n"]]
+    counts = [state["stage"], state["step"], state["steps"] - state["step"], log["bytes"], log["n"]]
+    dict(state["frozen"])
     shapes = [p.shape for p in state["trained"].values()] + [row["cpu"].shape for row in state["random"]]
     if not (shapes and all(type(count) is int and count >= 0 for count in counts) and -1 <= state["best"] <= 1
             and all(type(total) is float for total in log["sums"].values())):

@@ -89,7 +89,7 @@ def defaults_of(given, settings):
     settings. Raises ValueError."""
     defaults = {}
     if given.get("quick"):
-        others = [name for name in ("preset", "finetune") if given.get(name)]
+        others = [name for name in ("preset", "finetune", "lora") if given.get(name)]
         if others:
             raise ValueError(f"--quick is a recipe of its own; leave out --{others[0]}")
         return QUICK

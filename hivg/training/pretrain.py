@@ -223,7 +223,7 @@ def pretrain(s: Settings):
     batches = training_batches(dataset, 0, s.batch_size, steps, first, s.workers, distributed.rank(),
                                distributed.world_size(), device, model.tokenizer)
     if not saved:
-        run.save(0, 0, best, model, optimizers)  # so that every run can be resumed
+        run.save(0, 0, steps, best, model, optimizers)  # so that every run can be resumed
     bare = ContrastiveCriterion(model)
     criterion = distributed.wrap(bare)
     if s.compile:
@@ -254,7 +254,7 @@ def pretrain(s: Settings):
                     weights.save(path, model, {"stage": "pretrain", "dataset": s.dataset, **scores})
             log.epoch("pretrain", step + 1, (step + 1) // steps_per_epoch, scores, best)
         if run.save_is_due(end_of_epoch):
-            run.save(0, step + 1, best, model, optimizers)
+            run.save(0, step + 1, steps, best, model, optimizers)
     return path
 
 
@@ -266,4 +266,5 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main, "interrupted; the same command with --resume continues", "lower --batch_size or --workers")
+    run(main, "interrupted; the same command with --resume continues from the last saved state",
+        "lower --batch_size or --workers")

@@ -21,6 +21,11 @@ from hivg.utils.memory import is_out_of_memory
 KEPT = ({"momentum"}, {"step", "exp_avg", "exp_avg_sq"})  # of a parameter, by Muon and by AdamW
 
 
+def first_values(model):
+    """{name: its first number} of the parameters that are not trained."""
+    return {name: p.flatten()[0].item() for name, p in model.named_parameters() if not p.requires_grad}
+
+
 class Run:
     """Its folder runs/NAME/, device, precision and log, and the state it resumes from, None for a new run."""
 
@@ -43,11 +48,11 @@ class Run:
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def save(self, stage, step, best, model, optimizers):
-        """Write the state after `step` steps of stage number `stage`. Every rank calls it; rank 0 writes.
+    def save(self, stage, step, steps, best, model, optimizers):
+        """Write the state after `step` of the `steps` of stage number `stage`. Every rank calls it; rank 0 writes.
 
         It holds the parameters that this stage trains. The others, above all the frozen CLIP, come from the file that
-        the stage started from.
+        the stage started from, and a number of each tells whether it is still the same file.
         """
         random = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
@@ -56,8 +61,10 @@ class Run:
             "settings": asdict(self.settings),
             "stage": stage,
             "step": step,
+            "steps": steps,
             "best": best,
             "trained": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
+            "frozen": first_values(model),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "random": distributed.gather_rows([random]),  # each rank has its own
             "log": self.log.state(),
@@ -73,7 +80,7 @@ class Run:
         accuracy).
 
         model: as its stage starts. steps: of the stage. Raises ValueError for a state of another number of processes,
-        or one that was damaged or edited.
+        of other data or another file to start from, and for one that was damaged or edited.
         """
         state = self.saved
         if len(state["random"]) != distributed.world_size():
@@ -82,12 +89,16 @@ class Run:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if {name: p.shape for name, p in trained.items()} != {name: p.shape for name, p in state["trained"].items()}:
             raise ValueError("the state is of a model with other trained parameters; train again under another --name")
+        if first_values(model) != state["frozen"]:
+            raise ValueError("the weights file that this run started from has changed; restore it, or take another "
+                             "--name")
+        if steps != state["steps"]:
+            raise ValueError(f"the data are not those that this run began with: {steps} steps in this stage, then "
+                             f"{state['steps']}; restore them, or take another --name")
         with torch.no_grad():
             for name, p in trained.items():
                 p.copy_(state["trained"][name])
         try:
-            if state["step"] > steps:
-                raise ValueError
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
                 groups = optimizer.state_dict()["param_groups"]  # its numbers are settings
                 optimizer.load_state_dict(saved | {"param_groups": groups})

@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from makers_data import (
 from PIL import Image
 
 from hivg.data.batches import open_dataset
-from hivg.data.published.catalogue import COCO, DATASETS, FLICKR, REFERIT, canonical
+from hivg.data.published.catalogue import COCO, DATA_ROOT, DATASETS, FLICKR, REFERIT, canonical
 from hivg.data.published.check import splits_of
 from hivg.data.published.formats import val_images
 from hivg.data.published.reading import Report, read_samples
@@ -325,6 +326,18 @@ def test_a_row_without_image_is_no_val(tmp_path):
     path = write_own(tmp_path, 2)
     path.write_text("nonsense\n{}\n" + '{"image": ["a.png"]}\n' + path.read_text())
     assert len(read_samples(tmp_path, path, "val")) == 2 == len(read_samples(tmp_path, path, "train", report=Report()))
+
+
+def test_own_images_are_beside_the_file_where_no_data_root_is_named(tmp_path, monkeypatch):
+    """A folder data/ that has images of the same names may be anybody's."""
+    monkeypatch.chdir(tmp_path)
+    path = write_own(tmp_path, 1, split="train")
+    Path("data/images").mkdir(parents=True)
+    Image.new("RGB", (30, 20)).save("data/images/0.png")
+    assert read_samples(DATA_ROOT, path, "train")[0].image == tmp_path / "images/0.png"
+    (tmp_path / "images/0.png").unlink()
+    assert read_samples(DATA_ROOT, path, "train")[0].image == Path("data/images/0.png")
+    assert len(read_samples(DATA_ROOT, path.rename("MINE.JSONL"), "train")) == 2
 
 
 def test_own_images_are_below_the_data_root_or_beside_the_file(tmp_path):

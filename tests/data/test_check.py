@@ -65,7 +65,9 @@ def test_images_of_one_name_in_two_folders_are_two(tmp_path):
 
 def test_without_training_images_nothing_leaks(tmp_path):
     path = write_own(tmp_path, 3, split="val")
-    assert check("nowhere", path) == f"{path} val: 6 expressions, 3 images"
+    lines = check("nowhere", path).splitlines()
+    assert lines[0] == f"{path} val: 6 expressions, 3 images" and lines[1].startswith(f"{path}: it has no train, ")
+    assert len(lines) == 2
 
 
 @pytest.mark.parametrize("n, fields, has_val", [(3, {}, True), (1, {}, False), (3, {"split": "train"}, False),

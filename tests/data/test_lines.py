@@ -96,6 +96,7 @@ BAD_ROWS = {  # name: (changes of a good row, the problem it is counted as)
     "nothing for a text": ({"expression": None}, "no expression"),
     "an endless text": ({"expression": "cup " * 10_000}, "expression of more than 10,000 characters"),
     "a text of blanks": ({"expression": "\u2028 \n"}, "empty expression"),
+    "a text without a visible letter": ({"expression": "\u200b\x07"}, "empty expression"),
     "nested brackets": ('{"image": ' + "[" * 100_000, "incomplete row"),
     "a number of 5,000 digits": ('{"image": "a.png", "bbox": [' + "9" * 5000 + "]}", "incomplete row"),
 }

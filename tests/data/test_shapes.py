@@ -45,8 +45,9 @@ def test_same_item_on_every_machine():
 def test_same_pairs_on_every_machine():
     """Change this only together with the published CLIP; the wider world's with all numbers on it, too."""
     assert [e.text for e in Shapes("test", wide=True).scene(0)[1]] == [
-        "medium thing that is filled-in and to the left side of the crimson strip", "the solid triangle not the little one",
-        "the filled oval", "filled hot pink thing to the left side of the crimson pyramid"]
+        "medium thing that is filled-in and to the left side of the crimson strip",
+        "the solid triangle not the little one", "the filled oval",
+        "filled hot pink thing to the left side of the crimson pyramid"]
     assert Pairs(32)[0]["expressions"][:3] == [
         "square at the very bottom", "the lowest square", "2nd filled square from left"]
     pair = Pairs(32, wide=True)[0]

@@ -69,6 +69,7 @@ def test_quick_is_a_recipe(monkeypatch):
 
 @pytest.mark.parametrize("args, word", [
     (["--quick", "--preset", "refcoco-base"], "leave out --preset"),
+    (["--quick", "--lora", "vanilla"], "leave out --lora"),
     (["--quick", "--finetune", "x.safetensors"], "leave out --finetune"),
     (["--batchsize", "8"], "--batchsize"),
     (["--batch", "8"], "--batch"),  # no abbreviations

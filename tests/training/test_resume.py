@@ -275,6 +275,19 @@ def test_an_edited_state_gets_one_line_before_any_step(begun, monkeypatch, capfd
     assert " step " not in result[2] and log_of("runs/tiny") == log
 
 
+def test_other_data_or_another_start_are_no_damage(begun, monkeypatch, capfd):
+    """The state is good, so nobody is told to remove it."""
+    state = Path("runs/tiny/state.pt")
+    saved = state.read_bytes()
+    steps = torch.load(state, weights_only=True)["steps"]
+    for keys, value, word in ((("steps",), steps + 1, "data"), (("frozen", "clip.visual.proj"), 0.5, "weights file")):
+        edit(state, *keys, value=value)
+        _, _, err = result = run_script(monkeypatch, capfd, "--name", "tiny", "--resume")
+        assert_one_line(result, word)
+        assert "remove" not in err and "damaged" not in err
+        state.write_bytes(saved)
+
+
 def test_hyperparameters_are_those_of_the_settings(begun, whole):
     state = torch.load("runs/tiny/state.pt", weights_only=True)
     for optimizer in state["optimizers"]:

@@ -27,6 +27,16 @@ def test_compare_names_the_samples(tmp_path):
     assert text.count("right in the second alone: ") == 6 and "7.png: cup 7 (IoU 0.00, 0.90)" in text
 
 
+def test_expressions_of_nothing_are_left_out(tmp_path):
+    write_rows(tmp_path / "a", range(8))
+    nothing = json.dumps({"image": "8.png", "expression": "no cup", "target": None, "iou": 0.0}) + "\n"
+    (tmp_path / "b").write_text((tmp_path / "a").read_text() + nothing)
+    assert "left out: 1 expressions that are true of nothing" in compare(tmp_path / "b", tmp_path / "b")
+    (tmp_path / "c").write_text(nothing)
+    with pytest.raises(ValueError, match="true of nothing"):
+        compare(tmp_path / "c", tmp_path / "c")
+
+
 def test_compare_refuses_other_samples(tmp_path):
     write_rows(tmp_path / "a", range(8))
     (tmp_path / "c").write_text((tmp_path / "a").read_text().replace("cup 3", "dog 3"))

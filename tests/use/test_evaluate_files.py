@@ -108,6 +108,16 @@ def test_disk_that_is_full(run):
     assert code == 2 and re.fullmatch("error: /dev/full: cannot be written [^\n]+\n", err)
 
 
+def test_files_are_written_though_nobody_reads_the_report(run, monkeypatch):
+    def closed(*args, **options):
+        if options.get("file") is None:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(evaluate, "print", closed, raising=False)
+    run("--dataset", "mine.jsonl", "--split", "val", "--per_sample", "rows.jsonl")
+    assert len(Path("rows.jsonl").read_text().splitlines()) == 2
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--per_sample", "no/rows.jsonl"], ["no/rows.jsonl", "folder"]),
     (["--per_sample", "x" * 300], ["xxx", "too long"]),

@@ -172,6 +172,25 @@ def test_names_of_many_images():
     assert names[:3] == ["a", "a-2", "a-3"] and names[-1] == "a-2-2" and len(set(names)) == 5001
 
 
+def test_names_that_are_one_file_on_other_systems():
+    """On macOS and Windows A.png is a.png, and an accent may be a letter of its own."""
+    assert ground.names_of(["1/A.png", "2/a.png", "caf\u00e9.png", "cafe\u0301.png"]) == [
+        "A", "a-2", "caf\u00e9", "cafe\u0301-2"]
+    with pytest.raises(ValueError, match="replace a mask"):
+        ground.refuse_to_overwrite([], [Path("out/a-1.png"), Path("out/A-1.png")])
+
+
+def test_images_may_stand_on_both_sides_of_the_expression(run):
+    make_image().save("b.png")
+    code, out, _ = run("a.png", "-e", "star", "b.png", "--json")
+    assert code == 0 and [json.loads(line)["image"] for line in out.splitlines()] == ["a.png", "b.png"]
+
+
+def test_words_and_mask_are_refused_before_any_work(run):
+    code, out, err = run("a.png", "-e", "star", "--heatmap", "words", "--mask")
+    assert (code, out) == (2, "") and "two drawings" in err
+
+
 def test_dtype(run):
     exact = run("a.png", "-e", "star", "--json")[1]
     code, rough, _ = run("a.png", "-e", "star", "--json", "--dtype", "bfloat16")

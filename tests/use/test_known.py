@@ -1,5 +1,7 @@
 """What a model was never taught: unknown words, and photographs to weights of the drawn world."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from PIL import Image, ImageFilter, ImageOps
 from hivg import Grounder
 from hivg.data.drawn.scenes import Shapes
 from hivg.evaluate.__main__ import doubts
-from hivg.evaluate.known import DRAWN_ONLY, looks_photographed, unknown_words
+from hivg.evaluate.known import DRAWN_ONLY, knows_drawn_only, looks_photographed, unknown_words
 from hivg.tokenizer import Tokenizer, learn_merges
 
 
@@ -30,6 +32,13 @@ def test_unknown_words(dataset, words):
     model = make_model(dataset)
     assert unknown_words(model, "the red cup") == []
     assert unknown_words(model, "The zebra, red CUP zebra cupp") == words
+
+
+def test_a_published_clip_knows_more_than_drawings():
+    """Whatever it was trained on last."""
+    model = make_model("shapes-wide")
+    model.config = replace(model.config, clip=replace(model.config.clip, vocab_size=49408))
+    assert not knows_drawn_only(model) and unknown_words(model, "a zebra") == []
 
 
 def test_unknown_words_of_bundled_weights():

@@ -7,6 +7,7 @@ from pathlib import Path
 from hivg.utils import pickles
 from hivg.utils.messages import quoted, shown
 
+DATA_ROOT = "data"  # --data_root where none is given
 # Image folders, relative to the data root.
 COCO = "other/images/mscoco/images/train2014"
 REFERIT = "referit/images"

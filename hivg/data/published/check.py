@@ -4,7 +4,7 @@ import os
 
 from hivg.data.drawn.scenes import DRAWN
 from hivg.data.images import ImageError, open_image, open_published
-from hivg.data.published.catalogue import DATASETS, NoSplit, annotation_files, canonical, split_names
+from hivg.data.published.catalogue import DATA_ROOT, DATASETS, NoSplit, annotation_files, canonical, split_names
 from hivg.data.published.reading import Report, is_own, read_dataset, read_samples, refuse_annotations
 from hivg.utils.cli import Progress
 from hivg.utils.messages import shown
@@ -53,13 +53,14 @@ def check(data_root, dataset, annotations=None, decode=False):
         raise ValueError([*problems, *missing, f"{shown(dataset)}: it has no expressions"][0])
     lines += missing  # after the reasons of the rows that there are
     lines += leakage(names[0], images)
-    if is_own(dataset) and (dataset, "val") not in images:
-        lines.append(f'{shown(dataset)}: it has no val, which train.py needs; write "split": "val" in the rows of some '
-                     'images, "train" in the others')
+    lacking = [split for split in ("train", "val") if (dataset, split) not in images]
+    if is_own(dataset) and lacking:
+        lines.append(f'{shown(dataset)}: it has no {" and no ".join(lacking)}, which train.py needs; write "split": '
+                     '"val" in the rows of some images, "train" in the others')
     return "\n".join(lines)
 
 
-def splits_of(dataset, data_root="data", annotations=None):
+def splits_of(dataset, data_root=DATA_ROOT, annotations=None):
     """The splits that a data set's files have, a list in the published order, others after them.
 
     dataset: a drawn one (without its endless splits), the name of a data set, or a JSON file. Raises ValueError for a

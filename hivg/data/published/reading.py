@@ -19,7 +19,7 @@ from pathlib import Path
 
 from hivg.data.images import ImageError, ImageTooLarge, most_pixels, stored_size, upright_size
 from hivg.data.masks import check_polygons, check_size, mask_of, run_lengths
-from hivg.data.published.catalogue import NoSplit, annotation_files, canonical, find_file
+from hivg.data.published.catalogue import DATA_ROOT, NoSplit, annotation_files, canonical, find_file
 from hivg.data.published.formats import USUAL_SPLITS, read_rows
 from hivg.data.published.forms import FORMS, SLACK, four_numbers, is_odd, other_form
 from hivg.utils.messages import quoted, shown
@@ -131,7 +131,7 @@ def read_samples(data_root, dataset, split, annotations=None, report=None):
 
 def is_own(dataset):
     """Whether a data set is people's own file, not a published one."""
-    return str(dataset).endswith((".jsonl", ".json"))
+    return str(dataset).lower().endswith((".jsonl", ".json"))
 
 
 def read_dataset(data_root, dataset, split, annotations=None):
@@ -215,15 +215,18 @@ class RowCheck:
     def find(self, folder, file):
         """-> the path and the id of a file below a folder. Raises Problem."""
         root = self.data_root if folder is None else self.data_root / folder
-        others = [self.source.parent / file] if folder is None else (root / name for name in published_names(file))
-        for place in chain([root / file], others):
+        places = chain([root / file], (root / name for name in published_names(file)))
+        if folder is None:  # people's own: a folder that was named comes before the one beside the file
+            places = [root / file, self.source.parent / file]
+            places = places[::-1] if str(root) == DATA_ROOT else places
+        for place in places:
             parent, name = os.path.split(place)
             real, names = self.names_in(parent)
             normal = unicodedata.normalize("NFC", name)
             if normal in names:
                 image_id = os.path.join(real, normal)
                 return self.paths.setdefault(image_id, Path(parent, names[normal])), image_id
-        raise Problem("missing image", place if folder is None else root / file)
+        raise Problem("missing image", (self.source.parent if folder is None else root) / file)
 
     def names_in(self, folder):
         if folder not in self.folders:
@@ -294,7 +297,7 @@ def check_expression(expression, file):
         raise Problem("no expression", file)
     if not isinstance(expression, str):
         raise Problem("expression that is not text", file, quoted(expression, 40))
-    if not expression.strip():
+    if not any(letter.isprintable() and not letter.isspace() for letter in expression):
         raise Problem("empty expression", file)
     if len(expression) > MAX_EXPRESSION:
         raise Problem(f"expression of more than {MAX_EXPRESSION:,} characters", file, quoted(expression, 40))
