@@ -53,7 +53,7 @@ class Settings(RunSettings):
     """Every setting is a flag of the same name; `python train.py --help` prints them by group. Those that every
     training has are in RunSettings."""
 
-    name: str = setting("shapes", "the run's folder under runs/", group="The run")
+    name: str = setting("drawn", "the run's folder under runs/", group="The run")
     preset: str = setting("", "a recipe of the paper for a data set and a size of CLIP: hivg/training/presets.py",
                           group="The run")
     quick: bool = setting(False, "a first look in two minutes: one short stage, then boxes on the example")

@@ -1,4 +1,4 @@
-"""The bundled data set: images of coloured shapes, and expressions that each mean one of them.
+"""The drawn worlds: images of coloured shapes, and expressions that each mean one of them.
 
 Nothing is stored: item i of a split is drawn on demand, by a random generator seeded with (seed, split, i), so it is
 the same on every machine. A scene is a short list of numbers, which can be drawn at any size; boxes and masks are read
@@ -123,7 +123,7 @@ def meant(scene, held_out):
 
 
 class Shapes:
-    """A split of the bundled data set; each item is an image with EXPRESSIONS_PER_SCENE expressions.
+    """A split of a drawn world; each item is an image with EXPRESSIONS_PER_SCENE expressions.
 
     train          endless: any index is good
     val, test      1,000 and 5,000 expressions like those of train
