@@ -41,9 +41,10 @@ def unknown_words(model, text):
 
 
 def similar_word(model, word):
-    """The trained word that is spelled most like an unknown one; "" if none is close."""
+    """The trained word that is spelled most like an unknown one, from the same first letter on; "" if none is close."""
     trained = zip(model.tokenizer.symbols, trained_tokens(model).tolist())
-    known = [symbol.removesuffix("</w>") for symbol, is_trained in trained if is_trained and symbol.endswith("</w>")]
+    known = [symbol.removesuffix("</w>") for symbol, is_trained in trained
+             if is_trained and symbol.endswith("</w>") and symbol[0] == word[0]]
     return next(iter(get_close_matches(word, known, 1, 0.75)), "")
 
 
