@@ -1,6 +1,6 @@
 """What people type: phrases and scenes that are none of the training's, and how often a model is right about them.
 
-    python tests/typed.py [--weights FILE] [--scenes 100]
+    python -m tests.typed [--weights FILE] [--scenes 100]
 
 The scenes are drawn here, by Pillow's own figures on plain paper, in colours of their own. Prints for each row how
 often the box is right (IoU 0.5 or more) and the median score; of what is not there, how often it is below 0.5.

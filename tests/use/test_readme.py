@@ -11,6 +11,7 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from itertools import dropwhile, takewhile
 from pathlib import Path
@@ -83,7 +84,7 @@ def check_python(words, monkeypatch):
     rules = {"ground.py": run_ground, "train.py": plan_training, "-m venv": check_venv, "-m pip": check_pip,
              "-m pytest": check_pytest, "-m hivg.evaluate": run_evaluate, "-m hivg.weights": run_weights,
              "-m hivg.bench": parse_bench, "-m hivg.training.pretrain": parse_pretraining,
-             "tests/typed.py": run_typed}
+             "-m tests.typed": run_typed}
     n = 2 if words[0] == "-m" else 1
     program, args = " ".join(words[:n]), words[n:]
     if program in rules:
@@ -150,6 +151,8 @@ def parse_pretraining(args, monkeypatch):
 
 def run_typed(args, monkeypatch):
     assert args[-2] == "--scenes"
+    found = subprocess.run([sys.executable, "-m", "tests.typed", "--help"], cwd=ROOT, capture_output=True)
+    assert not found.returncode, found.stderr  # it finds the project that is not installed
     monkeypatch.setattr(sys, "argv", ["typed", *args[:-1], "1"])
     typed.main()
 
