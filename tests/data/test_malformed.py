@@ -116,7 +116,7 @@ MALFORMED = {  # the writer; how many samples it gives, None for an error; a par
     "instances a list": (ref(instances="[]"), None, "cannot be read"),
     "unicode": (ref(sentences=[GOOD_SENTENCE | {"sent": "das Café \U0001f431 左"}]), 1, ""),
     "a nested bracket bomb": (text("[" * 100000), None, "cannot be read"),
-    "a lone surrogate": (text('{"image": "a.jpg", "expression": "\\ud800", "bbox": [1, 1, 5, 5]}'), 1, ""),
+    "a lone surrogate": (text('{"image": "a.jpg", "expression": "cup \\ud800", "bbox": [1, 1, 5, 5]}'), 1, ""),
 }
 
 

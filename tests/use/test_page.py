@@ -183,7 +183,7 @@ def test_a_used_port(server):
 
 
 @pytest.mark.parametrize("args, word", [
-    (["a.png", "-e", "star"], "IMAGE, --expression"), (["--json"], "--json"), (["--output", "x.png"], "--output"),
+    (["a.png", "-e", "star"], "--expression, IMAGE"), (["--json"], "--json"), (["--output", "x.png"], "--output"),
     (["--heatmap"], "--heatmap"), (["--port", "70000"], "65535"), (["--port", "-1"], "65535"),
 ])
 def test_flags_that_do_not_go_with_it(capfd, monkeypatch, args, word):
