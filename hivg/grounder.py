@@ -20,7 +20,14 @@ from hivg.data.images import open_image
 from hivg.data.masks import run_lengths_of
 from hivg.data.transforms import Letterbox
 from hivg.evaluate.calibration import RECOMMENDED, calibrated, calibration_of
-from hivg.evaluate.known import DRAWN_ONLY, knows_drawn_only, looks_photographed, similar_word, unknown_words
+from hivg.evaluate.known import (
+    DRAWN_ONLY,
+    known_words,
+    knows_drawn_only,
+    looks_photographed,
+    similar_word,
+    unknown_words,
+)
 from hivg.model import HiVG
 from hivg.tokenizer import split_words
 from hivg.utils.cli import choose_device, choose_dtype
@@ -261,9 +268,10 @@ class Grounder:
             lines.append(f"the expression has {n} tokens and is cut to its first {room}; make it shorter")
         unknown = unknown_words(self.model, expression)
         if unknown:
+            known = known_words(self.model)
             words = []
             for word in unknown:
-                similar = similar_word(self.model, word)
+                similar = similar_word(word, known)
                 words.append(f"{word!r:.40}" + f" (did you mean {similar!r}?)" * bool(similar))
             lines.append(f"these weights were never taught {', '.join(words)}; say it in other words")
         for word in dict.fromkeys(split_words(expression)):

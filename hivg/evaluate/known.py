@@ -40,12 +40,15 @@ def unknown_words(model, text):
             if word[-1].isalnum() and not trained[model.tokenizer.encode(word)].all()]
 
 
-def similar_word(model, word):
-    """The trained word that is spelled most like an unknown one, from the same first letter on; "" if none is close."""
+def known_words(model):
+    """The trained words that are one token, a list."""
     trained = zip(model.tokenizer.symbols, trained_tokens(model).tolist())
-    known = [symbol.removesuffix("</w>") for symbol, is_trained in trained
-             if is_trained and symbol.endswith("</w>") and symbol[0] == word[0]]
-    return next(iter(get_close_matches(word, known, 1, 0.75)), "")
+    return [symbol.removesuffix("</w>") for symbol, is_trained in trained if is_trained and symbol.endswith("</w>")]
+
+
+def similar_word(word, known):
+    """The known word that is spelled most like this one, from the same first letter on; "" if none is close."""
+    return next(iter(get_close_matches(word, [other for other in known if other[0] == word[0]], 1, 0.75)), "")
 
 
 def looks_photographed(image):

@@ -111,4 +111,4 @@ def test_accuracy(monkeypatch):
     moved = evaluate.predict(model, evaluation_batches(dataset), expressions=evaluate.shuffled(rows))
     present = [i for i, row in enumerate(rows) if row["target"]]
     assert np.mean([rows[i]["iou"] >= 0.5 for i in present]) >= 0.82  # 0.877 of all, give or take 0.024
-    assert np.mean([moved[i]["iou"] >= 0.5 for i in present]) <= 0.22  # 0.123 of all, give or take 0.03
+    assert np.mean([moved[i]["iou"] >= 0.5 for i in present]) <= 0.22  # 0.130 of all, give or take 0.03
