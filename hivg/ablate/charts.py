@@ -10,7 +10,7 @@ from hivg.ablate.arms import CLAIMS
 from hivg.ablate.runs import MAPS_KEPT
 from hivg.data.drawn.scenes import EXPRESSIONS_PER_SCENE, Shapes
 from hivg.data.transforms import Letterbox
-from hivg.utils.draw import FAINT, GREY, INK, contact_sheet, draw_boxes
+from hivg.utils.draw import FAINT, GREY, INK, WHITE, contact_sheet, draw_boxes
 from hivg.utils.fonts import text_block
 
 LINE = 44  # pixels a row, before the chart is reduced to half its size
@@ -74,11 +74,11 @@ def plot_attention(columns, expressions, size, across=None):
         which = number % EXPRESSIONS_PER_SCENE
         letterbox = Letterbox(*item["image"].size, size)
         box = item["boxes"][which]
-        tiles.append(draw_boxes(item["image"], [box], colours=["#ffffff"]))
+        tiles.append(draw_boxes(item["image"], [box], colours=[WHITE]))
         captions.append(item["expressions"][which])
         for caption, maps in columns.items():
             heatmap = letterbox.map_to_image(enlarge(map_of(maps, number), size))
-            tiles.append(draw_boxes(item["image"], [box], colours=["#ffffff"], heatmap=heatmap, heat_range=(0, 1)))
+            tiles.append(draw_boxes(item["image"], [box], colours=[WHITE], heatmap=heatmap, heat_range=(0, 1)))
             captions.append(caption)
     return contact_sheet(tiles, captions, columns=across or 1 + len(columns), tile=240)
 

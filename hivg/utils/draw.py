@@ -1,8 +1,8 @@
 """Images with boxes, masks and heat maps drawn over them, with Pillow alone (line charts: charts.py).
 
-Pixels: x runs right, y runs down, (0, 0) is the top left corner of the top left pixel. Boxes are
-(xmin, ymin, xmax, ymax) in pixels; the rectangles inside this file are the same in integers, right and bottom
-excluded. Every function returns a new RGB image and does not change its arguments.
+Pixels: x runs right, y runs down, (0, 0) is the top left corner of the top left pixel. Boxes are (xmin, ymin, xmax,
+ymax) in pixels; the rectangles inside this file are the same in integers, right and bottom excluded. Colours are (red,
+green, blue) in 0..255. Every function returns a new RGB image and does not change its arguments.
 """
 
 import math
@@ -15,53 +15,33 @@ from hivg.utils.fonts import clean_text, text_block
 # Okabe and Ito, distinct with any kind of colour vision: vermillion, blue, green, orange, sky, purple, yellow
 COLOURS = ["#d55e00", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#f0e442"]
 HEAT = ["#2a0a8f", "#d4436f", "#f6ef20"]  # violet, red, yellow: their lightness rises, so that they also read in grey
+WHITE = (255, 255, 255)
 PAPER = (252, 252, 250)
 INK = (34, 34, 34)
 GREY = (105, 105, 105)
 FAINT = (228, 228, 228)
+OPACITY = 0.85  # of a heat map where it is highest
 OUTLINED = 400  # long side in pixels at which outlines are traced
 TILE = 240  # pixels: in a smaller tile of a contact sheet labels cannot be read
 
 
 def colour_of(i):
-    """The i-th colour (red, green, blue), 0..255: seven hues, then darker, then lighter, then again from the start."""
+    """The i-th colour: seven hues, then darker, then lighter, then again from the start."""
     hue = ImageColor.getrgb(COLOURS[i % len(COLOURS)])
     mixed_with, share = [(0, 0.0), (0, 0.4), (255, 0.5)][i // len(COLOURS) % 3]
     return tuple(round(channel + (mixed_with - channel) * share) for channel in hue)
 
 
-def _colour(colour, i):
-    """(r, g, b) of a tuple or of a name that Pillow knows; None: the i-th of ours."""
-    if colour is None:
-        return colour_of(i)
-    return ImageColor.getrgb(colour)[:3] if isinstance(colour, str) else tuple(map(int, colour))
-
-
 def contrast(colour):
     """White where its contrast to `colour` (WCAG) is at least 3.5, else black."""
     luminance = (np.array(colour) / 255) ** 2.2 @ [0.2126, 0.7152, 0.0722]
-    return (255, 255, 255) if luminance < 0.25 else (0, 0, 0)
+    return WHITE if luminance < 0.25 else (0, 0, 0)
 
 
-def _rgb(image):
-    """A PIL image of any mode, or an (H, W, 3) uint8 array, as a new RGB image."""
-    if not isinstance(image, Image.Image):
-        image = np.asarray(image)
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-            raise ValueError(f"image must be a PIL image or (H, W, 3) uint8 with H, W > 0, got {image.shape} "
-                             f"{image.dtype}")
-        image = Image.fromarray(image)
-    if 0 in image.size:
-        raise ValueError("image has no pixels")
-    return image.convert("RGB")  # a copy, also of an RGB image
-
-
-def _layer(values, size, name):
-    """An (h, w) array in 0..1 as a grey image of `size` (W, H), bicubic."""
-    if values.ndim != 2 or values.size == 0:
-        raise ValueError(f"{name} must have shape (h, w), got {values.shape}")
-    grey = np.clip(np.nan_to_num(values) * 255 + 0.5, 0, 255).astype(np.uint8)
-    return Image.fromarray(grey).resize(size, Image.Resampling.BICUBIC)
+def _layer(values, size):
+    """An (h, w) array in 0..1 as a grey image of `size` (W, H), bicubic; NaN counts as 0."""
+    levels = np.nan_to_num(np.asarray(values, dtype=np.float64) * 255 + 0.5)
+    return Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
 
 
 def heat_range_of(*heatmaps):
@@ -71,37 +51,29 @@ def heat_range_of(*heatmaps):
     return (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
 
 
-def overlay_heatmap(image, heatmap, alpha=0.85, heat_range=None):
+def overlay_heatmap(image, heatmap, heat_range=None):
     """Lay a heat map over an image: nothing where it is lowest, then violet, red and, where it is highest, yellow.
 
-    heatmap: (h, w) of any range and size, scaled to the image; NaN counts as lowest. alpha: the opacity in 0..1 at the
-    highest. heat_range: (low, high), the values that count as lowest and highest, by default the map's own; of a
-    constant map nothing is seen. Raises ValueError.
+    image: RGB. heatmap: (h, w), scaled to the image; NaN counts as lowest. heat_range: (low, high), the values that
+    count as lowest and highest, by default the map's own; of a constant map nothing is seen. Raises ValueError.
     """
-    image = _rgb(image)
     heat = np.asarray(heatmap, dtype=np.float64)
     given = np.array(heat_range_of(heat) if heat_range is None else heat_range, dtype=np.float64)
     if given.shape != (2,) or not -math.inf < given[0] <= given[1] < math.inf:
         raise ValueError(f"heat_range must be (low, high), finite, with low <= high, got {heat_range!r:.100}")
     low, high = given
-    heat = np.clip(np.nan_to_num(heat, nan=low, posinf=high, neginf=low), low, high)
-    grey = _layer((heat - low) / (high - low or 1.0), image.size, "heatmap")
+    grey = _layer((heat - low) / (high - low or 1.0), image.size)
     colours = ImageOps.colorize(grey, HEAT[0], HEAT[2], HEAT[1])
-    opacity = grey.point([round(alpha * level) for level in range(256)])
-    return Image.composite(colours, image, opacity)
+    return Image.composite(colours, image, grey.point(lambda level: OPACITY * level))
 
 
-def overlay_mask(image, mask, colour="white"):
-    """Dim an image where the mask is not, and trace the mask where it is 0.5: a line in a contrasting casing, visible
-    on anything. mask: (h, w) bool or 0..1, scaled to the image. colour: of the line, (r, g, b), a name or "#rrggbb"."""
-    image = _rgb(image)
-    mask = np.asarray(mask, dtype=np.float64)
-    dim = image.point(lambda level: level * 0.4)
-    image = Image.composite(image, dim, _layer(mask, image.size, "mask"))
-    scale = min(1, OUTLINED / max(image.size))  # the filters are slow on a large image
-    size = [max(1, round(side * scale)) for side in image.size]
-    inside = _layer(mask, size, "mask").point(lambda level: 255 * (level > 127))
-    colour = _colour(colour, 0)
+def overlay_mask(image, mask, colour=WHITE):
+    """Dim an image where the mask is not, and trace the mask where it is 0.5: a line of the colour in a contrasting
+    casing, visible on anything. image: RGB. mask: (h, w) bool or 0..1, scaled to the image."""
+    grey = _layer(mask, image.size)
+    image = Image.composite(image, image.point(lambda level: level * 0.4), grey)
+    grey.thumbnail((OUTLINED, OUTLINED))  # the filters are slow on a large image
+    inside = grey.point(lambda level: 255 * (level > 127))
     for width, line in ((5, contrast(colour)), (3, colour)):
         larger = inside.filter(ImageFilter.MaxFilter(width))
         smaller = inside.filter(ImageFilter.MinFilter(width))
@@ -113,10 +85,10 @@ def draw_boxes(image, boxes, labels=None, colours=None, heatmap=None, mask=None,
                heat_range=None, note=""):
     """Draw boxes, each with its expression and its score beside it.
 
-    image:   PIL image, or (H, W, 3) uint8 RGB array
+    image:   PIL image
     boxes:   (n, 4), (xmin, ymin, xmax, ymax) in pixels; clipped to the image
     labels:  n strings
-    colours: n colours, (r, g, b) or "#rrggbb"; by default those of colour_of
+    colours: n colours; by default those of colour_of
     heatmap: (h, w), with heat_range: see overlay_heatmap; a bar below the image prints the two ends
     mask:    (h, w) in 0..1, see overlay_mask
     scores:  n numbers or None; a box that scores below `doubtful` is dashed
@@ -129,7 +101,7 @@ def draw_boxes(image, boxes, labels=None, colours=None, heatmap=None, mask=None,
 
     Raises ValueError for boxes of another shape, not finite or inverted, and for lists of another length.
     """
-    image = _rgb(image)
+    image = image.convert("RGB")  # a copy, also of an RGB image
     boxes = np.asarray(boxes, dtype=np.float64)
     boxes = boxes if boxes.size else boxes.reshape(0, 4)
     if boxes.ndim != 2 or boxes.shape[1] != 4:
@@ -138,18 +110,21 @@ def draw_boxes(image, boxes, labels=None, colours=None, heatmap=None, mask=None,
         raise ValueError("boxes must be finite, with xmin <= xmax and ymin <= ymax")
     labels = _one_each(labels, len(boxes), "labels")
     scores = _one_each(scores, len(boxes), "scores")
-    colours = [_colour(colour, i) for i, colour in enumerate(_one_each(colours, len(boxes), "colours"))]
+    colours = [colour or colour_of(i) for i, colour in enumerate(_one_each(colours, len(boxes), "colours"))]
     if heatmap is not None:
         heat_range = heat_range_of(heatmap) if heat_range is None else heat_range
         image = overlay_heatmap(image, heatmap, heat_range=heat_range)
     if mask is not None:
-        image = overlay_mask(image, mask, colours[0] if colours else "white")
+        image = overlay_mask(image, mask, *colours[:1])
 
     scale = math.sqrt(image.width * image.height)  # everything grows with the image, down to a readable size
     line = max(2, round(scale / 180))
     casing = max(1, round(scale / 600))
     size = max(12, round(scale / 32))  # of the font
-    frames = [_frame(box, line + casing, image.size) for box in boxes]
+    limit = np.array(image.size * 2)  # W, H, W, H
+    boxes = np.clip(boxes, 0, limit)  # a box outside the image leaves a mark at its border
+    frames = np.hstack([np.floor(boxes[:, :2]) - line - casing, np.ceil(boxes[:, 2:]) + line + casing])
+    frames = np.clip(frames, 0, limit).astype(int).tolist()  # the rectangles at the outer edges of the boxes' lines
     for frame, colour, score in zip(frames, colours, scores):
         _outline(image, frame, colour, line, casing, is_dashed=score is not None and score < doubtful)
 
@@ -161,10 +136,10 @@ def draw_boxes(image, boxes, labels=None, colours=None, heatmap=None, mask=None,
         text = f"{clean_text(label or '')} {'' if score is None else f'{score:.2f}'}".strip()
         place = _place_tag(text, size, frame, taken, image.size) if text else None
         if place:
-            tag, block = place
-            taken.append(tag)
-            _fill(draw, tag, colour, outline=contrast(colour), width=casing)
-            draw.bitmap((tag[0] + size // 3, tag[1] + size // 8), block, contrast(colour))
+            (x0, y0, x1, y1), block = place
+            taken.append((x0, y0, x1, y1))
+            draw.rectangle((x0, y0, x1 - 1, y1 - 1), colour, contrast(colour), casing)
+            draw.bitmap((x0 + size // 3, y0 + size // 8), block, contrast(colour))
         elif text:
             rows.append(key_row(text, size, width, colour))
     if note:
@@ -183,36 +158,20 @@ def _one_each(values, n, name):
     return list(values)
 
 
-def _frame(box, margin, size):
-    """The rectangle at the outer edge of a box's line: the box grown by `margin`, within an image of `size`."""
-    limit = np.array(size * 2)  # W, H, W, H
-    box = np.clip(box, 0, limit)  # a box outside the image leaves a mark at its border
-    frame = np.concatenate([np.floor(box[:2]) - margin, np.ceil(box[2:]) + margin])
-    return tuple(np.clip(frame, 0, limit).astype(int).tolist())
-
-
-def _fill(draw, rectangle, colour, **outline):
-    x0, y0, x1, y1 = rectangle
-    if x0 < x1 and y0 < y1:
-        draw.rectangle((x0, y0, x1 - 1, y1 - 1), colour, **outline)  # Pillow includes the last pixel
-
-
 def _outline(image, frame, colour, line, casing, is_dashed):
     """A line along the inside of a frame, in a casing of a contrasting colour, which shows in the gaps of a dashed
     line. Its corners are whole."""
     x0, y0, x1, y1 = frame
     edge = line + casing
     inside = image.crop((x0 + edge, y0 + edge, max(x0 + edge, x1 - edge), max(y0 + edge, y1 - edge)))
-    draw = ImageDraw.Draw(image)
-    _fill(draw, (x0 - casing, y0 - casing, x1 + casing, y1 + casing), contrast(colour))
-    _fill(draw, frame, colour)
+    image.paste(contrast(colour), (x0 - casing, y0 - casing, x1 + casing, y1 + casing))
+    image.paste(colour, (x0, y0, x1, y1))
     for axis in (0, 1) if is_dashed else ():
         low, high = frame[axis], frame[axis + 2]
         cuts = np.linspace(low, high, 2 * max(1, (high - low) // (8 * line)) + 2).round().astype(int).tolist()
         for start, end in zip(cuts[1::2], cuts[2::2]):
-            _fill(draw, (x0, start, x1, end) if axis else (start, y0, end, y1), contrast(colour))
-    if 0 not in inside.size:
-        image.paste(inside, (x0 + edge, y0 + edge))
+            image.paste(contrast(colour), (x0, start, x1, end) if axis else (start, y0, end, y1))
+    image.paste(inside, (x0 + edge, y0 + edge))
 
 
 def _place_tag(text, size, frame, taken, image_size):
@@ -258,7 +217,7 @@ def key_row(text, size, width, colour=None):
     row = Image.new("RGB", (indent + block.width, block.height), PAPER)
     draw = ImageDraw.Draw(row)
     if colour:
-        _fill(draw, (0, size // 8, size, size // 8 + size), colour, outline=GREY)
+        draw.rectangle((0, size // 8, size - 1, size // 8 + size - 1), colour, GREY)
     draw.bitmap((indent, 0), block, INK)
     return row
 
@@ -288,10 +247,10 @@ def contact_sheet(tiles, captions=None, columns=4, tile=320):
     strips = []
     for start in range(0, len(tiles), columns):
         images = []
-        for image in map(_rgb, tiles[start : start + columns]):
+        for image in tiles[start : start + columns]:
             scale = (tile - 2) / max(image.size)  # a line of a pixel around it shows where a white image ends
             image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
-            images.append(ImageOps.expand(image, 1, GREY))
+            images.append(ImageOps.expand(image.convert("RGB"), 1, GREY))
         texts = [text_block(clean_text(text or "", 200), size, tile) for text in captions[start : start + columns]]
         top = max(image.height for image in images)  # of the captions
         height = top + max(gap // 2 + text.height for text in texts) * any(captions)

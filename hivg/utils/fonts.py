@@ -29,21 +29,19 @@ def _lacks(which, character):
     return glyph.size == missing.size and bytes(glyph) == bytes(missing)
 
 
-def _best_font(text):
-    """(which font lacks the fewest characters of `text`, the first of several; the characters it lacks)."""
-    lacking = [{c for c in set(text) if _lacks(which, c)} for which in range(len(fonts_of_size(16)))]
-    which = min(range(len(lacking)), key=lambda i: len(lacking[i]))
-    return which, "".join(lacking[which])
+def _lacking(text):
+    """For each font the characters of `text` that it lacks."""
+    return [{c for c in set(text) if _lacks(which, c)} for which in range(len(fonts_of_size(16)))]
 
 
 def font_for(text, size):
-    """The font that has the most characters of `text`."""
-    return fonts_of_size(size)[_best_font(text)[0]]
+    """The font that has the most characters of `text`, the first of several."""
+    return min(zip(fonts_of_size(size), _lacking(text)), key=lambda pair: len(pair[1]))[0]
 
 
 def drawable(text, instead="?"):
     """The text with "?" for what no font has; `instead` where that leaves no letter or digit."""
-    _, lacking = _best_font(text)
+    lacking = "".join(min(_lacking(text), key=len))
     drawn = re.sub(f"[{re.escape(lacking)}]+", "?", text) if lacking else text
     return drawn if drawn == text or any(map(str.isalnum, drawn)) else instead
 
@@ -74,7 +72,7 @@ def _wrap(text, font, width):
 def text_lines(text, font, width):
     """Text wrapped to at most `width` pixels, in lines of similar length."""
     lines = _wrap(text, font, width)
-    for percent in range(95, 55, -5) if len(lines) > 1 else ():  # narrower, as long as it needs no further line
+    for percent in range(95, 55, -5):  # narrower, as long as it needs no further line
         narrower = _wrap(text, font, width * percent / 100)
         if len(narrower) > len(lines):
             break
