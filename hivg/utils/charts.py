@@ -12,15 +12,15 @@ from hivg.utils.fonts import clean_text, font_for, text_block
 
 # Curve i is told apart by its colour, with any kind of colour vision, and without colours by its dashes and its marks
 CURVES = [COLOURS[1], COLOURS[0], COLOURS[4], COLOURS[5], COLOURS[3], "#222222"]  # no green beside the red
-DASHES = [(1, 0), (26, 12), (9, 9), (48, 12)]  # pixels drawn, pixels left out
+DASHES = [(10**9, 1), (26, 12), (9, 9), (48, 12)]  # pixels drawn, pixels left out; the first is never left out
 SIDES = [32, 4, 3, 5]  # of a mark: a dot, a square, a triangle, a pentagon
 MARKED = 24  # points of a curve that are marked; in a longer one only those that stand alone
 LEAST = 1 / 12  # of the width: the narrowest piece between two boundaries
 
 
-def plot_curves(curves, path=None, size=(900, 360), **options):
+def plot_curves(curves, size=(900, 360), **options):
     """A chart of one panel; options: as in plot_panels."""
-    return plot_panels([{"curves": curves, **options}], path, size)
+    return plot_panels([{"curves": curves, **options}], size=size)
 
 
 def plot_panels(panels, path=None, size=(900, 300)):
@@ -96,7 +96,7 @@ def _panel(width, height, knots, places, x_step, curves, title="", x_label="", y
                 draw.text((last, bottom + 12), text, GREY, font, anchor="ma")
     end = 0  # of the last name
     for x, name in sorted(boundaries):
-        _line(draw, [(column(x), top - 8), (column(x), bottom)], GREY, 2, (8, 8))
+        _line(draw, [(column(x), top - 8), (column(x), bottom)], GREY, 2, 8, 8)
         block = text_block(clean_text(name, 40), 22)
         start = min(column(x), right - block.width)
         if start >= end:  # else there is no room for it
@@ -104,7 +104,7 @@ def _panel(width, height, knots, places, x_step, curves, title="", x_label="", y
             end = start + block.width + 12
     draw.line((left, top, left, bottom, right, bottom), GREY, 2)
     for name, y in levels.items():
-        _line(draw, [(left, row(scale(y))), (right, row(scale(y)))], GREY, 3, (4, 8))
+        _line(draw, [(left, row(scale(y))), (right, row(scale(y)))], GREY, 3, 4, 8)
         block = text_block(clean_text(name, 60), 22)
         draw.bitmap((right - block.width, row(scale(y)) - block.height - 2), block, GREY)
     for i, points in enumerate(curves.values()):
@@ -166,20 +166,17 @@ def _legend(draw, names, left, right, top):
 
 def _curve(draw, points, i):
     """Curve number i through (x, y) points in pixels, interrupted at each None."""
-    for is_gap, run in groupby(points, lambda point: point is None):
-        if is_gap:
-            continue
+    for run in (run for is_there, run in groupby(points, bool) if is_there):
         run = [np.mean(list(close), 0) for _, close in groupby(run, lambda point: point[0] // 8)]  # of many, their mean
-        _line(draw, run, CURVES[i % len(CURVES)], 5, DASHES[i % len(DASHES)])
+        _line(draw, run, CURVES[i % len(CURVES)], 5, *DASHES[i % len(DASHES)])
         for point in run if len(run) == 1 or len(points) <= MARKED else ():
             draw.regular_polygon((*point, 9), SIDES[i % len(SIDES)], fill=CURVES[i % len(CURVES)])
 
 
-def _line(draw, points, colour, width, dashes):
-    """A line through points, dashed by (pixels drawn, pixels left out)."""
+def _line(draw, points, colour, width, drawn, left_out):
+    """A line through points, dashed: pixels drawn, pixels left out."""
     x, y = np.transpose(points)  # (n,) each
     along = np.append(0, np.hypot(np.diff(x), np.diff(y)).cumsum())  # (n,) how far along the line each point is
-    drawn, left_out = dashes if dashes[1] else (along[-1], 1)
     for start in np.arange(0, along[-1], drawn + left_out):
         end = min(start + drawn, along[-1])
         at = np.unique([start, *along[(along > start) & (along < end)], end])

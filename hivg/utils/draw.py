@@ -97,15 +97,11 @@ def draw_boxes(image, boxes, labels=None, colours=None, heatmap=None, mask=None,
     A box's line runs around its inside and labels lie outside all boxes, so neither hides an object; only a line along
     the image's border lies inside the box. Labels that do not fit, or would hide more than a sixth of the image, go
     into a colour key below it. With anything below it the returned image is larger, with the old one in its top left
-    corner, so that coordinates stay the same.
-
-    Raises ValueError for boxes of another shape, not finite or inverted, and for lists of another length.
+    corner, so that coordinates stay the same. Raises ValueError for boxes of another shape, not finite or inverted, and
+    for lists of another length.
     """
     image = image.convert("RGB")  # a copy, also of an RGB image
-    boxes = np.asarray(boxes, dtype=np.float64)
-    boxes = boxes if boxes.size else boxes.reshape(0, 4)
-    if boxes.ndim != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"boxes must have shape (n, 4), got {boxes.shape}")
+    boxes = np.array(boxes, dtype=np.float64).reshape(len(boxes), 4)
     if not np.isfinite(boxes).all() or (boxes[:, :2] > boxes[:, 2:]).any():
         raise ValueError("boxes must be finite, with xmin <= xmax and ymin <= ymax")
     labels = _one_each(labels, len(boxes), "labels")
