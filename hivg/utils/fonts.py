@@ -72,8 +72,9 @@ def _wrap(text, font, width):
 def text_lines(text, font, width):
     """Text wrapped to at most `width` pixels, in lines of similar length."""
     lines = _wrap(text, font, width)
-    for percent in range(95, 55, -5):  # narrower, as long as it needs no further line
-        narrower = _wrap(text, font, width * percent / 100)
+    longest = max((word for word in map(font.getlength, text.split(" ")) if word <= width), default=0.0)
+    for percent in range(95, 55, -5):  # narrower, as long as it needs no further line and breaks no word
+        narrower = _wrap(text, font, max(longest, width * percent / 100))
         if len(narrower) > len(lines):
             break
         lines = narrower

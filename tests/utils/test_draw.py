@@ -265,6 +265,7 @@ def test_lines_of_a_label_are_even():
     width = font.getlength("word word word word word word")
     assert text_lines(" ".join(["word"] * 7), font, width) == ["word word word word", "word word word"]
     assert len(text_lines(" ".join(["word"] * 6), font, width)) == 1
+    assert text_lines("giraffe a", font, font.getlength("giraffe") + 2) == ["giraffe", "a"]  # no word is broken
 
 
 def test_lines_fit_and_lose_nothing():
