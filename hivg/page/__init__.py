@@ -32,13 +32,12 @@ import numpy as np
 
 from hivg.data.drawn.expressions import NOTHING
 from hivg.data.drawn.scenes import Shapes
-from hivg.data.images import ImageError, open_image
+from hivg.data.images import open_image
 from hivg.evaluate.calibration import RECOMMENDED
 from hivg.utils.memory import enough_memory
 from hivg.utils.messages import shown
 
 MOST = 20 * 10**6  # bytes of a request's body
-PATIENCE = 10  # seconds without a byte from the browser
 PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
 
@@ -101,28 +100,26 @@ class Server(ThreadingTCPServer):
             image, small = self.open(self.example if data is None else data)
             result = self.grounder.ground(image, expression, attention=True)
             warnings = self.grounder.warnings(expression, small)
-        words = [{"text": word.text, "bridges": {block: rows(map_) for block, map_ in word.bridges.items()}}
-                 for word in result.words]
         return {
             "box": result.box, "score": result.score, "width": image.width, "height": image.height,
-            "warnings": warnings, "token_map": rows(result.token_map[result.patches]),
-            "attention": rows(result.attention_map[result.patches]), "words": words,
+            "warnings": warnings, "token_map": result.token_map[result.patches],
+            "attention": result.attention_map[result.patches],
+            "words": [{"text": word.text, "bridges": word.bridges} for word in result.words],
             "milliseconds": 1000 * (time.perf_counter() - start),
         }
 
 
 class Handler(BaseHTTPRequestHandler):
-    timeout = PATIENCE
+    timeout = 10  # seconds without a byte from the browser
 
     def do_GET(self):
-        path = self.path.partition("?")[0]
         if not self.is_from_here():
             self.refuse(403, "this page answers its own address alone")
-        elif path == "/":
+        elif self.path == "/":
             self.reply(200, self.server.page, "text/html; charset=utf-8")
-        elif path == "/example.png":
+        elif self.path == "/example.png":
             self.reply(200, self.server.example, "image/png")
-        elif path == "/scene":
+        elif self.path == "/scene":
             self.reply(200, self.server.scene())
         else:
             self.refuse(404, "there is nothing at this address")
@@ -143,7 +140,7 @@ class Handler(BaseHTTPRequestHandler):
             try:
                 self.reply(200, self.server.ground(self.rfile.read(int(length))))
             except (ValueError, MemoryError) as error:
-                self.reply(400, {"error": shown(error, 300)})
+                self.reply(400, {"error": re.sub("^file object", "the image", shown(error, 300))})
 
     def is_from_here(self):
         """Whether the page itself asks: of another site the Origin is foreign, or the Host, if its name leads here."""
@@ -161,7 +158,8 @@ class Handler(BaseHTTPRequestHandler):
                 pass
 
     def reply(self, code, body, kind="application/json"):
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        if not isinstance(body, bytes):  # the numbers of maps have six digits
+            body = json.dumps(body, default=lambda map_: map_.astype(np.float64).round(6).tolist()).encode()
         self.send_response(code)
         for name, value in (("Content-Type", kind), ("Content-Length", len(body)), ("Cache-Control", "no-store"),
                             ("Content-Security-Policy", POLICY), ("X-Content-Type-Options", "nosniff")):
@@ -177,26 +175,16 @@ def parsed(body):
     """The body of POST /ground -> (the bytes of an image file or None, the expression). Raises ValueError."""
     with suppress(ValueError, RecursionError):  # the latter: brackets nested by the thousand
         match json.loads(body):
-            case {"image": None, "expression": str(expression)}:
-                return None, expression
-            case {"image": str(image), "expression": str(expression)}:
-                return base64.b64decode(image, validate=True), expression
+            case {"image": None | str() as image, "expression": str(expression)}:
+                return None if image is None else base64.b64decode(image, validate=True), expression
     raise ValueError('send {"image": an image file in base64, or null, "expression": text} as JSON')
 
 
 def opened(data):
     """The bytes of an image file -> upright PIL RGB image, and a small one that shows as well whether it is a
     photograph: of 12 megapixels each copy takes as long as the model. Raises ValueError."""
-    try:
-        image = open_image(io.BytesIO(data))
-    except ImageError as error:
-        raise ValueError(str(error).replace("file object", "the image", 1)) from None
+    image = open_image(io.BytesIO(data))
     return image, image.reduce(max(1, max(image.size) // 256))
-
-
-def rows(values):
-    """An array as lists of numbers, in six digits."""
-    return np.round(values.astype(np.float64), 6).tolist()
 
 
 def serve(port, load, example, expression):
