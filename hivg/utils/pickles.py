@@ -3,24 +3,27 @@
 A pickle is a program: its steps name functions and call them. Two guards make the standard library's unpickler safe:
 
 - `check_steps` walks over the steps first. It allows only those that real files contain, and no length or memo index
-  for which the unpickler would allocate more than the file warrants.
+  for which the unpickler would allocate more than the file warrants. It empties frames, the stretches to read at once:
+  of a step that crosses the end of one, the unpickler would drop a part, and go on elsewhere than the walk.
 - `Reader.find_class` answers each known name with a stand-in that builds plain data, and refuses all others. The pickle
   cannot change a stand-in; the `__setstate__` methods below are the only ones it can call.
 
-A crafted file cannot crash the process, nor use more memory than a constant times its size. It can waste time: hashing
-a dict key made of tuples that share tuples takes time exponential in their depth.
+A crafted file cannot crash the process, nor use more memory than a constant times its size. It can waste time.
 """
 
+import codecs
 import functools
 import io
 import math
+import os
 import pickle
 import re
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,16 +33,31 @@ from hivg.utils.messages import shown
 
 LEGACY = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # in the first pickle of torch.save before 1.6
 COPIES = 4  # elements that calls may copy, per byte of the pickle; real files stay below 2
-READINGS = 4  # how often the whole file may be read for its tensors: many may be parts of one storage
-MAX_TUPLES = 10_000  # that may be nested on an ordinary stack
 DTYPES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
           "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32,
           "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
           "BoolStorage": torch.bool}
+AS_GIVEN = ("collections.Counter", "torch.Size", "torch.device", "torch._utils._rebuild_parameter",
+            "torch.jit._pickle.build_intlist", "torch.jit._pickle.build_doublelist",
+            "torch.jit._pickle.build_boollist", "torch.jit._pickle.build_tensorlist",
+            "torch.jit._pickle.restore_type_tag")  # calls of which the first argument stands for the result
+# Python 2's text: UTF-8, and what is not, as Latin-1
+codecs.register_error("latin1", lambda error: (error.object[error.start : error.end].decode("latin1"), error.end))
 
 
 class RefusedError(ValueError):
     """The file names something that is not plain data."""
+
+
+@contextmanager
+def damage_as_value_error():
+    """What a damaged file raises can be nearly anything."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError | OSError) or is_out_of_memory(error):
+            raise
+        raise ValueError(f"damaged ({type(error).__name__}: {shown(error, 80)})") from None
 
 
 # ---- the steps of a pickle
@@ -50,18 +68,19 @@ TEXTS = {b"U": 1, b"X": 4, b"\x8c": 1, b"T": 4, b"B": 4, b"C": 1, b"\x8a": 1, b"
 STEPS = re.compile(b"(?s:" + b"|".join([  # the bulk of the steps; `check_steps` takes those in between
     rb"[(NQRab}\])edlsu\x81\x88\x89\x8f\x90\x91\x93\x94]",  # without an argument
     rb"[hq].|j.{4}|r..[\x00-\x0f]\x00|g[^\n]*\n|p\d{1,6}\n",  # the memo, up to 2^20
-    rb"K.|M..|J.{4}|G.{8}|[FILSV][^\n]*\n|c[^\n]*\n[^\n]*\n|\x80.|\x95.{8}",  # numbers, lines, names, frames
+    rb"K.|M..|J.{4}|G.{8}|[FILSV][^\n]*\n|c[^\n]*\n[^\n]*\n|\x80.",  # numbers, lines, names
     *(re.escape(s + n.to_bytes(TEXTS[s], "little")) + b".{%d}" % n for s in (b"U", b"X", b"\x8c") for n in range(64)),
 ]) + b")*+")
 
 
 def check_steps(data, start):
-    """Walk over the pickle that begins at `start` -> where it ends, how many tuples it builds. Raises ValueError."""
+    """Walk over the pickle that begins at `start` of a bytearray -> where it ends, how many tuples it builds. Its
+    frames become empty. Raises ValueError."""
     at = start
     n_tuples = 0
     while True:
         at = STEPS.match(data, at).end()
-        step = data[at : at + 1]
+        step = bytes(data[at : at + 1])
         at += 1
         if step in TUPLES:
             n_tuples += 1
@@ -71,22 +90,19 @@ def check_steps(data, start):
             at += 4
         elif step == b"p" and (line := re.match(rb"\d{1,10}\n", data[at : at + 11])) and int(line[0]) < len(data):
             at += line.end()
+        elif step == b"\x95":  # a frame
+            data[at : at + 8] = bytes(8)
+            at += 8
         elif step == b".":
             return at, n_tuples
         else:
-            raise ValueError("cut short" if at > len(data) else "holds a step that no PyTorch or annotation file has")
+            raise ValueError("cut short, or not a file that PyTorch saved, or of more than plain data")
 
 
 # ---- what they may build
 
-class Call:
+class Call(functools.partial):
     """Stands in for a function or class."""
-
-    def __init__(self, function):
-        self.function = function
-
-    def __call__(self, *args):
-        return self.function(*args)
 
     def __setstate__(self, state):
         raise ValueError("changes a function")
@@ -100,7 +116,7 @@ class Attributes:
 
 
 class Dict(dict):
-    """An OrderedDict or Counter."""
+    """An OrderedDict."""
 
     def __setstate__(self, state):
         pass  # PyTorch keeps the versions of its modules here
@@ -121,42 +137,31 @@ class DType:
 class Array(list):
     """A numpy array as nested lists."""
 
-    def __init__(self, spend):
-        self.spend = spend
+    def __init__(self, values):
+        self.values = values  # of the Reader
 
     def __setstate__(self, state):
         _, shape, dtype, by_columns, data = state
         if 0 not in shape:  # a shape (10^9, 0) would make as many lists
-            self[:] = values(dtype, self.spend(data), shape or (1,), "F" if by_columns else "C")
-        del self.spend
+            self[:] = self.values(dtype, data, shape or (1,), "F" if by_columns else "C")
+        del self.values
 
 
-def values(dtype, data, shape=(), order="C"):
-    """bytes -> numbers or texts, in nested lists."""
-    if not isinstance(dtype, DType):
-        raise ValueError("a numpy array without a type")
-    data = data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data  # Python 2's: see plain_text
-    return np.ndarray(shape, dtype.dtype, data, order=order).tolist()
-
-
-@dataclass(frozen=True)
-class TensorOnDisk:
+class TensorOnDisk(NamedTuple):  # which a pickle cannot change
     """A tensor of a file, not read yet, so that the optimizer state beside a model costs nothing."""
 
-    read_storage: object  # key -> bytearray; raises ValueError
+    read_storage: object  # key -> its bytes, writable
     key: str  # of its storage
     dtype: torch.dtype
     offset: int = 0  # of its first element in the storage, in elements
     shape: tuple = ()
     stride: tuple = ()  # in elements
 
-    def __setstate__(self, state):
-        raise ValueError("changes a tensor")
-
     @property
     def nbytes(self):
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @damage_as_value_error()
     def read(self):
         """-> the tensor on the CPU, in the dtype it was saved in. Raises ValueError if the file does not hold it."""
         if math.prod(self.shape) == 0:
@@ -175,33 +180,28 @@ def make_tensor(storage, offset, shape, stride, *_):
     are_sizes = all(type(n) is int and 0 <= n < 2**48 for n in (offset, *shape[:9], *stride[:9]))
     if not isinstance(storage, TensorOnDisk) or not are_sizes or not len(shape) == len(stride) < 9:
         raise ValueError("a tensor that is not described as PyTorch does")
-    return replace(storage, offset=offset, shape=tuple(shape), stride=tuple(stride))
+    return storage._replace(offset=offset, shape=tuple(shape), stride=tuple(stride))
 
 
 class Reader(pickle.Unpickler):
     """Unpickles what `check_steps` has checked. read_storage: see TensorOnDisk; None for a pickle without tensors."""
 
     def __init__(self, data, read_storage):
-        super().__init__(io.BytesIO(data), encoding="utf-8", errors="surrogateescape")  # of Python 2: see plain_text
+        super().__init__(io.BufferedReader(io.BytesIO(data), 2**17), encoding="utf-8", errors="latin1")
         self.read_storage = read_storage
         self.dtypes = {}  # of the storages, by key
         self.copies_left = COPIES * len(data)
-        self.calls = {
+        self.calls = dict.fromkeys(AS_GIVEN, lambda value, *_: value) | {
             "collections.OrderedDict": lambda items=(): Dict(self.spend(items)),
-            "collections.Counter": lambda items=(): Dict(self.spend(items)),
             "builtins.set": lambda items=(): set(self.spend(items)),
             "builtins.frozenset": lambda items=(): set(self.spend(items)),
             "builtins.bytes": lambda: b"",  # how Python 3 writes b"" for Python 2, and in the next line other bytes
             "_codecs.encode": lambda text, _: self.spend(text).encode("latin1"),
             "numpy.dtype": DType,
-            "numpy.core.multiarray._reconstruct": lambda *_: Array(self.spend),
-            "numpy.core.multiarray.scalar": values,
+            "numpy.core.multiarray._reconstruct": lambda *_: Array(self.values),
+            "numpy.core.multiarray.scalar": self.values,
             "torch._utils._rebuild_tensor_v2": make_tensor,
         }
-        for name in ("_utils._rebuild_parameter", "Size", "device", "jit._pickle.build_intlist",
-                     "jit._pickle.build_doublelist", "jit._pickle.build_boollist", "jit._pickle.build_tensorlist",
-                     "jit._pickle.restore_type_tag"):
-            self.calls[f"torch.{name}"] = lambda value, *_: value
 
     def spend(self, items):
         """-> items, which a call copies: a short file can ask for the same copy a million times."""
@@ -209,6 +209,12 @@ class Reader(pickle.Unpickler):
         if self.copies_left < 0:
             raise ValueError("holds far less data than it unfolds to")
         return items
+
+    def values(self, dtype, data, shape=(), order="C"):
+        """What a numpy array or scalar holds -> numbers or texts, in nested lists."""
+        if not isinstance(dtype, DType):
+            raise ValueError("a numpy array without a type")
+        return np.ndarray(shape, dtype.dtype, self.spend(data), order=order).tolist()
 
     def find_class(self, module, name):
         name = f"{module}.{name}".replace("__builtin__", "builtins").replace("numpy._core", "numpy.core")
@@ -233,115 +239,60 @@ class Reader(pickle.Unpickler):
 
 # ---- files
 
+@damage_as_value_error()
 def read(path):
     """A file of `torch.save`, `torch.jit.save` or `pickle.dump` -> containers, numbers, text, `Attributes`, numpy
     arrays as lists, and tensors as `TensorOnDisk`.
 
     Raises RefusedError if it names anything else, ValueError if it is damaged or of another format.
     """
-    try:
-        if zipfile.is_zipfile(path):
-            return read_zip(path)
-        data = Path(path).read_bytes()
-        if not data.startswith((b"\x80", b"(", b"]", b"}", b"c")):
-            raise ValueError("not a file that PyTorch saved, or cut short")  # a zip archive has its table at its end
-        return read_legacy(data) if LEGACY in data[:64] else unpickle(data)[0]
-    except (ValueError, OSError):
-        raise
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        if is_out_of_memory(error):
-            raise
-        raise ValueError(f"damaged ({type(error).__name__}: {shown(error, 80)})") from None
+    if zipfile.is_zipfile(path):
+        return read_zip(path)
+    data = bytearray(Path(path).read_bytes())
+    return read_legacy(data) if LEGACY in data[:64] else unpickle(data)[0]
 
 
 def read_zip(path):
     archive = zipfile.ZipFile(path)  # closed with the last tensor that refers to it
-    size = archive.fp.seek(0, io.SEEK_END)
     pickles = [name for name in archive.namelist() if name.split("/")[-1] == "data.pkl"]
     if len(pickles) != 1:
         raise ValueError("a zip archive, but not of PyTorch: no data.pkl in it")
+    size = os.path.getsize(path)
 
-    def read_entry(entry):
-        try:
-            info = archive.getinfo(entry)
-            if info.compress_type != zipfile.ZIP_STORED or not info.compress_size == info.file_size <= size:
-                raise ValueError("compressed")  # PyTorch never compresses
-            data = bytearray(info.file_size)
-            with archive.open(info) as part:
-                part.readinto(data)  # checks the CRC
-            return data
-        except Exception as error:  # zipfile raises errors of many classes
-            if is_out_of_memory(error):
-                raise
-            raise ValueError(f"its part {shown(entry, 60)} is damaged ({shown(error, 80)})") from None
+    @functools.lru_cache(1)  # tensors that share a storage mostly follow each other
+    def read_part(name):
+        info = archive.getinfo(pickles[0].removesuffix("data.pkl") + name)
+        if info.compress_type != zipfile.ZIP_STORED or not info.compress_size == info.file_size <= size:
+            raise ValueError(f"its part {shown(info.filename, 60)} is compressed")  # PyTorch never does that
+        return bytearray(archive.read(info))  # checks the CRC
 
-    def read_storage(key):
-        return read_entry(f"{pickles[0].removesuffix('data.pkl')}data/{key}")
-
-    return unpickle(bytes(read_entry(pickles[0])), 0, limited(read_storage, size))[0]
+    return unpickle(read_part("data.pkl"), 0, lambda key: read_part(f"data/{key}"))[0]
 
 
 def read_legacy(data):
     """torch.save before 1.6: a magic number, a version, the machine, the value, the keys of the storages, and these."""
-    parts = {}  # key: (start, end) in `data`
-
-    def read_part(key):
-        if key not in parts:
-            raise ValueError(f"the numbers of its tensor {shown(key, 60)} are not in it")
-        return bytearray(memoryview(data)[slice(*parts[key])])
-
-    read_storage = limited(read_part, len(data))
+    parts = {}  # key: the bytes of its storage
     end = 0
     for _ in range(4):
-        value, end, dtypes = unpickle(data, end, read_storage)
+        value, end, dtypes = unpickle(data, end, parts.__getitem__)
     keys, end, _ = unpickle(data, end)
     for key in keys:
         start = end + 8  # behind the number of elements
         end = start + int.from_bytes(data[end:start], "little") * dtypes[key].itemsize
-        parts[key] = start, end
+        parts[key] = memoryview(data)[start:end]
     if end > len(data):
         raise ValueError("cut short")
     return value
 
 
-def limited(read_storage, size):
-    """`read_storage` for a file of `size` bytes, with the last storage kept, as views of one mostly follow each other.
-    Raises ValueError once it has read far more than the file holds."""
-    left = READINGS * size
-
-    @functools.lru_cache(1)
-    def read_limited(key):
-        nonlocal left
-        data = read_storage(key)
-        left -= len(data)
-        if left < 0:
-            raise ValueError("its tensors are larger than the file")
-        return data
-
-    return read_limited
-
-
 def unpickle(data, start=0, read_storage=None):
-    """The pickle that begins at `start` -> its value, where it ends, the dtypes of its storages by key."""
+    """The pickle that begins at `start` of a bytearray -> its value, its end, and {key: dtype} of its storages."""
     end, n_tuples = check_steps(data, start)
     reader = Reader(data[start:end], read_storage)
-    if n_tuples <= MAX_TUPLES:
-        return reader.load(), end, reader.dtypes
     # hashing nested tuples recurses in C, with up to 80 bytes of stack for each: use a thread with room for all of them
-    usual = threading.stack_size((1 + n_tuples // 4096) * 2**20)
+    usual = threading.stack_size((8 + n_tuples // 4096) * 2**20)
     try:
         with ThreadPoolExecutor(1) as pool:
             return pool.submit(reader.load).result(), end, reader.dtypes
     finally:
         threading.stack_size(usual)
-
-
-def plain_text(value):
-    """Text that Python 2 may have written, read as UTF-8, or as Latin-1 where it is not; other values as they are."""
-    try:
-        data = value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
-        return data.decode("utf-8") if isinstance(data, bytes) else value
-    except UnicodeDecodeError:
-        return data.decode("latin1")
-    except UnicodeEncodeError:  # not of Python 2
-        return value

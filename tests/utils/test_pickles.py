@@ -70,6 +70,12 @@ def tensor(shape, stride, kind="FloatStorage"):
     return b"}" + text("w") + described + shape + stride + b"\x89" + name("collections", "OrderedDict") + b")RtRs"
 
 
+def hidden(steps):
+    """A text. But if a text's length crosses the end of a frame, here 4 bytes long, the unpickler drops what the frame
+    holds of it: then an empty text and these steps."""
+    return b"](" + b"\x95" + struct.pack("<Q", 4) + b"X" + struct.pack("<I", 3 + len(steps)) + b"\0\0\0" + steps + b"e"
+
+
 def power_of_ten(n):
     return b"L1" + b"0" * n + b"L\n"
 
@@ -104,6 +110,8 @@ STEPS = {  # name: the steps of a pickle
     "a bytearray that is not there": b"\x96" + struct.pack("<Q", 2**40),
     "text that is not there": b"\x8d" + struct.pack("<Q", 2**40),
     "a frame that is not there": b"\x95" + struct.pack("<Q", 2**40) + b"N",
+    "a memo of 2^28 entries, behind a frame": hidden(b"]r" + struct.pack("<I", 2**28)),
+    "a deep tuple as a key, behind a frame": hidden(b"})" + b"\x85" * DEEP + b"Ns"),
     "an extension": b"\x82\x01",
     "a text copied again and again": b"](" + text("a" * 10**5) + b"q\x01" + (
         name("_codecs", "encode") + b"h\x01" + text("latin1") + b"\x86R") * 2000 + b"e",
@@ -127,7 +135,8 @@ STEPS = {  # name: the steps of a pickle
 
 
 HARMLESS = {"a deep tuple", "a deep tuple as a key", "a deep tuple as an element", "a deep tuple in a set",
-            "a deep list", "modules that share modules", "a tensor of one number for all", "an empty tensor of 2^47"}
+            "a deep list", "modules that share modules", "a tensor of one number for all", "an empty tensor of 2^47",
+            "a frame that is not there", "a memo of 2^28 entries, behind a frame"}
 
 
 def write_bare(path, steps):
@@ -173,6 +182,20 @@ def test_plain_data_comes_back(tmp_path):
     for protocol in range(6):
         (tmp_path / "x").write_bytes(pickle.dumps(value, protocol))
         assert pickles.read(tmp_path / "x") == value
+
+
+def test_text_of_python_2(tmp_path):
+    """UTF-8, or Latin-1."""
+    (tmp_path / "x").write_bytes(b"]U\x05caf\xc3\xa9aU\x04caf\xe9a.")
+    assert pickles.read(tmp_path / "x") == ["café", "café"]
+
+
+def test_frames(tmp_path):
+    value = [bytes([i]) * 1000 for i in range(256)] + ["a" * 10**5] + list(range(10**5))
+    data = pickle.dumps(value, 4)
+    assert data.count(b"\x95") > 5
+    (tmp_path / "x").write_bytes(data)
+    assert pickles.read(tmp_path / "x") == value
 
 
 @pytest.mark.parametrize("protocol", [2, 4])

@@ -214,19 +214,7 @@ def test_tensors_stay_inside_their_storage(tmp_path):
     assert torch.equal(tensor.read(), torch.arange(4.0))
     for changes in (dict(shape=(5,)), dict(offset=1), dict(shape=(2, 2), stride=(3, 1))):
         with pytest.raises(ValueError, match="too short"):
-            pickles.TensorOnDisk(**(vars(tensor) | changes)).read()
-
-
-@pytest.mark.parametrize("save", [torch.save, save_legacy])
-def test_many_parts_of_two_storages_are_not_read_without_end(tmp_path, save):
-    a, b = torch.zeros(2, 10_000)
-    save([(a.clone(), b.clone())], tmp_path / "x.pt")
-    a, b = pickles.read(tmp_path / "x.pt")[0]
-    for _ in range(1000):  # one after another: each is kept
-        assert a.read().shape == (10_000,)
-    with pytest.raises(ValueError, match="larger than the file"):
-        for _ in range(10):
-            a.read(), b.read()
+            tensor._replace(**changes).read()
 
 
 def test_older_torch_save_without_a_storage(tmp_path):
@@ -236,7 +224,7 @@ def test_older_torch_save_without_a_storage(tmp_path):
     keys = pickle.dumps([key], 2)
     assert data.count(keys) == 1
     (tmp_path / "x.pt").write_bytes(data.replace(keys, pickle.dumps([], 2)))
-    with pytest.raises(ValueError, match="numbers of its tensor .* are not in it"):
+    with pytest.raises(ValueError, match="damaged .KeyError"):
         pickles.read(tmp_path / "x.pt")["w"].read()
 
 
@@ -259,7 +247,7 @@ def test_nothing_compressed_is_unpacked(tmp_path, part):
     with zipfile.ZipFile(tmp_path / "x.pt") as source, zipfile.ZipFile(tmp_path / "bomb.pt", "w") as target:
         for name in source.namelist():
             target.writestr(name, source.read(name), zipfile.ZIP_DEFLATED if name.endswith(part) else None)
-    assert f"{part} is damaged (compressed)" in message_of(tmp_path / "bomb.pt")
+    assert f"{part} is compressed" in message_of(tmp_path / "bomb.pt")
 
 
 # --- names and shapes must be exact ---

@@ -95,20 +95,20 @@ def refer_rows(path, refs, dataset):
         annotation = annotations.get(id_of(ref, "ann_id"), {})
         image = images.get(id_of(ref, "image_id"), {})
         # REFER's own file names end in _<number of the object>
-        file = image.get("file_name") or re.sub(r"_\d+(\.\w+)$", r"\1", pickles.plain_text(ref["file_name"]))
+        file = image.get("file_name") or re.sub(r"_\d+(\.\w+)$", r"\1", ref["file_name"])
         problem = None
         if not annotation:
             problem = f"ann_id {quoted(ref['ann_id'])} of ref_id {quoted(ref.get('ref_id'))} is not in {beside.name}"
         bbox = annotation["bbox"] if annotation else None
         segmentation = annotation.get("segmentation")
         size = stated_size(image)
-        split = pickles.plain_text(ref["split"])
+        split = ref["split"]
         if not isinstance(split, str | None):
             raise ValueError(f"the split {quoted(split)} is not a name")
         if len(rows) + len(ref["sentences"]) > most:
             raise ValueError("more sentences than a file of this size can hold")
         for sentence in ref["sentences"]:
-            expression = pickles.plain_text(sentence.get("sent") or sentence.get("raw"))
+            expression = sentence.get("sent") or sentence.get("raw")
             rows.append(Row(file, expression, bbox, "xywh", image_folder, segmentation, split, size, problem))
     return rows
 
@@ -137,8 +137,8 @@ def list_rows(data, dataset):
         if dataset == "mixup":
             image_folder = IMAGE_FOLDERS.get(second, COCO) if isinstance(second, str) else COCO
         form = "xyxy" if dataset in ("referit", "flickr") else "xywh"
-        rows.append(Row(pickles.plain_text(file), pickles.plain_text(phrase), bbox, form, image_folder, fifth,
-                        size=stated_size(second)))
+        file, phrase = (text.decode(errors="replace") if isinstance(text, bytes) else text for text in (file, phrase))
+        rows.append(Row(file, phrase, bbox, form, image_folder, fifth, size=stated_size(second)))
     return rows
 
 
