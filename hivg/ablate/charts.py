@@ -77,20 +77,15 @@ def plot_attention(columns, expressions, size, across=None):
         tiles.append(draw_boxes(item["image"], [box], colours=[WHITE]))
         captions.append(item["expressions"][which])
         for caption, maps in columns.items():
-            heatmap = letterbox.map_to_image(enlarge(map_of(maps, number), size))
+            heatmap = letterbox.map_to_image(map_of(maps, number, size))
             tiles.append(draw_boxes(item["image"], [box], colours=[WHITE], heatmap=heatmap, heat_range=(0, 1)))
             captions.append(caption)
     return contact_sheet(tiles, captions, columns=across or 1 + len(columns), tile=240)
 
 
-def map_of(maps, number):
-    """The map of one expression from base64: (side, side) float32 in 0..1."""
+def map_of(maps, number, size):
+    """The map of one expression from base64, enlarged: (size, size) float32 in 0..1."""
     values = np.frombuffer(base64.b64decode(maps), np.uint8)
     side = math.isqrt(len(values) // MAPS_KEPT)
-    return values.reshape(MAPS_KEPT, side, side)[number] / np.float32(255)
-
-
-def enlarge(patches, size):
-    """(side, side) -> (size, size) float32, bilinear."""
-    image = Image.fromarray(patches)
-    return np.asarray(image.resize((size, size), Image.BILINEAR))
+    patches = values.reshape(MAPS_KEPT, side, side)[number] / np.float32(255)
+    return np.asarray(Image.fromarray(patches).resize((size, size), Image.BILINEAR))

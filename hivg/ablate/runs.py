@@ -89,8 +89,8 @@ def can_resume(settings):
     return False
 
 
-def run_one(arm, budget, lr, seed, results_file=RESULTS):
-    """Train and evaluate an arm, and append the row of its results to the file."""
+def run_one(arm, budget, lr, seed):
+    """Train and evaluate an arm, and append the row of its results to RESULTS."""
     start = time.monotonic()
     settings = settings_of(arm, budget, lr, seed)
     resume = can_resume(settings)
@@ -102,7 +102,7 @@ def run_one(arm, budget, lr, seed, results_file=RESULTS):
     except Diverged as error:
         row |= {"diverged": str(error), "val": {"diverged": 0.0}}  # so that another rate is chosen
     row["minutes"] = None if resume else round((time.monotonic() - start) / 60, 2)
-    append(results_file, row)
+    append(RESULTS, row)
     shutil.rmtree(RUNS / settings.name)
 
 
@@ -222,13 +222,9 @@ def code_version():
 
 # ---- all runs
 
-def key(row):
-    return row["budget"], row["arm"], row["lr"], row["seed"]
-
-
 def read_results(path=RESULTS):
-    """The rows of the results file, {key: row}. Left out are rows of arms and budgets that are defined differently
-    today, and lines that a killed process has cut."""
+    """The rows of the results file, {(budget, arm, rate, seed): row}. Left out are rows of arms and budgets that are
+    defined differently today, and lines that a killed process has cut."""
     rows = {}
     lines = path.read_text().splitlines() if path.exists() else []
     for line in lines:
@@ -237,7 +233,7 @@ def read_results(path=RESULTS):
         except ValueError:
             continue
         if is_of_today(row):
-            rows[key(row)] = row
+            rows[row["budget"], row["arm"], row["lr"], row["seed"]] = row
     return rows
 
 
