@@ -126,7 +126,7 @@ class DType:
     """A numpy dtype of numbers or text; arrays of objects would hold addresses."""
 
     def __init__(self, name, *_):
-        if not re.fullmatch(r"b1|[iu][1248]|f[248]|[SU]\d{1,6}", name):
+        if not re.fullmatch(r"b1|[iu][1248]|f[248]|[SU][1-9]\d{0,5}", name):
             raise ValueError(f"a numpy array of the type {shown(name, 60)}; only numbers and text can be read")
         self.dtype = np.dtype(name)
 
@@ -199,7 +199,7 @@ class Reader(pickle.Unpickler):
             "_codecs.encode": lambda text, _: self.spend(text).encode("latin1"),
             "numpy.dtype": DType,
             "numpy.core.multiarray._reconstruct": lambda *_: Array(self.values),
-            "numpy.core.multiarray.scalar": self.values,
+            "numpy.core.multiarray.scalar": lambda dtype, data: self.values(dtype, data),
             "torch._utils._rebuild_tensor_v2": make_tensor,
         }
 

@@ -96,6 +96,11 @@ STEPS = {  # name: the steps of a pickle
         "argparse", "Namespace") + b")\x81}" + text("dtype") + text("O") + b"sb\x89" + data_of(b"\x10" * 8) + b"tb",
     "an array larger than its bytes": array("f8", b"\0" * 8, 2**20),
     "an array of no elements and no type": EMPTY_ARRAY + b"(" + number(1) + b")NNNtb",
+    "an array of 10^8 texts of no letters": array("S0", b"", 10**8),
+    "a scalar of 10^8 lists": name("numpy.core.multiarray", "scalar") + b"(" + DTYPE + text("f8") + b"\x89\x88\x87R" + (
+        data_of(b"") + number(10**8) + number(0) + b"\x86tR"),
+    "a scalar copied again and again": b"](" + data_of(b"a" * 10**5) + b"q\x01" + DTYPE + text("S99999") + (
+        b"\x89\x88\x87Rq\x02") + (name("numpy.core.multiarray", "scalar") + b"h\x02h\x01\x86R") * 4000 + b"e",
     "text of four gigabytes": array("U999999999", b"\0" * 8, 1),
     "a dtype of fields": DTYPE + text("f8,O8") + b"\x89\x88\x87R",
     "the state of a dtype": DTYPE + text("f8") + b"\x89\x88\x87R(" + number(3) + text("O") + b"NNNtb",
