@@ -46,15 +46,18 @@ WIDE_ADJECTIVES = spelled({
     ("colour", "green"): "emerald", ("colour", "blue"): "cobalt", ("colour", "brown"): "chocolate, chestnut",
     ("colour", "purple"): "plum", ("colour", "orange"): "tangerine", ("colour", "black"): "jet-black, ebony",
     ("colour", "pink"): "rose, hot pink"})
+WIDE_ADJECTIVES |= {f"{word}-{ending}": meaning for word, meaning in (ADJECTIVES | WIDE_ADJECTIVES).items()
+                    if meaning == ("colour", word) for ending in ("coloured", "colored")}
 WIDE_NOUNS = spelled({
-    None: "figure, item", "square": "box, block", "triangle": "wedge, pyramid", "star": "star shape, five-pointed star",
-    "heart": "heart shape, love heart", "diamond": "rhombus, lozenge", "cross": "plus, plus sign",
+    None: "figure, item, symbol", "square": "box, block", "triangle": "wedge, pyramid",
+    "star": "star shape, five-pointed star", "heart": "heart shape, love heart",
+    "diamond": "rhombus, lozenge", "cross": "plus, plus sign",
     "arrow": "pointer, arrow sign", "bar": "bar, rectangle, strip", "ellipse": "ellipse, oval"})
 BOTH = spelled({("circle", True): "disc, disk, dot", ("circle", False): "ring, hoop"})  # a shape and its filling
 RANKS = spelled({1: "first, 1st", 2: "second, 2nd", 3: "third, 3rd", 4: "fourth, 4th", 5: "fifth, 5th",
-                 6: "sixth, 6th", -1: "last, very last", -2: "second to last, next to last, second-last",
-                 -3: "third to last"})
-NUMBERS = spelled({1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"})
+                 6: "sixth, 6th", -1: "last, very last, final",
+                 -2: "second to last, next to last, second-last, penultimate", -3: "third to last"})
+NUMBERS = spelled({1: "one, 1", 2: "two, 2", 3: "three, 3", 4: "four, 4", 5: "five, 5", 6: "six, 6"})
 MIDDLES = "middle, central, centre, center".split(", ")
 SUPERLATIVES = spelled({
     "left": "leftmost, left, furthest left, on the left, on the far left, furthest to the left",
@@ -63,22 +66,27 @@ SUPERLATIVES = spelled({
     "below": "lowest, bottom, bottommost, at the bottom, at the very bottom",
     "largest": "largest, biggest", "smallest": "smallest, tiniest"})
 WIDE_SUPERLATIVES = spelled({
-    "left": "left-most, far left, to the left, at the left",
-    "right": "right-most, far right, to the right, at the right",
-    "above": "upper, top-most, on top, up top", "below": "lower, lowermost, bottom-most, down below, on the bottom",
-    "smallest": "littlest"})
+    "left": "left-most, far left, to the left, at the left, on the left side, on the left of the image",
+    "right": "right-most, far right, to the right, at the right, on the right side, on the right of the image",
+    "above": "upper, top-most, on top, up top, at the top of the image",
+    "below": "lower, lowermost, bottom-most, down below, on the bottom, at the bottom of the image",
+    "largest": "larger, bigger", "smallest": "littlest, smaller"})
+OF_TWO = "larger, bigger, smaller".split(", ")
+CORNERS = {f"{up}{side}": (side, direction) for side in ("left", "right") for direction, ups in (
+    ("above", ("top ", "top-", "upper ")), ("below", ("bottom ", "bottom-", "lower "))) for up in ups}
 RELATIONS = [  # the first that matches counts
+    (r"(?:closest to|nearest to|(?:right )?next to|adjacent to|beside|near|close to|by)\b", "closest"),
     (r"(?:to the |on the )?(left|right)(?: side)?(?: of| from)?\b", None),
-    (r"(?:above|over|higher(?: than)?|further up than)\b", "above"),
-    (r"(?:below|under|beneath|lower(?: than)?|underneath|further down than)\b", "below"),
-    (r"(?:closest to|nearest to|next to|beside|near|close to|by)\b", "closest"),
+    (r"(?:(?:just )?above|over|higher(?: than)?|further up than)\b", "above"),
+    (r"(?:(?:just )?below|under|beneath|lower(?: than)?|underneath|further down than)\b", "below"),
     (r"(?:furthest from|farthest from|furthest away from|most distant from|far from|far away from)\b", "furthest"),
     (r"(?:in )?between\b", "between")]
 SIDES = {"left": "left", "right": "right", "top": "above", "bottom": "below"}
 REQUEST = re.compile(
     r"(?:where is|where's|(?:please |can you )?find|(?:please )?click(?: on)?|tap|can you see|could you point at|"
     r"point (?:to|at)|show me|(?:please )?select|which one is|locate|highlight|look for|pick|i mean|give me|mark|it is|"
-    r"what about) (the .*?)(?: please)?\??")
+    r"what about|draw a box around|i am looking for|i want|look at|choose|get|identify|detect|segment) "
+    r"((?:the|an?) .*?)(?: please)?\??")
 
 
 def any_of(words):
@@ -90,7 +98,7 @@ ALL_ADJECTIVES = ADJECTIVES | WIDE_ADJECTIVES
 ALL_NOUNS = NOUNS | WIDE_NOUNS
 ALL_NOUNS |= {word + ("es" if word[-1] in "sx" else "s"): meaning for word, meaning in ALL_NOUNS.items()}
 ALL_SUPERLATIVES = SUPERLATIVES | WIDE_SUPERLATIVES
-SPECIAL = ALL_SUPERLATIVES | RANKS | {word: word for word in MIDDLES}
+SPECIAL = ALL_SUPERLATIVES | RANKS | CORNERS | {word: word for word in MIDDLES}
 ANY_ADJECTIVE = any_of(ALL_ADJECTIVES)
 
 
@@ -116,7 +124,7 @@ class Listener:
 
     def noun_phrase(self):
         """(superlative or rank or None, the objects that the adjectives and the noun fit)."""
-        self.take("the")
+        self.take("(?:the only|the|an?)")
         unwanted = None
         if self.rest.startswith("non-"):
             self.rest = self.rest.replace("-", " ", 1)
@@ -124,9 +132,14 @@ class Listener:
             self.kind = "negation"
             unwanted = self.take(ANY_ADJECTIVE)[1]
         special = self.take(any_of(SPECIAL))
+        number = None
         if special:
+            number = 2 if special[1] in OF_TWO else None
             special = SPECIAL[special[1]]
-            self.take("of the")
+            if self.take("of the") and (found := self.take(any_of(NUMBERS))):
+                number = NUMBERS[found[1]]
+            if isinstance(special, int) and re.match("(?:from|counting|starting) ", self.rest):  # of all there are
+                return special, list(range(len(self.objects)))
         wanted = {}
         while found := self.take(ANY_ADJECTIVE):
             key, value = ALL_ADJECTIVES[found[1]]
@@ -141,6 +154,7 @@ class Listener:
             if shape:
                 wanted["shape"] = shape
         members = [i for i in range(len(self.objects)) if self.fits(i, wanted)]
+        assert number in (None, len(members))
         if unwanted:
             members = self.without(members, unwanted)
         return special, members
@@ -194,6 +208,18 @@ class Listener:
         first, second = sorted(members, key=measures.get, reverse=True)[:2]
         assert measures[first] - measures[second] >= margin, "not clear"
         return [first]
+
+    def in_corner(self, members, corner):
+        """The one near a corner of the image, of several of which no other is in that quarter."""
+        assert len(members) > 1, "a corner for the only one"
+        inside = []
+        for i in members:
+            x, y = self.place(i) / (self.scene.width, self.scene.height)
+            shares = [1 - x if corner[0] == "right" else x, 1 - y if corner[1] == "below" else y]
+            if max(shares) < 0.5:
+                inside.append(i)
+                assert max(shares) < 1 / 3 + 0.01, "not clear"
+        return inside
 
     def middle(self, members, of_image):
         """The middle one from left to right and from top to bottom; one of them alone counts where the members stand in
@@ -253,6 +279,12 @@ class Listener:
             special = (NUMBERS | RANKS)[found[1]]
         if isinstance(special, int):
             return self.ordinal(special, members)
+        if found := self.take(f"(?:at|in) the {any_of(CORNERS)}(?: corner)?"):
+            special = CORNERS[found[1]]
+        if isinstance(special, tuple):
+            assert not self.rest
+            self.kind = "superlative"
+            return self.in_corner(members, special)
         location = ALL_SUPERLATIVES.get(self.rest)
         if special or location:
             assert not (special and self.rest), "words after a superlative"
@@ -263,8 +295,9 @@ class Listener:
             return members
         if self.take("(?:that is not|that isn't|which is not)"):
             return self.negation(members)
-        if found := self.take(f"not the {ANY_ADJECTIVE} one"):
+        if found := self.take(f"(?:not|other than|except) the {ANY_ADJECTIVE} one(s?)"):
             self.kind = "negation"
+            assert (len(members) > 2) == bool(found[2])
             return self.without(members, found[1])
         if self.take("that is"):
             adjective = self.take(ANY_ADJECTIVE)

@@ -135,6 +135,17 @@ def sized(phrase, *sides):
     return make
 
 
+def cornered(rng):
+    """One of a shape in each corner."""
+    shape = rng.choice(SHAPES)
+    spots = {f"{up} {side}": (x, y) for up, y in (("top", 50), ("bottom", HEIGHT - 50))
+             for side, x in (("left", 55), ("right", WIDTH - 55))}
+    things = [(shape, rng.choice(list(COLOURS)), x + rng.uniform(-20, 20), y + rng.uniform(-15, 15), 46, 46, True)
+              for x, y in spots.values()]
+    which = rng.randrange(4)
+    return things, f"the {shape} in the {list(spots)[which]} corner", which
+
+
 def readme(rng):
     colours = two(rng, COLOURS)
     return row(rng, "star", 2, colours, [("circle", "blue")]), "the second star from the left", 1
@@ -235,13 +246,16 @@ ROWS = {
     "the middle square, of three": middle,
     "the third star from the top, of 3": stacked(3, 3),
     "the fourth star from the top, of 5": stacked(5, 4),
+    "the star in the top left corner": cornered,
     "the small star": sized("the small {shape}", 32, 66),
     "the big star": sized("the big {shape}", 66, 32),
+    "the smaller star, of two": sized("the smaller {shape}", 32, 66),
     "the smallest star, of three": sized("the smallest {shape}", 32, 48, 66),
     "the largest star, of three": sized("the largest {shape}", 66, 48, 32),
     "the star that is not red": negated("the {shape} that is not {colour}"),
     "the star that isn't red": negated("the {shape} that isn't {colour}"),
     "not the red star": negated("the {shape}, not the {colour} one"),
+    "the star other than the red ones": negated("the {shape} other than the {colour} ones"),
     "a bar of 6 : 1": bar,
     "disc": named("the {colour} disc", "circle"),
     "box": named("the {colour} box", "square"),
@@ -252,6 +266,7 @@ ROWS = {
     "where is the red star?": plain("where is the {colour} {shape}?"),
     "please click on the red star": plain("please click on the {colour} {shape}"),
     "can you show me the red star": plain("can you show me the {colour} {shape}"),
+    "draw a box around the red star": plain("draw a box around the {colour} {shape}"),
 }
 NOTHING = {"an absent shape": absent("shape"), "an absent colour": absent("colour"),
            "an absent anchor": absent("anchor"), "the fifth of two": absent("rank")}

@@ -74,7 +74,10 @@ BY_HAND = shapes.Scene(1.0, 1.0, BACKGROUND, (
     ("circle that is second to last from the left", [1]), ("the circle number three from right", [0]),
     ("the sixth circle from the left", []), ("the middle circle", [1]), ("circle in the middle", [1]),
     ("the filled circle that isn't red", [1]), ("please click on the not crimson disc please", [1]),
-    ("circle not the solid one", [2]), ("hoop", [2]), ("emerald block", [4]), ("the bar", []), ("lowest oval", []),
+    ("circle not the solid ones", [2]), ("the bigger of the two red circles", [0]),
+    ("the red circle in the top-left corner", [0]), ("the smaller red circle", [2]),
+    ("second of the three circles from the right", [1]),
+    ("hoop", [2]), ("emerald block", [4]), ("the bar", []), ("lowest oval", []),
     ("the dot left of the heart", []), ("the hoop left from the square", []), ("the circle that is not scarlet", [1]),
     ("star nearest to the bar", []), ("small one that is not a circle", [4]), ("the star that is not red", [])])
 def test_listener_on_a_scene_by_hand(text, meant):
@@ -194,7 +197,8 @@ def test_expressions_vary():
 
 
 def test_the_wider_language_varies():
-    texts = [e.text for split in ("train", "val", "test", "ordinal", "count") for _, e in expressions(f"wide {split}")]
+    splits = "train", "val", "test", "testB", "ordinal", "count"
+    texts = [e.text for split in splits for _, e in expressions(f"wide {split}")]
     text = f" {' '.join(texts)} "
     needed = {*ALL_ADJECTIVES, *ALL_NOUNS, *BOTH, *SPECIAL} - {word for word in ALL_NOUNS if word.endswith("s")}
     assert {word for word in needed if f" {word} " not in text} <= {"third to last"}

@@ -45,15 +45,15 @@ def test_same_item_on_every_machine():
 def test_same_pairs_on_every_machine():
     """Change this only together with the published CLIP; the wider world's with all numbers on it, too."""
     assert [e.text for e in Shapes("test", wide=True).scene(0)[1]] == [
-        "medium thing that is filled-in and to the left side of the crimson strip",
-        "the solid triangle not the little one", "the filled oval",
-        "filled hot pink thing to the left side of the crimson pyramid"]
+        "what about the medium thing that is filled-in and to the left side of the red strip?",
+        "the solid triangle except the little one", "ebony oval",
+        "little crimson item to the right side of huge crimson strip"]
     assert Pairs(32)[0]["expressions"][:3] == [
         "square at the very bottom", "the lowest square", "2nd filled square from left"]
     pair = Pairs(32, wide=True)[0]
-    assert pair["phrases"][:3] == ["a filled blue block", "a red box", "a tangerine square"]
-    assert pair["captions"][0] == "a block further up than a square and a square"
-    assert pair["expressions"][:2] == ["the box number two from the top", "locate the fifth square from the bottom"]
+    assert pair["phrases"][:3] == ["a pink lozenge", "a brown-coloured diamond", "a green lozenge"]
+    assert pair["captions"][0] == "a red diamond, a chocolate lozenge and a tangerine bar"
+    assert pair["expressions"][:2] == ["the 1st diamond from the left", "the second diamond from the right side"]
 
 
 def test_splits_share_no_scene():

@@ -189,7 +189,10 @@ class Speaker:
         if which in self.words.after and rng.random() < 0.4:
             noun = self.noun(target, attributes)
             return the(rng, f"{noun} {pick(rng, self.words.after[which])}"), target
-        superlative = pick(rng, self.words.before[which])
+        words = self.words.before[which]
+        if len(others) == 1:
+            words += self.words.of_two.get(which, ())
+        superlative = pick(rng, words)
         return the(rng, self.noun(target, attributes, (superlative,))), target
 
     def is_extreme(self, target, others, which):

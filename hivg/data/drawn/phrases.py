@@ -26,6 +26,7 @@ class Words:
     any: tuple  # nouns for any object; the last, "one", names no anchor
     relation: dict
     before: dict  # superlatives that stand before the noun ...
+    of_two: dict  # ... and comparatives, where there are two
     after: dict  # ... and after it
     sides: dict  # "second from the ..."
     ordinals: dict
@@ -51,6 +52,7 @@ PLAIN = Words(
         "left": ("leftmost", "left", "furthest left"), "right": ("rightmost", "right", "furthest right"),
         "above": ("topmost", "top", "highest", "uppermost"), "below": ("lowest", "bottom", "bottommost"),
         "large": ("largest", "biggest"), "small": ("smallest", "tiniest")},
+    of_two={},
     after={
         "left": ("on the left", "on the far left", "furthest to the left"),
         "right": ("on the right", "on the far right", "furthest to the right"),
@@ -58,6 +60,14 @@ PLAIN = Words(
     sides={"left": "left", "right": "right", "above": "top", "below": "bottom"},
     ordinals={2: ("second", "second", "2nd"), 3: ("third", "third", "3rd"), 4: ("fourth", "4th"), 5: ("fifth", "5th")},
 )
+HUES = {
+    "red": ("red", "red", "red", "crimson", "scarlet"), "green": ("green", "green", "green", "emerald"),
+    "blue": ("blue", "blue", "blue", "cobalt"),
+    "brown": ("brown", "brown", "brown", "chocolate", "chestnut"),
+    "purple": ("purple", "purple", "violet", "violet", "plum"),
+    "orange": ("orange", "orange", "orange", "tangerine"),
+    "black": ("black", "black", "black", "jet-black", "ebony"),
+    "pink": ("pink", "pink", "pink", "rose", "hot pink")}
 # What people type. No word is in here that could mean another thing of the drawn world: "oval" is never a circle.
 WIDE = Words(
     shape={
@@ -68,26 +78,19 @@ WIDE = Words(
         "diamond": ("diamond", "diamond", "rhombus", "lozenge"), "cross": ("cross", "cross", "plus", "plus sign"),
         "arrow": ("arrow", "arrow", "pointer", "arrow sign"), "bar": ("bar", "bar", "rectangle", "strip"),
         "ellipse": ("ellipse", "oval", "oval")},
-    colour={
-        "red": ("red", "red", "red", "crimson", "scarlet"), "green": ("green", "green", "green", "emerald"),
-        "blue": ("blue", "blue", "blue", "cobalt"),
-        "brown": ("brown", "brown", "brown", "chocolate", "chestnut"),
-        "purple": ("purple", "purple", "violet", "violet", "plum"),
-        "orange": ("orange", "orange", "orange", "tangerine"),
-        "black": ("black", "black", "black", "jet-black", "ebony"),
-        "pink": ("pink", "pink", "pink", "rose", "hot pink")},
+    colour={colour: (*names * 3, f"{colour}-coloured", f"{colour}-colored") for colour, names in HUES.items()},
     size={"small": ("small", "small", "little", "tiny", "mini"),
           "medium": ("medium", "medium-sized", "mid-sized", "middle-sized"),
           "large": ("large", "large", "big", "big", "huge", "giant")},
     fill={True: ("filled", "solid", "filled-in"), False: ("outlined", "hollow", "empty", "unfilled")},
     implied={("circle", True): ("disc", "disk", "dot"), ("circle", False): ("ring", "ring", "hoop")},
-    any=("shape", "object", "thing", "figure", "item", "one"),
+    any=("shape", "object", "thing", "figure", "item", "symbol", "one"),
     relation={
         "left": (*PLAIN.relation["left"], "to the left side of", "left from"),
         "right": (*PLAIN.relation["right"], "to the right side of", "right from"),
-        "above": (*PLAIN.relation["above"], "further up than"),
-        "below": (*PLAIN.relation["below"], "underneath", "further down than"),
-        "closest": (*PLAIN.relation["closest"], "beside", "near", "close to", "by"),
+        "above": (*PLAIN.relation["above"], "further up than", "just above"),
+        "below": (*PLAIN.relation["below"], "underneath", "further down than", "just below"),
+        "closest": (*PLAIN.relation["closest"], "beside", "near", "close to", "by", "right next to", "adjacent to"),
         "furthest": (*PLAIN.relation["furthest"], "most distant from", "far from", "far away from"),
         "between": ("between", "in between")},
     before={
@@ -96,11 +99,13 @@ WIDE = Words(
         "above": (*PLAIN.before["above"], "upper", "top-most"),
         "below": (*PLAIN.before["below"], "lowermost", "lower", "bottom-most"),
         "large": ("largest", "largest", "biggest"), "small": ("smallest", "smallest", "tiniest", "littlest")},
+    of_two={"large": ("larger", "bigger"), "small": ("smaller",)},
     after={
-        "left": (*PLAIN.after["left"], "to the left", "at the left"),
-        "right": (*PLAIN.after["right"], "to the right", "at the right"),
-        "above": (*PLAIN.after["above"], "on top", "up top"),
-        "below": (*PLAIN.after["below"], "down below", "on the bottom")},
+        "left": (*PLAIN.after["left"], "to the left", "at the left", "on the left side", "on the left of the image"),
+        "right": (*PLAIN.after["right"], "to the right", "at the right", "on the right side",
+                  "on the right of the image"),
+        "above": (*PLAIN.after["above"], "on top", "up top", "at the top of the image"),
+        "below": (*PLAIN.after["below"], "down below", "on the bottom", "at the bottom of the image")},
     sides=PLAIN.sides,
     ordinals={1: ("first", "first", "1st"), **PLAIN.ordinals, 6: ("sixth", "6th")},
 )
@@ -145,10 +150,14 @@ def noun_phrase(rng, obj, attributes, before=(), words=PLAIN, anchor=False):
     return " ".join([*before, *attribute_words(rng, obj, attributes, words), noun])
 
 
+def with_article(phrase):
+    """"a red circle"."""
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+
+
 def indefinite(rng, obj, attributes, words=PLAIN):
     """"a large red circle", with these attributes."""
-    phrase = noun_phrase(rng, obj, attributes, words=words)
-    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+    return with_article(noun_phrase(rng, obj, attributes, words=words))
 
 
 def place(scene, obj):

@@ -44,8 +44,8 @@ WIDE_TRAINING = {"attribute": 0.14, "superlative": 0.1, "ordinal": 0.34, "relati
                  "negation": 0.07, "absent": 0.09, "beyond": 0.02}
 # For long training; besides, a quarter of the scenes are the narrower world's, whose words "medium" and "closest" are
 # rare in the wider one
-WIDE_HARD_MIX = {"attribute": 0.08, "superlative": 0.08, "ordinal": 0.42, "relation": 0.13, "closeness": 0.06,
-                 "conjunction": 0.04, "negation": 0.05, "absent": 0.10, "beyond": 0.04}
+WIDE_HARD_MIX = {"attribute": 0.08, "superlative": 0.10, "ordinal": 0.30, "counting": 0.12, "relation": 0.13,
+                 "closeness": 0.05, "conjunction": 0.04, "negation": 0.05, "absent": 0.10, "beyond": 0.03}
 PLAIN_SHARE = 0.25
 ROWS = {"ordinal": (2, 3, 4, 5, 6), "counting": (4, 5, 6), "beyond": (2, 3, 4, 5)}  # kinds that need a row, its sizes
 WIDE_SPLITS = {
@@ -202,7 +202,7 @@ class Shapes:
         n, most, kinds = 0, MOST, others
         if rng.random() * sum(self.weights.values()) < sum(in_row.values()):
             n = row_length(rng, ROWS[next(iter(in_row))])
-            kinds = in_row if n < 6 else {kind: share for kind, share in in_row.items() if kind != "beyond"}
+            kinds = {kind: share for kind, share in in_row.items() if n in ROWS[kind]}
         elif lone and rng.random() < LONE:
             most, kinds = 1, lone
         return n, most, list(draw_kinds(rng, kinds, EXPRESSIONS_PER_SCENE))

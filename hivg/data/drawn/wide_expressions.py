@@ -1,7 +1,7 @@
 """The wider language of the drawn world: what people type beyond `expressions.py`.
 
-Ordinals from the first to the sixth and from the last, "the middle square", "the star that is not red", questions and
-requests, and expressions that are true of nothing in the image.
+Ordinals from the first to the sixth and from the last, "the middle square", "the circle in the top left corner", "the
+star that is not red", questions and requests, and expressions that are true of nothing in the image.
 """
 
 import math
@@ -9,20 +9,25 @@ from dataclasses import dataclass, replace
 
 from hivg.data.drawn.drawing import ALIKE, COLOURS, HELD_OUT, LONG, SHAPES, SIZES
 from hivg.data.drawn.expressions import DIRECTIONS, FORMS, MARGIN, NOTHING, Speaker, includes, shared_attributes, the
-from hivg.data.drawn.phrases import ALL, COLOUR, FILL, SHAPE, SIZE, WIDE, indefinite, noun_phrase, pick
+from hivg.data.drawn.phrases import ALL, COLOUR, FILL, SHAPE, SIZE, WIDE, indefinite, noun_phrase, pick, with_article
 
 WIDE_SHAPES = (*SHAPES, *LONG)
 LOOKS = {SIZE: "size", FILL: "filled", COLOUR: "colour", SHAPE: "shape"}
-LAST = {0: ("last", "last", "very last"), 1: ("second to last", "next to last", "second-last"), 2: ("third to last",)}
+LAST = {0: ("last", "last", "very last", "final"),
+        1: ("second to last", "next to last", "second-last", "penultimate"), 2: ("third to last",)}
 NUMBERS = ("one", "two", "three", "four", "five", "six")
 FROM = ("from the {}", "from the {}", "from the {}", "from {}", "counting from the {}", "from the {} side",
         "starting from the {}")
+CORNER = ("{noun} in the {corner} corner", "{noun} at the {corner}", "{noun} in the {corner}", "{corner} {noun}")
 MIDDLE = ("middle {}", "{} in the middle", "central {}", "centre {}", "center {}")
 ASKED = ("where is {}?", "where is {}", "where's {}?", "find {}", "find {} please", "please find {}", "click {}",
          "click on {}", "please click on {}", "tap {}", "can you find {}?", "can you see {}?", "could you point at {}?",
          "point to {}", "point at {}", "show me {}", "select {}", "please select {}", "which one is {}?", "locate {}",
-         "highlight {}", "look for {}", "pick {}", "i mean {}", "give me {}", "mark {}", "it is {}", "what about {}?")
+         "highlight {}", "look for {}", "pick {}", "i mean {}", "give me {}", "mark {}", "it is {}", "what about {}?",
+         "draw a box around {}", "i am looking for {}", "i want {}", "look at {}", "choose {}", "get {}", "identify {}",
+         "detect {}", "segment {}")
 WIDE_FORMS = FORMS | {
+    "superlative": (*FORMS["superlative"], "large", "small", "corner", "corner"),
     "ordinal": (None,), "counting": (None,), "beyond": (None,),  # of the scene's row
     "negation": (COLOUR, COLOUR, FILL, SHAPE, SIZE),
     "absent": ("thing", "thing", "thing", "anchor", "anchor", "anchor", "side", "not"),
@@ -56,21 +61,51 @@ class WideSpeaker(Speaker):
         self.scene = scene
 
     def noun(self, i, attributes, before=()):
-        """A noun phrase; with a superlative now and then as "the leftmost of the red stars"."""
-        if before and before[0].endswith(("most", "est", "st", "nd", "rd", "th", "last")) and self.rng.random() < 0.12:
-            return f"{' '.join(before)} of the {plural(super().noun(i, attributes))}"
+        """A noun phrase; with a superlative now and then as "the leftmost of the (three) red stars"."""
+        if before and before[0].endswith(("est", "st", "nd", "rd", "th", "er")) and self.rng.random() < 0.15:
+            members = len(self.members(i, attributes))
+            number = NUMBERS[members - 1] + " " if members <= len(NUMBERS) and self.rng.random() < 0.4 else ""
+            return f"{' '.join(before)} of the {number}{plural(super().noun(i, attributes))}"
         return super().noun(i, attributes, before)
 
     def asked(self, text):
         if self.rng.random() > 0.12:
             return text
-        return pick(self.rng, ASKED).format(text if text.startswith("the ") else "the " + text)
+        return pick(self.rng, ASKED).format(text if text.startswith(("the ", "a ", "an ")) else "the " + text)
 
     def attribute(self, _):
         made = super().attribute(_)
-        if made and self.rng.random() < 0.04:
-            return plural(made[0]), made[1]
-        return made
+        if not made:
+            return None
+        text, target = made
+        style = self.rng.random()
+        if style < 0.04:
+            text = plural(text)
+        elif style < 0.07:
+            text = f"the only {text.removeprefix('the ')}"
+        elif style < 0.1:
+            text = with_article(text.removeprefix("the "))
+        return text, target
+
+    def superlative(self, which):
+        return self.corner() if which == "corner" else super().superlative(which)
+
+    def corner(self):
+        """"the star in the top left corner", and no other star is in that quarter of the image."""
+        rng = self.rng
+        target, attributes = self.head()
+        is_left = self.at[0][target] < self.scene.width / 2
+        is_upper = self.at[1][target] < self.scene.height / 2
+        away = []  # from that corner to each object, along the axis on which it is further, as a share of the image
+        for x, y in zip(*self.at):
+            x, y = x / self.scene.width, y / self.scene.height
+            away.append(max(x if is_left else 1 - x, y if is_upper else 1 - y))
+        others = self.rivals(target, attributes)
+        if not others or away[target] > 0.33 or min(away[i] for i in others) < 0.55:
+            return None
+        corner = pick(rng, ("top ", "top-", "upper ") if is_upper else ("bottom ", "bottom-", "lower "))
+        corner += "left" if is_left else "right"
+        return the(rng, pick(rng, CORNER).format(noun=self.noun(target, attributes), corner=corner)), target
 
     # ---- ordinals, of the scene's row
 
@@ -112,10 +147,13 @@ class WideSpeaker(Speaker):
         where = pick(rng, FROM).format(self.words.sides[side])
         style = rng.random()
         if style < 0.05:
-            return the(rng, f"{self.noun(some, self.row.attributes)} number {NUMBERS[rank - 1]} {where}")
+            number = pick(rng, (NUMBERS[rank - 1], str(rank)))
+            return the(rng, f"{self.noun(some, self.row.attributes)} number {number} {where}")
         if style < 0.2:
             link = "that is " if style < 0.12 else ""
             return the(rng, f"{self.noun(some, self.row.attributes)} {link}{counted} {where}")
+        if style < 0.3 and not self.must and len(self.row.members) == len(self.objects):
+            return the(rng, f"{counted} {where}", 0.7)  # of all there are
         return the(rng, f"{self.noun(some, self.row.attributes, (counted,))} {where}", 0.7)
 
     def is_middle(self, target):
@@ -153,10 +191,11 @@ class WideSpeaker(Speaker):
             return the(rng, f"{noun} {link} {indefinite(rng, self.objects[other], SHAPE, WIDE)}")
         adjective = self.adjective(other, attribute)
         style = rng.random()
-        if style < 0.65:
+        if style < 0.6:
             return the(rng, f"{noun} {link} {adjective}")
         if style < 0.8:
-            return f"{the(rng, noun)} not the {adjective} one"
+            ones = "one" if len(self.members(i, attributes)) <= 2 else "ones"
+            return f"{the(rng, noun)} {pick(rng, ('not', 'other than', 'except'))} the {adjective} {ones}"
         return the(rng, f"{pick(rng, ('not ', 'non ', 'non-'))}{adjective} {noun}")
 
     # ---- true of nothing

@@ -16,7 +16,8 @@ from hivg.data.drawn.wide_expressions import WIDE_SHAPES, Row
 MOST = 10  # objects of a scene
 LEAST = 0.09  # diameter of the small ones of a row, in units of the image's long side
 CONTRAST = 80  # of a shade to the paper, at least: the distance of two points in RGB
-SIZE_MIXES = (("small",), ("medium",), ("large",), ("small", "large"), ("small", "small", "medium", "large"))
+SIZE_MIXES = (("small",), ("medium",), ("large",), ("small", "large"), ("small", "medium", "large"),
+              ("small", "small", "medium", "large"))
 
 
 def shades_on(rng, paper):
