@@ -81,11 +81,12 @@ def merge_pair(symbols, pair):
     return tuple(merged)
 
 
-def learn_merges(texts, n_merges):
-    """Learn a merge table: the most frequent pair of neighbours becomes one symbol, `n_merges` times over.
+def learn_merges(texts, n_merges, known=()):
+    """Learn a merge table: the most frequent pair of neighbours becomes one symbol, until there are `n_merges`.
 
     Ties go to the pair that sorts first, so the same texts always give the same table. Stops early once no pair
     occurs twice. Recounts everything for each merge, which is fast enough for a few hundred merges and a small corpus.
+    known: the merges of a table that is to be continued.
 
     Returns: list of (left, right) in rank order, for `Tokenizer(merges)`.
     Source: Sennrich et al. 2016, algorithm 1.
@@ -104,7 +105,9 @@ def learn_merges(texts, n_merges):
                 pairs[pair] += count
         # the largest count, then the smallest pair
         best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
-        if best is None or pairs[best] < 2:
+        if len(merges) < len(known):
+            best = known[len(merges)]
+        elif best is None or pairs[best] < 2:
             break  # a pair that occurs once says nothing about other texts
         merges.append(best)
         merged_words = Counter()

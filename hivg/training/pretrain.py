@@ -1,7 +1,8 @@
-"""Make the tiny CLIP that the bundled HiVG starts from: contrastive pre-training on images and texts of `shapes`.
+"""Make the tiny CLIP that the bundled HiVG starts from: contrastive pre-training on the drawn world.
 
     python -m hivg.training.pretrain                         runs/clip/clip.safetensors
     python -m hivg.training.pretrain --name NAME --resume    resume after an interruption, bit for bit on a CPU
+    python -m hivg.training.pretrain --clip FILE             go on with a tiny CLIP; it learns the words it lacks
     python train.py --clip runs/clip/clip.safetensors        train HiVG on it
 
 This is not in the paper, which starts from OpenAI's CLIP. Three contrasts are learned, without any box:
@@ -35,8 +36,9 @@ from hivg.training.optimizers import check_finite, clip_and_step, learning_rate,
 from hivg.training.run import Run
 from hivg.training.settings import RunSettings, setting, settings_from_flags
 from hivg.utils.cli import run
+from hivg.utils.messages import shown
 
-N_MERGES = 512  # of the tokenizer: enough to give every word of `shapes` a token
+N_MERGES = 640  # of the tokenizer, at most: enough to give every word of the drawn worlds a token
 SHARPNESS = 20.0  # of the soft maximum over the patches
 
 
@@ -46,6 +48,7 @@ class Settings(RunSettings):
 
     name: str = setting("clip", "the run's folder under runs/", group="The run")
     dataset: str = setting("shapes-wide", "the drawn world", choices=tuple(DRAWN), group="Data")
+    clip: str = setting("", "weights file of a tiny CLIP to continue, with the words that it lacks", group="Model")
     epochs: int = setting(6, "number of epochs", low=1, high=10**6, group="Optimization")
     epoch_samples: int = setting(8192, "images in an epoch", low=1, high=10**9)
     val_images: int = setting(1984, "images to validate on, in batches of 64", low=64, high=10**9)
@@ -175,14 +178,25 @@ class ContrastiveCriterion(torch.nn.Module):
 # ---- training
 
 def new_clip(s: Settings):
-    """The tiny CLIP at random, with a merge table learned from the words of the drawn world."""
+    """The tiny CLIP at random, or that of --clip, with a token for every word of the drawn world."""
     shapes = Shapes("train", s.seed, wide=s.is_wide)
     texts = []
     for index in range(6000 if s.is_wide else 1500):
         texts += shapes.texts(index)
-    tokenizer = Tokenizer(learn_merges(texts, N_MERGES))
-    clip = CLIP(replace(CLIP_SIZES["tiny"], vocab_size=tokenizer.vocab_size))
+    old = weights.load_clip(s.clip) if s.clip else None
+    if old and not (old.tokenizer and len(old.tokenizer.merges) < N_MERGES):
+        raise ValueError(f"--clip: {shown(s.clip)} is no CLIP of the drawn world; give one that this command wrote")
+    tokenizer = Tokenizer(learn_merges(texts, N_MERGES, old.tokenizer.merges if old else ()))
+    config = old.config if old else CLIP_SIZES["tiny"]
+    clip = CLIP(replace(config, vocab_size=tokenizer.vocab_size))
     clip.tokenizer = tokenizer
+    if old:
+        state = old.state_dict()
+        known = state["text.token_embedding.weight"]  # (V, D), the start and the end token last
+        embedding = clip.text.token_embedding.weight.detach().clone()  # (V + new words, D), these at random
+        embedding[: len(known) - 2] = known[:-2]
+        embedding[-2:] = known[-2:]
+        clip.load_state_dict(state | {"text.token_embedding.weight": embedding})
     return clip
 
 

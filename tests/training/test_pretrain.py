@@ -14,7 +14,7 @@ from hivg.clip import CLIP, CLIPConfig
 from hivg.data.drawn.pairs import MAX_EXPRESSIONS, NO_PHRASE, NO_TARGET, STREAM, Pairs, draw_pair, make_twins
 from hivg.data.drawn.phrases import COLOUR
 from hivg.data.drawn.scenes import COLOURS, DRAWN, HELD_OUT, MAX_OBJECTS, Shapes
-from hivg.tokenizer import split_words
+from hivg.tokenizer import Tokenizer, split_words
 from hivg.training import optimizers, pretrain
 from hivg.training.pretrain import Settings, phrase_truth
 
@@ -67,6 +67,28 @@ def folder(run, tmp_path, monkeypatch):
         return clip
 
     monkeypatch.setattr(pretrain, "new_clip", new_clip)
+
+
+def test_a_clip_is_continued_with_the_words_that_it_lacks(run, tmp_path):
+    """Old texts keep their features, and each new word is a token."""
+    old = weights.load_clip(run / "clip.safetensors")
+    merges = old.tokenizer.merges[:300]
+    fewer = CLIP(replace(SMALL, vocab_size=512 + len(merges) + 2))
+    fewer.tokenizer = Tokenizer(merges)
+    weights.save(tmp_path / "fewer.safetensors", fewer)
+    new = pretrain.new_clip(Settings(clip=str(tmp_path / "fewer.safetensors")))
+    assert new.tokenizer.merges[:300] == merges and new.config.vocab_size > fewer.config.vocab_size
+    known = "red"
+    assert len(fewer.tokenizer.encode(known)) == 1 and len(fewer.tokenizer.encode("penultimate")) > 1
+    assert len(new.tokenizer.encode("penultimate")) == 1
+    was, now = (clip.encode_text(clip.tokenizer([known])) for clip in (fewer, new))
+    torch.testing.assert_close(was, now, rtol=0, atol=0)
+
+
+def test_a_clip_of_another_world_is_not_continued(tmp_path):
+    weights.save(tmp_path / "other.safetensors", CLIP(SMALL))
+    with pytest.raises(ValueError, match="no CLIP of the drawn world"):
+        pretrain.new_clip(Settings(clip=str(tmp_path / "other.safetensors")))
 
 
 def test_resumed_is_uninterrupted(run, folder, monkeypatch):
