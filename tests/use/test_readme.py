@@ -53,7 +53,7 @@ def commands_of(lines):
 def commands_of_page(page):
     """The commands of the shell blocks, and those within the text: `python ...` with at least one more word."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
     quoted = re.findall(r"`((?:\w+=\S+\s+)*(?:python|torchrun)\s[^`]+)`", prose)  # also over the end of a line
     lines = [*blocks_of(text, "bash"), *(" ".join(command.split()) for command in quoted)]
     return [words for part in lines for words in commands_of(part)]
@@ -70,8 +70,9 @@ def check_command(words, monkeypatch):
         if program in ("python", "python3"):
             check_python(args, monkeypatch)
         elif program == "torchrun":
-            torchrun_parser().parse_args(args)
-            plan_training(args[args.index("train.py") + 1 :], monkeypatch)
+            started = torchrun_parser().parse_args(args)
+            check_python(["-m"] * started.module + [started.training_script, *started.training_script_args],
+                         monkeypatch)
         elif program == "pip":
             check_pip(args, monkeypatch)
         elif words != [".", ".venv/bin/activate"] and program != "jupyter":
