@@ -90,8 +90,8 @@ def drawn(name):
     return image, torch.from_numpy(boxes_of(labels, range(len(SCENES[name].objects))))
 
 
-LOOSE = pytest.mark.xfail(strict=True, reason="the right heart, but in a box of IoU 0.46")
-CASES = [pytest.param(*case, marks=LOOSE if "third" in case[1] else (), id=case[1].replace(" ", "_")) for case in ASKED]
+WRONG = pytest.mark.xfail(strict=True, reason="between the third heart and the fourth, with a score of 0.26")
+CASES = [pytest.param(*case, marks=WRONG if "third" in case[1] else (), id=case[1].replace(" ", "_")) for case in ASKED]
 
 
 @pytest.mark.parametrize("name, text, meant", CASES)
@@ -110,5 +110,5 @@ def test_accuracy(monkeypatch):
     rows = evaluate.predict(model, evaluation_batches(dataset))
     moved = evaluate.predict(model, evaluation_batches(dataset), expressions=evaluate.shuffled(rows))
     present = [i for i, row in enumerate(rows) if row["target"]]
-    assert np.mean([rows[i]["iou"] >= 0.5 for i in present]) >= 0.82  # 0.877 of all, give or take 0.024
+    assert np.mean([rows[i]["iou"] >= 0.5 for i in present]) >= 0.85  # 0.900 of all, give or take 0.02
     assert np.mean([moved[i]["iou"] >= 0.5 for i in present]) <= 0.22  # 0.130 of all, give or take 0.03
