@@ -81,6 +81,14 @@ def merge_pair(symbols, pair):
     return tuple(merged)
 
 
+def merge_words(words, pair):
+    """{symbols of a word: how often it occurs} with a pair of neighbours as one symbol."""
+    merged = Counter()
+    for symbols, count in words.items():
+        merged[merge_pair(symbols, pair)] += count
+    return merged
+
+
 def learn_merges(texts, n_merges, known=()):
     """Learn a merge table: the most frequent pair of neighbours becomes one symbol, until there are `n_merges`.
 
@@ -97,7 +105,9 @@ def learn_merges(texts, n_merges, known=()):
             if word not in (SOT, EOT):  # these are tokens already
                 words[word_symbols(word)] += 1
 
-    merges = []
+    merges = list(known)
+    for pair in known:
+        words = merge_words(words, pair)
     while len(merges) < n_merges:
         pairs = Counter()  # {pair of neighbours: how often it occurs}
         for symbols, count in words.items():
@@ -105,15 +115,10 @@ def learn_merges(texts, n_merges, known=()):
                 pairs[pair] += count
         # the largest count, then the smallest pair
         best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
-        if len(merges) < len(known):
-            best = known[len(merges)]
-        elif best is None or pairs[best] < 2:
+        if best is None or pairs[best] < 2:
             break  # a pair that occurs once says nothing about other texts
         merges.append(best)
-        merged_words = Counter()
-        for symbols, count in words.items():
-            merged_words[merge_pair(symbols, best)] += count
-        words = merged_words
+        words = merge_words(words, best)
     return merges
 
 

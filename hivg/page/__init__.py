@@ -113,13 +113,14 @@ class Handler(BaseHTTPRequestHandler):
     timeout = 10  # seconds without a byte from the browser
 
     def do_GET(self):
+        path = self.path.partition("?")[0]
         if not self.is_from_here():
             self.refuse(403, "this page answers its own address alone")
-        elif self.path == "/":
+        elif path == "/":
             self.reply(200, self.server.page, "text/html; charset=utf-8")
-        elif self.path == "/example.png":
+        elif path == "/example.png":
             self.reply(200, self.server.example, "image/png")
-        elif self.path == "/scene":
+        elif path == "/scene":
             self.reply(200, self.server.scene())
         else:
             self.refuse(404, "there is nothing at this address")

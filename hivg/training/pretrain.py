@@ -179,13 +179,13 @@ class ContrastiveCriterion(torch.nn.Module):
 
 def new_clip(s: Settings):
     """The tiny CLIP at random, or that of --clip, with a token for every word of the drawn world."""
+    old = weights.load_clip(s.clip) if s.clip else None
+    if old and not (old.tokenizer and len(old.tokenizer.merges) < N_MERGES):
+        raise ValueError(f"--clip: {shown(s.clip)} is no CLIP of the drawn world; give one that this command wrote")
     shapes = Shapes("train", s.seed, wide=s.is_wide)
     texts = []
     for index in range(6000 if s.is_wide else 1500):
         texts += shapes.texts(index)
-    old = weights.load_clip(s.clip) if s.clip else None
-    if old and not (old.tokenizer and len(old.tokenizer.merges) < N_MERGES):
-        raise ValueError(f"--clip: {shown(s.clip)} is no CLIP of the drawn world; give one that this command wrote")
     tokenizer = Tokenizer(learn_merges(texts, N_MERGES, old.tokenizer.merges if old else ()))
     config = old.config if old else CLIP_SIZES["tiny"]
     clip = CLIP(replace(config, vocab_size=tokenizer.vocab_size))

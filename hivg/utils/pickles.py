@@ -272,9 +272,15 @@ def read_zip(path):
 def read_legacy(data):
     """torch.save before 1.6: a magic number, a version, the machine, the value, the keys of the storages, and these."""
     parts = {}  # key: the bytes of its storage
+
+    def read_part(key):
+        if key not in parts:
+            raise ValueError(f"the numbers of its tensor {shown(key, 60)} are not in it")
+        return parts[key]
+
     end = 0
     for _ in range(4):
-        value, end, dtypes = unpickle(data, end, parts.__getitem__)
+        value, end, dtypes = unpickle(data, end, read_part)
     keys, end, _ = unpickle(data, end)
     for key in keys:
         start = end + 8  # behind the number of elements

@@ -224,7 +224,7 @@ def test_older_torch_save_without_a_storage(tmp_path):
     keys = pickle.dumps([key], 2)
     assert data.count(keys) == 1
     (tmp_path / "x.pt").write_bytes(data.replace(keys, pickle.dumps([], 2)))
-    with pytest.raises(ValueError, match="damaged .KeyError"):
+    with pytest.raises(ValueError, match="numbers of its tensor .* are not in it"):
         pickles.read(tmp_path / "x.pt")["w"].read()
 
 

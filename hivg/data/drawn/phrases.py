@@ -60,6 +60,7 @@ PLAIN = Words(
     sides={"left": "left", "right": "right", "above": "top", "below": "bottom"},
     ordinals={2: ("second", "second", "2nd"), 3: ("third", "third", "3rd"), 4: ("fourth", "4th"), 5: ("fifth", "5th")},
 )
+# What people call the colours, repeated as in Words
 HUES = {
     "red": ("red", "red", "red", "crimson", "scarlet"), "green": ("green", "green", "green", "emerald"),
     "blue": ("blue", "blue", "blue", "cobalt"),

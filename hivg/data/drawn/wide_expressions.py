@@ -62,7 +62,7 @@ class WideSpeaker(Speaker):
 
     def noun(self, i, attributes, before=()):
         """A noun phrase; with a superlative now and then as "the leftmost of the (three) red stars"."""
-        if before and before[0].endswith(("est", "st", "nd", "rd", "th", "er")) and self.rng.random() < 0.15:
+        if before and before[0].endswith(("st", "nd", "rd", "th", "er")) and self.rng.random() < 0.15:
             members = len(self.members(i, attributes))
             number = NUMBERS[members - 1] + " " if members <= len(NUMBERS) and self.rng.random() < 0.4 else ""
             return f"{' '.join(before)} of the {number}{plural(super().noun(i, attributes))}"
@@ -153,7 +153,7 @@ class WideSpeaker(Speaker):
             link = "that is " if style < 0.12 else ""
             return the(rng, f"{self.noun(some, self.row.attributes)} {link}{counted} {where}")
         if style < 0.3 and not self.must and len(self.row.members) == len(self.objects):
-            return the(rng, f"{counted} {where}", 0.7)  # of all there are
+            return the(rng, f"{counted} {where}", 0.7)  # without a noun: the row is all there is
         return the(rng, f"{self.noun(some, self.row.attributes, (counted,))} {where}", 0.7)
 
     def is_middle(self, target):
