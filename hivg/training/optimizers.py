@@ -5,6 +5,7 @@ import math
 import torch
 
 from hivg.lora import LoRALinear
+from hivg.utils.cli import choose_dtype
 
 
 def learning_rate(step, steps, peak, warmup_steps):
@@ -53,8 +54,8 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalise(x, steps=5):
     """The nearest matrices whose singular values are all about 1, by Newton-Schulz iterations with the coefficients of
-    Jordan et al.: (n, rows, columns) -> the same in bfloat16."""
-    x = x.bfloat16()
+    Jordan et al.: (n, rows, columns) -> the same in bfloat16, or in float32 where bfloat16 is slow."""
+    x = x.to(choose_dtype("auto", x.device))
     tall = x.shape[-2] > x.shape[-1]
     if tall:  # the products are of the shorter side
         x = x.mT

@@ -4,7 +4,14 @@ import pytest
 import torch
 from makers import assert_close, make_hivg
 
-from hivg.training.optimizers import check_finite, learning_rate, make_optimizers, set_learning_rate, step_optimizers
+from hivg.training.optimizers import (
+    check_finite,
+    learning_rate,
+    make_optimizers,
+    orthogonalise,
+    set_learning_rate,
+    step_optimizers,
+)
 
 
 @pytest.mark.parametrize("steps, warmup", [(100, 10), (40, 1), (1000, 100)])
@@ -53,6 +60,19 @@ def test_muon_steps_the_matrices_of_linear_layers():
             "mask_convs.0.weight"} <= {*by_adamw}
     alone, = make_optimizers(model, "adamw", 0.0)
     assert type(alone) is torch.optim.AdamW and len(alone.param_groups[0]["params"]) == len(by_muon + by_adamw)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 40, 5), (2, 5, 40)])
+@pytest.mark.parametrize("able, dtype", [({"avx512_bf16": True}, torch.bfloat16), ({}, torch.float32)])
+def test_orthogonalise(monkeypatch, shape, able, dtype):
+    """Singular values near 1 on the same sides, in the type that this CPU multiplies fast."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    values = torch.linspace(0.2, 1, min(shape[1:]))
+    made = orthogonalise(u * values @ v)
+    assert made.dtype == dtype
+    for value in torch.diagonal(u.mT @ made.float() @ v.mT, dim1=1, dim2=2).flatten():
+        assert 0.6 < value < 1.3
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])

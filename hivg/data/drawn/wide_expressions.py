@@ -28,7 +28,7 @@ ASKED = ("where is {}?", "where is {}", "where's {}?", "find {}", "find {} pleas
          "detect {}", "segment {}")
 WIDE_FORMS = FORMS | {
     "superlative": (*FORMS["superlative"], "large", "small", "corner", "corner"),
-    "ordinal": (None,), "counting": (None,), "beyond": (None,),  # of the scene's row
+    "ordinal": (None,), "counting": (None,), "late": (None,), "beyond": (None,),  # of the scene's row
     "negation": (COLOUR, COLOUR, FILL, SHAPE, SIZE),
     "absent": ("thing", "thing", "thing", "anchor", "anchor", "anchor", "side", "not"),
 }
@@ -116,6 +116,10 @@ class WideSpeaker(Speaker):
     def counting(self, _):
         """Neither the first nor the last."""
         return self.rank(range(2, len(self.row.members)))
+
+    def late(self, _):
+        """The third or a later one."""
+        return self.rank(range(3, len(self.row.members) + 1))
 
     def beyond(self, _):
         """A rank that nothing has: "the fifth" of three."""
