@@ -55,9 +55,9 @@ channels equally (the first mean) and what the variance takes off along x_hat (t
 once, computes everything between the two matrix products, and leaves a in d_a's memory for the second: 4 times 60.6 MB.
 Every sum has one owner and a fixed order, so results are deterministic.
 
-Dtypes: statistics, a and sums are float32 (float64 for float64); products are in the dtype of proj_weight, which is
-also the output's. float32 products are exact (`ieee`) unless PyTorch may use TF32. In training, autocast passes x, w,
-g, c in float32 and P in bfloat16.
+Dtypes: statistics, a and sums are float32 (float64 for float64), but a has the inputs' dtype where x, w and P have the
+same; products are in the dtype of proj_weight, which is also the output's. float32 products are exact (`ieee`) unless
+PyTorch may use TF32. In training, autocast passes x, w, g, c in float32 and P in bfloat16.
 """
 
 import torch
@@ -280,7 +280,7 @@ def dense_rows(x):
 @torch.library.custom_op("hivg::fusion_statistics", mutates_args=())
 def statistics(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """x (K, B, T, D) -> mean and rstd (K, B T), float64 for float64, else float32. It is a separate operator because it
-    depends on no bridge's parameters: torch.compile merges the calls of all bridges of a model into one."""
+    depends on no bridge's parameters: where a whole model is compiled, one call serves all its bridges."""
     K, B, T, D = x.shape
     x = dense_rows(x)
     mean = x.new_empty(K, B * T, dtype=torch.promote_types(x.dtype, torch.float32))

@@ -18,15 +18,17 @@ class Criterion(torch.nn.Module):
         self.box_loss = box_loss
 
     def has_unused_head(self):
-        """Whether a head of the model is in no loss, and so gets no gradient: DistributedDataParallel must know."""
+        """Whether a trained part of the model is in no loss, and so gets no gradient: DistributedDataParallel must
+        know."""
         w = self.weights
-        return not ((w.box or w.giou or w.patch_box) and (w.rtcc_focal or w.rtcc_dice)
-                    and (w.mask_focal or w.mask_dice))
+        return not ((w.box or w.giou or w.patch_box) and (w.rtcc_focal or w.rtcc_dice) and (w.mask_focal or w.mask_dice)
+                    and (w.clc or not self.model.clip.logit_scale.requires_grad))  # trained with all of CLIP
 
     def forward(self, batch):
         """batch: this rank's, as `to_device` of hivg/data/batches.py returns it -> {name: weighted scalar}, whose sum
         is the loss."""
         output = self.model(batch["images"], batch["padding_mask"], batch["token_ids"],
+                            with_mask=self.weights.mask_focal > 0 or self.weights.mask_dice > 0,
                             with_patch_boxes=self.weights.patch_box > 0,
                             with_reg_attention=self.weights.reg_attention > 0)
         text = distributed.gather(output.text_features.float())  # (n, E), n = B times the ranks

@@ -18,9 +18,9 @@ def learning_rate(step, steps, peak, warmup_steps):
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): the momentum of a matrix is made nearly orthogonal before it is subtracted.
 
-    The numbers of torch.optim.Muon, but matrices of one shape are orthogonalised together, as one batch: the adapters
-    of a model are many small matrices, and one by one they cost more in calls than in arithmetic. The step is scaled
-    to the size of AdamW's (Liu et al. 2025), so that both take the same learning rate.
+    The numbers of torch.optim.Muon, but in float32 where bfloat16 is slow. Matrices of one shape are orthogonalised
+    together, as a batch: adapters are many small matrices, and one by one they cost more in calls than in arithmetic.
+    The step is scaled to the size of AdamW's (Liu et al. 2025), so that both take the same learning rate.
     """
 
     def __init__(self, params, lr=1e-3, weight_decay=0.0, momentum=0.95):

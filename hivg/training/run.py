@@ -55,7 +55,7 @@ class Run:
         the stage started from, and a number of each tells whether it is still the same file.
         """
         random = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
+        if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state()
         state = {
             "settings": asdict(self.settings),
@@ -115,6 +115,7 @@ class Run:
                 raise
             raise damaged(self.folder) from None
         self.log.restart_clock()
+        state["trained"] = state["optimizers"] = None  # as large as the model and more, and needed no longer
         return state["step"], state["best"]
 
     def save_is_due(self, end_of_epoch):

@@ -55,7 +55,7 @@ class RunSettings:
     clip_grad: float = setting(1.0, "largest norm of the gradient; inf = no clipping", low=1e-12, high=float("inf"))
 
     device: str = setting("auto", "auto, cpu or cuda", group="Machine", resumable=True)
-    dtype: str = setting("auto", "dtype of the matrix products; auto = bfloat16 where the hardware is fast at it",
+    dtype: str = setting("auto", "dtype of the model's products; auto = bfloat16 where the hardware is fast at it",
                          choices=DTYPES)
     compile: bool = setting(False, "speed the model up with torch.compile")
 

@@ -148,7 +148,7 @@ def check_compile(device, advice="leave --compile out"):
 
 def choose_dtype(name, device):
     """"float32", "bfloat16" or "auto" -> the torch.dtype of matrix products, and in prediction also of parameters.
-    auto: bfloat16 on a GPU or CPU that multiplies it in hardware, where a step takes half the time. Raises
+    auto: bfloat16 on a GPU or x86 CPU that multiplies it in hardware, where a step takes half the time. Raises
     ValueError."""
     if name not in DTYPES:
         raise ValueError(f"dtype must be auto, float32 or bfloat16, not {name!r}")

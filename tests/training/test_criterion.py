@@ -97,7 +97,13 @@ def test_a_step_waits_for_no_number(optimizer, is_graphed):
             step([batch])
 
 
-def test_data_parallelism_is_told_of_a_head_without_a_loss():
-    for weights, unused in ((LossWeights(), False), (LossWeights(mask_focal=0), False),
-                            (LossWeights(mask_focal=0, mask_dice=0), True), (LossWeights(box=0, giou=0), True)):
-        assert Criterion(torch.nn.Identity(), weights, "l1").has_unused_head() == unused
+@pytest.mark.parametrize("with_clip", [False, True])
+@pytest.mark.parametrize("off", [(), ("mask_focal",), ("mask_focal", "mask_dice"), ("box", "giou"), ("clc",)])
+def test_data_parallelism_is_told_of_what_has_no_gradient(off, with_clip):
+    model = make_hivg(dtype=torch.float32)
+    model.clip.requires_grad_(with_clip)
+    criterion = Criterion(model, LossWeights(**dict.fromkeys(off, 0)), "l1")
+    sum(criterion(make_training_batch()).values()).backward()
+    is_unused = any(p.grad is None for p in model.parameters() if p.requires_grad)
+    assert criterion.has_unused_head() == is_unused
+    assert is_unused == (off in (("mask_focal", "mask_dice"), ("box", "giou")) or off == ("clc",) and with_clip)
