@@ -242,6 +242,7 @@ def train(s: Settings, hooks=Hooks()):
     if saved and saved["stage"] >= len(table):
         raise damaged(run.folder)
 
+    dataset = val = None
     for number, stage in enumerate(table):
         if saved and number < saved["stage"]:
             continue  # done before the interruption
@@ -251,8 +252,9 @@ def train(s: Settings, hooks=Hooks()):
         model.clip.visual.recompute = s.recompute
         clip_rates = dict.fromkeys(without_adapters(model.clip), s.clip_rate) if s.clip_rate else {}
         optimizers = make_optimizers(model, s.optimizer, s.weight_decay, clip_rates)
-        dataset = open_split(s, model, "train")
-        val = open_split(s, model, "val")  # here, so that a missing one is noticed before any work
+        if val is None:  # the same in all stages
+            dataset = open_split(s, model, "train")
+            val = open_split(s, model, "val")  # here, so that a missing one is noticed before any work
         if s.dataset in DRAWN and log.is_writer and not log.levels:
             log.levels = {"guessing the largest object": guessers(val.shapes)["largest object"]}
         steps_per_epoch = count_steps_per_epoch(s, stage, dataset)

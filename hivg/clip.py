@@ -316,10 +316,6 @@ class CLIP(nn.Module):
         hidden_states = self.text(token_ids)  # each (B, T, C)
         return at_end_token(self.text.project(hidden_states[-1]), token_ids)
 
-    def forward(self, images, token_ids):
-        """-> text features (B, E) and image features (B, E), not normalised: what contrastive training needs."""
-        return self.encode_text(token_ids), self.encode_image(images)
-
 
 def similarity(text_features, image_features, logit_scale):
     """(B_t, E) and (B_i, E) -> (B_t, B_i): the scaled cosine of every text with every image,

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from makers import assert_close, make_hivg, random
 
 from hivg.boxes import cxcywh_to_xyxy, giou
-from hivg.losses import LossWeights, patch_box_loss, reg_attention_loss
+from hivg.losses import patch_box_loss, reg_attention_loss
 
 
 def test_hints_are_extra(hivg, batch):
@@ -18,24 +18,6 @@ def test_hints_are_extra(hivg, batch):
     B, P = hinted.token_similarity.shape
     assert hinted.patch_boxes.shape == (B, P, 4)
     assert hinted.reg_attention.shape == (2, B, hivg.config.encoder_heads, P)
-
-
-def test_reg_attention_is_that_of_the_layer(batch):
-    """Against the attention that makes the layer's output: [REG]'s row of softmax(q k^T / sqrt(d))."""
-    model = make_hivg()
-    seen = {}
-    layer = model.encoder[-1]
-    layer.attn.register_forward_hook(lambda module, args, kwargs, out: seen.update(args=args, **kwargs),
-                                     with_kwargs=True)
-    output = model(*batch, with_patch_boxes=True, with_reg_attention=True)
-    query, = seen["args"]  # the keys too
-    attn = layer.attn
-    q = attn.q_proj(query).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-    k = attn.k_proj(query).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-    logits = q @ k.mT / q.shape[-1] ** 0.5  # (B, heads, M, M)
-    share = logits.masked_fill(~seen["mask"], float("-inf")).softmax(-1)[:, :, 0]  # (B, heads, M)
-    P = output.token_similarity.shape[1]
-    assert_close("shares", output.reg_attention[-1].exp(), share[:, :, 2 : 2 + P], 1e-5)
 
 
 def test_reg_attention_is_in_float32_under_autocast():
@@ -86,7 +68,3 @@ def test_reg_attention_of_a_target_that_is_padding():
     loss = reg_attention_loss(shares, F.one_hot(torch.tensor([0]), 3).float())
     loss.backward()
     assert loss.isfinite() and logits.grad.isfinite().all()
-
-
-def test_hints_are_off_for_the_paper():
-    assert LossWeights().patch_box == LossWeights().reg_attention == 0

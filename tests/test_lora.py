@@ -162,11 +162,6 @@ def test_unknown_mode(mode):
         adapted_layers(1, 12, 3, mode)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_warm_up_has_no_adapters(mode):
-    assert adapted_layers(0, 12, 3, mode) == []
-
-
 @pytest.mark.parametrize("mode, stage, bridge", [
     ("hierarchical", 0, "adaptive"), ("hierarchical", 1, "adaptive"), ("hierarchical", 3, "adaptive"),
     ("shared", 2, "projected"), ("vanilla", 1, "constant"), ("none", 0, "none")])

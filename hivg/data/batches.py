@@ -18,7 +18,7 @@ from hivg.data.drawn.expressions import NOTHING
 from hivg.data.drawn.scenes import DRAWN, EXPRESSIONS_PER_SCENE, HARD_MIX, PLAIN_SHARE, WIDE_HARD_MIX, Shapes
 from hivg.data.images import ImageError, open_image, open_published
 from hivg.data.published.catalogue import DATA_ROOT
-from hivg.data.published.reading import annotation_path, read_samples, refuse_annotations
+from hivg.data.published.reading import read_samples, refuse_annotations
 from hivg.data.transforms import Letterbox, normalise
 from hivg.utils.messages import shown
 
@@ -174,19 +174,6 @@ def box_mask(box, size):
     return rows[:, None] & columns
 
 
-@lru_cache(maxsize=8)  # every stage and every validation reads the same
-def cached_samples(data_root, dataset, split, annotations, stamps):
-    """read_samples, once for each state of the files; stamps: what changes with it."""
-    return read_samples(data_root, dataset, split, annotations)
-
-
-def stamps_of(data_root, dataset, split, annotations):
-    """What the system knows of the annotation files of a split: it changes with their content. Raises ValueError."""
-    path = annotation_path(data_root, dataset, split, annotations)
-    stats = [os.stat(file) for file in (path, path.with_name("instances.json")) if file.is_file()]
-    return tuple((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats)
-
-
 def open_dataset(dataset, split, size, normalization="clip", seed=0, data_root=DATA_ROOT, annotations=None, train=False,
                  hard_mix=False, masks="auto"):
     """A split of a drawn data set, of one of published/catalogue.py, or of a .jsonl or .json file.
@@ -201,8 +188,7 @@ def open_dataset(dataset, split, size, normalization="clip", seed=0, data_root=D
         if hard_mix and train:
             harder = dict(weights=WIDE_HARD_MIX, plain=PLAIN_SHARE) if is_wide else dict(weights=HARD_MIX)
         return ShapesTensors(split, size, normalization, seed, wide=is_wide, **harder)
-    stamps = stamps_of(data_root, dataset, split, annotations)
-    samples = cached_samples(data_root, dataset, split, annotations, stamps)
+    samples = read_samples(data_root, dataset, split, annotations)
     if not samples:
         raise ValueError(f"{shown(dataset)} {shown(split, 30)}: no samples are left; `python -m hivg.data check "
                          f"{shown(dataset, 90)}` says why")

@@ -24,7 +24,6 @@ from makers_data import (
 )
 from PIL import Image
 
-from hivg.data.batches import open_dataset
 from hivg.data.published.catalogue import COCO, DATA_ROOT, DATASETS, FLICKR, REFERIT, canonical
 from hivg.data.published.check import splits_of
 from hivg.data.published.formats import val_images
@@ -272,15 +271,6 @@ def test_own_lines_are_split_by_image(tmp_path):
     assert len(train) + len(val) == 80 and 1 <= len(val) <= 20
     assert not {s.image for s in train} & {s.image for s in val}
     assert train[0].box == (1.0, 2.0, 11.0, 12.5) and train[0].image == tmp_path / "images/0.png"
-
-
-@pytest.mark.parametrize("dataset", ["shapes", "mine.jsonl"])
-def test_annotations_are_for_published_data_sets(tmp_path, monkeypatch, dataset):
-    """Anywhere else they would be ignored."""
-    monkeypatch.chdir(tmp_path)
-    write_own(tmp_path)
-    with pytest.raises(ValueError, match=f"--annotations .*other.json.* {dataset} .*; leave it out"):
-        open_dataset(dataset, "val", 64, annotations="other.json")
 
 
 def write_own_splits(folder, *splits):

@@ -116,30 +116,6 @@ def test_only_training_is_augmented_and_harder(tmp_path):
     assert open_dataset("shapes-wide", "train", 32, train=True, hard_mix=True).shapes.plain == PLAIN_SHARE
 
 
-def test_a_file_that_was_corrected_is_read_again(tmp_path, monkeypatch):
-    """One that was not, once only; another of the same name is another."""
-    read = []
-    monkeypatch.setattr(batches, "read_samples", lambda *args: read.append(args) or make_samples(tmp_path, 1))
-    path = write_own(tmp_path, 2, split="val")
-    for _ in range(2):
-        open_dataset(str(path), "val", 32)
-    assert len(read) == 1
-    before = os.stat(path)
-    text = path.read_text()
-    path.write_text(text.replace("cup", "CUP") if "cup" in text else text[::-1])  # of the same length
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    open_dataset(str(path), "val", 32)
-    assert len(read) == 2
-    refer = tmp_path / "refcoco"
-    refer.mkdir()
-    for name in ("refs(unc).p", "instances.json"):
-        (refer / name).write_text("x")
-    open_dataset("refcoco", "val", 32, data_root=tmp_path)
-    (refer / "instances.json").write_text("corrected")
-    open_dataset("refcoco", "val", 32, data_root=tmp_path)
-    assert len(read) == 4
-
-
 def test_a_data_set_without_samples_is_refused(tmp_path, capsys):
     path = write_own(tmp_path, 2, bbox=[5, 5, 5, 5], split="train")
     with pytest.raises(ValueError, match="no samples are left; `python -m hivg.data check .*mine.jsonl` says why"):

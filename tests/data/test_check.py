@@ -77,13 +77,6 @@ def test_own_data_without_val_are_told(tmp_path, n, fields, has_val):
     assert (f"{path}: it has no val, which train.py needs; " in check(tmp_path, path)) == (not has_val)
 
 
-def test_dropped_outlines_are_told(tmp_path):
-    path = write_own(tmp_path, 3, split="val", segmentation="foo")
-    text = check(tmp_path, path)
-    assert "mine.jsonl, val: 6 outlines dropped, neither polygons nor run lengths (first: line 1: images/0.png" in text
-    assert f"{path} val: 6 expressions" in text  # they are kept
-
-
 def test_the_reason_of_rows_that_exist_comes_first(tmp_path):
     """Not only that there is no train."""
     write_list(tmp_path, {"val": make_scenes(tmp_path, 2), "testA": []})

@@ -22,7 +22,7 @@ def test_items_depend_on_their_seed_and_index_alone():
     assert Shapes("train", seed=3).scene(5) == Shapes("train", seed=3).scene(5) != Shapes("train", seed=4).scene(5)
     assert Shapes("train").scene(2**40 - 1)
     with_caption, without = Shapes("compose")[5], Shapes("compose", captions=False)[5]
-    assert with_caption.keys() - without.keys() == {"caption", "phrases", "attributes", "named"}
+    assert with_caption.keys() - without.keys() == {"caption", "phrases"}
     for key, value in without.items():
         assert np.array_equal(value, with_caption[key]), key
     assert Shapes("compose").texts(5) == [with_caption["caption"], *with_caption["expressions"]]

@@ -1,7 +1,6 @@
 """python ground.py: what it prints, draws and refuses."""
 
 import copy
-import errno
 import json
 import os
 import re
@@ -327,22 +326,6 @@ def test_no_gpu(run):
 def test_files_that_cannot_be_written(run, flag, output):
     code, _, err = run("a.png", "-e", "star", flag, output)
     assert code == 2 and re.fullmatch(r"error: [^\n]+\n", err) and output in err
-
-
-def test_a_full_disk_leaves_the_old_drawing_and_masks(run, monkeypatch):
-    def fill_disk(image, path, *_):
-        Path(path).write_bytes(b"half")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    for flag, file in (("--output", "old.png"), ("--save_masks", "out/a-1.png")):
-        args = ["a.png", "-e", "star", flag, file.removesuffix("/a-1.png")]
-        assert run(*args)[0] == 0
-        before = Path(file).read_bytes()
-        with monkeypatch.context() as patch:
-            patch.setattr(Image.Image, "save", fill_disk)
-            code, _, err = run(*args)
-        assert code == 2 and err.startswith(f"error: {file}: cannot be written (No space left on device); make room")
-        assert Path(file).read_bytes() == before and not list(Path().rglob("*.part*"))
 
 
 @pytest.mark.parametrize("args", [[], ["--json"]])

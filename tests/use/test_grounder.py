@@ -148,12 +148,6 @@ def test_a_batch_is_one_call_of_the_model(grounder, image, monkeypatch):
     assert sizes[2:] == [1]  # of one image, what does not depend on the expression is computed once
 
 
-def test_merging_moves_no_box(model, grounder, image):
-    merged = Grounder(model.merged(), "cpu", "float32")
-    assert_same(merged.ground(image, TEXTS[2]), grounder.ground(image, TEXTS[2]))
-    assert any(name.endswith(".A.0") for name in model.state_dict())  # the model given still has its adapters
-
-
 def test_bfloat16_is_near(model, grounder, image):
     exact = grounder.ground(image, TEXTS)
     rough = Grounder(model, "cpu", "bfloat16").ground(image, TEXTS)

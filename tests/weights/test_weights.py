@@ -1,7 +1,5 @@
 """Weights files: what goes in comes out, a bad file gets one line that names it, an interrupted save costs nothing."""
 
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -221,38 +219,6 @@ def test_the_other_model_is_refused(tmp_path, kind, other):
 
 def test_impossible_path_gets_one_line(tmp_path):
     message_of(tmp_path / ("x" * 300), weights.load_hivg)
-
-
-# --- interrupted saves ---
-
-
-class Killed(BaseException):
-    pass
-
-
-def killed(*_):
-    raise Killed
-
-
-def half(path, data):
-    with open(path, "wb") as file:
-        file.write(data[: len(data) // 2])
-    raise Killed
-
-
-@pytest.mark.parametrize("owner, name, stop", [(Path, "write_bytes", half), (os, "replace", killed)])
-def test_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch, owner, name, stop):
-    path = tmp_path / "clip.safetensors"
-    old = make("clip", seed=1)
-    new = make("clip", seed=2)
-    weights.save(path, old)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(owner, name, stop)
-        weights.save(path, new)
-    assert_same_model(weights.load_clip(path), old)
-    weights.save(path, new)
-    assert_same_model(weights.load_clip(path), new)
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_weights_of_the_program_are_found_from_any_folder(tmp_path, monkeypatch):

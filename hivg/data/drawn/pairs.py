@@ -15,10 +15,10 @@ import torch
 from torch.utils.data import Dataset
 
 from hivg.data.batches import collate
-from hivg.data.drawn.drawing import HELD_OUT, LONG, SHAPES, draw
+from hivg.data.drawn.drawing import COLOURS, HELD_OUT, LONG, SHAPES, SIZES, draw
 from hivg.data.drawn.expressions import Expression, Speaker, draw_kinds, express, the
-from hivg.data.drawn.phrases import COLOUR, SHAPE, caption, noun_phrase, object_phrases, pick, place
-from hivg.data.drawn.scenes import MAX_OBJECTS, attribute_ids, random_scene, row_length
+from hivg.data.drawn.phrases import ALL, COLOUR, FILL, SHAPE, SIZE, caption, noun_phrase, object_phrases, pick, place
+from hivg.data.drawn.scenes import MAX_OBJECTS, random_scene, row_length
 from hivg.data.drawn.wide_expressions import WIDE_SHAPES, WideSpeaker
 from hivg.data.drawn.wide_scenes import row_scene, wide_scene
 from hivg.data.transforms import Letterbox
@@ -36,6 +36,16 @@ STREAM = 1000  # of random numbers; the splits use those from 0 on (scenes.SPLIT
 NO_PHRASE = -2  # fills `named` where an image has fewer objects than MAX_OBJECTS
 NO_OBJECT = -3  # fills `attributes` there
 NO_TARGET = -1  # fills `targets` where an image has fewer expressions than MAX_EXPRESSIONS
+
+
+def attribute_ids(obj, attributes=ALL):
+    """[shape, colour, fill, size] as numbers, -1 for those that are not in `attributes`."""
+    return [
+        WIDE_SHAPES.index(obj.shape) if attributes & SHAPE else -1,
+        list(COLOURS).index(obj.colour) if attributes & COLOUR else -1,
+        int(obj.filled) if attributes & FILL else -1,
+        list(SIZES).index(obj.size) if attributes & SIZE else -1,
+    ]
 
 
 class Pairs(Dataset):

@@ -13,8 +13,8 @@ import numpy as np
 
 from hivg.data.drawn.drawing import COLOURS, HELD_OUT, REACH, SHAPES, SIZES, Object, Scene, background, boxes_of, draw
 from hivg.data.drawn.expressions import Speaker, draw_kinds, express
-from hivg.data.drawn.phrases import ALL, COLOUR, FILL, SHAPE, SIZE, caption, object_phrases, pick
-from hivg.data.drawn.wide_expressions import WIDE_SHAPES, WideSpeaker
+from hivg.data.drawn.phrases import COLOUR, SHAPE, caption, object_phrases, pick
+from hivg.data.drawn.wide_expressions import WideSpeaker
 from hivg.data.drawn.wide_scenes import MOST, looks_of, row_scene, some, wide_scene
 
 EXPRESSIONS_PER_SCENE = 4
@@ -104,16 +104,6 @@ def random_scene(rng, held_out):
 def row_length(rng, lengths=ROWS["ordinal"]):
     """How many a row has, each in proportion to itself: then each (rank, number) is drawn equally often."""
     return pick(rng, [n for n in lengths for _ in range(n)])
-
-
-def attribute_ids(obj, attributes=ALL):
-    """[shape, colour, fill, size] as numbers, -1 for those that are not in `attributes`."""
-    return [
-        WIDE_SHAPES.index(obj.shape) if attributes & SHAPE else -1,
-        list(COLOURS).index(obj.colour) if attributes & COLOUR else -1,
-        int(obj.filled) if attributes & FILL else -1,
-        list(SIZES).index(obj.size) if attributes & SIZE else -1,
-    ]
 
 
 def meant(scene, held_out):
@@ -229,8 +219,6 @@ class Shapes:
         details       4 of Expression.detail
         caption       a string about the whole image; this and what follows only if asked for
         phrases       one for each object: a string, "a red star", true of it and perhaps of others
-        attributes    the objects' attributes (attribute_ids)
-        named         of these, the ones that each phrase names
         """
         scene, expressions, rng = self._make(index)
         image, labels = draw(scene)
@@ -246,7 +234,5 @@ class Shapes:
         }
         if self.captions:
             item["caption"] = caption(scene, rng, self.speaker.words)
-            item["phrases"], named = object_phrases(scene, rng, self.speaker.words)
-            item["attributes"] = [attribute_ids(obj) for obj in scene.objects]
-            item["named"] = [attribute_ids(obj, attributes) for obj, attributes in zip(scene.objects, named)]
+            item["phrases"] = object_phrases(scene, rng, self.speaker.words)[0]
         return item
