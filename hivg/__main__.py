@@ -91,7 +91,9 @@ def with_heatmap_named(words):
     image after it for the name."""
     named = list(words)
     for i, word in enumerate(words):
-        if word == "--heatmap" and "".join(words[i + 1 : i + 2]) not in HEATMAPS:
+        after = "".join(words[i + 1 : i + 2])
+        is_file = not after or after.startswith("-") or os.path.splitext(after)[1] or os.path.exists(after)
+        if word == "--heatmap" and after not in HEATMAPS and is_file:  # anything else is a name, if a wrong one
             named[i] = "--heatmap=tokens"
     return named
 

@@ -175,11 +175,16 @@ def settings_from_flags(settings, description, defaults_of=None):
         raise ValueError(f"{run}/state.pt: a state of another version of the program; train again under another --name")
     wanted = with_flags(saved, given)
     free = {f.name for f in fields(settings) if f.metadata["resumable"]}
-    changed = [f"--{name} {given[name]} (was {saved[name]})" for name in given
+    changed = [f"--{name} {as_typed(given[name])} (was {as_typed(saved[name])})" for name in given
                if name not in free and wanted[name] != saved[name]]
     if changed:
         parser.error(f"--resume continues {run} with its own settings; it cannot change {', '.join(changed)}")
     return settings(**wanted)
+
+
+def as_typed(value):
+    """A setting as it is typed after its flag."""
+    return " ".join(map(str, value)) if isinstance(value, tuple | list) else value
 
 
 def with_flags(values, given):

@@ -19,8 +19,8 @@ def test_counts_and_leakage(tmp_path):
     write_list(tmp_path, {"train": train, "val": val + train[:1], "testA": val})
     text = check(tmp_path, "refcoco")
     assert f"refcoco train: {len(train)} expressions (120,624 published), 5 images" in text
-    assert f"images of refcoco train in refcoco val: 1, for instance {train[0].file}" in text
-    assert "images of refcoco train in refcoco testA: 0" in text and "no split 'testB'" in text
+    assert f"images of refcoco train that are also in refcoco val: 1, for instance {train[0].file}" in text
+    assert "images of refcoco train that are also in refcoco testA: 0" in text and "no split 'testB'" in text
 
 
 def test_leakage_between_the_parts_of_the_mixture(tmp_path):
@@ -29,7 +29,7 @@ def test_leakage_between_the_parts_of_the_mixture(tmp_path):
     write_list(tmp_path, {"val": val}, "gref_umd")
     write_mixture(tmp_path, {"train": train + val[-1:]})
     text = check(tmp_path, "mixup")
-    assert f"images of mixup train in refcocog val: 1, for instance {val[-1].file}" in text
+    assert f"images of mixup train that are also in refcocog val: 1, for instance {val[-1].file}" in text
     assert "no split 'val' of mixup" in text
     assert "of flickr" not in text and "of refcocog" not in text  # parts that are not there are passed over
 
@@ -45,7 +45,7 @@ def test_own_data_is_reported_by_its_splits(tmp_path):
     path = write_own(tmp_path, 3, split="mine")
     (tmp_path / "images/2.png").unlink()
     lines = check("nowhere", path).splitlines()
-    assert lines[0] == f"{path} mine: 4 expressions, 2 images"
+    assert lines[0] == f"{path} mine: 4 expressions, 2 images, boxes read as xmin ymin xmax ymax"
     assert "2 left out, missing image" in lines[1]
 
 
@@ -58,15 +58,17 @@ def test_images_of_one_name_in_two_folders_are_two(tmp_path):
         rows.append(json.dumps(row))
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(rows))
+    read = "2 expressions, 2 images, boxes read as xmin ymin xmax ymax"
     assert check("nowhere", path).splitlines() == [
-        f"{path} train: 2 expressions, 2 images", f"{path} val: 2 expressions, 2 images",
-        f"images of {path} train in {path} val: 1, for instance {shown(tmp_path / 'b/000.png', 80)}"]
+        f"{path} train: {read}", f"{path} val: {read}",
+        f"images of {path} train that are also in {path} val: 1, for instance {shown(tmp_path / 'b/000.png', 80)}"]
 
 
 def test_without_training_images_nothing_leaks(tmp_path):
     path = write_own(tmp_path, 3, split="val")
     lines = check("nowhere", path).splitlines()
-    assert lines[0] == f"{path} val: 6 expressions, 3 images" and lines[1].startswith(f"{path}: it has no train, ")
+    assert lines[0].startswith(f"{path} val: 6 expressions, 3 images, ")
+    assert lines[1].startswith(f"{path}: it has no train, ")
     assert len(lines) == 2
 
 
@@ -74,7 +76,18 @@ def test_without_training_images_nothing_leaks(tmp_path):
                                                 (3, {"split": "validation"}, True)])
 def test_own_data_without_val_are_told(tmp_path, n, fields, has_val):
     path = write_own(tmp_path, n, **fields)
-    assert (f"{path}: it has no val, which train.py needs; " in check(tmp_path, path)) == (not has_val)
+    text = check(tmp_path, path)
+    assert (f"{path}: it has no val, which train.py needs; " in text) == (not has_val)
+    assert text.endswith("add a second image") == (n == 1)
+
+
+def test_own_boxes_are_told_as_they_are_read(tmp_path):
+    """By the key that names the image: small boxes could be in either form."""
+    Image.new("RGB", (300, 200)).save(tmp_path / "a.jpg")
+    for key, name, form in (("image", "a.jpg", "xmin ymin xmax ymax"), ("file_name", "a.jpg", "x y width height"),
+                            ("img_id", "a", "x y width height")):  # MiniGPT-v2 leaves the suffix out
+        (tmp_path / "mine.jsonl").write_text(json.dumps({key: name, "expression": "cup", "bbox": [10, 20, 40, 50]}))
+        assert f"1 images, boxes read as {form}" in check("data", tmp_path / "mine.jsonl")
 
 
 def test_the_reason_of_rows_that_exist_comes_first(tmp_path):

@@ -211,7 +211,7 @@ def test_boxes_that_could_be_either(tmp_path, box, is_kept):
 def test_corners_under_a_name_that_means_x_y_width_height(tmp_path):
     """COCO's file_name goes with COCO's boxes."""
     rows = [{"file_name": "a.png", "caption": "cup", "bbox": box, "split": "train"} for box in CORNERS]
-    with pytest.raises(ValueError, match="look like xmin ymin xmax ymax.*; write x y width height, in pixels"):
+    with pytest.raises(ValueError, match='look like xmin .*; write x y width height, in pixels, or .* as "image"'):
         read(tmp_path, json.dumps(rows))
     for row in rows:
         row["bbox"] = WRONG["x y width height"](*row["bbox"])

@@ -182,7 +182,7 @@ def test_a_run_is_not_overwritten(begun, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("args, word", [
-    (["--batch_size", "16"], "--batch_size 16 (was 8)"), (["--epochs", "9", "1", "1", "1"], "--epochs"),
+    (["--batch_size", "16"], "--batch_size 16 (was 8)"), (["--epochs", "9", "1", "1", "1"], "--epochs 9 1 1 1 (was "),
     (["--lora", "shared"], "--lora shared (was hierarchical)"), (["--no-text_norm"], "--text_norm"),
     (["--seed", "5", "--lr", "1"], "--seed 5")], ids=ids)
 def test_resume_with_other_settings_gets_one_line(begun, monkeypatch, capfd, args, word):

@@ -277,6 +277,7 @@ STAR = ["a.png", "-e", "star"]
     ([*STAR, "--out", "x.png"], {}, "--out"),  # no abbreviations
     ([*STAR, "--dtype", "int8"], {}, "int8"),
     ([*STAR, "--heatmap=rtcc"], {}, "attention"),
+    (["--heatmap", "attn", *STAR], {}, "--heatmap: invalid choice: 'attn'"),
     ([*STAR, "--rle"], {}, "--json"),
     ([*STAR, "--min_score", "2"], {}, "--min_score"),
     ([*STAR, "--min_score", "nan"], {}, "--min_score"),

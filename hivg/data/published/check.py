@@ -44,7 +44,8 @@ def check(data_root, dataset, annotations=None, decode=False):
             images[name, split] = {sample.image_id for sample in samples}
             title = f"{shown(name)} {shown(split, 40)}"
             published = f" ({count:,} published)" if count else ""
-            lines.append(f"{title}: {len(samples):,} expressions{published}, {len(images[name, split]):,} images")
+            read = f", boxes read as {report.forms}" if report.forms else ""
+            lines.append(f"{title}: {len(samples):,} expressions{published}, {len(images[name, split]):,} images{read}")
             lines += report.lines()
             problems += report.lines()
             if decode:
@@ -55,8 +56,10 @@ def check(data_root, dataset, annotations=None, decode=False):
     lines += leakage(names[0], images)
     lacking = [split for split in ("train", "val") if (dataset, split) not in images]
     if is_own(dataset) and lacking:
-        lines.append(f'{shown(dataset)}: it has no {" and no ".join(lacking)}, which train.py needs; write "split": '
-                     '"val" in the rows of some images, "train" in the others')
+        advice = 'write "split": "val" in the rows of some images, "train" in the others'
+        if sum(map(len, images.values())) == 1:
+            advice = "add a second image"
+        lines.append(f"{shown(dataset)}: it has no {' and no '.join(lacking)}, which train.py needs; {advice}")
     return "\n".join(lines)
 
 
@@ -111,5 +114,6 @@ def leakage(name, images):
         if train and split != "train":
             both = train & ids
             example = f", for instance {shown(min(both), 80)}" if both else ""
-            lines.append(f"images of {shown(name)} train in {shown(other)} {shown(split, 40)}: {len(both):,}{example}")
+            lines.append(f"images of {shown(name)} train that are also in {shown(other)} {shown(split, 40)}: "
+                         f"{len(both):,}{example}")
     return lines

@@ -52,6 +52,7 @@ class Report:
     that were kept."""
 
     source: str = ""
+    forms: str = ""  # how the boxes of people's own data were read
     problems: Counter = field(default_factory=Counter)
     first: dict = field(default_factory=dict)
     notes: list = field(default_factory=list)
@@ -113,6 +114,7 @@ def read_samples(data_root, dataset, split, annotations=None, report=None):
     is_told = report is None
     report = report or Report()
     report.source = f"{path}, {split}"
+    report.forms = " and ".join(sorted({FORMS[row.form][0] for row in asked if row.place})) if own else ""
     check = RowCheck(Path(data_root), path, own)
     samples = []
     for index, row in enumerate(asked):
@@ -217,8 +219,10 @@ class RowCheck:
         root = self.data_root if folder is None else self.data_root / folder
         places = chain([root / file], (root / name for name in published_names(file)))
         if folder is None:  # people's own: a folder that was named comes before the one beside the file
-            places = [root / file, self.source.parent / file]
-            places = places[::-1] if str(root) == DATA_ROOT else places
+            folders = [root, self.source.parent]
+            folders = folders[::-1] if str(root) == DATA_ROOT else folders
+            names = [file] if os.path.splitext(file)[1] else [file, f"{file}.jpg"]  # MiniGPT-v2 leaves it out
+            places = [folder / name for folder in folders for name in names]
         for place in places:
             parent, name = os.path.split(place)
             real, names = self.names_in(parent)
@@ -267,8 +271,11 @@ class RowCheck:
                 continue
         if found := other_form(boxes):
             form, first = found
+            # the key that names the image says which form it is
+            key = {"xmin ymin xmax ymax": "image", "x y width height": "file_name"}.get(form)
+            hint = f', or name the image as "{key}"' if key else ""
             raise ValueError(f"{shown(self.source, 80)}: its boxes look like {form}, for instance {quoted(first, 50)}; "
-                             f"write {FORMS[boxes[0][1]][0]}, in pixels")
+                             f"write {FORMS[boxes[0][1]][0]}, in pixels{hint}")
 
     def notes(self):
         """Lines on rows that were kept."""
