@@ -209,9 +209,10 @@ def test_padding_of_the_text_counts_as_it_did(plain, monkeypatch):
 @needs_golden
 @pytest.mark.parametrize("name", ["base_unc_stage0", "base_uncplus_stage3", "base_mixup_stage0"])
 def test_golden_released(name):
-    model = weights.load_released(GOLDEN / f"{name}.pth")
+    """In float64, so that the only rounding is the reference's own: ours differs from machine to machine."""
+    model = weights.load_released(GOLDEN / f"{name}.pth").double()
     expected = load_file(GOLDEN / f"{name}.expected.safetensors")
-    images = expected["image"].float()
+    images = expected["image"].double()
     padding = expected["padding_mask"].bool()
     ids = expected["token_ids"].long()
     alone = []
@@ -219,11 +220,11 @@ def test_golden_released(name):
         together = model(images, padding, ids)
         for i in range(len(images)):
             alone.append(model(images[i : i + 1], padding[i : i + 1], ids[i : i + 1]))
-    assert_close("boxes", together.boxes, expected["pred_box"], 2e-6)
-    assert_close("boxes alone", torch.cat([output.boxes for output in alone]), together.boxes, 2e-6)
+    assert_close("boxes", together.boxes, expected["pred_box"], 1e-6)
+    assert_close("boxes alone", torch.cat([output.boxes for output in alone]), together.boxes, 1e-10)
     # one sample at a time, for the reference's own batch mixes the samples' texts
     logits = torch.cat([output.logits_per_text for output in alone])
-    assert_close("logits_per_text", logits, expected["logits_per_text"], 1e-4)
+    assert_close("logits_per_text", logits, expected["logits_per_text"], 1e-5)
     for field, key in (("token_similarity", "token_similarity"), ("mask_logits", "seg_mask")):
         for found in (getattr(together, field), torch.cat([getattr(output, field) for output in alone])):
             reference = expected[key].reshape(found.shape)
