@@ -1,6 +1,6 @@
 """Train HiVG: warm-up, then Hi LoRA stage by stage, on one GPU or a laptop.
 
-    python train.py --quick                a first look in two minutes
+    python train.py --quick                a first look in two to six minutes
     python train.py                        all stages in the drawn world, from the bundled tiny CLIP
     python train.py --plan                 print the table of the stages and exit; works with all other flags
     python train.py --name NAME --resume   resume after an interruption, bit for bit on a CPU
@@ -56,7 +56,7 @@ class Settings(RunSettings):
     name: str = setting("drawn", "the run's folder under runs/", group="The run")
     preset: str = setting("", "a recipe of the paper for a data set and a size of CLIP: hivg/training/presets.py",
                           group="The run")
-    quick: bool = setting(False, "a first look in two minutes: one short stage, then boxes on the example")
+    quick: bool = setting(False, "a first look in two to six minutes: one short stage, then boxes on the example")
     plan: bool = setting(False, "print the stages and exit; needs neither data nor a published CLIP", resumable=True)
 
     dataset: str = setting("shapes-wide", "shapes-wide, shapes, a data set of the paper, or your own .jsonl or .json "
