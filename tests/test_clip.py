@@ -1,4 +1,4 @@
-"""The hand-written CLIP against PyTorch's own attention, against formulas, and against OpenAI's where it is at hand."""
+"""The hand-written CLIP against PyTorch's own attention and against formulas."""
 
 import pytest
 import torch

@@ -20,6 +20,24 @@ def test_hints_are_extra(hivg, batch):
     assert hinted.reg_attention.shape == (2, B, hivg.config.encoder_heads, P)
 
 
+def test_reg_attention_is_that_of_the_layer(batch):
+    """Against the attention that makes the layer's output: [REG]'s row of softmax(q k^T / sqrt(d))."""
+    model = make_hivg()
+    seen = {}
+    layer = model.encoder[-1]
+    layer.attn.register_forward_hook(lambda module, args, kwargs, out: seen.update(args=args, **kwargs),
+                                     with_kwargs=True)
+    output = model(*batch, with_patch_boxes=True, with_reg_attention=True)
+    query, = seen["args"]  # the keys too
+    attn = layer.attn
+    q = attn.q_proj(query).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    k = attn.k_proj(query).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    logits = q @ k.mT / q.shape[-1] ** 0.5  # (B, heads, M, M)
+    share = logits.masked_fill(~seen["mask"], float("-inf")).softmax(-1)[:, :, 0]  # (B, heads, M)
+    P = output.token_similarity.shape[1]
+    assert_close("shares", output.reg_attention[-1].exp(), share[:, :, 2 : 2 + P], 1e-5)
+
+
 def test_reg_attention_is_in_float32_under_autocast():
     """A logarithm of shares in bfloat16 would be off by a percent."""
     model = make_hivg(dtype=torch.float32)

@@ -147,6 +147,7 @@ def test_which_layers_hold_which_pairs(n_layers, groups, last, mode):
 
 
 def test_orders_of_the_layers():
+    assert all(adapted_layers(0, 12, 3, mode) == [] for mode in MODES)  # the warm-up has no adapters
     for stage in (1, 2, 3):
         shallow = adapted_layers(stage, 12, 3)
         assert adapted_layers(stage, 12, 3, order="deep_first") == sorted(13 - layer for layer in shallow)

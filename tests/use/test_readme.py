@@ -18,7 +18,6 @@ from pathlib import Path
 from socketserver import ThreadingTCPServer
 
 import pytest
-import torch
 import typed
 from makers import BUNDLED, ROOT
 from torch.distributed.run import get_args_parser as torchrun_parser
@@ -30,7 +29,6 @@ from hivg.data.drawn.scenes import DRAWN
 from hivg.evaluate import __main__ as evaluate
 from hivg.training import pretrain
 from hivg.training.settings import settings_from_flags
-from hivg.utils.cli import choose_dtype
 from hivg.weights import __main__ as weights_program
 from hivg.weights import download
 
@@ -274,22 +272,18 @@ def test_python_blocks(page, folder):
 
 
 def test_the_printed_box_is_the_readmes(folder, capfd, monkeypatch):
-    """The output that the README shows for `python ground.py`, but for the last digit of the numbers. In bfloat16 they
-    are those before it, and CPUs round them differently."""
+    """The output that the README shows for `python ground.py`, but for the last digit of the numbers, in float32."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = re.search(r"^```\n(weights/example\.png .*?)^```", text, re.DOTALL | re.MULTILINE)[1]
-    is_rough = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16
-    if is_rough:
-        box = re.search(r"with fast bfloat16 the box is (.*?)\)", text)[1]
-        shown = re.sub(r"box \(.*?\)", f"box ({box})", shown)
     monkeypatch.chdir(ROOT)
     capfd.readouterr()
-    assert call(ground.main, ["--output", str(folder / "drawn.png"), "--device", "cpu"], monkeypatch) == 0
+    machine = ["--device", "cpu", "--dtype", "float32"]
+    assert call(ground.main, ["--output", str(folder / "drawn.png"), *machine], monkeypatch) == 0
     printed = capfd.readouterr().out
     number = r"\d+\.\d+"
     assert re.sub(number, "N", printed) == re.sub(number, "N", shown)
     for a, b in zip(re.findall(number, printed), re.findall(number, shown), strict=True):
-        assert float(a) == pytest.approx(float(b), abs=1 if is_rough else 0.2)
+        assert float(a) == pytest.approx(float(b), abs=0.2)
 
 
 @pytest.mark.parametrize("line", [

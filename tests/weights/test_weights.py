@@ -1,5 +1,4 @@
-"""Weights files: what goes in comes out, a bad file gets one line that names it, an interrupted save costs nothing."""
-
+"""Weights files: what goes in comes out, a bad file gets one line that names it."""
 
 import pytest
 import torch

@@ -272,7 +272,7 @@ class RowCheck:
         if found := other_form(boxes):
             form, first = found
             # the key that names the image says which form it is
-            key = {"xmin ymin xmax ymax": "image", "x y width height": "file_name"}.get(form)
+            key = {FORMS["xyxy"][0]: "image", FORMS["xywh"][0]: "file_name"}.get(form)
             hint = f', or name the image as "{key}"' if key else ""
             raise ValueError(f"{shown(self.source, 80)}: its boxes look like {form}, for instance {quoted(first, 50)}; "
                              f"write {FORMS[boxes[0][1]][0]}, in pixels{hint}")
