@@ -18,6 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from hivg.data.images import ImageError
+from hivg.evaluate.known import DRAWN_ONLY
 from hivg.grounder import DEFAULT_WEIGHTS, HEATMAPS, Grounder, draw_results
 from hivg.utils.cli import Parser, Progress, add_machine_flags, run
 from hivg.utils.files import refuse_to_replace, save_image
@@ -31,7 +32,7 @@ PORT = 8765  # of the page
 OF_PAGE = ("page", "port", "weights", "device", "dtype")  # flags that go with --page
 REPLACING = "give another --output or --save_masks"
 LOWER = "make the image smaller, or give fewer expressions at a time"  # where memory runs out
-UNREADABLE = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow recognises these, but cannot read them
+UNREADABLE = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS")  # Pillow cannot read these, or would run EPS
 
 
 def arguments():
@@ -42,8 +43,8 @@ def arguments():
     parser.add_argument("--output", metavar="PATH", help="where to draw (default: grounded.png); a folder for several "
                         "images (default: grounded/) or if it ends in /")
     parser.add_argument("--heatmap", choices=HEATMAPS, help="draw a heat map of the first expression: tokens, how much "
-                        "each patch belongs to the object (also if no name is given); attention, what the token that "
-                        "predicts the box attends to; words, which word each patch reads most in each bridge")
+                        "each patch belongs to the object (the default); attention, what the token that predicts "
+                        "the box attends to; words, which word each patch reads most in each bridge, without boxes")
     parser.add_argument("--mask", action="store_true", help="draw the mask of the first expression")
     parser.add_argument("--save_masks", metavar="FOLDER", help="write the mask of each expression as a black and white "
                         "PNG: NAME-1.png, NAME-2.png for the expressions of NAME.jpg")
@@ -69,7 +70,7 @@ def arguments():
     if args.port is not None:
         parser.error("--port needs --page")
     if args.expression and not args.images:
-        parser.error("an expression, but no image; name an image before -e")
+        parser.error("an expression, but no image; name an image")
     if args.images and not args.expression:
         parser.error('an image, but no expression; add -e "the object to find"')
     if not 0 <= args.min_score <= 1:
@@ -111,13 +112,16 @@ def list_images(names):
     paths = []
     for name in names:
         if not os.path.isdir(name):  # unlike Path.is_dir, False for a name that no file can have
+            if name and "." not in name and not os.path.exists(name):  # rather the second word of an expression
+                raise ImageError(f"{shown(name)}: there is no such file; check the path, and put an expression of "
+                                 "several words in quotes")
             paths.append(str(name))
             continue
         formats = Image.registered_extensions()  # {suffix: format}; the first call imports all of them
         suffixes = {suffix for suffix, name in formats.items() if name in Image.OPEN and name not in UNREADABLE}
         try:
             visible = [path for path in Path(name).iterdir() if not path.name.startswith(".")]
-            inside = sorted(path for path in visible if path.suffix.lower() in suffixes)
+            inside = sorted(path for path in visible if path.suffix.lower() in suffixes and not path.is_dir())
         except OSError as error:
             raise ImageError(f"{shown(name)}: cannot be listed ({error.strerror}); check the folder") from None
         if not inside:
@@ -217,7 +221,8 @@ def main():
             code = 1
             continue
         for n, result in enumerate(results):
-            for line in grounder.warnings(result.expression, None if n else result.image):  # an image is judged once
+            judged = n or DRAWN_ONLY in warned  # whether an image is a photograph: once, until one is
+            for line in grounder.warnings(result.expression, None if judged else result.image):
                 if line not in warned:  # once is enough
                     print(f"warning: {line}", file=sys.stderr)
                     warned.add(line)

@@ -52,7 +52,7 @@ class Word:
     # {block of the ViT, from 1: (rows, columns) float32 in 0..1 over the patches that show the image: the share of the
     # patch's attention that this word gets in the block's bridge, the mean over the heads}. Start and end token get the
     # rest. A word behind the last token that the model reads has 0; a bridge that reads no text is left out
-    bridges: dict = field(repr=False)
+    bridges: dict = field(repr=False, compare=False)
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Result:
     def attention(self):
         """(H, W) float32 in 0..1: where [REG], from which the box is computed, looks in the last layer of the grounding
         encoder, averaged over the heads, relative to the patch it looks at most. `attention_map` has the shares
-        themselves; the rest goes to text and [CLS]. Raises ValueError if it was not requested."""
+        themselves; the rest goes to [REG] itself, text and [CLS]. Raises ValueError if it was not requested."""
         return self.letterbox.map_to_image(self.on_square("attention"))
 
     @property
@@ -145,8 +145,13 @@ class Result:
         heat_range: (low, high), the values of the map with the first and the last colour; by default the map's own
         """
         if words is not None:
+            if heatmap or mask:
+                raise ValueError("words is a drawing of its own; leave out heatmap and mask")
             return draw_word(self, words)
         return draw_results([self], heatmap, mask, heat_range=heat_range)
+
+    def __getstate__(self):
+        return self.__dict__ | {"again": None}  # so that a copy or a pickle does not hold the model
 
     def to_dict(self):
         """The entry of `ground.py --json`."""
@@ -210,6 +215,7 @@ class Grounder:
         bfloat16 where the hardware is fast at it. Boxes and scores are float32. Raises ValueError."""
         if not isinstance(model, HiVG):
             raise ValueError(f"model must be a HiVG, not {quoted(model)}; Grounder.from_pretrained(FILE) loads one")
+        weights.need_tokenizer(model, "the model")
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
         self.model = model.for_prediction(self.device, self.dtype)
@@ -272,13 +278,14 @@ class Grounder:
             words = []
             for word in unknown:
                 similar = similar_word(word, known)
-                words.append(f"{word!r:.40}" + f" (did you mean {similar!r}?)" * bool(similar))
+                words.append(quoted(word, 40) + f" (did you mean {similar!r}?)" * bool(similar))
             lines.append(f"these weights were never taught {', '.join(words)}; say it in other words")
         for word in dict.fromkeys(split_words(expression)):
             # a known word is one token or two, an unknown one is spelled almost letter by letter
             is_spelled = len(word) >= 3 and word.isalpha() and 2 * len(tokenizer.encode(word)) > len(word)
             if is_spelled and word not in unknown:
-                lines.append(f"the tokenizer has no token for {word!r:.40} and spells it; the model may not know it")
+                lines.append(f"the tokenizer has no token for {quoted(word, 40)} and spells it; "
+                             "the model may not know it")
         if image is not None and knows_drawn_only(self.model) and looks_photographed(open_image(image)):
             lines.append(DRAWN_ONLY)
         return lines

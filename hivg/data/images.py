@@ -47,9 +47,9 @@ def open_image(image):
     """An image in any form -> upright PIL RGB image. Forms: a path, a PIL image of any mode, a file open for reading
     bytes, or an array, (H, W) or (H, W, 1) grey, (H, W, 3) RGB or (H, W, 4) RGBA, of uint8 or of floats in 0..1.
 
-    EXIF rotation is applied; of an animation the first frame is taken; transparency becomes white; 16 bits become 8.
-    Raises ImageError, and MemoryError, one line too, where memory runs out: an RGB image takes 4 bytes a pixel, 8 while
-    it is turned; one with transparency up to 13.
+    EXIF rotation is applied; of an animation's file the first frame is taken; transparency becomes white; 16 bits
+    become 8. Raises ImageError, and MemoryError, one line too, where memory runs out: an RGB image takes 4 bytes a
+    pixel, 8 while it is turned; one with transparency up to 13.
     """
     if isinstance(image, (str, os.PathLike)):
         return _using(image, shown(image, PATH) or "''", _upright)
@@ -162,7 +162,9 @@ def _opened(file, name):
             raise ImageError(f"{name}: there is no such file; check the path")
         if file.is_dir():
             raise ImageError(f"{name}: is a folder; name an image in it")
-        if file.stat().st_size == 0:
+        if file.is_fifo():  # a program's output, `<(cat image.png)`: Pillow needs a file it can go back in
+            file = io.BytesIO(file.read_bytes())
+        elif file.stat().st_size == 0:
             raise ImageError(f"{name}: the file is empty; copy or download it again")
     try:
         image = Image.open(file)

@@ -125,7 +125,8 @@ def choose_split(args):
     usual = [split for split in (("val",) if args.calibrate else DEFAULT_SPLITS) if split in splits]
     others = [split for split in splits if split != "train"]
     split = (usual or others or splits)[0]
-    print(f"evaluating the split {shown(split, 40)} of {shown(', '.join(splits), 150)}", file=sys.stderr)
+    others = shown(", ".join(splits), 150)
+    print(f"evaluating the split {shown(split, 40)} (the data set has {others})", file=sys.stderr)
     return split
 
 

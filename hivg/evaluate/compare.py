@@ -10,7 +10,9 @@ def compare(path_a, path_b):
     """The text of --compare: two per-sample files of the same samples. Raises ValueError."""
     a = rows_of(path_a)
     b = rows_of(path_b)
-    if not a or samples_of(a) != samples_of(b):
+    if not a:
+        raise ValueError(f"{shown(path_a, 80)}: has no rows; give a file that --per_sample wrote")
+    if samples_of(a) != samples_of(b):
         raise ValueError(f"{shown(path_a, 80)} ({len(a):,} rows) and {shown(path_b, 80)} ({len(b):,}) are not of the "
                          "same samples; evaluate both on the same split")
     left_out = len(a) - len(present(a))
@@ -53,7 +55,9 @@ def rows_of(path):
                 if not isinstance(row["image"], str) or not isinstance(row["expression"], str):
                     raise ValueError
                 rows.append(row)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except OSError as error:
+        raise ValueError(f"{shown(path)}: cannot be read ({error.strerror}); check the path") from None
+    except (ValueError, TypeError, KeyError, RecursionError):
         where = f", line {len(rows) + 1}" if rows else ""
         raise ValueError(f"{shown(path)}{where}: not a file of --per_sample; give one that it wrote") from None
     return rows

@@ -23,7 +23,7 @@ def report(rows, is_calibrated=False):
     lines = accuracy_lines(there, is_calibrated) if there else []
     for kind, group in grouped([row for row in rows if row.get("target", ()) is None], "kind").items():
         low = mean(row["score"] < RECOMMENDED for row in group)
-        lines.append(f"  {kind:<14}{len(group):>6} expressions of nothing there, scored below 0.5 in {low:.4f}"
+        lines.append(f"  {kind:<14}{len(group):>6} expressions true of nothing, {low:.4f} score below 0.5"
                      + mean_score(group) * is_calibrated)
     right = [row["iou"] >= 0.5 for row in rows]  # no box is right where nothing is there
     scores = [row["score"] for row in rows]
@@ -31,7 +31,7 @@ def report(rows, is_calibrated=False):
         lines.append(f"score tells right from wrong boxes: AUROC {auroc(scores, right):.3f} (0.5 = not at all)")
     if is_calibrated:
         kept = []
-        for name, wanted in (("right boxes", True), ("others", False)):
+        for name, wanted in (("right boxes", True), ("wrong boxes", False)):
             if wanted in right:
                 share = mean(s >= RECOMMENDED for s, r in zip(scores, right) if r == wanted)
                 kept.append(f"{share:.4f} of the {name}")

@@ -26,6 +26,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def parse_known_args(self, args=None, namespace=None):
+        return super().parse_known_args(self.as_declared(args), namespace)
+
+    def parse_known_intermixed_args(self, args=None, namespace=None):  # from Python 3.12.8 on without the above
+        return super().parse_known_intermixed_args(self.as_declared(args), namespace)
+
+    def as_declared(self, args):
+        """The command line, by default the program's own, with each flag spelled as it was declared."""
         declared = {flag.replace("_", "-"): flag for flag in self._option_string_actions}
         given = []
         for arg in sys.argv[1:] if args is None else args:
@@ -33,7 +40,7 @@ class Parser(argparse.ArgumentParser):
             if name.startswith("--"):
                 name = declared.get(name.replace("_", "-"), name)
             given.append(name + equals + value)
-        return super().parse_known_args(given, namespace)
+        return given
 
     def print_help(self, file=None):
         print(self.format_help(), end="", file=file)  # argparse's own hides that it cannot be written

@@ -96,7 +96,7 @@ def check_steps(data, start):
         elif step == b".":
             return at, n_tuples
         else:
-            raise ValueError("cut short, or not a file that PyTorch saved, or of more than plain data")
+            raise ValueError("not a file that PyTorch saved, or only a part of one")
 
 
 # ---- what they may build

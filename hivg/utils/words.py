@@ -6,6 +6,7 @@ from PIL import Image, ImageDraw
 
 from hivg.utils import draw
 from hivg.utils.fonts import clean_text, text_block
+from hivg.utils.messages import quoted
 
 SIDE = 440  # of the picture of a bridge, in pixels
 SIZE = 15  # of the font
@@ -17,7 +18,7 @@ def draw_word(result, word):
     found = {n: own for n, own in enumerate(result.words, 1) if own.text.casefold() == str(word).casefold()}
     if not found:
         words = ", ".join(dict.fromkeys(own.text for own in result.words))
-        raise ValueError(f"{word!r:.40} is no word of the expression; choose one of: {words:.300}")
+        raise ValueError(f"{quoted(word, 40)} is no word of the expression; choose one of: {words:.300}")
     image, ys, xs = _picture(result)
     scale = image.width / result.image.width
     heat_range = draw.heat_range_of(*(shares for own in found.values() for shares in own.bridges.values()))

@@ -77,4 +77,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main, "interrupted; the same command resumes where it stopped")
+    run(main, "interrupted; the same command starts again, fetch where it stopped")

@@ -137,13 +137,15 @@ def read_ours(path, metadata, tensors):
         tokenizer = Tokenizer.from_text(table, clip.context_length) if table else None
         if tokenizer and tokenizer.vocab_size != clip.vocab_size:
             raise ValueError(f"a tokenizer of {tokenizer.vocab_size} tokens for a vocabulary of {clip.vocab_size}")
-    return File(kind, config, tokenizer, tensors, info)
+    return File(kind, config, tokenizer or find_tokenizer(path.parent, clip), tensors, info)
 
 
 # ---- other programs' files
 
 def read_foreign(path, data):
     """data: what is in the file: a state dict, alone or in a checkpoint, or a TorchScript module."""
+    if isinstance(data, dict) and {"trained", "frozen", "optimizers"} <= data.keys():
+        raise NotThisKind("the state of a run, for train.py --resume; give one of the .safetensors files beside it")
     most = 4 * os.path.getsize(path)  # bytes of all tensors; a file may name one many times
     tensors = without_prefix(tensors_of(state_dict_of(data), most))
     kind = kind_of(tensors, data)
@@ -193,6 +195,9 @@ def kind_of(tensors, data):
 
     if has(r"clip\..*vision_model\."):
         return "released"
+    if has(r"(clip\.)?text\.blocks\."):
+        raise NotThisKind("a state dict of this project's own model, without its settings; write the model with "
+                          "hivg.weights.save(path, model)")
     if has(r"visual\.layer1\."):
         raise NotThisKind("a CLIP with a ResNet (RN50, RN101, RN50x4, ..); HiVG needs a ViT: use ViT-B/32, "
                           "ViT-B/16, ViT-L/14 or ViT-L/14@336px")

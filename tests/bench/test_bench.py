@@ -143,7 +143,8 @@ def test_tables_and_charts(monkeypatch, tmp_path, capsys):
     """Each row is of a process of its own: what this one holds is not in its memory."""
     monkeypatch.setattr(efficiency, "choose_dtype", lambda name, device: torch.float32)
     args = SimpleNamespace(size="tiny", device="cpu", batch_sizes=[1], output=tmp_path / "new" / "folder")
-    ballast = bytearray(500_000_000)
+    ballast = b"x" * 500_000_000
+    own = timing.memory("VmRSS") / 2**20  # MiB; PyTorch alone takes 300, built for GPUs 500
     efficiency.bench_efficiency(args)
     del ballast
     text = (args.output / "efficiency.md").read_text()
@@ -151,7 +152,7 @@ def test_tables_and_charts(monkeypatch, tmp_path, capsys):
     for row in ("Hi LoRA 3 |", "grounding encoder |", "forward | float32 | 1 |", "training step | float32 | 1 |"):
         assert f"| {row}" in text
     forward, step = [float(line.split("|")[7]) for line in text.splitlines() if "| float32 |" in line]  # peak MiB
-    assert 50 < forward < 450 and forward < step < 700
+    assert 50 < forward < step < own
     assert Image.open(args.output / "efficiency.png").height > 1000
     args.size = "ViT-H"
     with pytest.raises(ValueError, match="no CLIP is called 'ViT-H'; there are tiny"):

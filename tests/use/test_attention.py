@@ -152,3 +152,5 @@ def test_drawings(grounder, image):
     assert (tokens[:120, :200] != np.asarray(result.draw(heatmap="attention"))[:120, :200]).any()
     with pytest.raises(ValueError, match="tokens, attention, words, not 'rtcc'"):
         result.draw(heatmap="rtcc")
+    with pytest.raises(ValueError, match="words is a drawing of its own"):
+        result.draw(words=result.words[0].text, mask=True)

@@ -58,10 +58,11 @@ def test_fit_with_scores_at_the_ends():
     assert a > 0 and math.isfinite(b) and calibrated(0.9, a, b) < 0.95  # Platt's targets are not 0 and 1
 
 
-@pytest.mark.parametrize("right", [[True] * 4, [False] * 4, [True, True, False, False]], ids=str)
-def test_what_cannot_be_calibrated(right):
+@pytest.mark.parametrize("scores, right", [*(([0.1, 0.2, 0.6, 0.9], right) for right in (
+    [True] * 4, [False] * 4, [True, True, False, False])), ([1.0] * 4, [True, True, True, False])], ids=str)
+def test_what_cannot_be_calibrated(scores, right):
     with pytest.raises(ValueError, match="the score cannot be calibrated on . right and . wrong"):
-        fit_calibration([0.1, 0.2, 0.6, 0.9], right)
+        fit_calibration(scores, right)
 
 
 def test_a_calibrated_score_tells_as_well():

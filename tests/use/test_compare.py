@@ -43,11 +43,11 @@ def test_compare_refuses_other_samples(tmp_path):
     with pytest.raises(ValueError, match="not of the same samples"):
         compare(tmp_path / "a", tmp_path / "c")
     (tmp_path / "empty").write_text("")
-    with pytest.raises(ValueError, match="not of the same samples"):
-        compare(tmp_path / "empty", tmp_path / "empty")
+    with pytest.raises(ValueError, match="empty: has no rows"):
+        compare(tmp_path / "empty", tmp_path / "a")
     (tmp_path / "list").write_text("[1]\n")
-    for name in ("missing", "list"):
-        with pytest.raises(ValueError, match=f"{name}: not a file"):
+    for name, reason in (("missing", "cannot be read .No such file"), ("list", "not a file")):
+        with pytest.raises(ValueError, match=f"{name}: {reason}"):
             compare(tmp_path / "a", tmp_path / name)
 
 

@@ -194,15 +194,15 @@ def test_report_on_the_wider_world():
         "  ordinal            4 expressions, Acc@0.5 0.5000, mean IoU 0.5000, mean score 0.750",
         "  negation           1 expressions, Acc@0.5 1.0000, mean IoU 0.9000, mean score 0.800",
         "Acc@0.5 by rank and number: 2 of 3 0.500 of 2, 3 of 3 1.000 of 1, 1 of 5 0.000 of 1",
-        "  absent rank        1 expressions of nothing there, scored below 0.5 in 0.0000, mean score 0.500",
-        "  absent thing       2 expressions of nothing there, scored below 0.5 in 0.5000, mean score 0.500",
+        "  absent rank        1 expressions true of nothing, 0.0000 score below 0.5, mean score 0.500",
+        "  absent thing       2 expressions true of nothing, 0.5000 score below 0.5, mean score 0.500",
         "score tells right from wrong boxes: AUROC 0.933 (0.5 = not at all)",
-        "score of 0.5 or more: 1.0000 of the right boxes, 0.8000 of the others",
+        "score of 0.5 or more: 1.0000 of the right boxes, 0.8000 of the wrong boxes",
         "score as the chance of being right: expected calibration error 0.3625"]
     assert "  0.4 to 0.5         1 expressions, mean score 0.400, Acc@0.5 0.000" in lines
     nothing = [row for row in rows if row["target"] is None]
     told = evaluate.report(nothing, True).splitlines()
-    assert told[:3] == [*lines[4:6], "score of 0.5 or more: 0.6667 of the others"]
+    assert told[:3] == [*lines[4:6], "score of 0.5 or more: 0.6667 of the wrong boxes"]
 
 
 # --- the command line (test_evaluate_files.py has people's own files) ---

@@ -50,13 +50,14 @@ def test_default_split(run, splits, taken):
     write_data("own.jsonl", splits)
     code, out, err = run("--dataset", "own.jsonl")
     assert code == 0 and f" on own.jsonl {taken} in float32" in out
-    assert err == f"evaluating the split {taken} of {', '.join(sorted(splits))}\n"
+    assert err == f"evaluating the split {taken} (the data set has {', '.join(sorted(splits))})\n"
 
 
 def test_a_published_train_is_no_default(run):
     write_list(Path("."), {"train": make_scenes(Path("."), 1), "testB": make_scenes(Path("."), 1, 1)}, "unc")
     code, out, err = run("--dataset", "unc", "--data_root", ".")
-    assert code == 0 and " on unc testB in" in out and err == "evaluating the split testB of train, testB\n"
+    assert code == 0 and " on unc testB in" in out
+    assert err == "evaluating the split testB (the data set has train, testB)\n"
 
 
 @pytest.mark.parametrize("flags", [[], ["--split", "val"], ["--split", "Validation"]], ids=str)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -94,8 +95,9 @@ def test_a_folder_of_other_files(run):
     """What Pillow knows by name but cannot read is left out, as notes and a system's hidden files are."""
     make_folder("more", "a.png")
     Path("more/._a.png").write_bytes(b"\0\x05\x16\x07\0\x02\0\0Mac OS X        ")
-    for name in ("film.mpg", "numbers.h5", "weather.grib", "drawing.wmf"):
+    for name in ("film.mpg", "numbers.h5", "weather.grib", "drawing.wmf", "figure.eps"):
         Path("more", name).write_bytes(b"no picture")
+    Path("more/no.png").mkdir()
     assert ground.list_images(["more"]) == ["more/a.png"]
     for kind, (read, _) in Image.OPEN.items():
         if isinstance(read, type) and issubclass(read, ImageFile.StubImageFile):
@@ -183,6 +185,16 @@ def test_images_may_stand_on_both_sides_of_the_expression(run):
     make_image().save("b.png")
     code, out, _ = run("a.png", "-e", "star", "b.png", "--json")
     assert code == 0 and [json.loads(line)["image"] for line in out.splitlines()] == ["a.png", "b.png"]
+
+
+def test_an_image_from_a_pipe(run):
+    """Of another program, `cat a.png |` or `<(cat a.png)`: a path that can be read once."""
+    os.mkfifo("pipe")
+    writer = Thread(target=lambda: Path("pipe").write_bytes(Path("a.png").read_bytes()))
+    writer.start()
+    code, out, _ = run("pipe", "-e", "star", "--json")
+    writer.join()
+    assert code == 0 and json.loads(out)["results"] == json.loads(run(*STAR, "--json")[1])["results"]
 
 
 def test_words_and_mask_are_refused_before_any_work(run):
@@ -273,6 +285,7 @@ STAR = ["a.png", "-e", "star"]
     (["-e", "star"], {}, "no image"),
     (["", "-e", "star"], {}, "'': "),
     (["folder", "-e", "star"], {}, "folder"),
+    (["a.png", "-e", "the", "red", "star"], {}, "red: there is no such file; check the path, and put an expression of"),
     ([*STAR, "--fast"], {}, "--fast"),
     ([*STAR, "--out", "x.png"], {}, "--out"),  # no abbreviations
     ([*STAR, "--dtype", "int8"], {}, "int8"),

@@ -1,6 +1,8 @@
 """Prediction in Python: any image and any words in, the box or one plain line out."""
 
+import copy
 import io
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -27,6 +29,13 @@ def test_a_result(grounder, image):
         "xmin": result.box[0], "ymin": result.box[1], "xmax": result.box[2], "ymax": result.box[3]}}
     assert result == grounder.ground(image, TEXTS[0]) and result != grounder.ground(image, TEXTS[1])
     assert repr(result) == f"Result(expression={TEXTS[0]!r}, box={result.box}, score={result.score})"
+
+
+def test_copies_of_a_result_hold_no_model(grounder, image):
+    result = grounder.ground(image, TEXTS[0], attention=True)
+    for copied in (copy.deepcopy(result), pickle.loads(pickle.dumps(result))):
+        assert copied == result and copied.words == result.words and copied.again is None
+    assert len(pickle.dumps(result)) < 2 * len(image.tobytes())
 
 
 def test_drawings_differ(grounder, image):

@@ -1,5 +1,6 @@
 """How every program ends, and the dtype that it chooses."""
 
+import argparse
 import io
 import itertools
 import json
@@ -12,7 +13,7 @@ import pytest
 import torch
 from makers import ROOT
 
-from hivg.utils.cli import choose_dtype, run
+from hivg.utils.cli import Parser, choose_dtype, run
 
 
 def ended(capfd, main, **options):
@@ -27,6 +28,15 @@ def raising(error):
         print("begun")
         raise error
     return main
+
+
+def test_flags_with_hyphens(monkeypatch):
+    """Also of parse_intermixed_args, which from Python 3.12.8 on no longer calls parse_known_args."""
+    parser = Parser()
+    parser.add_argument("--min_score")
+    for name in ("parse_known_args", "parse_known_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, name, lambda self, args, namespace: args)
+        assert getattr(parser, name)(["--min-score=1", "--not-ours", "a-b"]) == ["--min_score=1", "--not-ours", "a-b"]
 
 
 def test_exit_code(capfd):

@@ -128,6 +128,15 @@ def test_table_beside_the_weights(tmp_path, table):
     assert torch.equal(loaded.tokenizer(TEXTS), make_tokenizer()(TEXTS))
 
 
+def test_table_beside_our_own_file_that_has_none(tmp_path):
+    save_file(to_huggingface(make_published_clip()), tmp_path / "model.safetensors")
+    clip = weights.load_clip(tmp_path / "model.safetensors")
+    weights.save(tmp_path / "ours.safetensors", clip)
+    assert weights.load_clip(tmp_path / "ours.safetensors").tokenizer is None
+    write_merges(tmp_path / "merges.txt")
+    assert weights.load_clip(tmp_path / "ours.safetensors").tokenizer.merges == make_tokenizer().merges
+
+
 def test_table_in_the_weights_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("hivg.weights.reading.FOLDER", tmp_path / "weights")
     (tmp_path / "weights").mkdir()

@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from makers import make_clip, make_hivg
 from makers_weights import (
     half,
     make_published_clip,
@@ -144,6 +145,10 @@ OTHER_FILES = {  # name: (writer, part of the message)
     "other wrapped weights": (save_data({"model": {"conv.weight": torch.zeros(3)}}), "tensors called conv.weight"),
     "an archive of another model": (lambda path: torch.jit.save(scripted({"a.b.weight": torch.zeros(3)}), path),
                                     "tensors called a.b.weight"),
+    "our CLIP without its settings": (save_data(make_clip().state_dict()), "hivg.weights.save(path, model)"),
+    "our HiVG without its settings": (save_data({"model": make_hivg().state_dict()}), "hivg.weights.save(path, model)"),
+    "the state of a run": (save_data({"trained": {"a": torch.ones(1)}, "frozen": {}, "optimizers": []}),
+                           "for train.py --resume; give one of the .safetensors files"),
     "a ResNet CLIP": (save_resnet, "ResNet"),
     "a number for a matrix": (save_number_for_a_matrix, "positional_embedding, which is not in it"),
 }
