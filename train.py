@@ -19,7 +19,16 @@ import torch
 
 from hivg import weights
 from hivg.bridge import KINDS as BRIDGE_KINDS
-from hivg.data.batches import MASKS, STAGE_ITEMS, evaluation_batches, open_dataset, to_device, training_batches
+from hivg.data.batches import (
+    MASKS,
+    STAGE_ITEMS,
+    count_cut,
+    evaluation_batches,
+    fingerprint,
+    open_dataset,
+    to_device,
+    training_batches,
+)
 from hivg.data.drawn.scenes import DRAWN
 from hivg.data.published.catalogue import DATA_ROOT
 from hivg.evaluate.metrics import accuracy, mean, present
@@ -61,7 +70,7 @@ class Settings(RunSettings):
 
     dataset: str = setting("shapes-wide", "shapes-wide, shapes, a data set of the paper, or your own .jsonl or .json "
                            "file", group="Data")
-    data_root: str = setting(DATA_ROOT, "the folder with the data sets, laid out as published")
+    data_root: str = setting(DATA_ROOT, "the folder with the data sets, laid out as published", resumable=True)
     annotations: str = setting("", "annotation file or folder, if not in the published layout")
     hard_mix: bool = setting(False, "draw more of what is learned last: counting, distances, what is not there (drawn "
                              "data only)")
@@ -95,7 +104,7 @@ class Settings(RunSettings):
     loss_weights: LossWeights = setting(DRAWN_WORLD, "weights of the loss terms; 0 leaves a term out", low=0, high=1e6)
 
     graph: bool = setting(False, "record the step as a CUDA graph, launched as one; one GPU (hivg/training/graph.py)",
-                          group="Machine")
+                          group="Machine", resumable=True)
 
     def __post_init__(self):
         """Raises ValueError, one line, for settings that do not fit."""
@@ -255,6 +264,10 @@ def train(s: Settings, hooks=Hooks()):
         if val is None:  # the same in all stages
             dataset = open_split(s, model, "train")
             val = open_split(s, model, "val")  # here, so that a missing one is noticed before any work
+            run.data = fingerprint(dataset, val)
+            if n_cut := count_cut(dataset, model.tokenizer):
+                log.message("expressions that are too long for CLIP, cut to their first "
+                            f"{model.config.clip.context_length - 2} tokens: {n_cut:,}")
         if s.dataset in DRAWN and log.is_writer and not log.levels:
             log.levels = {"guessing the largest object": guessers(val.shapes)["largest object"]}
         steps_per_epoch = count_steps_per_epoch(s, stage, dataset)
@@ -300,6 +313,8 @@ def train(s: Settings, hooks=Hooks()):
             return distributed.mean(values) | {"gradient_norm": clip_and_step(model, optimizers, s.clip_grad)}
 
         if s.graph:
+            if device.type != "cuda":
+                log.message("--graph records the step on a GPU only; on this device it changes nothing")
             take_step = GraphedStep(take_step, optimizers, model.config.clip.context_length, device)
         for step in range(first, steps):
             end_of_epoch = (step + 1) % steps_per_epoch == 0
@@ -343,7 +358,8 @@ def main():
         config = hivg_config(s.finetune) if s.finetune else first_config(s, clip_config(s.clip))
         if s.finetune and s.lora != "none":
             config = config.with_lora(s.lora, s.lora_rank, s.lora_alpha)
-        print_plan(stages(s), config)
+        if os.environ.get("RANK", "0") == "0":
+            print_plan(stages(s), config, trains_clip=s.clip_rate > 0)
     else:
         path = train(s)
         if distributed.rank() == 0:

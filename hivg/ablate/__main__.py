@@ -5,10 +5,9 @@
     python -m hivg.ablate report                              tables and charts from the results file alone
 
 `run` trains and evaluates what is missing in notebooks/ablations.jsonl: every arm in the short budget, the most
-important ones in the long, and those across the large gap in one between. Interrupt it with Ctrl-C at any time and
-start it again. Every arm of a world sees the same expressions in the same order, as often, with the same optimizer; its
-learning rate is the best on `val`, with seed 0, of the budget's grid, which is the same for all. Run it in the folder
-of train.py.
+important ones in the long, and the arms "large gap" in a third between the two. Interrupt it with Ctrl-C at any time
+and start it again. Every arm of a world sees the same expressions in the same order, as often; its learning rate is the
+best on `val`, with seed 0, of the budget's grid, which is the same for all. Run it in the folder of train.py.
 """
 
 from importlib.util import find_spec
@@ -52,9 +51,10 @@ def arguments():
 def main():
     args = arguments()
     if args.command == "list":
+        width = 2 + max(map(len, BY_NAME))
         for arm in ARMS:
             against = f" (against {arm.against})" if arm.claim else ""
-            print(f"{arm.name:<24}{arm.differs}{against}")
+            print(f"{arm.name:<{width}}{arm.differs}{against}")
     elif args.command == "one":
         run_one(BY_NAME[args.names[0]], args.budget or "short", args.lr, args.seeds[0])
     elif args.command == "run":

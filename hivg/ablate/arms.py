@@ -89,11 +89,11 @@ ARMS = [
     Arm("level last, no norm", "visual levels", "no norm", {"level_norm": False}, {"visual_levels": (6,)},
         against="level last"),
     Arm("lora shared", "Hi LoRA", "one pair a layer, added in stages, as released", {"lora": "shared"}),
-    Arm("lora vanilla", "Hi LoRA", "all adapters at once, in one stage of as many epochs", {"lora": "vanilla"}),
+    Arm("lora vanilla", "Hi LoRA", "all adapters at once, in one stage behind the warm-up", {"lora": "vanilla"}),
     Arm("lora at once", "Hi LoRA", "all adapters from the first of the three stages on, through the same stages",
         {"lora": "shared"}, {"lora_order": "at_once"}, against="lora shared"),
     Arm("lora vanilla, wide", "Hi LoRA", "all at once, rank 38: as many parameters", VANILLA_WIDE),
-    Arm("lora none", "Hi LoRA", "no adapters, one stage of as many epochs", {"lora": "none"}),
+    Arm("lora none", "Hi LoRA", "no adapters, a warm-up of as many epochs", {"lora": "none"}),
     Arm("lora deep first", "Hi LoRA", "stages from deep to shallow", config={"lora_order": "deep_first"}),
     Arm("no CLC", "losses", "without the contrastive loss", loss_weights(clc=0.0)),
     Arm("no RTCC", "losses", "without the region-text loss", loss_weights(rtcc_focal=0.0, rtcc_dice=0.0)),
@@ -114,7 +114,7 @@ ARMS = [
         against="lora none"),
     Arm("CLC 1", "copying", "ten times the weight: the paper's", loss_weights(clc=1.0)),
     Arm("CLC of CLIP", "copying", "of an image feature that no bridge touched", trick="CLC without bridges"),
-    Arm("recipe", "", "the paper's: AdamW, no hints, no norms of ours", PAPER),
+    Arm("recipe", "", "nearer to the paper: AdamW, no hints, no norms of ours", PAPER),
     Arm("recipe, bridge none", "recipe", "no bridge", PAPER | {"bridge": "none"}, against="recipe"),
     Arm("recipe, bridge constant", "recipe", "learned constants instead of the text", PAPER | {"bridge": "constant"},
         against="recipe"),
@@ -129,7 +129,7 @@ for gap, world in GAPS.items():
 BY_NAME = {arm.name: arm for arm in ARMS}
 COMPARED = [  # every arm of a claim with the arm it differs from, and three with another besides
     *[arm for arm in ARMS if arm.claim],
-    replace(BY_NAME["lora vanilla"], differs="one stage instead of four", against="lora at once"),
+    replace(BY_NAME["lora vanilla"], differs="one stage instead of three", against="lora at once"),
     replace(BY_NAME["lora none"], differs="no adapters instead of plain ones", against="lora vanilla"),
     replace(BY_NAME["neither"], claim="Hi LoRA", differs="no adapters, without a bridge", against="bridge none"),
 ]

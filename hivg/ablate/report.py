@@ -246,5 +246,6 @@ def report(path, charts):
         if by_group and "base" in found:
             parts.append(groups_table(found, by_group))
         parts += [mixing_table(found), copying_table(found)]
-        parts.append("Charts: " + ", ".join(map(str, write_charts(found, results, charts / budget))))
+        if paths := write_charts(found, results, charts / budget):
+            parts.append("Charts: " + ", ".join(map(str, paths)))
     return "\n\n".join(part for part in parts if part)

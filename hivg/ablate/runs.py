@@ -193,7 +193,7 @@ def attention(model, device):
         shares = output.reg_attention[-1].exp().mean(1)  # (B, P)
         shares = shares / shares.sum(1, keepdim=True)
         wanted = box_on_grid(batch["boxes"], (model.side, model.side), model.config.clip.image_size)  # (B, P)
-        on_target += (shares * wanted).sum(1).tolist()
+        on_target += (shares * wanted).sum(1)[batch["present"]].tolist()  # nothing is wanted by the others
         maps.append(255 * shares / shares.amax(1, keepdim=True))
     maps = torch.cat(maps)[:MAPS_KEPT].round().byte().cpu().numpy()
     return {"maps": base64.b64encode(maps.tobytes()).decode(), "on_target": round(mean(on_target), 4)}

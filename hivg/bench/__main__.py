@@ -9,7 +9,7 @@
     load          weights files of CLIP's size: time and memory
     read          a data set of RefCOCO's size: time and memory
     step          a training step of a preset: time and memory by batch size
-    launches      what a GPU would launch in a training step, counted without one, by part of the model and by kind
+    launches      the kernels that a training step launches on a GPU, by part of the model and by kind; needs no GPU
     efficiency    the paper's Figure 4: parameters, operations by part, time and memory by batch size
     fusion        the Triton kernel beside plain PyTorch and torch.compile: needs a GPU and five minutes
     compile       the Triton kernels compiled for GPUs that need not be present: registers, spills, hazards

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hivg.bench.timing import CPU, ROOT, Report, measure, peak_memory, product_rate, reset_peak_memory, run_program
 from hivg.bench.training import forward_backward, last_stage, random_batch, train_step_of
 from hivg.clip import CLIP_SIZES
+from hivg.fast import training_copy
 from hivg.model import HiVG, HiVGConfig
 from hivg.utils.cli import choose_device, choose_dtype, name_of
 
@@ -79,7 +80,7 @@ def operations(config):
 
 def step_operations(config):
     """Operations of a training step, forward and backward, on one image and one expression."""
-    model = last_stage(config)
+    model = training_copy(last_stage(config), torch.float32)
     batch = random_batch(1, config.clip, CPU)
     return count_operations(lambda: forward_backward(model, batch, torch.float32))
 

@@ -1,5 +1,6 @@
 """Time, memory, and the tables that show them: what the benchmarks share."""
 
+import math
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 QUANTILES = (0.2, 0.5, 0.8)
 WARM_UP = 3  # calls before the measured ones
 CPU = torch.device("cpu")
+STATUS = Path("/proc/self/status")  # on Linux
 
 
 def measure(function, repeats, device=CPU, clock=time.perf_counter):
@@ -40,16 +42,18 @@ def product_rate(dtype, device):
 
 
 def memory(name):
-    """A line of /proc/self/status in bytes: VmRSS is the memory in use, VmHWM its peak."""
-    return 1024 * int(re.search(name + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    """A line of /proc/self/status in bytes: VmRSS is the memory in use, VmHWM its peak; nan where it is not Linux."""
+    if not STATUS.exists():
+        return math.nan
+    return 1024 * int(re.search(name + r":\s+(\d+)", STATUS.read_text())[1])
 
 
 def reset_peak_memory(device):
-    """Start a new peak_memory. On a CPU this needs Linux."""
+    """Start a new peak_memory. On a CPU this needs Linux, as that does."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
+    elif STATUS.exists():
+        STATUS.with_name("clear_refs").write_text("5")
 
 
 def peak_memory(device):

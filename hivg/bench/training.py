@@ -139,7 +139,8 @@ def settings_of(preset):
 def clip_name_of(preset):
     if not preset:
         return "tiny"
-    return "ViT-L/14" if preset.endswith("large") else "ViT-B/16"
+    stem = Path(preset_of(preset)["clip"]).stem
+    return next(name for name in CLIP_SIZES if name.replace("/", "-").replace("@", "-") == stem)
 
 
 def preset_model(preset, clip_name):

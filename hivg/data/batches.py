@@ -5,6 +5,7 @@ Worker processes read, augment and tokenise. Images stay bytes until they are on
 
 import os
 import sys
+import zlib
 from functools import cache, lru_cache
 from itertools import chain
 from multiprocessing import Queue, queues
@@ -167,11 +168,15 @@ def shuffled(count, *seeds):
 
 
 def box_mask(box, size):
-    """A box (4,) cxcywh in 0..1 as a mask (size, size) bool: the pixels whose centre is in it."""
+    """A box (4,) cxcywh in 0..1 as a mask (size, size) bool: the pixels whose centre is in it, and the one that its own
+    centre is in."""
     centres = (torch.arange(size) + 0.5) / size  # (size,)
     columns = (centres - box[0]).abs() < box[2] / 2  # (size,)
     rows = (centres - box[1]).abs() < box[3] / 2  # (size,)
-    return rows[:, None] & columns
+    mask = rows[:, None] & columns
+    x, y = (box[:2] * size).long().clamp(0, size - 1)
+    mask[y, x] = True  # of a box that is thinner than a pixel
+    return mask
 
 
 def open_dataset(dataset, split, size, normalization="clip", seed=0, data_root=DATA_ROOT, annotations=None, train=False,
@@ -193,6 +198,20 @@ def open_dataset(dataset, split, size, normalization="clip", seed=0, data_root=D
         raise ValueError(f"{shown(dataset)} {shown(split, 30)}: no samples are left; `python -m hivg.data check "
                          f"{shown(dataset, 90)}` says why")
     return SampleTensors(samples, size, normalization, seed, Augment() if train else None, masks)
+
+
+def fingerprint(*datasets):
+    """A number that other samples, in another order or with other boxes, do not have; drawn data have none to tell."""
+    samples = [(sample.image.name, sample.expression, sample.box)
+               for dataset in datasets for sample in getattr(dataset, "samples", ())]
+    return zlib.crc32(repr(samples).encode())
+
+
+def count_cut(dataset, tokenizer):
+    """How many expressions of samples from files have more tokens than the tokenizer keeps."""
+    room = tokenizer.context_length - 2  # beside the start and the end token
+    texts = [sample.expression for sample in getattr(dataset, "samples", ())]
+    return sum(len(text.encode()) > room and len(tokenizer.encode(text)) > room for text in texts)
 
 
 def collate(items):
@@ -217,8 +236,8 @@ def training_batches(dataset, first_item, batch_size, batches, start=0, workers=
     items, rest = divmod(batch_size, unit)  # items in a rank's share of a batch
     if rest or items < 1:
         nearest = [size for size in (items * unit, (items + 1) * unit) if size > 0] or [unit]
-        raise ValueError(f"--batch_size: {batch_size}, a multiple of {unit} needed ({dataset.rows} drawn together, "
-                         f"{world_size} process(es)); use {' or '.join(map(str, nearest))}")
+        raise ValueError(f"--batch_size: {batch_size}, a multiple of {unit} needed ({dataset.rows} expressions an "
+                         f"item, {world_size} process(es)); use {' or '.join(map(str, nearest))}")
     firsts = [first_item + (k * world_size + rank) * items for k in range(start, batches)]
     return make_loader(dataset, [range(first, first + items) for first in firsts], workers, device, tokenizer)
 

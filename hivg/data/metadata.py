@@ -51,7 +51,7 @@ def without_metadata(data):
         if content.startswith((b"Exif\0\0", b"II*\0", b"MM\0*")):
             info["exif"] = content
         elif b"tiff:Orientation" in content:
-            info["xmp"] = content
+            info["XML:com.adobe.xmp"] = content.decode("latin1")  # the key and type that every Pillow looks at
     return b"".join(kept), info
 
 

@@ -4,8 +4,8 @@ Without it a GPU that finishes a small launch in microseconds waits for the prog
 
 - the same memory every time: each batch is copied into tensors that stay, and gradients are cleared inside the step;
 - the same shapes: texts are padded to a multiple of 8 positions, and each length is recorded on its own;
-- no number from the program: the learning rate is a tensor on the device;
-- no number back to the program before the end: the loss and the gradient's norm are checked after the step.
+- no Python number that changes from step to step: the learning rate is a tensor on the device;
+- that Python reads no result until the step is over: the loss and the gradient's norm are checked after it.
 """
 
 from collections import Counter

@@ -43,6 +43,7 @@ class Run:
         self.log = Log(self.folder, self.saved)
         self.log.message(f"{title} on {self.device}, {distributed.world_size()} process(es), matrix products in "
                          f"{self.dtype}")
+        self.data = 0  # tells the data of this run from others; the training sets it
         self.saved_at = time.monotonic()
 
     def autocast(self):
@@ -62,6 +63,7 @@ class Run:
             "stage": stage,
             "step": step,
             "steps": steps,
+            "data": self.data,
             "best": best,
             "trained": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
             "frozen": first_values(model),
@@ -92,9 +94,8 @@ class Run:
         if first_values(model) != state["frozen"]:
             raise ValueError("the weights file that this run started from has changed; restore it, or take another "
                              "--name")
-        if steps != state["steps"]:
-            raise ValueError(f"the data are not those that this run began with: {steps} steps in this stage, then "
-                             f"{state['steps']}; restore them, or take another --name")
+        if (steps, self.data) != (state["steps"], state.get("data", self.data)):
+            raise ValueError("the data are not those that this run began with; restore them, or take another --name")
         with torch.no_grad():
             for name, p in trained.items():
                 p.copy_(state["trained"][name])

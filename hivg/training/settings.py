@@ -25,9 +25,9 @@ def setting(default, text, *, group=None, choices=None, low=None, high=math.inf,
     """A field of a settings dataclass.
 
     default: its value without the flag. Where that is a dataclass, the flag takes NAME=VALUE pairs for its fields.
-    text: the help. group: one of GROUPS, from this setting on. choices: the only values allowed. low, high: the range
-    of a number, or of each of several, both included. resumable: --resume may change it. of_model: a property of a new
-    model, so it does not go with --finetune.
+    text: the help. group: one of GROUPS, from this setting on. choices: the only values allowed. low, high: the
+    smallest and the largest value of a number, or of each of several. resumable: --resume may change it. of_model: a
+    property of a new model, so it does not go with --finetune.
     """
     metadata = {"text": text, "group": group, "choices": choices, "low": low, "high": high, "resumable": resumable,
                 "of_model": of_model}
@@ -57,7 +57,7 @@ class RunSettings:
     device: str = setting("auto", "auto, cpu or cuda", group="Machine", resumable=True)
     dtype: str = setting("auto", "dtype of the model's products; auto = bfloat16 where the hardware is fast at it",
                          choices=DTYPES)
-    compile: bool = setting(False, "speed the model up with torch.compile")
+    compile: bool = setting(False, "speed the model up with torch.compile", resumable=True)
 
     def __post_init__(self):
         """Refuse at once what would fail hours later, or be ignored. Raises ValueError, one line with the flag."""
@@ -65,6 +65,8 @@ class RunSettings:
         for f in fields(self):
             value = getattr(self, f.name)
             if is_dataclass(f.default) and isinstance(value, dict):  # from a saved state
+                if value.keys() != vars(f.default).keys():  # of a version with other fields
+                    raise ValueError(f"--{f.name} must name {', '.join(vars(f.default))}")
                 value = type(f.default)(**value)
                 setattr(self, f.name, value)
             choices = f.metadata["choices"]
@@ -175,16 +177,21 @@ def settings_from_flags(settings, description, defaults_of=None):
         raise ValueError(f"{run}/state.pt: a state of another version of the program; train again under another --name")
     wanted = with_flags(saved, given)
     free = {f.name for f in fields(settings) if f.metadata["resumable"]}
-    changed = [f"--{name} {as_typed(given[name])} (was {as_typed(saved[name])})" for name in given
+    changed = [f"{as_typed(name, wanted[name], saved[name])} (was {as_typed(name, saved[name], wanted[name])})"
+               for name in given
                if name not in free and wanted[name] != saved[name]]
     if changed:
         parser.error(f"--resume continues {run} with its own settings; it cannot change {', '.join(changed)}")
     return settings(**wanted)
 
 
-def as_typed(value):
-    """A setting as it is typed after its flag."""
-    return " ".join(map(str, value)) if isinstance(value, tuple | list) else value
+def as_typed(name, value, other):
+    """A setting as it is typed, with its flag; of pairs those that differ from another value's."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no_{name}"
+    if is_dataclass(value):
+        value = [f"{term}={number:g}" for term, number in vars(value).items() if number != getattr(other, term)]
+    return f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple | list) else value}"
 
 
 def with_flags(values, given):

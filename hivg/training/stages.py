@@ -55,16 +55,18 @@ def config_of(path, kind, wanted):
     return config
 
 
-def print_plan(table, config):
-    """Print every stage of the table as a column. config: of the first stage's model. The models are built on the meta
-    device."""
+def print_plan(table, config, trains_clip=False):
+    """Print every stage of the table as a column. config: of the first stage's model. trains_clip: whether CLIP's own
+    weights are trained too. The models are built on the meta device."""
     columns = []
     with torch.device("meta"):
         model = HiVG(config)
         for stage in table:
             model = grow(model, stage)
+            for p in lora.without_adapters(model.clip) if trains_clip else ():
+                p.requires_grad_(True)
             columns.append(stage_column(stage, model))
-    sys.stdout.write(columns_text(columns) + "\n")  # in one piece, whatever the reader, such as `head`, leaves
+    sys.stdout.write(columns_text(columns) + "\n")  # in one write: a reader may stop early, as `head` does
 
 
 def stage_column(stage, model):

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from makers import BUNDLED
 from makers_training import Killed, kill, shrink
 from makers_use import call
 
 import train
+from hivg import weights
 from hivg.ablate import runs
 from hivg.ablate.__main__ import main
 from hivg.ablate.arms import BY_NAME
@@ -74,6 +76,16 @@ def test_a_run_resumes_and_leaves_a_row(small, monkeypatch):
     assert 0 < first["attention"]["lora1"]["on_target"] < 1
     assert set(first["copying"]) == {"own", "shown"}
     assert not list((small.parent.parent / "runs" / "ablate").glob("*/*.safetensors"))
+
+
+def test_nothing_is_no_target_of_the_attention(monkeypatch):
+    """Expressions that are true of nothing have a box of zeros, which lies in the first patch."""
+    model = weights.load_hivg(BUNDLED)
+    model.info["dataset"] = "shapes-wide"
+    batch = next(iter(runs.batches_of(model, "absent", 8))) | {"present": torch.arange(8) < 4}
+    batch["boxes"][:4] = torch.tensor([0.5, 0.5, 1.0, 1.0])
+    monkeypatch.setattr(runs, "first_batches", lambda model, batch_size: [batch])
+    assert runs.attention(model, torch.device("cpu"))["on_target"] == 1.0
 
 
 def fake(small, accuracies, seeds=(0, 1, 2)):

@@ -335,6 +335,9 @@ def test_a_box_stands_in_for_a_mask(tmp_path):
     assert (columns[0], columns[-1] + 1) == (10, 30)  # the image is 40 wide and lies 5 lower in the square
     assert (rows[0], rows[-1] + 1) == (15, 25)
     assert torch.equal(row["masks"][0], box_mask(row["boxes"][0], 40))
+    for middle, pixel in ((0.5, 20), (0.0, 0), (1.0, 39)):  # of a box thinner than a pixel
+        mask = box_mask(torch.tensor([middle, 0.5, 0.001, 0.001]), 40)
+        assert mask.nonzero().tolist() == [[20, pixel]]
 
 
 def test_mask_targets(tmp_path):

@@ -112,7 +112,8 @@ def assert_read(path, turned, capfd):
         with open(path, "rb") as file:
             np.testing.assert_array_equal(np.asarray(open_image(file)), np.asarray(image))
         published = np.asarray(open_published(path))
-        assert stored_size(path) == published.shape[1::-1]
+        if path.suffix != ".tif":  # which old Pillows turn while they read the pixels
+            assert stored_size(path) == published.shape[1::-1]
     upright = published if published.shape == (30, 20, 3) else np.rot90(published, -1)  # Pillow turns TIFFs itself
     np.testing.assert_array_equal(np.asarray(image), upright if turned else published)
     if path.suffix != ".jpg":

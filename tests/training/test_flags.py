@@ -191,6 +191,10 @@ def test_a_setting_is_checked_wherever_it_comes_from():
                          ({"rates": (float("nan"),)}, "--rates must be 0 or more, not nan")):
         with pytest.raises(ValueError, match=words):
             Small(**wrong)
+    terms = vars(LossWeights())
+    assert train.Settings(loss_weights=terms).loss_weights == LossWeights()
+    with pytest.raises(ValueError, match="--loss_weights must name .*clc"):  # a state from before this loss
+        train.Settings(loss_weights={name: 1.0 for name in terms if name != "clc"})
 
 
 def test_wrong_clip_gets_one_line(world, clip_file, monkeypatch, capfd, whole):

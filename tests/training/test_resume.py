@@ -182,8 +182,11 @@ def test_a_run_is_not_overwritten(begun, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("args, word", [
-    (["--batch_size", "16"], "--batch_size 16 (was 8)"), (["--epochs", "9", "1", "1", "1"], "--epochs 9 1 1 1 (was "),
-    (["--lora", "shared"], "--lora shared (was hierarchical)"), (["--no-text_norm"], "--text_norm"),
+    (["--batch_size", "16"], "--batch_size 16 (was --batch_size 8)"),
+    (["--epochs", "9", "1", "1", "1"], "--epochs 9 1 1 1 (was --epochs 2 1 1 1)"),
+    (["--lora", "shared"], "--lora shared (was --lora hierarchical)"),
+    (["--no-text_norm"], "--no_text_norm (was --text_norm)"),
+    (["--loss_weights", "clc=0.5"], "--loss_weights clc=0.5 (was --loss_weights clc=0.1)"),
     (["--seed", "5", "--lr", "1"], "--seed 5")], ids=ids)
 def test_resume_with_other_settings_gets_one_line(begun, monkeypatch, capfd, args, word):
     assert_one_line(run_script(monkeypatch, capfd, "--name", "tiny", "--resume", *args), word)
@@ -191,7 +194,8 @@ def test_resume_with_other_settings_gets_one_line(begun, monkeypatch, capfd, arg
 
 def test_resume_by_command(begun, whole, monkeypatch, capfd):
     """The name is enough; settings of the machine alone may change."""
-    code, out, _ = run_script(monkeypatch, capfd, "--name", "tiny", "--resume", "--workers", "1", "--save_minutes", "3")
+    code, out, _ = run_script(monkeypatch, capfd, "--name", "tiny", "--resume", "--workers", "1", "--save_minutes", "3",
+                              "--no_compile", "--no_graph", "--data_root", "elsewhere")
     assert (code, out) == (0, "runs/tiny/lora3.safetensors\n")
     assert_same_run(Path("runs/tiny"), whole)
 
@@ -265,7 +269,8 @@ def test_other_data_or_another_start_are_no_damage(begun, monkeypatch, capfd):
     state = Path("runs/tiny/state.pt")
     saved = state.read_bytes()
     steps = torch.load(state, weights_only=True)["steps"]
-    for keys, value, word in ((("steps",), steps + 1, "data"), (("frozen", "clip.visual.proj"), 0.5, "weights file")):
+    for keys, value, word in ((("steps",), steps + 1, "data"), (("data",), 1, "data"),
+                              (("frozen", "clip.visual.proj"), 0.5, "weights file")):
         edit(state, *keys, value=value)
         _, _, err = result = run_script(monkeypatch, capfd, "--name", "tiny", "--resume")
         assert_one_line(result, word)

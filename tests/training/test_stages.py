@@ -144,6 +144,16 @@ def test_plan_says_what_is_trained(whole, tiny, clip_file, world, capfd):
         assert rows["in adapters, of all stages"][i] == f"{in_adapters:,}" and (in_adapters > 0) == (i > 0)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_plan_says_whether_clip_is_trained(tiny, clip_file, world, capfd, monkeypatch, share):
+    s = replace(tiny, clip_rate=share)
+    model, _ = train.begin_stage(s, 0, None)
+    monkeypatch.setattr(train, "settings_from_flags", lambda *_: replace(s, plan=True))
+    train.main()
+    trained = sum(p.numel() for p in model.clip.parameters() if p.requires_grad)
+    assert numbers_of(capfd.readouterr().out)["clip"][0] == f"{trained:,}" and (trained > 0) == (share > 0)
+
+
 def test_stage_is_described_when_it_starts(world, tiny, capfd):
     train.train(replace(tiny, lora="vanilla", epochs=(1, 1)))
     told = capfd.readouterr().err

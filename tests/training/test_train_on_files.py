@@ -1,7 +1,9 @@
 """Training and evaluation on data sets from files: people's own, and every published one in its own format."""
 
 import json
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,25 @@ def test_train_and_evaluate_on_own_data(tmp_path, clip_file, monkeypatch, capfd)
     assert Image.open("sheet.png").width > 1000
     out = run_evaluate(monkeypatch, capfd, "--compare", "a.jsonl", "a.jsonl")
     assert "0 right in the first alone, 0 in the second alone" in out
+
+
+def test_other_rows_of_own_data_are_not_resumed(tmp_path, clip_file, monkeypatch, capfd):
+    """As many, but one of them with another box. What is too long for CLIP is told at the start."""
+    path = write_shapes(tmp_path, 2)
+    path = write_shapes(tmp_path, 1, split="val", to="val")
+    first, *others = path.read_text().splitlines(keepends=True)
+    row = json.loads(first)
+    path.write_text("".join([json.dumps(row | {"expression": "the red cup " * 50}) + "\n", *others]))
+    monkeypatch.chdir(tmp_path)
+    s = Settings(name="mine", dataset=str(path), clip=str(clip_file), epoch_samples=0, batch_size=8, lora="none",
+                 epochs=(1,), lr=(1e-3,), warmup_steps=1, **ON_CPU)
+    train.train(s)
+    assert re.search(r"^expressions that are too long for CLIP, cut to their first \d+ tokens: 1$",
+                     capfd.readouterr().err, re.M)
+    train.train(replace(s, resume=True, data_root="elsewhere"))
+    path.write_text("".join([json.dumps(row | {"bbox": [0, 0, 9, 9]}) + "\n", *others]))
+    with pytest.raises(ValueError, match="the data are not those that this run began with"):
+        train.train(replace(s, resume=True))
 
 
 def test_a_missing_val_is_noticed_before_any_work(tmp_path, clip_file, monkeypatch):

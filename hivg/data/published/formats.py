@@ -233,7 +233,8 @@ def usual_splits(names):
     """The splits that a file names, a set -> {name: our name}: "Validation" becomes "val". Names that would become the
     same, such as "val" and "dev", stay as they are."""
     usual = {name: USUAL_SPLITS.get(name.strip().lower(), name) for name in names}
-    count = Counter(usual.values())
+    words = {(name.strip().lower(), split) for name, split in usual.items()}  # "Train" and "train" are one
+    count = Counter(split for _, split in words)
     return {name: split if count[split] == 1 else name for name, split in usual.items()}
 
 

@@ -125,7 +125,7 @@ def read_samples(data_root, dataset, split, annotations=None, report=None):
     if {NO_AREA, OUTSIDE} & report.problems.keys() or any(is_odd(row.bbox, row.form) for row in rows if row.place):
         check.refuse_other_form(rows)
     report.notes += check.notes()
-    if is_told:
+    if is_told and os.environ.get("RANK", "0") == "0":  # the first of several processes tells it for all
         for line in report.lines():
             print(line, file=sys.stderr)
     return samples
