@@ -246,6 +246,8 @@ def train(s: Settings, hooks=Hooks()):
     device, log, saved = run.device, run.log, run.saved
     if s.graph and distributed.world_size() > 1:
         raise ValueError(f"--graph is for one process, not {distributed.world_size()}; leave it out")
+    if s.graph and device.type != "cuda":
+        log.message("--graph records the step on a GPU only; on this device it changes nothing")
     log.message(f"fusion by {choose_backend(device.type)}")
     table = stages(s)
     if saved and saved["stage"] >= len(table):
@@ -313,8 +315,6 @@ def train(s: Settings, hooks=Hooks()):
             return distributed.mean(values) | {"gradient_norm": clip_and_step(model, optimizers, s.clip_grad)}
 
         if s.graph:
-            if device.type != "cuda":
-                log.message("--graph records the step on a GPU only; on this device it changes nothing")
             take_step = GraphedStep(take_step, optimizers, model.config.clip.context_length, device)
         for step in range(first, steps):
             end_of_epoch = (step + 1) % steps_per_epoch == 0

@@ -301,7 +301,7 @@ class HiVG(nn.Module):
 
     @staticmethod
     def find_visual(padding_mask, grid):
-        """padding_mask (B, S, S) bool -> (B, N) bool, True = no padding: some half of the patch shows the image."""
+        """padding_mask (B, S, S) bool -> (B, N) bool, True = no padding: about half of the patch or more is image."""
         share = F.interpolate(padding_mask[:, None].float(), grid, mode="bilinear", antialias=True)  # (B, 1, h, w)
         padded = (share > 0.5).flatten(1)  # (B, P)
         return F.pad(~padded, (1, 0), value=True)  # (B, N): [CLS] is never padding

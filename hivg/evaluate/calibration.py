@@ -44,7 +44,7 @@ def fit_calibration(scores, right):
         if np.abs(step).max() < 1e-9:
             break
     a, b = ab.tolist()
-    if not (np.ptp(scores) > 0 and n_right and n_wrong and math.isfinite(b) and 0 < a < LARGEST):
+    if not (n_right and n_wrong and np.ptp(scores) > 0 and math.isfinite(b) and 0 < a < LARGEST):
         raise ValueError(f"the score cannot be calibrated on {n_right} right and {n_wrong} wrong boxes: it does not "
                          "tell them apart; train longer, or use a larger split")
     return a, b
