@@ -48,9 +48,7 @@ def batch():
 def clip_file(tmp_path_factory):
     """A file of the smallest CLIP that has bridge blocks of its own, with the words of its world."""
     shapes = Shapes("train")
-    texts = []
-    for i in range(40):
-        texts += shapes[i]["expressions"]
+    texts = [text for i in range(40) for text in shapes[i]["expressions"]]
     tokenizer = Tokenizer(learn_merges(texts, 120), context_length=24)
     clip = make_clip(dtype=torch.float32, image_size=32, vision_width=32, vision_layers=6, vision_heads=2,
                      text_width=32, text_layers=4, text_heads=2, embed_dim=32, context_length=24,

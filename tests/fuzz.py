@@ -10,7 +10,6 @@ import argparse
 import io
 import json
 import random
-import resource
 import shutil
 import signal
 import struct
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import torch
 from fuzz_seeds import write_annotations, write_images, write_tables, write_weights
+from makers_limits import limit
 
 from hivg import weights
 from hivg.data.augment import Augment
@@ -131,8 +131,8 @@ def damage_safetensors(rng, data):
 
 # ---- reading
 
-def read_weights(path):
-    weights.load(path)
+def is_line(text):
+    return text.isprintable() and len(text) <= 300
 
 
 def read_table(path):
@@ -170,7 +170,7 @@ class Wrong(Exception):
 
 
 def check_line(line):
-    if not line.isprintable() or len(line) > 300:
+    if not is_line(line):
         raise Wrong(f"no short plain line: {line[:400]!r}")
 
 
@@ -181,18 +181,9 @@ def too_slow(*_):
 # ---- the run
 
 KINDS = {  # name: (the writer of its valid files, how they are read, its share)
-    "weights": (write_weights, read_weights, 0.35),
-    "tables": (write_tables, read_table, 0.05),
-    "annotations": (write_annotations, read_annotations, 0.35),
-    "images": (write_images, read_image, 0.25),
+    "weights": (write_weights, weights.load, 0.35), "tables": (write_tables, read_table, 0.05),
+    "annotations": (write_annotations, read_annotations, 0.35), "images": (write_images, read_image, 0.25),
 }
-
-
-def limit_memory():
-    with open("/proc/self/statm") as file:
-        pages = int(file.read().split()[0])
-    most = pages * resource.getpagesize() + MEGABYTES * 2**20
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 def run(inputs, seed, folder, seconds):
@@ -206,7 +197,7 @@ def run(inputs, seed, folder, seconds):
     for kind, (_, read, _) in KINDS.items():
         for path in files[kind]:
             read(path)  # as it is, it is fine
-    limit_memory()
+    limit(MEGABYTES)
     warnings.simplefilter("error")
     signal.signal(signal.SIGALRM, too_slow)
     counts = Counter()
@@ -225,19 +216,11 @@ def run(inputs, seed, folder, seconds):
         try:
             KINDS[kind][1](bad)
             outcome = "read"
-        except (ValueError, Wrong) as error:
-            outcome = "refused"
-            try:
-                check_line(str(error))
-                wrong = isinstance(error, (Wrong, UnicodeError, json.JSONDecodeError))
-            except Wrong:
-                wrong = True
-            if wrong:
-                outcome = "wrong"
+        except Exception as error:  # and MemoryError is one
+            is_told = isinstance(error, ValueError) and not isinstance(error, (UnicodeError, json.JSONDecodeError))
+            outcome = "refused" if is_told and is_line(str(error)) else "wrong"
+            if outcome == "wrong":
                 traceback.print_exc()
-        except Exception:  # and MemoryError is one
-            outcome = "wrong"
-            traceback.print_exc()
         finally:
             signal.alarm(0)
         if outcome == "wrong":

@@ -45,8 +45,7 @@ def random_boxes(n, seed=0):
 
 def to_cxcywh(boxes):
     """(..., 4) xyxy -> (..., 4) cxcywh."""
-    low = boxes[..., :2]
-    high = boxes[..., 2:]
+    low, high = boxes[..., :2], boxes[..., 2:]
     return torch.cat([(low + high) / 2, high - low], -1)
 
 
@@ -116,15 +115,29 @@ def watch(model, name, run, batch):
     """The arguments that a method of the model is called with, once, while `run(*batch)` runs."""
     method = getattr(model, name)
     calls = []
-
-    def watched(*args):
-        calls.append(args)
-        return method(*args)
-
-    model.__dict__[name] = watched  # found before the class's method
-    try:
+    with pytest.MonkeyPatch.context() as patch:  # in __dict__ it is found before the class's method
+        patch.setitem(model.__dict__, name, lambda *args: calls.append(args) or method(*args))
         run(*batch)
-    finally:
-        del model.__dict__[name]
-    assert len(calls) == 1
-    return calls[0]
+    [args] = calls
+    return args
+
+
+def trained(model):
+    """The names of the parameters that are trained."""
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def raising(error):
+    """A function that raises it, whatever it is called with."""
+    def work(*_, **__):
+        raise error
+    return work
+
+
+def refusal(call, *args, error=ValueError, **options):
+    """What the error of a call says, in one line."""
+    with pytest.raises(error) as caught:
+        call(*args, **options)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 300, message
+    return message

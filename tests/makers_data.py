@@ -36,17 +36,14 @@ def make_scenes(root, n=6, seed=0, folder=COCO, head="COCO_train2014_"):
     scenes = []
     (root / folder).mkdir(parents=True, exist_ok=True)
     for i in range(n):
-        width = rng.randint(20, 90)
-        height = rng.randint(20, 90)
+        width, height = rng.randint(20, 90), rng.randint(20, 90)
         number = 1000 * seed + i
         file = f"{head}{number:012d}.jpg"
         Image.new("RGB", (width, height)).save(root / folder / file)
         for _ in range(rng.randint(1, 2)):
             # quarters of pixels: sums of them are exact
-            w = rng.randint(1, 4 * width) / 4
-            h = rng.randint(1, 4 * height) / 4
-            x = rng.randint(0, int(4 * (width - w))) / 4
-            y = rng.randint(0, int(4 * (height - h))) / 4
+            w, h = rng.randint(1, 4 * width) / 4, rng.randint(1, 4 * height) / 4
+            x, y = rng.randint(0, int(4 * (width - w))) / 4, rng.randint(0, int(4 * (height - h))) / 4
             polygon = [[x, y, x + w, y, x + w, y + h]]
             rle = {"size": [height, width], "counts": [width * height - 3, 3]}
             text = rng.choice(["the red cup", "Zebra on the LEFT", "café, 2nd", "man in a hat, looking up"])
@@ -85,19 +82,15 @@ def python2(data):
 
 def encoded(value):
     """The same lists and dicts with their text as bytes."""
-    if isinstance(value, str):
-        return value.encode()
     if isinstance(value, dict):
         return {encoded(k): encoded(v) for k, v in value.items()}
     if isinstance(value, list):
         return [encoded(v) for v in value]
-    return value
+    return value.encode() if isinstance(value, str) else value
 
 
 def write_refer(root, splits, place="refcoco/refs(unc).p", dump=python2):
-    refs = []
-    annotations = []
-    images = {}
+    refs, annotations, images = [], [], {}
     for split, scenes in splits.items():
         for s in scenes:
             n = len(refs) + 1
@@ -133,17 +126,9 @@ def write_list(root, splits, dataset="refcoco", new=True, array=False, legacy=Fa
         torch.save(rows, path, _use_new_zipfile_serialization=not legacy)
 
 
-def write_mixture(root, splits):
-    (root / "mixup").mkdir(exist_ok=True)
-    for split, scenes in splits.items():
-        rows = [(s.file, s.coco_size(), xywh(s.box), s.expression, s.segmentation) for s in scenes]
-        torch.save(rows, root / "mixup" / f"mixup_{split}.pth")
-
-
 def write_mdetr(root, splits):
     for split, scenes in splits.items():
-        images = []
-        boxes = []
+        images, boxes = [], []
         for i, s in enumerate(scenes):
             images.append({"id": i, "file_name": s.file, **s.coco_size(), "original_id": s.number,
                            "caption": s.expression, "dataset_name": "refcoco"})

@@ -1,19 +1,22 @@
 """Work done in a process of its own, with a limit on its memory and its time: a file must not end the process."""
 
+import inspect
 import subprocess
 import sys
 
 from makers import ROOT
 
-LIMIT = """
-import resource, sys
 
 def limit(megabytes):
+    """Take no more memory than so much above what there is now."""
+    import resource  # which Windows lacks
     with open("/proc/self/statm") as file:
         pages = int(file.read().split()[0])
     most = pages * resource.getpagesize() + megabytes * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
-"""
+
+
+LIMIT = "import sys\n" + inspect.getsource(limit)
 
 
 def outcomes(imports, work, paths, megabytes=300, seconds=120):

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 from makers import ROOT
-from safetensors import safe_open
+from makers_weights import contents
 
 import train
+from hivg import weights
 from hivg.data.drawn.scenes import DRAWN
 from hivg.training import run
 
@@ -32,11 +33,6 @@ def shrink(monkeypatch, dropout=0.1):
 
 def log_of(run):
     return [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
-
-
-def contents(path):
-    with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
 
 
 def assert_same_run(run, other):
@@ -72,12 +68,9 @@ class Killed(BaseException):
 
 def kill(monkeypatch, module, name, call):
     """Stop the process, as it were, when module.NAME is called for the call-th time; torch.save stops half way."""
-    owner = {"torch": torch, "os": os, "Log": run}.get(name.split(".")[0], module)
-    parts = name.split(".")
-    if owner in (module, run):
-        for part in parts[:-1]:
-            owner = getattr(owner, part)
-    function = getattr(owner, parts[-1])
+    owner = {"torch": torch, "os": os, "Log": run.Log, "weights": weights}.get(name.split(".")[0], module)
+    last = name.split(".")[-1]
+    function = getattr(owner, last)
     calls = []
 
     def wrapper(*args, **kwargs):
@@ -88,7 +81,7 @@ def kill(monkeypatch, module, name, call):
             Path(args[1]).write_bytes(b"half a file")
         raise Killed
 
-    monkeypatch.setattr(owner, parts[-1], wrapper)
+    monkeypatch.setattr(owner, last, wrapper)
 
 
 def flags(s, **changes):

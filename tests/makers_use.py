@@ -94,10 +94,8 @@ def write_cut(path):
 
 
 BAD_IMAGES = {  # file: (a function that writes it, part of the message)
-    "missing.png": (lambda path: None, "no such file"),
-    "empty.png": (lambda path: path.write_bytes(b""), "empty"),
-    "cut.png": (write_cut, "damaged or cut short"),
-    "cut.jpg": (write_cut, "damaged or cut short"),
+    "missing.png": (lambda path: None, "no such file"), "empty.png": (lambda path: path.write_bytes(b""), "empty"),
+    "cut.png": (write_cut, "damaged or cut short"), "cut.jpg": (write_cut, "damaged or cut short"),
     "cut.bmp": (write_cut, "damaged or cut short"),
     "text.png": (lambda path: path.write_text("these are\nonly words"), "not an image"),
     "page.jpg": (lambda path: path.write_text("<html><body>404</body></html>\n"), "not an image"),

@@ -7,7 +7,7 @@ from makers import TEXTS, assert_close, make_batch, make_clip, make_config, make
 
 from hivg.bridge import KINDS, Bridge
 from hivg.clip import similarity
-from hivg.fusion import adaptive_fusion, adaptive_fusion_reference, choose_backend
+from hivg.fusion import HAS_TRITON, adaptive_fusion, adaptive_fusion_reference, choose_backend
 from hivg.model import HiVG
 
 TEXT_KINDS = ("adaptive", "projected")
@@ -49,16 +49,8 @@ def test_fusion_backend():
     arguments = fusion_arguments(2, 1, 3, 4, 3)
     with pytest.raises(ValueError, match="auto, reference or triton, not 'fastest'"):
         adaptive_fusion(*arguments, backend="fastest")
-    assert choose_backend("cpu") == "reference"
+    assert choose_backend("cpu") == "reference" and choose_backend("cuda") == ("triton" if HAS_TRITON else "reference")
     assert torch.equal(adaptive_fusion(*arguments), adaptive_fusion(*arguments, backend="reference"))
-
-
-@pytest.mark.parametrize("norm", [True, False])
-def test_text_norm_takes_the_size_of_a_layer_away(norm):
-    states, *rest = fusion_arguments(2, 2, 3, 16, 5, norm)
-    larger = states * torch.tensor([1.0, 30.0]).view(2, 1, 1, 1)
-    difference = (adaptive_fusion(larger, *rest) - adaptive_fusion(states, *rest)).abs().max()
-    assert difference < 1e-3 if norm else difference > 1
 
 
 # --- one bridge ---
@@ -125,17 +117,6 @@ def test_a_constant_has_no_padding():
     assert keys.shape == (2, 9, 16)
     assert torch.equal(keys[0], bridge.constant) and torch.equal(keys[1], bridge.constant)
     assert torch.equal(bridge(x, keys, torch.ones(2, 4, dtype=torch.bool)), bridge(x, keys, None))
-
-
-def test_every_text_layer_counts():
-    bridge = make_bridge(K=3)
-    x = random(1, 5, 16)
-    states = random(3, 1, 4, 12, seed=1)
-    before = bridge(x, bridge.keys(states))
-    for k in range(3):
-        changed = states.clone()
-        changed[k] += random(1, 4, 12, seed=k + 2)
-        assert (bridge(x, bridge.keys(changed)) - before).abs().max() > 1e-3, f"layer {k} has no effect"
 
 
 # --- in the model ---
@@ -246,11 +227,3 @@ def test_checkpointing_changes_no_gradient(kind):
     assert gradients[0].keys() == gradients[1].keys()
     for name in gradients[0]:
         assert_close(name, gradients[1][name], gradients[0][name], 1e-10)
-
-
-def test_bridges_stand_in_the_blocks_of_the_config(batch):
-    for blocks in ((1,), (0, 2), ()):
-        model = make_hivg(bridge_blocks=blocks)
-        assert sorted(model.bridges) == sorted(map(str, blocks))
-        model(*batch)
-    assert len(make_hivg(bridge="none").bridges) == 0

@@ -45,17 +45,6 @@ def test_attention_is_pytorchs(kind):
     assert_close(f"attention, {kind}", ours, theirs[0], 1e-10)
 
 
-def test_attention_formula():
-    """One head at a time, softmax(q k^T / sqrt(head width)) v."""
-    attention, x = randomise(Attention(12, 2)).double(), random(1, 4, 12)
-    q, k, v = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
-    heads = []
-    for head in (slice(0, 6), slice(6, 12)):
-        weights = (q[..., head] @ k[..., head].transpose(1, 2) / 6**0.5).softmax(-1)
-        heads.append(weights @ v[..., head])
-    assert_close("attention", attention(x), attention.out_proj(torch.cat(heads, -1)), 1e-10)
-
-
 def test_attention_dropout_is_for_training_only():
     attention, x = Attention(12, 2).double(), random(1, 4, 12)
     assert torch.equal(attention.eval()(x, dropout=0.5), attention(x))
@@ -93,10 +82,10 @@ def test_similarity():
 # --- the position table ---
 
 
-def test_positions_same_grid():
+def test_positions_of_the_same_grid_and_type():
     table = random(17, 6).float()
-    assert resize_positions(table, (4, 4)) is table
-    assert resize_positions(table, torch.Size([4, 4])) is table
+    assert resize_positions(table, (4, 4)) is table and resize_positions(table, torch.Size([4, 4])) is table
+    assert resize_positions(table.bfloat16(), (2, 3)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (3, 5), (2, 2), (7, 1), (2, 8)])
@@ -111,14 +100,6 @@ def test_positions_resized(grid):
     patches = F.interpolate(patches, grid, mode="bicubic", antialias=True, align_corners=False)
     expected = [patches[0, :, row, column] for row in range(grid[0]) for column in range(grid[1])]
     assert_close("positions", resized[1:], torch.stack(expected), 1e-6)
-
-    constant = torch.cat([table[:1], table[1:2].expand(16, 6)])
-    expected = table[1:2].expand(grid[0] * grid[1], 6)
-    assert_close("constant table", resize_positions(constant, grid)[1:], expected, 1e-6)
-
-
-def test_positions_keep_their_type():
-    assert resize_positions(random(17, 6).bfloat16(), (2, 3)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("side, width", [(4, 64), (7, 32)])

@@ -39,6 +39,8 @@ def test_released_text_padding(batch):
     assert ids.shape == (4, 77) and torch.equal(ids[:, : token_ids.shape[1]], token_ids) and is_key is None
     assert torch.equal(is_text, ids != 0)
     _, text, _, mask, *_ = watch(model, "encode", model, batch)
+    _, keys, key_mask, *_ = watch(model.bridges["0"], "forward", model, batch)
+    assert keys.shape[1] == 77 and key_mask is None
     assert text.shape == (4, 77, 32) and torch.equal(mask, is_text)
     with_zero = token_ids.clone()
     with_zero[3, 2] = 0

@@ -43,12 +43,8 @@ def small(tmp_path, monkeypatch, clip_file):
     return tmp_path / "notebooks" / "ablations.jsonl"
 
 
-def rows_of_text(text):
-    return [json.loads(line) for line in text.splitlines()]
-
-
 def rows_of(path):
-    return rows_of_text(path.read_text())
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_right_and_wrong_survive_packing():
@@ -163,7 +159,7 @@ def test_a_line_that_was_cut_costs_one_run(small):
     whole = small.read_text()
     small.write_text(whole[:-100])
     assert len(read_results(small)) == 3
-    runs.append(small, rows_of_text(whole)[-1])
+    runs.append(small, json.loads(whole.splitlines()[-1]))
     assert len(read_results(small)) == 4
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from makers import ROOT, assert_close, make_tokenizer
+from makers import ROOT, assert_close, make_tokenizer, raising
 from makers_data import make_scenes, write_list, write_own, write_shapes
 from PIL import Image
 
@@ -208,24 +208,18 @@ def test_workers_change_nothing(tmp_path):
 @pytest.fixture
 def hurry():
     """End a test that waits for ever."""
-    def stop(*_):
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, stop)
+    before = signal.signal(signal.SIGALRM, raising(TimeoutError))
     signal.alarm(40)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
 
 
-def fail_to_share(*args, **options):
-    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
-
-
 @pytest.mark.slow  # the loader looks after its workers every five seconds
 def test_a_worker_that_cannot_send_is_told(tmp_path, monkeypatch, capfd, hurry):
     data = SampleTensors(make_samples(tmp_path), 32)
-    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", fail_to_share)
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", raising(RuntimeError(
+        "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")))
     with pytest.raises(ValueError, match="too little shared memory .*--shm-size.*--workers 0"):
         list(evaluation_batches(data, 2, workers=2))
     assert not capfd.readouterr().err
@@ -261,10 +255,7 @@ def test_commands_with_few_open_files_end_with_one_line(tmp_path, command):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_of_an_item_is_its_own(tmp_path, monkeypatch, workers):
-    def fail(*args):
-        raise RuntimeError("its own")
-
-    monkeypatch.setattr(batches, "collate", fail)
+    monkeypatch.setattr(batches, "collate", raising(RuntimeError("its own")))
     with pytest.raises(RuntimeError, match="its own"):
         list(evaluation_batches(SampleTensors(make_samples(tmp_path), 32), 2, workers=workers))
 

@@ -53,10 +53,8 @@ def look(shape, colour, size, filled, x, y):
 
 BACKGROUND = shapes.Background("plain", ((200, 200, 200), (210, 210, 210)), 0.1, 0.0, 0)
 BY_HAND = shapes.Scene(1.0, 1.0, BACKGROUND, (
-    look("circle", "red", "large", True, 0.2, 0.2),
-    look("circle", "blue", "small", True, 0.45, 0.3),
-    look("circle", "red", "small", False, 0.8, 0.4),
-    look("star", "red", "medium", True, 0.52, 0.7),
+    look("circle", "red", "large", True, 0.2, 0.2), look("circle", "blue", "small", True, 0.45, 0.3),
+    look("circle", "red", "small", False, 0.8, 0.4), look("star", "red", "medium", True, 0.52, 0.7),
     look("square", "green", "small", True, 0.28, 0.8),
 ))
 

@@ -67,11 +67,9 @@ def test_other_files_get_one_line(tmp_path, content, message):
 
 HUGE = 10**400
 BAD_ROWS = {  # name: (changes of a good row, the problem it is counted as)
-    "a split of numbers": ({"split": 1}, "incomplete row"),
-    "a blank split": ({"split": " "}, "incomplete row"),
+    "a split of numbers": ({"split": 1}, "incomplete row"), "a blank split": ({"split": " "}, "incomplete row"),
     "no split where others have one": ({"split": None}, "incomplete row"),
-    "no image": ({"image": None}, "no image named"),
-    "a text for an image": ({"image": "mine.jsonl"}, "damaged image"),
+    "no image": ({"image": None}, "no image named"), "a text for an image": ({"image": "mine.jsonl"}, "damaged image"),
     "a box beyond the image": ({"bbox": [5, 5, 40, 10]}, "box outside the image"),
     "a box of nan": ({"bbox": [float("nan"), 0, 1, 1]}, "box without area"),
     "a box of three": ({"bbox": [1, 2, 3]}, "box that is not four numbers"),

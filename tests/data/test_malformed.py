@@ -1,24 +1,16 @@
 """Annotation files that are damaged, hostile or of another kind: nothing in them is run, and each gets one line."""
 
 import json
-import os
 import pickle
 
 import pytest
 import torch
-from makers_weights import save_bare
+from makers import refusal
+from makers_weights import Payload, save_bare
 from PIL import Image
 
 from hivg.data.published.catalogue import COCO
 from hivg.data.published.reading import Report, read_samples
-
-
-class Payload:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
 
 
 @pytest.mark.parametrize("write, arguments", [
@@ -36,9 +28,8 @@ def test_a_command_in_a_pickle_is_not_run(tmp_path, write, arguments):
                                      b"<html></html>", b"version https://git-lfs.github.com/spec/v1\n"])
 def test_other_files_get_one_line(tmp_path, content):
     (tmp_path / "x").write_bytes(content)
-    with pytest.raises(ValueError) as caught:
-        read_samples(tmp_path, "refcoco", "train", annotations=tmp_path / "x")
-    assert str(caught.value).startswith(str(tmp_path / "x")) and "\n" not in str(caught.value)
+    message = refusal(read_samples, tmp_path, "refcoco", "train", annotations=tmp_path / "x")
+    assert message.startswith(str(tmp_path / "x"))
 
 
 # --- thirty files ---
@@ -90,16 +81,13 @@ MALFORMED = {  # the writer; how many samples it gives, None for an error; a par
     "a list of numbers": (saved(1, 2), 0, "not of 3 or 5 fields"),
     "two columns": (saved(("a.jpg", BOX)), 0, "not of 3 or 5 fields"),
     "columns in another order": (saved((BOX, SIZE, "a.jpg", "cup", None)), 0, "no image named"),
-    "nan in a box": (row(box=[1, 1, float("nan"), 5]), 0, "box without area"),
     "infinity in a box": (row(box=[1, 1, float("inf"), 5]), 0, "box outside"),
     "a box of text": (row(box="1 1 5 5"), 0, "not four numbers"),
     "a box of texts": (row(box=["1", "1", "5", "5"]), 1, ""),  # the released program takes them
     "an outline of text": (row(segmentation="7.mat"), 1, ""),
     "a box in 0..1": (row(box=[0, 0, 1, 1]), 1, ""),
-    "no box": (row(box=None), 0, "not four numbers"),
     "a negative size": (row(box=[5, 5, -3, 2]), 0, "box without area"),
     "bytes for text": (row("a.jpg".encode(), phrase="café".encode()), 1, ""),
-    "a number for text": (row(phrase=5), 0, "expression that is not text"),
     "a Windows path": (row("sub\\b.jpg"), 1, ""),
     "a folder for an image": (row("sub"), 0, "missing image"),
     "sizes of zero": (row(size={"width": 0, "height": 0}), 1, ""),
@@ -130,9 +118,7 @@ def test_malformed_files_get_a_line(tmp_path, name):
     write(tmp_path / "file")
     report = Report()
     if n is None:
-        with pytest.raises(ValueError) as caught:
-            read_samples(tmp_path, "refcoco", "val", tmp_path / "file", report)
-        assert message in str(caught.value) and "\n" not in str(caught.value)
+        assert message in refusal(read_samples, tmp_path, "refcoco", "val", tmp_path / "file", report)
         return
     samples = read_samples(tmp_path, "refcoco", "val", tmp_path / "file", report)
     assert len(samples) == n and message in "".join(report.lines())

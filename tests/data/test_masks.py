@@ -63,13 +63,9 @@ def test_other_things_are_no_polygon(polygon):
 
 
 @pytest.mark.parametrize("counts, expected", [  # down the columns, starting with zeros
-    ([1, 2, 3], ".#. #.."),
-    ([0, 1, 5], "#.. ..."),
-    ([0, 6], "### ###"),
-    ([6], "... ..."),
+    ([1, 2, 3], ".#. #.."), ([0, 1, 5], "#.. ..."), ([0, 6], "### ###"), ([6], "... ..."),
     ((np.int64(3), 1, 0, 2), "..# .##"),  # a run of no pixels
-    ("123", ".#. #.."),
-    (b"123", ".#. #.."),
+    ("123", ".#. #.."), (b"123", ".#. #.."),
 ])
 def test_run_lengths_on_paper(counts, expected):
     assert_same(rle_mask({"size": [2, 3], "counts": counts}), expected)
@@ -92,17 +88,10 @@ def test_compressed_run_lengths_on_paper(text, counts):
 
 
 @pytest.mark.parametrize("counts, message", [
-    ([1, 2, 4], "add up to 7, its size is 2 x 3 = 6"),
-    ("", "add up to 0"),
-    ([4, -1, 3], "negative count, -1"),
-    ("4O3", "negative count, -1"),
-    ([1.0, 2.0, 3.0], "a list of ints or a string"),
-    (None, "a list of ints or a string, not None"),
-    ("12T", "ends within a count"),
-    ("12 3", "damaged"),
-    ("12é3", "damaged"),
-    ("o" * 40, "damaged"),
-    ("1" * 9999, "add up to"),
+    ([1, 2, 4], "add up to 7, its size is 2 x 3 = 6"), ("", "add up to 0"), ([4, -1, 3], "negative count, -1"),
+    ("4O3", "negative count, -1"), ([1.0, 2.0, 3.0], "a list of ints or a string"),
+    (None, "a list of ints or a string, not None"), ("12T", "ends within a count"), ("12 3", "damaged"),
+    ("12é3", "damaged"), ("o" * 40, "damaged"), ("1" * 9999, "add up to"),
 ])
 def test_damaged_run_lengths(counts, message):
     with pytest.raises(ValueError, match=message) as error:

@@ -77,6 +77,8 @@ def tiff(compression=None, **changes):
 
 ZEROS = zlib.compress(bytes(MAX_TEXT_CHUNK + 1))
 EIGHT = b"eXIf", exif(TURN)
+XMP_TEXT = b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP
+RAW = b"tEXt", b"Raw profile type exif\0\nexif\n  1\n" + (b"Exif\0\0" + exif(TURN)).hex().encode()
 ODD = {  # name: a file to be turned; its pixels are fine
     "resolution -1 to 0.jpg": jpeg((b"\xe1", b"Exif\0\0" + exif(
         TURN, (0x011A, 10, 1, struct.pack("<I", 38)), data=struct.pack("<ii", -1, 0)))),
@@ -87,8 +89,9 @@ ODD = {  # name: a file to be turned; its pixels are fine
     "a late text too long.png": png(chunk(*EIGHT), chunk(b"zTXt", b"a\0\0" + ZEROS), late=True),
     "a profile too long.png": png(chunk(b"iCCP", b"a\0\0" + ZEROS), chunk(*EIGHT)),
     "a wrong checksum.png": png(chunk(b"tEXt", b"a\0b", wrong=1), chunk(*EIGHT)),
-    "a late short chunk, and XMP.png": png(
-        chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP), chunk(b"gAMA", b""), late=True),
+    "a late short chunk, and XMP.png": png(chunk(*XMP_TEXT), chunk(b"gAMA", b""), late=True),
+    "XMP.png": png(chunk(*XMP_TEXT)), "a raw profile.png": png(chunk(*RAW)),
+    "a late raw profile.png": png(chunk(*RAW), late=True),
     "width -5.webp": webp(EXIF=exif(TURN, (0x0100, 9, 1, struct.pack("<i", -5)))),
     "cut in its XMP.webp": webp(ICCP=PROFILE, EXIF=exif(TURN), XMP=XMP)[:-9],
     "a text of numbers.tif": tiff(x700=(2, 5, 8)),

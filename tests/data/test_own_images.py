@@ -11,7 +11,6 @@ import torch
 from makers import ROOT
 from makers_data import make_scenes, write_list
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from hivg.data.batches import open_dataset, training_batches
 from hivg.data.images import ImageError, open_image, open_published, upright_size
@@ -54,25 +53,6 @@ def test_own_images_are_upright(tmp_path, suffix):
     assert image.shape == (40, 20, 3)
     assert image[:18, :, 0].min() > 200 and image[22:, :, 2].min() > 200  # red above blue
     assert data[0]["letterboxes"][0].width == 20
-
-
-@pytest.mark.parametrize("key", ["eXIf", "Raw profile type exif", "XML:com.adobe.xmp"])
-@pytest.mark.parametrize("is_late", [False, True])
-def test_a_png_may_say_that_it_is_turned_after_its_pixels(tmp_path, key, is_late):
-    path = tmp_path / "a.png"
-    exif = Image.Exif()
-    exif[0x0112] = TURNED
-    info = PngInfo()
-    if key == "XML:com.adobe.xmp":
-        info.add_text(key, f'<x tiff:Orientation="{TURNED}"/>')
-    elif key != "eXIf":
-        info.add_text(key, f"\nexif\n  1\n{exif.tobytes().hex()}")
-    Image.new("RGB", (40, 20)).save(path, pnginfo=info, exif=exif if key == "eXIf" else None)
-    if is_late:
-        data = path.read_bytes()
-        pixels = data.index(b"IDAT") - 4
-        path.write_bytes(data[:33] + data[pixels:-12] + data[33:pixels] + data[-12:])  # 33: header, 12: end
-    assert upright_size(path) == open_image(path).size == (20, 40)
 
 
 def test_published_images_are_not_turned(tmp_path):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from makers import GOLDEN, assert_close, needs_golden
+from makers import GOLDEN, assert_close, needs_golden, random_boxes
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -12,12 +12,6 @@ from hivg.data.transforms import NORMALIZATION, Letterbox
 
 SIZES = [(300, 200), (200, 300), (128, 128), (131, 127), (90, 640), (4000, 8), (8, 4000), (10, 7), (1, 1), (5, 1)]
 SHRUNK = [size for size in SIZES if max(size) >= 128]
-
-
-def random_boxes(n, width, height):
-    """(n, 4) xyxy within the image."""
-    corners = torch.rand(n, 2, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([width, height])
-    return torch.cat([corners.amin(1), corners.amax(1)], -1)
 
 
 def pixels(letterbox, image):
@@ -65,7 +59,7 @@ def test_layout(width, height):
 @pytest.mark.parametrize("width, height", SIZES)
 def test_boxes_there_and_back(width, height):
     letterbox = Letterbox(width, height, 128)
-    boxes = random_boxes(50, width, height)
+    boxes = random_boxes(50).float() * torch.tensor([width, height] * 2)
     square = letterbox.boxes_to_square(boxes)
     assert square.shape == (50, 4) and (square[:, 2:] <= 1).all()
     back = letterbox.boxes_to_image(square)

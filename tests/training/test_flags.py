@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from makers import BUNDLED, make_clip
+from makers import BUNDLED, make_clip, raising
 from makers_training import assert_one_line, flags, ids, run_script
 
 import train
@@ -16,7 +16,6 @@ from hivg.losses import DRAWN_WORLD, LossWeights
 from hivg.model import HiVG, HiVGConfig
 from hivg.training.presets import QUICK, defaults_of, preset_of
 from hivg.training.settings import RunSettings, help_text, setting, settings_from_flags
-from hivg.utils.cli import Parser
 from train import Settings
 
 
@@ -48,14 +47,6 @@ def test_hyphens_are_accepted(monkeypatch):
     assert parsed(monkeypatch, "--no_text_norm") == Settings(text_norm=False)
 
 
-def test_only_the_name_of_a_flag_is_respelled():
-    parser = Parser()
-    parser.add_argument("--expression_file")
-    parser.add_argument("-e", action="append")
-    args = parser.parse_args(["--expression-file", "my-file", "-e", "left-most one"])
-    assert (args.expression_file, args.e) == ("my-file", ["left-most one"])
-
-
 def test_presets_are_defaults(monkeypatch):
     s = parsed(monkeypatch, "--preset", "referit-base", "--batch_size", "8")
     assert s == Settings(**(preset_of("referit-base") | {"preset": "referit-base", "batch_size": 8}))
@@ -68,53 +59,29 @@ def test_quick_is_a_recipe(monkeypatch):
 
 
 @pytest.mark.parametrize("args, word", [
-    (["--quick", "--preset", "refcoco-base"], "leave out --preset"),
-    (["--quick", "--lora", "vanilla"], "leave out --lora"),
-    (["--quick", "--finetune", "x.safetensors"], "leave out --finetune"),
-    (["--batchsize", "8"], "--batchsize"),
-    (["--batch", "8"], "--batch"),  # no abbreviations
-    (["extra"], "extra"),
-    (["--batch_size", "many"], "many"),
-    (["--batch_size", "1.5"], "1.5"),
-    (["--batch_size", "6"], "--batch_size: 6, a multiple of 4 needed"),
-    (["--lora_alpha", "x"], "x"),
+    (["--quick", "--preset", "refcoco-base"], "leave out --preset"), (["--batchsize", "8"], "--batchsize"),
+    (["--quick", "--lora", "vanilla"], "leave out --lora"), (["--batch", "8"], "--batch"),  # no abbreviations
+    (["--quick", "--finetune", "x.safetensors"], "leave out --finetune"), (["extra"], "extra"),
+    (["--batch_size", "many"], "many"), (["--batch_size", "6"], "--batch_size: 6, a multiple of 4 needed"),
+    (["--batch_size", "1.5"], "1.5"), (["--lora_alpha", "x"], "x"), (["--epochs", "1", "1"], "epochs"),
     (["--epochs", "1", "two", "1", "1"], "two"),
-    (["--epochs", "1", "1"], "epochs"),
-    (["--lr", "1e-3"], "lr"),
-    (["--lr", "nan", "1", "1", "1"], "--lr"),
-    (["--lr", "1", "-1", "1", "1"], "--lr"),
-    (["--epochs", "0", "1", "1", "1"], "epochs"),
-    *(([f"--{name}", "0"], name) for name in ("batch_size", "accumulate", "lora_rank")),
-    (["--epoch_samples", "-1"], "epoch_samples"),
-    (["--loss_weights", *(f"{f.name}=0" for f in fields(LossWeights))], "all 0"),
-    (["--seed", "-1"], "seed"),
-    (["--name", ""], "--name is empty"),
+    (["--lr", "1e-3"], "lr"), (["--lr", "nan", "1", "1", "1"], "--lr"), (["--lr", "1", "-1", "1", "1"], "--lr"),
+    (["--epochs", "0", "1", "1", "1"], "epochs"), (["--epoch_samples", "-1"], "epoch_samples"),
+    *(([f"--{name}", "0"], name) for name in ("batch_size", "accumulate", "lora_rank")), (["--seed", "-1"], "seed"),
+    (["--loss_weights", *(f"{f.name}=0" for f in fields(LossWeights))], "all 0"), (["--name", ""], "--name is empty"),
     *((["--name", name], "is not the name of a folder below runs/")
       for name in (".", "..", "a/../../b", "/tmp/a", "a\nb", "\x1b[31m")),
     (["--resume", "--name", "../runs/a"], "is not the name of a folder below runs/"),
-    (["--workers", "-2"], "--workers must be from -1"),
-    (["--masks", "polygon"], "auto, box, segmentation"),
-    (["--dataset", "shapes", "--masks", "box"], "shapes is drawn"),
-    (["--annotations", "somewhere"], "shapes-wide is drawn"),
-    (["--clip_grad", "0"], "clip_grad"),
-    (["--bridge", "golden"], "golden"),
-    (["--lora", "deep"], "deep"),
-    (["--box_loss", "l3"], "l3"),
-    (["--loss_weights", "1", "2"], "is none of box, giou"),
-    (["--loss_weights", "clc=many"], "no number"),
-    (["--loss_weights", "clc=-1"], "--loss_weights must be 0 or more"),
-    (["--loss_weights", "cls=1"], "cls=1"),
-    (["--dataset", "coco"], "refcoco+"),
-    (["--dataset", "refcoco"], "no annotations of refcoco"),
-    (["--preset", "refcoco"], "refcoco-base"),
-    (["--dtype", "float8"], "float8"),
-    (["--accumulate", "1", "2"], "accumulate"),
-    (["--device", "foo"], "foo"),
-    (["--device", "cuda:99"], "cuda:99"),
-    (["--clip", "no/such.safetensors"], "no/such.safetensors"),
-    (["--resume"], "state.pt"),
-    (["--optimizer", "sgd"], "muon, adamw"),
-    (["--finetune", "none.safetensors"], "leave out --clip"),
+    (["--workers", "-2"], "--workers must be from -1"), (["--masks", "polygon"], "auto, box, segmentation"),
+    (["--dataset", "shapes", "--masks", "box"], "shapes is drawn"), (["--clip_grad", "0"], "clip_grad"),
+    (["--annotations", "somewhere"], "shapes-wide is drawn"), (["--bridge", "golden"], "golden"),
+    (["--lora", "deep"], "deep"), (["--box_loss", "l3"], "l3"), (["--loss_weights", "1", "2"], "is none of box, giou"),
+    (["--loss_weights", "clc=many"], "no number"), (["--loss_weights", "clc=-1"], "--loss_weights must be 0 or more"),
+    (["--loss_weights", "cls=1"], "cls=1"), (["--dataset", "coco"], "refcoco+"), (["--dtype", "float8"], "float8"),
+    (["--dataset", "refcoco"], "no annotations of refcoco"), (["--preset", "refcoco"], "refcoco-base"),
+    (["--accumulate", "1", "2"], "accumulate"), (["--device", "foo"], "foo"), (["--device", "cuda:99"], "cuda:99"),
+    (["--clip", "no/such.safetensors"], "no/such.safetensors"), (["--resume"], "state.pt"),
+    (["--optimizer", "sgd"], "muon, adamw"), (["--finetune", "none.safetensors"], "leave out --clip"),
     (["--hard_mix", "--dataset", "mine.jsonl"], "--hard_mix"),
     (["--resume", "--name", "unheard"], "unheard")], ids=ids)
 def test_bad_flags_get_one_line(world, clip_file, monkeypatch, capfd, args, word):
@@ -123,22 +90,13 @@ def test_bad_flags_get_one_line(world, clip_file, monkeypatch, capfd, args, word
     assert not list(world.glob("runs/*/state.pt"))
 
 
-@pytest.mark.parametrize("numbers", [("3", "9"), ("3", "9", "9", "9")])
-@pytest.mark.parametrize("flag", ["--epochs", "--lr", "--accumulate"])
-def test_a_finetuning_is_one_stage(world, monkeypatch, capfd, flag, numbers):
-    """A second number would be left out without a word."""
-    result = run_script(monkeypatch, capfd, "--finetune", str(BUNDLED), flag, *numbers)
-    assert_one_line(result, f"{flag}: {len(numbers)} values, 1 needed (finetune)")
-
-
-@pytest.mark.parametrize("flag", ["--lora_rank", "--lora_alpha"])
-def test_a_finetuning_without_adapters_has_no_rank(world, monkeypatch, capfd, flag):
-    assert_one_line(run_script(monkeypatch, capfd, "--finetune", str(BUNDLED), flag, "8"), f"leave out {flag}")
-
-
-def test_a_finetuning_adds_adapters_only_where_there_are_none(world, monkeypatch, capfd):
-    result = run_script(monkeypatch, capfd, "--finetune", str(BUNDLED), "--lora", "vanilla")
-    assert_one_line(result, "--lora vanilla: ", "has adapters (hierarchical, stage 3)")
+@pytest.mark.parametrize("args, words", [
+    *(([flag, *numbers], [f"{flag}: {len(numbers)} values, 1 needed (finetune)"])  # else left out without a word
+      for flag in ("--epochs", "--lr", "--accumulate") for numbers in (("3", "9"), ("3", "9", "9", "9"))),
+    *(([flag, "8"], [f"leave out {flag}"]) for flag in ("--lora_rank", "--lora_alpha")),
+    (["--lora", "vanilla"], ["--lora vanilla: ", "has adapters (hierarchical, stage 3)"])], ids=ids)
+def test_what_a_finetuning_of_the_bundled_weights_refuses(world, monkeypatch, capfd, args, words):
+    assert_one_line(run_script(monkeypatch, capfd, "--finetune", str(BUNDLED), *args), *words)
     assert not (world / "runs").exists()
 
 
@@ -214,10 +172,7 @@ def test_runs_folder_that_cannot_be_made(world, clip_file, monkeypatch, capfd):
 
 def test_a_machine_that_cannot_compile_gets_one_line(world, clip_file, monkeypatch, capfd):
     """Before the folder of the run is made."""
-    def compile(function):
-        raise RuntimeError("\nInvalidCxxCompiler: no g++\nmore\n")
-
-    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch, "compile", raising(RuntimeError("\nInvalidCxxCompiler: no g++\nmore\n")))
     ended = run_script(monkeypatch, capfd, "--clip", clip_file, "--compile", "--device", "cpu")
     assert_one_line(ended, "InvalidCxxCompiler: no g++); install a C++ compiler", "leave --compile out")
     assert not Path("runs").exists()

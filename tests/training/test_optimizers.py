@@ -91,17 +91,6 @@ def test_weight_decay_shrinks_every_trained_parameter(kind):
         assert p.grad is None
 
 
-def test_learning_rate_reaches_every_optimizer():
-    model = make_hivg(dtype=torch.float32, fresh=True)
-    optimizers = make_optimizers(model, "muon", 0.0)
-    set_learning_rate(optimizers, 0.0)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for p in model.parameters():
-        p.grad = torch.ones_like(p) if p.requires_grad else None
-    step_optimizers(optimizers)
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-
-
 @pytest.mark.parametrize("loss, norm, is_fine", [(1.0, 2.0, True), (float("nan"), 1.0, False),
                                                  (1.0, float("inf"), False)])
 def test_check_finite(loss, norm, is_fine):

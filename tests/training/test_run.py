@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from makers import assert_close, make_hivg
+from makers import assert_close, make_hivg, trained
 from makers_training import NAMES, Killed, assert_same_run, kill, log_of, run_script, shrink
 from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -314,19 +314,13 @@ class Rows(list):
     rows = 1
 
 
-def test_seed_does_not_move_val():
+def test_seed_and_hard_mix_do_not_move_val():
     model = make_hivg()
-    for seed in (0, 7):
-        assert train.open_split(Settings(seed=seed), model, "val").shapes.seed == 0
-        assert train.open_split(Settings(seed=seed), model, "train").shapes.seed == seed
-
-
-def test_hard_mix_is_of_the_training_alone():
-    model = make_hivg()
-    s = Settings(hard_mix=True, dataset="shapes")
-    assert train.open_split(s, model, "train").shapes.weights == HARD_MIX
-    assert train.open_split(s, model, "val").shapes.weights == SPLITS["val"][1] != HARD_MIX
-    assert train.open_split(replace(s, hard_mix=False), model, "train").shapes.weights == SPLITS["train"][1]
+    for seed, hard_mix in ((0, False), (7, True)):
+        s = Settings(seed=seed, hard_mix=hard_mix, dataset="shapes")
+        val, training = (train.open_split(s, model, split).shapes for split in ("val", "train"))
+        assert (val.seed, val.weights) == (0, SPLITS["val"][1])
+        assert (training.seed, training.weights) == (seed, HARD_MIX if hard_mix else SPLITS["train"][1])
 
 
 def test_clip_rate_is_of_clips_own_weights(whole, tiny):
@@ -337,10 +331,6 @@ def test_clip_rate_is_of_clips_own_weights(whole, tiny):
     own = {name for name in names if not re.search(r"\.[AB]\.\d", name)}
     assert trained(also) == trained(usual) | own and trained(usual).isdisjoint(own)
     assert len(without_adapters(also.clip)) == len(own)
-
-
-def trained(model):
-    return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 # --- an existing HiVG trained further ---

@@ -10,27 +10,18 @@ from hivg import Grounder
 from hivg.data.transforms import Letterbox
 
 
-def attention_by_hand(model, image, text):
-    """(h, w): [REG]'s row of the last layer's softmax(q k^T / sqrt(d)), mean over the heads, its patches."""
-    seen = {}
-    attn = model.encoder[-1].attn
-    hook = attn.register_forward_hook(lambda module, args, kwargs, out: seen.update(args=args, **kwargs),
-                                      with_kwargs=True)
+def attention_of(model, image, text):
+    """(h, w): the mean over the heads of what test_hints.py checks, [REG]'s shares in the last layer."""
     letterbox = Letterbox(*image.size, 64)
-    model(letterbox.image(image)[None], letterbox.padding_mask()[None], model.tokenizer([text]))
-    hook.remove()
-    query, = seen["args"]  # the keys too
-    q = attn.q_proj(query).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-    k = attn.k_proj(query).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-    logits = q @ k.mT / q.shape[-1] ** 0.5  # (1, heads, M, M)
-    share = logits.masked_fill(~seen["mask"], float("-inf")).softmax(-1)[0, :, 0].mean(0)  # (M,)
-    return share[2 : 2 + 16].unflatten(0, (4, 4)).detach().numpy()
+    output = model(letterbox.image(image)[None], letterbox.padding_mask()[None], model.tokenizer([text]),
+                   with_reg_attention=True)
+    return output.reg_attention[-1, 0].exp().mean(0).unflatten(0, (4, 4)).detach().numpy()
 
 
 def test_attention_is_that_of_the_last_layer(model, grounder, image):
     results = grounder.ground(image, TEXTS, attention=True)
     for text, result in zip(TEXTS, results):
-        np.testing.assert_allclose(result.attention_map, attention_by_hand(model, image, text), atol=1e-5)
+        np.testing.assert_allclose(result.attention_map, attention_of(model, image, text), atol=1e-5)
         assert result.attention_map[0].max() == 0 < result.attention_map[1:3].min()  # the first row is padding
         assert result.attention_map.sum() < 1
     assert grounder.ground(image, TEXTS) == results  # it moves no box

@@ -54,17 +54,11 @@ def test_compare_refuses_other_samples(tmp_path):
 GOOD = {"image": "0.png", "expression": "cup", "target": [0, 0, 1, 1], "iou": 0.5}
 DAMAGED = {
     "no IoU": {"image": "0.png", "expression": "cup", "target": [0, 0, 1, 1]},
-    "no target": {"image": "0.png", "expression": "cup", "iou": 0.5},
-    "no object": [1, 2],
-    "no image": GOOD | {"image": 3},
-    "no text": GOOD | {"expression": ["cup"]},
-    "three numbers": GOOD | {"target": [0, 0, 1]},
-    "no list": GOOD | {"target": "0011"},
-    "words": GOOD | {"target": [0, 0, "1", 1]},
-    "no number": GOOD | {"iou": "0.5"},
-    "null": GOOD | {"iou": None},
-    "true": GOOD | {"iou": True},
-    "NaN": GOOD | {"iou": float("nan")},
+    "no target": {"image": "0.png", "expression": "cup", "iou": 0.5}, "no object": [1, 2],
+    "no image": GOOD | {"image": 3}, "no text": GOOD | {"expression": ["cup"]},
+    "three numbers": GOOD | {"target": [0, 0, 1]}, "no list": GOOD | {"target": "0011"},
+    "words": GOOD | {"target": [0, 0, "1", 1]}, "no number": GOOD | {"iou": "0.5"}, "null": GOOD | {"iou": None},
+    "true": GOOD | {"iou": True}, "NaN": GOOD | {"iou": float("nan")},
     "beyond all floats": GOOD | {"target": [0, 0, 1, 10**400]},
 }
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from makers import make_clip
 from makers_use import assert_fails, call
+from typed import overlap
 
 from hivg import weights
 from hivg.data.batches import ShapesTensors, evaluation_batches
@@ -32,14 +33,6 @@ def small_splits(monkeypatch):
 
 def batches(batch_size=64, split="val"):
     return evaluation_batches(ShapesTensors(split, 64), batch_size)
-
-
-def overlap(a, b):
-    """IoU of two boxes in plain Python."""
-    width = max(0, min(a[2], b[2]) - max(a[0], b[0]))
-    height = max(0, min(a[3], b[3]) - max(a[1], b[1]))
-    areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
-    return width * height / (areas - width * height)
 
 
 # --- predictions ---
@@ -143,13 +136,6 @@ def test_guessers():
     assert guessed == {"largest object": pytest.approx(3 / 4), "random object": pytest.approx((1 / 3 + 1 / 3 + 2) / 4)}
 
 
-def test_guessers_on_the_data(monkeypatch):
-    """A guesser is right at least for the expressions that mean its own object."""
-    monkeypatch.setitem(SPLITS, "val", (40, SPLITS["val"][1]))
-    guessed = evaluate.guessers(Shapes("val"))
-    assert 1 / 8 < guessed["random object"] < 1 / 3 and 0.05 < guessed["largest object"] < 0.6
-
-
 # --- the report ---
 
 
@@ -208,15 +194,10 @@ def test_report_on_the_wider_world():
 # --- the command line (test_evaluate_files.py has people's own files) ---
 
 
-def run(monkeypatch, capfd, *args):
-    """python -m hivg.evaluate ARGS in this process -> (exit code, stdout, stderr)."""
-    return call(evaluate.main, capfd, monkeypatch, *args)
-
-
 def test_command(model, weights_file, monkeypatch, capfd, tmp_path):
-    code, out, err = run(monkeypatch, capfd, "--weights", weights_file, "--dataset", "shapes", "--split", "val",
-                         "--device", "cpu", "--dtype", "float32", "--per_sample", tmp_path / "rows.jsonl",
-                         "--sheet", tmp_path / "sheet.png")
+    code, out, err = call(evaluate.main, capfd, monkeypatch, "--weights", weights_file, "--dataset", "shapes",
+                          "--split", "val", "--device", "cpu", "--dtype", "float32", "--per_sample",
+                          tmp_path / "rows.jsonl", "--sheet", tmp_path / "sheet.png")
     assert code == 0 and "error" not in err
     first, *report, last = out.splitlines()
     assert re.fullmatch(rf"{weights_file} on shapes val in float32, \d+ expressions a second", first)
@@ -236,8 +217,8 @@ def test_command(model, weights_file, monkeypatch, capfd, tmp_path):
 def test_command_on_the_wider_world(weights_file, monkeypatch, capfd, tmp_path, split):
     """To the end, whatever the split has; what it writes can be compared."""
     path = tmp_path / "rows.jsonl"
-    code, out, err = run(monkeypatch, capfd, "--weights", weights_file, "--dataset", "shapes-wide", "--split", split,
-                         "--device", "cpu", "--per_sample", path, "--sheet", tmp_path / "sheet.png")
+    code, out, err = call(evaluate.main, capfd, monkeypatch, "--weights", weights_file, "--dataset", "shapes-wide",
+                          "--split", split, "--device", "cpu", "--per_sample", path, "--sheet", tmp_path / "sheet.png")
     assert code == 0 and "error" not in err and "nan" not in out
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     kinds = {row["kind"] for row in rows}
@@ -249,7 +230,7 @@ def test_command_on_the_wider_world(weights_file, monkeypatch, capfd, tmp_path, 
         assert f"\n  {kind} " in out
     assert ("for comparison" in out) == ("Acc@0.5 by rank" in out) == (split != "absent")
     if split != "absent":
-        code, out, _ = run(monkeypatch, capfd, "--compare", path, path)
+        code, out, _ = call(evaluate.main, capfd, monkeypatch, "--compare", path, path)
         assert code == 0 and f"{len([row for row in rows if row['target']])} samples" in out
 
 
@@ -258,8 +239,8 @@ def test_weights_that_are_damaged(model, monkeypatch, capfd, tmp_path):
     broken = copy.deepcopy(model)
     broken.reg_token.data.fill_(3e38)  # a float32, yet too large to compute with
     weights.save(tmp_path / "nan.safetensors", broken)
-    assert_fails(run(monkeypatch, capfd, "--weights", tmp_path / "nan.safetensors", "--split", "val",
-                     "--per_sample", tmp_path / "rows.jsonl"), "weights are damaged")
+    assert_fails(call(evaluate.main, capfd, monkeypatch, "--weights", tmp_path / "nan.safetensors", "--split", "val",
+                      "--per_sample", tmp_path / "rows.jsonl"), "weights are damaged")
     assert not (tmp_path / "rows.jsonl").exists()
 
 
@@ -287,20 +268,12 @@ def test_sheet_shows_the_surest_mistakes_first(monkeypatch):
 
 
 @pytest.mark.parametrize("args, word", [
-    (["--split", "nope"], "nope"),
-    (["--dataset", "shapes-wide", "--split", "nope"], "shapes-wide has no split"),
-    (["--split", "train"], "train"),
-    (["--split", "pretrain"], "pretrain"),
-    (["--dataset", "coco"], "coco"),
-    (["--device", "foo"], "foo"),
-    (["--device", "cuda:99"], "cuda:99"),
-    (["--fast"], "--fast"),
-    (["extra"], "extra"),
+    (["--split", "nope"], "nope"), (["--dataset", "shapes-wide", "--split", "nope"], "shapes-wide has no split"),
+    (["--split", "train"], "train"), (["--split", "pretrain"], "pretrain"), (["--dataset", "coco"], "coco"),
+    (["--device", "foo"], "foo"), (["--device", "cuda:99"], "cuda:99"), (["--fast"], "--fast"), (["extra"], "extra"),
     (["--weights", "missing.safetensors"], "missing.safetensors"),
-    (["--weights", "page.safetensors"], "page.safetensors"),
-    (["--weights", "clip.safetensors"], "clip.safetensors"),
-    (["--per_sample", "no/folder/rows.jsonl"], "no/folder"),
-    (["--per_sample", "."], ".:"),
+    (["--weights", "page.safetensors"], "page.safetensors"), (["--weights", "clip.safetensors"], "clip.safetensors"),
+    (["--per_sample", "no/folder/rows.jsonl"], "no/folder"), (["--per_sample", "."], ".:"),
     (["--compare", "a.jsonl", "b.jsonl"], "a.jsonl"),
 ], ids=lambda value: "_".join(value) if isinstance(value, list) else "")
 def test_bad_arguments_get_one_line(weights_file, monkeypatch, capfd, tmp_path, args, word):
@@ -311,4 +284,4 @@ def test_bad_arguments_get_one_line(weights_file, monkeypatch, capfd, tmp_path, 
     weights.save("clip.safetensors", clip)
     if "--weights" not in args:
         args = ["--weights", weights_file, *args]
-    assert_fails(run(monkeypatch, capfd, *args), word)
+    assert_fails(call(evaluate.main, capfd, monkeypatch, *args), word)

@@ -121,8 +121,7 @@ def test_files_are_written_though_nobody_reads_the_report(run, monkeypatch):
 
 @pytest.mark.parametrize("flags, words", [
     (["--per_sample", "no/rows.jsonl"], ["no/rows.jsonl", "folder"]),
-    (["--per_sample", "x" * 300], ["xxx", "too long"]),
-    (["--sheet", "no/sheet.png"], ["no/sheet.png", "folder"]),
+    (["--per_sample", "x" * 300], ["xxx", "too long"]), (["--sheet", "no/sheet.png"], ["no/sheet.png", "folder"]),
     (["--sheet", "sheet.xyz"], ["sheet.xyz", ".png"]),
     (["--sheet", "both.png", "--per_sample", "both.png"], ["both.png: named twice"]),
     (["--sheet", "both.png", "--per_sample", "im/../both.png"], ["both.png: named twice"]),
@@ -198,11 +197,9 @@ def test_rows_of_before_stay_if_the_work_fails(run):
 
 @pytest.mark.parametrize("flags, word", [
     (["--workers", "-2"], "--workers must be from 0 to 256"),
-    (["--workers", "100000"], "--workers must be from 0 to 256"),
-    (["--workers", "1e3"], "--workers"),
+    (["--workers", "100000"], "--workers must be from 0 to 256"), (["--workers", "1e3"], "--workers"),
     (["--batch_size", "0"], "--batch_size must be from 1 to 4096"),
-    (["--batch_size", "-64"], "--batch_size must be from 1 to 4096"),
-    (["--batch_size", "9" * 400], "a huge number"),
+    (["--batch_size", "-64"], "--batch_size must be from 1 to 4096"), (["--batch_size", "9" * 400], "a huge number"),
     (["--data_root", "nowhere"], "nowhere: there is no such folder"),
     (["--data_root", "mine.jsonl"], "there is no such folder"),
     (["--split", "x\x1b[31m" * 100, "--dataset", "shapes"], "shapes has no split"),

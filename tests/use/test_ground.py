@@ -13,7 +13,7 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
-from makers import ROOT, make_clip, make_hivg
+from makers import ROOT, make_clip, make_hivg, raising
 from makers_use import BAD_IMAGES, TEXTS, assert_fails, make_image, write_cut
 from PIL import Image, ImageFile
 
@@ -115,10 +115,8 @@ def test_words_and_drawing(run, grounder):
 
 
 @pytest.mark.parametrize("words, heatmap", [
-    (["a.png", "-e", "star", "--heatmap"], "tokens"),
-    (["--heatmap", "a.png", "-e", "star"], "tokens"),
-    (["a.png", "--heatmap", "-e", "star"], "tokens"),
-    (["a.png", "-e", "star", "--heatmap", "tokens"], "tokens"),
+    (["a.png", "-e", "star", "--heatmap"], "tokens"), (["--heatmap", "a.png", "-e", "star"], "tokens"),
+    (["a.png", "--heatmap", "-e", "star"], "tokens"), (["a.png", "-e", "star", "--heatmap", "tokens"], "tokens"),
     (["a.png", "-e", "star", "--heatmap=attention"], "attention"),
     (["--heatmap", "attention", "a.png", "-e", "star"], "attention"),
     (["--heatmap", "words", "a.png", "-e", "star"], "words")], ids=lambda value: "".join(value))
@@ -279,29 +277,18 @@ STAR = ["a.png", "-e", "star"]
 
 
 @pytest.mark.parametrize("args, options, word", [
-    (["a.png", "-e", ""], {}, "expression"),
-    (["a.png", "-e", "star", "-e", "  "], {}, "expression"),
-    (["a.png"], {}, "no expression"),
-    (["-e", "star"], {}, "no image"),
-    (["", "-e", "star"], {}, "'': "),
-    (["folder", "-e", "star"], {}, "folder"),
+    (["a.png", "-e", ""], {}, "expression"), (["a.png", "-e", "star", "-e", "  "], {}, "expression"),
+    (["a.png"], {}, "no expression"), (["-e", "star"], {}, "no image"), (["", "-e", "star"], {}, "'': "),
+    (["folder", "-e", "star"], {}, "folder"), ([*STAR, "--fast"], {}, "--fast"),
     (["a.png", "-e", "the", "red", "star"], {}, "red: there is no such file; check the path, and put an expression of"),
-    ([*STAR, "--fast"], {}, "--fast"),
     ([*STAR, "--out", "x.png"], {}, "--out"),  # no abbreviations
-    ([*STAR, "--dtype", "int8"], {}, "int8"),
-    ([*STAR, "--heatmap=rtcc"], {}, "attention"),
-    (["--heatmap", "attn", *STAR], {}, "--heatmap: invalid choice: 'attn'"),
-    ([*STAR, "--rle"], {}, "--json"),
-    ([*STAR, "--min_score", "2"], {}, "--min_score"),
-    ([*STAR, "--min_score", "nan"], {}, "--min_score"),
-    (["a.png", "-e"], {}, "expected one argument"),
-    ([*STAR, "--output", ""], {}, "must name a file or folder"),
-    ([*STAR, "--save_masks", ""], {}, "must name a file or folder"),
-    (STAR, {"model": "folder"}, "folder: is a folder"),
-    (STAR, {"device": "foo"}, "foo"),
-    (STAR, {"device": "cuda:99"}, "cuda:99"),
-    (STAR, {"model": "missing.safetensors"}, "missing.safetensors"),
-    (STAR, {"model": "a.png"}, "a.png"),
+    ([*STAR, "--dtype", "int8"], {}, "int8"), ([*STAR, "--heatmap=rtcc"], {}, "attention"),
+    (["--heatmap", "attn", *STAR], {}, "--heatmap: invalid choice: 'attn'"), ([*STAR, "--rle"], {}, "--json"),
+    ([*STAR, "--min_score", "2"], {}, "--min_score"), ([*STAR, "--min_score", "nan"], {}, "--min_score"),
+    (["a.png", "-e"], {}, "expected one argument"), ([*STAR, "--output", ""], {}, "must name a file or folder"),
+    ([*STAR, "--save_masks", ""], {}, "must name a file or folder"), (STAR, {"model": "folder"}, "folder: is a folder"),
+    (STAR, {"device": "foo"}, "foo"), (STAR, {"device": "cuda:99"}, "cuda:99"),
+    (STAR, {"model": "missing.safetensors"}, "missing.safetensors"), (STAR, {"model": "a.png"}, "a.png"),
     (STAR, {"model": "clip.safetensors"}, "clip.safetensors"),
     ([], {"model": "missing.safetensors"}, "missing.safetensors"),
 ], ids=str)
@@ -322,11 +309,8 @@ def test_a_terminal_obeys_nothing(run):
 
 
 def test_folder_that_cannot_be_listed(run, monkeypatch):
-    def refused(path):
-        raise PermissionError(13, "Permission denied")
-
     Path("folder").mkdir()
-    monkeypatch.setattr(Path, "iterdir", refused)
+    monkeypatch.setattr(Path, "iterdir", raising(PermissionError(13, "Permission denied")))
     assert_fails(run("folder", "-e", "star"), "folder: cannot be listed (Permission denied)")
 
 

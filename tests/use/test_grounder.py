@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from makers import refusal
 from makers_use import BAD_IMAGES, TEXTS, assert_inside, assert_line, assert_same, far, huge_png
 from PIL import Image
 
@@ -175,11 +176,6 @@ def test_the_machine_decides_the_type(model, monkeypatch, able, dtype):
     assert grounder.dtype == dtype and grounder.model.reg_token.dtype == dtype
 
 
-def test_from_pretrained(weights_file, grounder, image):
-    again = Grounder.from_pretrained(weights_file, device="cpu", dtype="float32")
-    assert_same(again.ground(image, TEXTS[0]), grounder.ground(image, TEXTS[0]))
-
-
 def test_path_image_and_array_are_the_same(grounder, image, tmp_path):
     image.save(tmp_path / "a.png")
     array = np.asarray(image)
@@ -239,9 +235,7 @@ def test_odd_expressions(grounder, image, text):
 def test_bad_image_files(grounder, tmp_path, name):
     write, word = BAD_IMAGES[name]
     write(tmp_path / name)
-    with pytest.raises(ImageError) as caught:
-        grounder.ground(tmp_path / name, TEXTS[0])
-    assert_line(str(caught.value), name[:20], word)
+    assert_line(refusal(grounder.ground, tmp_path / name, TEXTS[0], error=ImageError), name[:20], word)
 
 
 def test_open_files(grounder, image, tmp_path):
@@ -251,9 +245,7 @@ def test_open_files(grounder, image, tmp_path):
     closed = io.BytesIO(b"closed")
     closed.close()
     for file in (io.BytesIO(b"no image"), io.BytesIO(), io.StringIO("text"), io.BytesIO(huge_png()), closed):
-        with pytest.raises(ImageError) as caught:
-            grounder.ground(file, TEXTS[0])
-        assert_line(str(caught.value), "file object")
+        assert "file object" in refusal(grounder.ground, file, TEXTS[0], error=ImageError)
 
 
 @pytest.mark.parametrize("thing, message", [
@@ -269,9 +261,7 @@ def test_open_files(grounder, image, tmp_path):
     (None, "NoneType: give a path"), (7, "int: give a path"), (b"bytes", "bytes: give a path"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_things_that_are_no_image(grounder, thing, message):
-    with pytest.raises(ImageError) as caught:
-        grounder.ground(thing, TEXTS[0])
-    assert_line(str(caught.value), message)
+    assert message in refusal(grounder.ground, thing, TEXTS[0], error=ImageError)
 
 
 @pytest.mark.parametrize("expression, message", [
@@ -283,9 +273,7 @@ def test_things_that_are_no_image(grounder, thing, message):
     *((text, "expression is empty") for text in ("\x00", "&nbsp;", "\ufeff", "\u200b", "\x1b[31m")),
 ], ids=repr)
 def test_bad_expressions(grounder, image, expression, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        grounder.ground(image, expression)
-    assert_line(str(caught.value))
+    assert message in refusal(grounder.ground, image, expression)
 
 
 def test_bad_pairs(grounder, image):
@@ -308,9 +296,7 @@ def test_things_that_are_no_model_no_file_and_no_expression(grounder, image, thi
                  lambda thing: Grounder(grounder.model, dtype=thing)):
         if call == result.draw and thing is None:
             continue  # no heat map
-        with pytest.raises(ValueError) as caught:
-            call(thing)
-        assert_line(str(caught.value))
+        refusal(call, thing)
 
 
 @pytest.mark.parametrize("several", [(text for text in TEXTS), tuple(TEXTS), np.array(TEXTS)], ids=type)
@@ -345,9 +331,6 @@ def test_the_callers_settings_change_nothing(model, image, weights_file):
 
 @pytest.mark.parametrize("device", ["foo", "", "cuda:99", "meta", "cuda:\u0663"])
 def test_device_that_is_not_there(model, device):
-    with pytest.raises(ValueError) as caught:
-        Grounder(model, device=device)
-    assert_line(str(caught.value), device)
-    with pytest.raises(ValueError) as caught:
-        Grounder.from_pretrained("missing.safetensors", device=device)  # before the time is spent on loading
-    assert_line(str(caught.value), device)
+    assert device in refusal(Grounder, model, device=device)
+    # before the time is spent on loading
+    assert device in refusal(Grounder.from_pretrained, "missing.safetensors", device=device)

@@ -38,18 +38,6 @@ def test_by_length():
     assert count == 0 and math.isnan(acc) and math.isnan(average)
 
 
-@pytest.mark.parametrize("scores, right, expected", [
-    ([0.1, 0.2, 0.8, 0.9], [False, False, True, True], 1.0),
-    ([0.1, 0.2, 0.8, 0.9], [True, True, False, False], 0.0),
-    ([0.9, 0.1, 0.5], [True, False, False], 1.0),
-    ([0.3, 0.3, 0.3], [True, False, True], 0.5),  # all tie
-    ([0.1, 0.4, 0.35, 0.8], [False, False, True, True], 0.75),  # three of four pairs in order
-    ([0.5, 0.5, 0.7], [True, False, False], 0.25),  # one tie, one wrong
-])
-def test_auroc(scores, right, expected):
-    assert auroc(scores, right) == pytest.approx(expected)
-
-
 def test_auroc_counts_pairs():
     generator = torch.Generator().manual_seed(0)
     scores = torch.randint(0, 8, (60,), generator=generator)  # many ties

@@ -6,13 +6,12 @@ import io
 import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from makers import ROOT
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NUMBER = re.compile(r"[-+]?\d[\d,.]*(e[-+]?\d+)?%?")
 MACHINE_PATH = re.compile(r"(?<![\w.:])(/(home|root|Users|tmp|usr|opt|var|mnt|work|content)\b|[A-Za-z]:\\)")
@@ -61,26 +60,6 @@ def test_notebook_runs_and_its_outputs_are_kept(path, monkeypatch, capsys):
             assert len(results) == (shown is not None), f"{where} shows something else now; {AGAIN}"
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_is_of_one_clean_run(path):
-    cells = code_cells(path)
-    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1)), f"{path.name}: {AGAIN}"
-    for cell in cells:
-        for output in cell["outputs"]:
-            assert output["output_type"] in ("stream", "execute_result") and output.get("name") != "stderr"
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_is_easy_to_follow(path):
-    cells = code_cells(path)
-    first = next(cell["outputs"] for cell in cells if cell["outputs"])
-    assert any("image/png" in output.get("data", ()) for output in first), f"{path.name} does not open with a picture"
-    assert len(cells[0]["source"]) <= 8
-    assert max(len(cell["source"]) for cell in cells) <= 25
-    end = "".join(read(path)["cells"][-1]["source"])
-    assert "## Exercises" in end and "**What next:**" in end
-
-
 def strings(value):
     """All strings in what JSON can hold."""
     if isinstance(value, str):
@@ -90,10 +69,19 @@ def strings(value):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_is_small_and_of_no_machine(path):
-    assert path.stat().st_size < 400 * 1024
+def test_notebook_is_of_one_clean_run_easy_to_follow_small_and_of_no_machine(path):
+    cells = code_cells(path)
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1)), f"{path.name}: {AGAIN}"
+    for cell in cells:
+        for output in cell["outputs"]:
+            assert output["output_type"] in ("stream", "execute_result") and output.get("name") != "stderr"
+    first = next(cell["outputs"] for cell in cells if cell["outputs"])
+    assert any("image/png" in output.get("data", ()) for output in first), f"{path.name} does not open with a picture"
+    assert len(cells[0]["source"]) <= 8 and max(len(cell["source"]) for cell in cells) <= 25
     notebook = read(path)
-    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    end = "".join(notebook["cells"][-1]["source"])
+    assert "## Exercises" in end and "**What next:**" in end
+    assert path.stat().st_size < 400 * 1024 and notebook["metadata"]["kernelspec"]["name"] == "python3"
     images = [output["data"].pop("image/png") for cell in notebook["cells"] for output in cell.get("outputs", ())
                 if "image/png" in output.get("data", ())]
     for image in images:

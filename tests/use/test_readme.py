@@ -287,16 +287,9 @@ def test_the_printed_box_is_the_readmes(folder, capfd, monkeypatch):
 
 
 @pytest.mark.parametrize("line", [
-    "make all",
-    "python solve.py",
-    "python -m hivg.nothing",
-    "python -m hivg.data check mine.jsonl --fast",
-    "python train.py --batchsize 3",
-    "torchrun --processes=2 train.py",
-    "python -m hivg.evaluate --split nope",
-    "python -m hivg.bench backward",
-    "python -m hivg.weights fetch RN50",
-    "python -m hivg.training.pretrain --stages 3",
+    "make all", "python solve.py", "python -m hivg.nothing", "python -m hivg.data check mine.jsonl --fast",
+    "python train.py --batchsize 3", "torchrun --processes=2 train.py", "python -m hivg.evaluate --split nope",
+    "python -m hivg.bench backward", "python -m hivg.weights fetch RN50", "python -m hivg.training.pretrain --stages 3",
     "python ground.py image.png",
 ])
 def test_wrong_commands_are_found(line, folder, monkeypatch):

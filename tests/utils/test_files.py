@@ -118,11 +118,6 @@ def test_nothing_is_left_whatever_happens(tmp_path, error):
     assert not list(tmp_path.iterdir())
 
 
-def test_folders_are_made_and_nothing_else_is_left(tmp_path):
-    write_whole(tmp_path / "a" / "b.pt", lambda part: part.write_text("new"))
-    assert [p.name for p in (tmp_path / "a").iterdir()] == ["b.pt"]
-
-
 @pytest.mark.parametrize("path, reason", [("file/x.pt", "File exists|Not a directory"), ("folder", "Is a directory"),
                                           ("x" * 300, "File name too long")])
 def test_places_that_hold_no_file(tmp_path, monkeypatch, path, reason):

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from makers import ROOT
+from makers import ROOT, raising
 from makers_limits import LIMIT
 from makers_weights import save_legacy
 from PIL import Image
@@ -19,17 +19,9 @@ from hivg.utils.files import write_whole
 CPU = "[enforce fail at alloc_cpu.cpp:124] data. DefaultCPUAllocator: can't allocate memory: you tried to .."
 
 
-def raising(error):
-    def work(*_, **__):
-        raise error
-    return work
-
-
 WORKS = {
-    "torch": lambda: torch.empty(2**50, dtype=torch.uint8),
-    "numpy": lambda: np.empty(2**50, dtype=np.uint8),
-    "pillow": lambda: Image.new("RGB", (2**30, 2**20)),
-    "python": lambda: bytearray(2**60),
+    "torch": lambda: torch.empty(2**50, dtype=torch.uint8), "numpy": lambda: np.empty(2**50, dtype=np.uint8),
+    "pillow": lambda: Image.new("RGB", (2**30, 2**20)), "python": lambda: bytearray(2**60),
     "the system": raising(OSError(12, "Cannot allocate memory")),
     "a worker": raising(MemoryError("Caught MemoryError in DataLoader worker process 0.\nTraceback..")),
     "GPU": raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nIt has 9 MiB free.")),

@@ -82,12 +82,9 @@ def power_of_ten(n):
 
 DEEP = 300_000  # hashing tuples that are nested so deeply needs more than the usual 8 MB of stack
 STAND_INS = {
-    "a class": name("argparse", "Namespace"),
-    "a module's class": name("__torch__.a", "b"),
-    "an array's class": name("numpy", "ndarray"),
-    "a function": name("_codecs", "encode"),
-    "a type": name("torch", "float32"),
-    "a tensor": tensor(number(4) + b"\x85", number(1) + b"\x85")[7:-1],
+    "a class": name("argparse", "Namespace"), "a module's class": name("__torch__.a", "b"),
+    "an array's class": name("numpy", "ndarray"), "a function": name("_codecs", "encode"),
+    "a type": name("torch", "float32"), "a tensor": tensor(number(4) + b"\x85", number(1) + b"\x85")[7:-1],
     "a list": b"]",
 }
 STEPS = {  # name: the steps of a pickle
@@ -108,22 +105,18 @@ STEPS = {  # name: the steps of a pickle
     **{f"the slots of {called}": state_of(what, slots=True) for called, what in STAND_INS.items()},
     "elements of a class": name("argparse", "Namespace") + number(1) + b"a",
     "a memo of 2^28 entries": b"]r" + struct.pack("<I", 2**28),
-    "a memo of 2^31 entries": b"]r" + struct.pack("<I", 2**31),
-    "a memo of 10^9 entries, as text": b"]p1000000000\n",
-    "modules that share modules": shared_modules(60),
-    "bytes that are not there": b"\x8e" + struct.pack("<Q", 2**40),
+    "a memo of 2^31 entries": b"]r" + struct.pack("<I", 2**31), "a memo of 10^9 entries, as text": b"]p1000000000\n",
+    "modules that share modules": shared_modules(60), "bytes that are not there": b"\x8e" + struct.pack("<Q", 2**40),
     "a bytearray that is not there": b"\x96" + struct.pack("<Q", 2**40),
     "text that is not there": b"\x8d" + struct.pack("<Q", 2**40),
     "a frame that is not there": b"\x95" + struct.pack("<Q", 2**40) + b"N",
     "a memo of 2^28 entries, behind a frame": hidden(b"]r" + struct.pack("<I", 2**28)),
-    "a deep tuple as a key, behind a frame": hidden(b"})" + b"\x85" * DEEP + b"Ns"),
-    "an extension": b"\x82\x01",
+    "a deep tuple as a key, behind a frame": hidden(b"})" + b"\x85" * DEEP + b"Ns"), "an extension": b"\x82\x01",
     "a text copied again and again": b"](" + text("a" * 10**5) + b"q\x01" + (
         name("_codecs", "encode") + b"h\x01" + text("latin1") + b"\x86R") * 2000 + b"e",
     "a dict copied again and again": b"](](" + (number(1) + number(1) + b"\x86") * 10**4 + b"eq\x01" + (
         name("collections", "OrderedDict") + b"h\x01\x85R") * 1000 + b"e",
-    "an old-style instance": b"(" + name("collections", "OrderedDict") + b"]o",
-    "a deep tuple": b")" + b"\x85" * DEEP,
+    "an old-style instance": b"(" + name("collections", "OrderedDict") + b"]o", "a deep tuple": b")" + b"\x85" * DEEP,
     "a deep tuple as a key": b"})" + b"\x85" * DEEP + b"Ns",
     "a deep tuple as an element": b"\x8f()" + b"\x85" * DEEP + b"\x90",
     "a deep tuple in a set": name("builtins", "set") + b"]()" + b"\x85" * DEEP + b"e\x85R",

@@ -95,10 +95,8 @@ BOMBS = {  # name: the writer
     "an image of 10^6 pixels in args": released_with(imsize=16 * 10**5),
     "a million encoder layers in args": released_with(vl_enc_layers=10**6),
     "a huge encoder in args": released_with(vl_hidden_dim=2**22, vl_dim_feedforward=2**22),
-    "many views of one storage": write_views,
-    "small views of one storage": write_small_views,
-    "a hundred stages of adapters": write_many_stages,
-    "patches of no pixels in a released file": write_no_patch,
+    "many views of one storage": write_views, "small views of one storage": write_small_views,
+    "a hundred stages of adapters": write_many_stages, "patches of no pixels in a released file": write_no_patch,
     "an adapter of no rank": write_empty_adapter,
     "an empty tensor of 10^15 columns": lambda path: write_safetensors(path, {"visual.conv1.weight": EMPTY}),
     "a shape beyond the file": lambda path: write_safetensors(

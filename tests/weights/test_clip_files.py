@@ -176,12 +176,9 @@ def test_golden_clip(kind, first, last):
         text = clip.text(ids)
         logits = similarity(text_features, image_features, clip.logit_scale)
     found = {
-        "image_features": image_features,
-        "text_features": text_features,
-        "image_embeds": F.normalize(image_features, dim=-1),
-        "text_embeds": F.normalize(text_features, dim=-1),
-        "logits_per_text": logits,
-        "logits_per_image": logits.T,
+        "image_features": image_features, "text_features": text_features,
+        "image_embeds": F.normalize(image_features, dim=-1), "text_embeds": F.normalize(text_features, dim=-1),
+        "logits_per_text": logits, "logits_per_image": logits.T,
     }
     for tower, states in (("vision", vision), ("text", text)):
         if first:

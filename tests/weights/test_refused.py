@@ -12,7 +12,7 @@ import pytest
 import torch
 from makers import make_clip, make_hivg
 from makers_weights import (
-    half,
+    Payload,
     make_published_clip,
     make_released,
     message_of,
@@ -25,6 +25,7 @@ from makers_weights import (
 )
 from PIL import Image
 from safetensors.torch import save_file
+from test_clip_files import WRITERS
 
 from hivg import weights
 from hivg.utils import pickles
@@ -38,16 +39,6 @@ def released():
 
 
 # --- nothing is run ---
-
-
-class Payload:
-    """Unpickling it runs a command."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
 
 
 def save_zip(data, path):
@@ -82,14 +73,8 @@ def test_a_command_is_refused_and_not_run(tmp_path, suffix, save, inside):
 
 
 @pytest.mark.parametrize("module, name", [
-    ("builtins", "eval"),
-    ("builtins", "getattr"),
-    ("torch", "load"),
-    ("torch.storage", "_load_from_bytes"),
-    ("numpy", "fromfile"),
-    ("hivg.weights", "save"),
-    ("hivg.utils.pickles", "read"),
-    ("collections", "namedtuple"),
+    ("builtins", "eval"), ("builtins", "getattr"), ("torch", "load"), ("torch.storage", "_load_from_bytes"),
+    ("numpy", "fromfile"), ("hivg.weights", "save"), ("hivg.utils.pickles", "read"), ("collections", "namedtuple"),
     ("torch.jit._pickle", "build_boollist.__globals__"),
 ])
 def test_only_listed_names_can_be_called(tmp_path, module, name):
@@ -162,10 +147,8 @@ def test_each_wrong_file_has_its_line(tmp_path, name):
 
 
 @pytest.mark.parametrize("args, expected", [
-    (dict(model="RN50"), "model='RN50'"),
-    (dict(imsize=65), "imsize=65"),
-    (dict(imsize="64"), "imsize='64'; a released HiVG has a whole number there"),
-    (dict(imsize=True), "imsize=True"),
+    (dict(model="RN50"), "model='RN50'"), (dict(imsize=65), "imsize=65"),
+    (dict(imsize="64"), "imsize='64'; a released HiVG has a whole number there"), (dict(imsize=True), "imsize=True"),
     (dict(dataset="unc+"), "text layers"),  # which reads two, and the file has one
     (dict(enable_adaptive_weights=False), "adaptive weights off"),  # towers of different width
     (dict(model="ViT-L/14"), "12 vision"),
@@ -184,19 +167,12 @@ def test_released_without_args(tmp_path, released):
 # --- damaged files ---
 
 
-@pytest.mark.parametrize("kind", ["archive", "state dict", "safetensors", "older torch.save"])
+@pytest.mark.parametrize("kind", [
+    "openai archive", "openai state dict", "huggingface safetensors", "huggingface legacy"])
 @pytest.mark.parametrize("keep", [0.02, 0.5, 0.98])
 def test_a_file_cut_short(tmp_path, kind, keep):
     path = tmp_path / "file.pt"
-    clip = make_published_clip()
-    if kind == "archive":
-        torch.jit.save(scripted(half(to_openai(clip))), path)
-    elif kind == "state dict":
-        torch.save(half(to_openai(clip)), path)
-    elif kind == "safetensors":
-        save_file(to_huggingface(clip), path)
-    else:
-        save_legacy(to_huggingface(clip), path)
+    WRITERS[kind](make_published_clip(), path)
     data = path.read_bytes()
     path.write_bytes(data[: int(keep * len(data))])
     assert "download it again" in message_of(path)

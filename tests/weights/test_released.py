@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from makers import GOLDEN, TEXTS, assert_close, make_tokenizer, needs_golden
+from makers import GOLDEN, assert_close, needs_golden
 from makers_weights import (
     BASE_MODEL,
     assert_same_weights,
@@ -20,12 +20,9 @@ from safetensors.torch import load_file
 from hivg import weights
 from hivg.clip import resize_positions
 
-VOCABULARY = make_tokenizer().vocab_size
-
 # fields of our configuration, entries of the checkpoint's `args`
 KINDS = {
-    "one text layer": ({}, {}),
-    "two": (dict(text_layers=(6, 12)), dict(dataset="unc+")),
+    "one text layer": ({}, {}), "two": (dict(text_layers=(6, 12)), dict(dataset="unc+")),
     "two, referit": (dict(text_layers=(6, 12)), dict(dataset="referit")),
     "twelve": (dict(text_layers=tuple(range(1, 13))), dict(dataset="gref_umd")),
     "twelve, google": (dict(text_layers=tuple(range(1, 13))), dict(dataset="gref")),
@@ -160,47 +157,6 @@ def test_released_image_of_another_size(tmp_path, plain):
     loaded = weights.load_released(tmp_path / "wide.pth")
     assert loaded.config == wide.config
     assert torch.equal(loaded.clip.visual.positional_embedding, resize_positions(table, (6, 6)))
-
-
-# --- what a released model computes ---
-
-
-def test_a_batch_is_as_its_samples_alone():
-    model = make_released(text_layers=(6, 12))
-    torch.manual_seed(1)
-    images = torch.randn(4, 3, 64, 64)
-    ids = make_tokenizer()(TEXTS)
-    padding = torch.zeros(4, 64, 64).bool()
-    padding[1, :16] = True
-    with torch.no_grad():
-        together = model(images, padding, ids)
-        for i in range(4):
-            short = ids[i : i + 1, : int(ids[i].argmax()) + 1]  # the 77 positions are filled up inside
-            alone = model(images[i : i + 1], padding[i : i + 1], short)
-            for field in ("boxes", "token_similarity", "mask_logits", "text_features", "image_features"):
-                assert_close(field, getattr(together, field)[i], getattr(alone, field)[0], 1e-5)
-
-
-def test_padding_of_the_text_counts_as_it_did(plain, monkeypatch):
-    """All 77 positions are keys of the bridge, whatever is in them. Those of id 0 are none of the encoder, though id 0
-    is a token like others, "!"."""
-    seen = []
-    monkeypatch.setattr(plain.bridges["0"], "forward", lambda x, keys, mask: seen.append((keys.shape[1], mask)) or x)
-    masks = []
-    layer = plain.encoder[0]
-    forward = layer.forward
-
-    def remember_mask(x, position, mask):
-        masks.append(mask)
-        return forward(x, position, mask)
-
-    monkeypatch.setattr(layer, "forward", remember_mask)
-    ids = torch.tensor([[VOCABULARY - 2, 300, 0, 301, VOCABULARY - 1]])
-    with torch.no_grad():
-        plain(torch.randn(1, 3, 64, 64), torch.zeros(1, 64, 64).bool(), ids)
-    assert seen == [(77, None)]
-    text = masks[0].flatten()[-77:].tolist()
-    assert text == [True, True, False, True, True] + [False] * 72
 
 
 # --- the golden files ---

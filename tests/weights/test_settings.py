@@ -1,11 +1,11 @@
 """Configurations of which no model can be built: each gets its line, before anything is built."""
 
 import json
+import re
 
 import pytest
-from makers import BUNDLED, make_clip, make_hivg
-from makers_weights import message_of
-from safetensors import safe_open
+from makers import BUNDLED, make_clip, make_hivg, refusal
+from makers_weights import contents, message_of
 from safetensors.torch import save_file
 
 from hivg import weights
@@ -26,27 +26,22 @@ WRONG = [  # (setting, value, part of the message); of the CLIP where its name b
     ("clip.text_layers", 10**400, "text_layers must be a whole number in 1..1000, not a huge number"),
     ("clip.text_layers", 999, "1004 layers and 4000 adapters, but only"),
     ("encoder_layers", 999, "1004 layers and 12 adapters, but only"),
-    ("clip", 3, "settings are not valid for a HiVG model"),
-    ("stage", -1, "stage must be a whole number in 0..100"),
+    ("clip", 3, "settings are not valid for a HiVG model"), ("stage", -1, "stage must be a whole number in 0..100"),
     ("stage", 10**6, "stage must be a whole number in 0..100"),
     ("normalization", "resnet", "normalization must be clip or imagenet, not 'resnet'"),
     ("normalization", ["clip"], "normalization must be text, not ['clip']"),
     ("dropout", float("nan"), "dropout must be a number in 0..1, not nan"),
     ("dropout", 10**400, "dropout must be a number in 0..1, not a huge number"),
-    ("dropout", 1.5, "dropout must be a number in 0..1"),
-    ("lora_dropout", "0.1", "lora_dropout must be a number"),
+    ("dropout", 1.5, "dropout must be a number in 0..1"), ("lora_dropout", "0.1", "lora_dropout must be a number"),
     ("lora_alpha", float("inf"), "lora_alpha must be a number in"),
-    ("text_norm", 1, "text_norm must be true or false, not 1"),
-    ("bridge", 3, "bridge must be"),
+    ("text_norm", 1, "text_norm must be true or false, not 1"), ("bridge", 3, "bridge must be"),
     ("bridge_blocks", [0, 3], "bridge_blocks must be from 0 to 2"),
     ("bridge_blocks", [0, 0], "bridge_blocks must be different numbers"),
     ("bridge_blocks", 0, "bridge_blocks must be whole numbers, not 0"),
     ("bridge_blocks", ["0"], "bridge_blocks must be whole numbers"),
-    ("visual_levels", [0, 1], "visual_levels must be from 1 to 3"),
-    ("visual_levels", [], "must name a layer"),
+    ("visual_levels", [0, 1], "visual_levels must be from 1 to 3"), ("visual_levels", [], "must name a layer"),
     ("text_layers", [3], "text_layers must be from 1 to 2"),
-    ("text_layers", [[1]], "text_layers must be whole numbers"),
-    ("colour", 3, "colour"),
+    ("text_layers", [[1]], "text_layers must be whole numbers"), ("colour", 3, "colour"),
 ]
 
 
@@ -55,8 +50,7 @@ def parts(tmp_path_factory):
     """The tensors and metadata of a HiVG's file."""
     path = tmp_path_factory.mktemp("good") / "good.safetensors"
     weights.save(path, make_hivg(stage=1))
-    with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata())
+    return contents(path)
 
 
 @pytest.mark.parametrize("setting, value, expected", WRONG, ids=str)
@@ -81,9 +75,8 @@ def test_info_is_a_dict(tmp_path, parts, info):
 @pytest.mark.parametrize("setting, names", [("bridge", "adaptive, projected, constant, none"),
                                             ("lora", "hierarchical, shared, vanilla, none"), ("text_padding", "")])
 def test_messages_about_settings_are_short(setting, names):
-    with pytest.raises(ValueError, match=f"{setting} must be .*{names}") as caught:
-        HiVGConfig(**{setting: "x" * 5000})
-    assert len(str(caught.value)) < 150
+    message = refusal(HiVGConfig, **{setting: "x" * 5000})
+    assert re.search(f"{setting} must be .*{names}", message) and len(message) < 150
 
 
 def test_what_we_write_is_right():

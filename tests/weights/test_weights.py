@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from makers import make_batch, make_clip, make_hivg, make_tokenizer
-from makers_weights import assert_same_weights, message_of
-from safetensors import safe_open
+from makers import make_batch, make_clip, make_hivg, make_tokenizer, trained
+from makers_weights import assert_same_weights, contents, message_of
 from safetensors.torch import save_file
 
 from hivg import weights
@@ -23,10 +22,6 @@ def make(kind, **changes):
     clip = make_clip(dtype=torch.float32, **changes)
     clip.tokenizer = Tokenizer(make_tokenizer().merges, clip.config.context_length)
     return clip
-
-
-def trained(model):
-    return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 def assert_same_model(a, b):
@@ -53,12 +48,8 @@ def test_clip_comes_back(tmp_path):
 CONFIGURATIONS = [
     *({"lora": "hierarchical", "stage": stage} for stage in range(4)),
     *({"lora": "shared", "stage": stage} for stage in range(4)),
-    *({"lora": "vanilla", "stage": stage} for stage in range(2)),
-    {"lora": "none"},
-    {"bridge": "projected"},
-    {"bridge": "constant"},
-    {"bridge": "none"},
-    {"text_norm": False, "normalization": "imagenet", "lora_alpha": 3.5},
+    *({"lora": "vanilla", "stage": stage} for stage in range(2)), {"lora": "none"}, {"bridge": "projected"},
+    {"bridge": "constant"}, {"bridge": "none"}, {"text_norm": False, "normalization": "imagenet", "lora_alpha": 3.5},
 ]
 
 
@@ -86,12 +77,6 @@ def test_a_model_made_in_python_has_no_tokenizer_yet(tmp_path):
     assert loaded.tokenizer is None and torch.equal(loaded.reg_token, model.reg_token)
 
 
-def test_merged_model_comes_back(tmp_path):
-    model = make("hivg", stage=2).merged()
-    weights.save(tmp_path / "hivg.safetensors", model)
-    assert_same_model(weights.load_hivg(tmp_path / "hivg.safetensors"), model)
-
-
 @pytest.mark.parametrize("kind", LOADERS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_the_bytes_load_as_float32(tmp_path, kind, dtype):
@@ -117,10 +102,8 @@ def damage_with_folder(path):
 
 
 DAMAGED_FILES = {  # name: (a function of the path of a good file, part of the message)
-    "missing": (lambda path: path.unlink(), "no such"),
-    "a folder": (damage_with_folder, "is a folder"),
-    "empty": (lambda path: cut(path, 0), "empty"),
-    "cut in the header": (lambda path: cut(path, 100), "not a whole"),
+    "missing": (lambda path: path.unlink(), "no such"), "a folder": (damage_with_folder, "is a folder"),
+    "empty": (lambda path: cut(path, 0), "empty"), "cut in the header": (lambda path: cut(path, 100), "not a whole"),
     "cut in the middle": (lambda path: cut(path, path.stat().st_size // 2), "not a whole"),
     "last byte lost": (lambda path: cut(path, -1), "not a whole"),
     "a web page": (lambda path: path.write_text("<!DOCTYPE html><html><body>Not\nfound</body>"), "a web page"),
@@ -139,26 +122,17 @@ def test_damaged_file_gets_one_line(tmp_path, kind, name):
     assert expected in message_of(path, LOADERS[kind])
 
 
-def read_parts(path):
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        return tensors, dict(file.metadata())
-
-
 @pytest.mark.parametrize("kind", LOADERS)
 @pytest.mark.parametrize("changes, expected", [
-    ({"kind": "lora"}, "which this project does not write"),
-    ({"config": None}, "no 'config' in it"),
-    ({"config": '{"clip": '}, "settings are not valid"),
-    ({"config": "[1]"}, "settings are not valid"),
-    ({"tokenizer": None}, "tokenizer"),
-    ({"tokenizer": "a b c"}, "settings are not valid"),
+    ({"kind": "lora"}, "which this project does not write"), ({"config": None}, "no 'config' in it"),
+    ({"config": '{"clip": '}, "settings are not valid"), ({"config": "[1]"}, "settings are not valid"),
+    ({"tokenizer": None}, "tokenizer"), ({"tokenizer": "a b c"}, "settings are not valid"),
     ({"tokenizer": "a b\n"}, "vocabulary"),
 ], ids=str)
 def test_damaged_metadata_gets_one_line(tmp_path, kind, changes, expected):
     path = tmp_path / "weights.safetensors"
     weights.save(path, make(kind))
-    tensors, metadata = read_parts(path)
+    tensors, metadata = contents(path)
     metadata |= changes
     save_file(tensors, path, {name: text for name, text in metadata.items() if text is not None})
     assert expected in message_of(path, LOADERS[kind])
@@ -171,7 +145,7 @@ BIAS = {"clip": "visual.ln_post.bias", "hivg": "levels_proj.bias"}
 def test_keys_and_shapes_must_be_exact(tmp_path, kind):
     path = tmp_path / "weights.safetensors"
     weights.save(path, make(kind))
-    tensors, metadata = read_parts(path)
+    tensors, metadata = contents(path)
     bias = BIAS[kind]
 
     save_file({name: t for name, t in tensors.items() if name != bias}, path, metadata)
@@ -203,7 +177,7 @@ def test_values_that_float32_cannot_hold(tmp_path, value, expected):
         pytest.importorskip("safetensors", minversion="0.7")  # older ones neither write nor read them
     path = tmp_path / "weights.safetensors"
     weights.save(path, make("clip"))
-    tensors, metadata = read_parts(path)
+    tensors, metadata = contents(path)
     save_file(tensors | {"logit_scale": value}, path, metadata)
     assert f"its tensor logit_scale {expected}" in message_of(path)
 
