@@ -156,7 +156,7 @@ def stages(s: Settings):
     lr = values_of("lr", s.lr, names, longest)
     accumulate = s.accumulate * len(names) if len(s.accumulate) == 1 else s.accumulate
     accumulate = values_of("accumulate", accumulate, names, longest)
-    return [Stage(*row, epochs[i], lr[i], s.batch_size, accumulate[i]) for i, row in enumerate(rows)]
+    return [Stage(*row, epochs[i], lr[i], s.batch_size, accumulate[i], s.clip_rate) for i, row in enumerate(rows)]
 
 
 def values_of(flag, values, names, longest):
@@ -187,13 +187,10 @@ def begin_stage(s: Settings, number, folder, hooks=Hooks()):
         weights.need_tokenizer(model, s.finetune)
         if s.lora != "none":
             model.config = model.config.with_lora(s.lora, s.lora_rank, s.lora_alpha)
-        model = grow(model, stage)
     else:
-        before = weights.load_hivg(folder / f"{stages(s)[number - 1].name}.safetensors")  # the best of that stage
-        model, best = grow(before, stage), before.info["accuracy"]
-    if s.clip_rate:
-        for p in without_adapters(model.clip):
-            p.requires_grad_(True)
+        model = weights.load_hivg(folder / f"{stages(s)[number - 1].name}.safetensors")  # the best of that stage
+        best = model.info["accuracy"]
+    model = grow(model, stage)
     hooks.prepare(model)
     return model, best
 
@@ -269,7 +266,7 @@ def train(s: Settings, hooks=Hooks()):
             run.data = fingerprint(dataset, val)
             if n_cut := count_cut(dataset, model.tokenizer):
                 log.message("expressions that are too long for CLIP, cut to their first "
-                            f"{model.config.clip.context_length - 2} tokens: {n_cut:,}")
+                            f"{model.tokenizer.room} tokens: {n_cut:,}")
         if s.dataset in DRAWN and log.is_writer and not log.levels:
             log.levels = {"guessing the largest object": guessers(val.shapes)["largest object"]}
         steps_per_epoch = count_steps_per_epoch(s, stage, dataset)
@@ -359,7 +356,7 @@ def main():
         if s.finetune and s.lora != "none":
             config = config.with_lora(s.lora, s.lora_rank, s.lora_alpha)
         if os.environ.get("RANK", "0") == "0":
-            print_plan(stages(s), config, trains_clip=s.clip_rate > 0)
+            print_plan(stages(s), config)
     else:
         path = train(s)
         if distributed.rank() == 0:

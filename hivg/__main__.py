@@ -18,7 +18,6 @@ from pathlib import Path
 from PIL import Image
 
 from hivg.data.images import ImageError
-from hivg.evaluate.known import DRAWN_ONLY
 from hivg.grounder import DEFAULT_WEIGHTS, HEATMAPS, Grounder, draw_results
 from hivg.utils.cli import Parser, Progress, add_machine_flags, run
 from hivg.utils.files import refuse_to_replace, save_image
@@ -221,8 +220,7 @@ def main():
             code = 1
             continue
         for n, result in enumerate(results):
-            judged = n or DRAWN_ONLY in warned  # whether an image is a photograph: once, until one is
-            for line in grounder.warnings(result.expression, None if judged else result.image):
+            for line in grounder.warnings(result.expression, None if n else result.image):  # an image is judged once
                 if line not in warned:  # once is enough
                     print(f"warning: {line}", file=sys.stderr)
                     warned.add(line)

@@ -268,10 +268,9 @@ class Grounder:
         texts_of([expression])
         lines = []
         tokenizer = self.model.tokenizer
-        room = tokenizer.context_length - 2  # beside the start and the end token
         n = len(tokenizer.encode(expression))
-        if n > room:
-            lines.append(f"the expression has {n} tokens and is cut to its first {room}; make it shorter")
+        if n > tokenizer.room:
+            lines.append(f"the expression has {n} tokens and is cut to its first {tokenizer.room}; make it shorter")
         unknown = unknown_words(self.model, expression)
         if unknown:
             known = known_words(self.model)

@@ -185,6 +185,7 @@ class Tokenizer:
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}  # the lowest is merged first
         self.merges = merges
         self.context_length = check_context_length(context_length)
+        self.room = context_length - 2  # tokens of a text that are kept, between the start and the end token
         self.vocab_size = len(self.symbols)
         self.sot_id = self.vocab_size - 2
         self.eot_id = self.vocab_size - 1  # the largest, as `end_positions` in clip.py asks
@@ -290,7 +291,7 @@ class Tokenizer:
         texts = [texts] if isinstance(texts, str) else texts
         rows = []  # B lists of ids
         for text in texts:
-            ids = self.encode(text)[: self.context_length - 2]  # room for start and end
+            ids = self.encode(text)[: self.room]
             rows.append([self.sot_id, *ids, self.eot_id])
         T = max(map(len, rows), default=2)
         padded = [row + [0] * (T - len(row)) for row in rows]

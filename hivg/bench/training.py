@@ -25,6 +25,7 @@ from hivg.model import HiVG, HiVGConfig
 from hivg.training.criterion import Criterion
 from hivg.training.optimizers import make_optimizers, step_optimizers
 from hivg.training.presets import preset_of
+from hivg.training.stages import clip_name
 from hivg.utils.cli import choose_device, choose_dtype, name_of
 
 
@@ -137,10 +138,7 @@ def settings_of(preset):
 
 
 def clip_name_of(preset):
-    if not preset:
-        return "tiny"
-    stem = Path(preset_of(preset)["clip"]).stem
-    return next(name for name in CLIP_SIZES if name.replace("/", "-").replace("@", "-") == stem)
+    return clip_name(preset_of(preset)["clip"]) if preset else "tiny"
 
 
 def preset_model(preset, clip_name):

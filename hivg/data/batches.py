@@ -209,9 +209,9 @@ def fingerprint(*datasets):
 
 def count_cut(dataset, tokenizer):
     """How many expressions of samples from files have more tokens than the tokenizer keeps."""
-    room = tokenizer.context_length - 2  # beside the start and the end token
     texts = [sample.expression for sample in getattr(dataset, "samples", ())]
-    return sum(len(text.encode()) > room and len(tokenizer.encode(text)) > room for text in texts)
+    long = [text for text in texts if len(text.encode()) > tokenizer.room]  # a token has a byte or more
+    return sum(len(tokenizer.encode(text)) > tokenizer.room for text in long)
 
 
 def collate(items):

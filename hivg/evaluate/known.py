@@ -56,7 +56,8 @@ def looks_photographed(image):
 
     Of 22 colour photographs it found 19, of seven grey ones two; it took none of 3,000 drawn images for one.
     """
-    image = image.convert("RGB").reduce(max(1, max(image.size) // 256))  # soon done, thumbnail's exact mean is not
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    image = image.reduce(max(1, max(image.size) // 256))  # of a large one thumbnail alone would take long
     image.thumbnail((SIDE, SIDE), Image.Resampling.BOX)
     pixels = np.asarray(image, dtype=np.int16)  # (H, W, 3)
     colours = pixels // 32 @ (64, 8, 1)  # (H, W): one of 512

@@ -22,25 +22,33 @@ class Stage:
     lr: float
     batch_size: int
     accumulate: int
+    clip_rate: float  # of CLIP's own weights, as a share of lr; 0 = frozen
 
 
 def grow(model, stage):
-    """The model of the stage before with the bridges and adapters that `stage` adds. Neither changes an output
-    yet: a new bridge's last layer and a new adapter's B start at zero."""
+    """The model of the stage before with the bridges and adapters that `stage` adds, and with what it trains. Neither
+    changes an output yet: a new bridge's last layer and a new adapter's B start at zero."""
     if stage.bridge and model.config.bridge != stage.bridge:
         model = model.with_bridge(stage.bridge)
     if stage.lora_stage:
         model.add_stage(stage.lora_stage)
+    for p in lora.without_adapters(model.clip) if stage.clip_rate else ():
+        p.requires_grad_(True)
     return model
+
+
+def clip_name(path):
+    """The name in CLIP_SIZES of a published CLIP by its file's name, or None."""
+    stem = Path(path).stem
+    return next((name for name in CLIP_SIZES
+                 if name != "tiny" and stem == name.replace("/", "-").replace("@", "-")), None)
 
 
 def clip_config(path):
     """The sizes of a CLIP: of a published one by its file's name, so that the file is not needed; otherwise from the
     file. Raises WeightsError."""
-    for name, config in CLIP_SIZES.items():
-        if name != "tiny" and Path(path).stem == name.replace("/", "-").replace("@", "-"):
-            return config
-    return config_of(path, CLIPConfig, "a CLIP")
+    name = clip_name(path)
+    return CLIP_SIZES[name] if name else config_of(path, CLIPConfig, "a CLIP")
 
 
 def hivg_config(path):
@@ -55,16 +63,14 @@ def config_of(path, kind, wanted):
     return config
 
 
-def print_plan(table, config, trains_clip=False):
-    """Print every stage of the table as a column. config: of the first stage's model. trains_clip: whether CLIP's own
-    weights are trained too. The models are built on the meta device."""
+def print_plan(table, config):
+    """Print every stage of the table as a column. config: of the first stage's model. The models are built on the meta
+    device."""
     columns = []
     with torch.device("meta"):
         model = HiVG(config)
         for stage in table:
             model = grow(model, stage)
-            for p in lora.without_adapters(model.clip) if trains_clip else ():
-                p.requires_grad_(True)
             columns.append(stage_column(stage, model))
     sys.stdout.write(columns_text(columns) + "\n")  # in one write: a reader may stop early, as `head` does
 

@@ -231,9 +231,9 @@ def name_splits(rows, folder):
 
 def usual_splits(names):
     """The splits that a file names, a set -> {name: our name}: "Validation" becomes "val". Names that would become the
-    same, such as "val" and "dev", stay as they are."""
+    same, such as "val" and "dev", stay as they are, but "Train" and "train" are one."""
     usual = {name: USUAL_SPLITS.get(name.strip().lower(), name) for name in names}
-    words = {(name.strip().lower(), split) for name, split in usual.items()}  # "Train" and "train" are one
+    words = {(name.strip().lower(), split) for name, split in usual.items()}
     count = Counter(split for _, split in words)
     return {name: split if count[split] == 1 else name for name, split in usual.items()}
 
