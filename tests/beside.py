@@ -1,5 +1,5 @@
-"""The tests marked `slow` in a process of their own, beside the others, where both kinds are asked for: alone, pytest
-leaves all cores but one idle. conftest.py has the hook at the end."""
+"""A second process beside pytest's own, as pytest leaves all cores but one idle: this one takes the tests from the
+first on, that one from the last, and they meet. conftest.py has the hook at the end."""
 
 import ast
 import os
@@ -7,31 +7,47 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
-REPORTS = "HIVG_SLOW_REPORTS"  # set in the process of the slow tests: the file for its reports
+FOLDER = "HIVG_BESIDE"  # set in the second process: the folder of what was taken, and of its reports
+LEAST = 100  # tests for which it is worth it
 
 
-class Beside:
-    """The process of the slow tests; in their place, what it reports of them is told."""
+def taken(folder, number):
+    """Whether this process is the one that runs test `number`: the first to make its folder does."""
+    try:
+        (folder / str(number)).mkdir()
+    except FileExistsError:
+        return False
+    return True
 
-    def __init__(self, config):
+
+class First:
+    """In the first process. What the second one reports of a test is told where the test would have run."""
+
+    def __init__(self, config, items):
         self.config = config
-        self.file = tempfile.NamedTemporaryFile("r", encoding="utf-8")
+        self.numbers = {item: number for number, item in enumerate(items)}
+        self.folder = tempfile.TemporaryDirectory()
+        self.reports = {}  # {test: its reports}
+        path = Path(self.folder.name)
+        self.file = open(path / "reports", "a+", encoding="utf-8")
         command = [sys.executable, "-m", "pytest", *config.invocation_params.args]
-        environment = os.environ | {REPORTS: self.file.name}
+        environment = os.environ | {FOLDER: str(path)}
         self.process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item):
-        if not is_slow(item):
+        if taken(Path(self.folder.name), self.numbers[item]):
             return None
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-        report = None
-        while report is None or report.when != "teardown":
+        reports = self.reports.setdefault(item.nodeid, [])
+        while not reports or reports[-1].when != "teardown":
             report = self.config.hook.pytest_report_from_serializable(config=self.config, data=self.next_report())
-            assert report.nodeid == item.nodeid
+            self.reports.setdefault(report.nodeid, []).append(report)
+        for report in reports:
             item.ihook.pytest_runtest_logreport(report=report)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
@@ -42,7 +58,7 @@ class Beside:
             is_alive = self.process.poll() is None  # before the look: its last report may come in between
             part = self.file.readline()
             if not part and not is_alive:
-                pytest.exit("the process of the slow tests ended too early; python -m pytest -m slow shows why", 1)
+                pytest.exit("the second process of the tests ended too early; python -m pytest -m slow shows why", 1)
             if not part:
                 time.sleep(0.1)
             line += part
@@ -51,14 +67,22 @@ class Beside:
     def pytest_unconfigure(self):
         self.process.terminate()
         self.process.wait()
+        self.file.close()
+        self.folder.cleanup()
 
 
-class Reporter:
-    """In the process of the slow tests: a line for each report."""
+class Second:
+    """In the second process: a line for each report."""
 
-    def __init__(self, config):
+    def __init__(self, config, items):
         self.config = config
-        self.file = open(os.environ[REPORTS], "w", encoding="utf-8", buffering=1)
+        self.numbers = {item: number for number, item in enumerate(items)}
+        self.folder = Path(os.environ[FOLDER])
+        self.file = open(self.folder / "reports", "a", encoding="utf-8", buffering=1)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item):
+        return None if taken(self.folder, self.numbers[item]) else True
 
     def pytest_runtest_logreport(self, report):
         data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
@@ -71,12 +95,12 @@ def is_slow(item):
 
 @pytest.hookimpl(trylast=True)  # after -m and -k have chosen
 def pytest_collection_modifyitems(config, items):
-    slow = [item for item in items if is_slow(item)]
-    if REPORTS in os.environ:
-        items[:] = slow
-        config.pluginmanager.register(Reporter(config))
-        return
     is_simple = not (config.option.collectonly or config.option.usepdb or hasattr(config, "workerinput"))  # of xdist
-    if 0 < len(slow) < len(items) and os.cpu_count() > 1 and is_simple:
-        items.sort(key=is_slow)  # the others first
-        config.pluginmanager.register(Beside(config))
+    if len(items) < LEAST or os.cpu_count() == 1 or not is_simple:
+        return
+    items.sort(key=is_slow)  # last, so that the two meet at a short one
+    if FOLDER in os.environ:
+        config.pluginmanager.register(Second(config, items))
+        items.reverse()
+    else:
+        config.pluginmanager.register(First(config, items))

@@ -16,6 +16,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NUMBER = re.compile(r"[-+]?\d[\d,.]*(e[-+]?\d+)?%?")
 MACHINE_PATH = re.compile(r"(?<![\w.:])(/(home|root|Users|tmp|usr|opt|var|mnt|work|content)\b|[A-Za-z]:\\)")
 AGAIN = "open it in Jupyter, restart the kernel and run all cells"
+SHORTER = {"STEPS, BATCH = 150, 16": "STEPS, BATCH = 30, 16",  # here, where only words are compared, not numbers
+           "wide=True)[i] for i in range(60)]": "wide=True)[i] for i in range(20)]"}
 
 
 def read(path):
@@ -52,7 +54,10 @@ def test_notebook_runs_and_its_outputs_are_kept(path, monkeypatch, capsys):
     with torch.random.fork_rng(devices=[]):
         for number, cell in enumerate(code_cells(path), start=1):
             where = f"{path.name}, code cell {number}"
-            shown = run("".join(cell["source"]), namespace, where)
+            source = "".join(cell["source"])
+            for longer, shorter in SHORTER.items():
+                source = source.replace(longer, shorter)
+            shown = run(source, namespace, where)
             printed = capsys.readouterr().out
             kept = "".join("".join(output["text"]) for output in cell["outputs"] if output["output_type"] == "stream")
             results = [output for output in cell["outputs"] if output["output_type"] == "execute_result"]

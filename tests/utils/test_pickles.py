@@ -80,7 +80,7 @@ def power_of_ten(n):
     return b"L1" + b"0" * n + b"L\n"
 
 
-DEEP = 300_000  # hashing tuples that are nested so deeply needs more than the usual 8 MB of stack
+DEEP = 150_000  # hashing tuples that are nested so deeply needs more than the usual 8 MB of stack
 STAND_INS = {
     "a class": name("argparse", "Namespace"), "a module's class": name("__torch__.a", "b"),
     "an array's class": name("numpy", "ndarray"), "a function": name("_codecs", "encode"),
