@@ -15,10 +15,10 @@ FOLDER = "HIVG_BESIDE"  # set in the second process: the folder of what was take
 LEAST = 100  # tests for which it is worth it
 
 
-def taken(folder, number):
-    """Whether this process is the one that runs test `number`: the first to make its folder does."""
+def take(folder, item):
+    """Whether this process is the one that runs the test: the first to make the folder of its number is."""
     try:
-        (folder / str(number)).mkdir()
+        (folder / str(item.number)).mkdir()
     except FileExistsError:
         return False
     return True
@@ -27,20 +27,19 @@ def taken(folder, number):
 class First:
     """In the first process. What the second one reports of a test is told where the test would have run."""
 
-    def __init__(self, config, items):
+    def __init__(self, config):
         self.config = config
-        self.numbers = {item: number for number, item in enumerate(items)}
-        self.folder = tempfile.TemporaryDirectory()
         self.reports = {}  # {test: its reports}
-        path = Path(self.folder.name)
-        self.file = open(path / "reports", "a+", encoding="utf-8")
+        self.temporary = tempfile.TemporaryDirectory()
+        self.folder = Path(self.temporary.name)
+        self.file = open(self.folder / "reports", "a+", encoding="utf-8")
         command = [sys.executable, "-m", "pytest", *config.invocation_params.args]
-        environment = os.environ | {FOLDER: str(path)}
+        environment = os.environ | {FOLDER: self.temporary.name}
         self.process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item):
-        if taken(Path(self.folder.name), self.numbers[item]):
+        if take(self.folder, item):
             return None
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         reports = self.reports.setdefault(item.nodeid, [])
@@ -68,21 +67,20 @@ class First:
         self.process.terminate()
         self.process.wait()
         self.file.close()
-        self.folder.cleanup()
+        self.temporary.cleanup()
 
 
 class Second:
     """In the second process: a line for each report."""
 
-    def __init__(self, config, items):
+    def __init__(self, config):
         self.config = config
-        self.numbers = {item: number for number, item in enumerate(items)}
         self.folder = Path(os.environ[FOLDER])
         self.file = open(self.folder / "reports", "a", encoding="utf-8", buffering=1)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item):
-        return None if taken(self.folder, self.numbers[item]) else True
+        return None if take(self.folder, item) else True  # True: done
 
     def pytest_runtest_logreport(self, report):
         data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
@@ -98,9 +96,9 @@ def pytest_collection_modifyitems(config, items):
     is_simple = not (config.option.collectonly or config.option.usepdb or hasattr(config, "workerinput"))  # of xdist
     if len(items) < LEAST or os.cpu_count() == 1 or not is_simple:
         return
-    items.sort(key=is_slow)  # last, so that the two meet at a short one
+    items.sort(key=is_slow)  # last, where the second process begins, so that the two meet at a short one
+    for number, item in enumerate(items):
+        item.number = number
     if FOLDER in os.environ:
-        config.pluginmanager.register(Second(config, items))
         items.reverse()
-    else:
-        config.pluginmanager.register(First(config, items))
+    config.pluginmanager.register((Second if FOLDER in os.environ else First)(config))

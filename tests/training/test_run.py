@@ -278,10 +278,10 @@ def test_accumulated_losses_are_logged_as_their_mean(world, tiny, monkeypatch):
 @pytest.mark.slow
 def test_compiled_training_is_the_same(world, tiny, monkeypatch):
     """The warm-up and the last stage, which has blocks of all kinds, log the same with --compile, and no block is left
-    as it was for being the ninth kind. The graphs run as they are: to make faster programs of them is PyTorch's part,
-    and takes minutes. The first step is the same to the digit; later ones differ by rounding, which grows, in the
+    as it was for being the ninth kind. The graphs are those that faster programs would be made of, which is PyTorch's
+    part, and takes minutes. The first step is the same to the digit; later ones differ by rounding, which grows, in the
     gradient most."""
-    counter = CompileCounterWithBackend("eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compile(model, backend=counter, fullgraph=True))
     monkeypatch.setattr("hivg.training.run.check_compile", lambda device: None)  # it makes a faster program
