@@ -44,20 +44,20 @@ class First:
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         reports = self.reports.setdefault(item.nodeid, [])
         while not reports or reports[-1].when != "teardown":
-            report = self.config.hook.pytest_report_from_serializable(config=self.config, data=self.next_report())
+            report = self.config.hook.pytest_report_from_serializable(config=self.config, data=self.next_report(item))
             self.reports.setdefault(report.nodeid, []).append(report)
         for report in reports:
             item.ihook.pytest_runtest_logreport(report=report)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
 
-    def next_report(self):
+    def next_report(self, item):
         line = ""
         while not line.endswith("\n"):
             is_alive = self.process.poll() is None  # before the look: its last report may come in between
             part = self.file.readline()
             if not part and not is_alive:
-                pytest.exit("the second process of the tests ended too early; python -m pytest -m slow shows why", 1)
+                pytest.exit(f"the second process of the tests ended in {item.nodeid}; run that one alone to see why", 1)
             if not part:
                 time.sleep(0.1)
             line += part
