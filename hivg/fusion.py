@@ -11,6 +11,8 @@ by channel with learned adaptive weights w^i (T, D_t), and all are projected tog
 Triton kernel, after a small one for the norm's mean and deviation (fusion_triton.py).
 """
 
+import sys
+from functools import cache
 from importlib.util import find_spec
 
 import torch.nn.functional as F
@@ -58,5 +60,18 @@ def adaptive_fusion(text_states, adaptive_weights, proj_weight, proj_bias,
 
 
 def choose_backend(device_type):
-    """The backend for a kind of device: "triton" on a GPU where Triton is installed, else "reference"."""
-    return "triton" if device_type == "cuda" and HAS_TRITON else "reference"
+    """The backend for a kind of device: "triton" on a GPU where Triton works, else "reference"."""
+    return "triton" if device_type == "cuda" and HAS_TRITON and triton_works() else "reference"
+
+
+@cache
+def triton_works():
+    """Whether Triton can launch a kernel here: for that it compiles a small C program. Says so once if it cannot."""
+    from triton.runtime import driver
+    try:
+        driver.active.utils  # compiled here, or found in Triton's cache
+    except Exception as error:  # RuntimeError without a compiler, CalledProcessError without Python's headers
+        print(f"fusion in plain PyTorch: Triton does not work here ({type(error).__name__}); install gcc and Python's "
+              "headers (python3-dev)", file=sys.stderr)
+        return False
+    return True

@@ -1,5 +1,7 @@
 """The bridge: its fusion against a loop, the identity it starts as, and what it may and may not look at."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn as nn
@@ -7,7 +9,7 @@ from makers import TEXTS, assert_close, make_batch, make_clip, make_config, make
 
 from hivg.bridge import KINDS, Bridge
 from hivg.clip import similarity
-from hivg.fusion import HAS_TRITON, adaptive_fusion, adaptive_fusion_reference, choose_backend
+from hivg.fusion import HAS_TRITON, adaptive_fusion, adaptive_fusion_reference, choose_backend, triton_works
 from hivg.model import HiVG
 
 TEXT_KINDS = ("adaptive", "projected")
@@ -49,8 +51,26 @@ def test_fusion_backend():
     arguments = fusion_arguments(2, 1, 3, 4, 3)
     with pytest.raises(ValueError, match="auto, reference or triton, not 'fastest'"):
         adaptive_fusion(*arguments, backend="fastest")
-    assert choose_backend("cpu") == "reference" and choose_backend("cuda") == ("triton" if HAS_TRITON else "reference")
+    assert choose_backend("cpu") == "reference"
     assert torch.equal(adaptive_fusion(*arguments), adaptive_fusion(*arguments, backend="reference"))
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is for Linux")
+def test_fusion_without_a_c_compiler(monkeypatch, capsys):
+    """Where Triton cannot compile the C program with which it launches, the model runs in plain PyTorch and says so."""
+    import triton.runtime
+
+    def failing():
+        raise RuntimeError("Failed to find C compiler")
+
+    for utils, backend, said in ((lambda: None, "triton", ""), (failing, "reference", "install gcc")):
+        triton_works.cache_clear()
+        driver = type("Driver", (), {"utils": property(lambda self, utils=utils: utils())})()
+        monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=driver))
+        assert [choose_backend("cuda"), choose_backend("cuda")] == [backend, backend]
+        printed = capsys.readouterr().err
+        assert said in printed and printed.count("\n") == bool(said)
+    triton_works.cache_clear()
 
 
 # --- one bridge ---

@@ -13,10 +13,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def init(device):
-    """Join the other processes if torchrun started this one -> the device of this one."""
+    """Join the other processes if torchrun started this one -> the device of this one. Raises ValueError if there are
+    more of them than GPUs."""
     is_alone = "RANK" not in os.environ
     if device.type == "cuda" and not is_alone:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"torchrun starts more processes than the {torch.cuda.device_count()} GPUs here; give it "
+                             f"--nproc_per_node={torch.cuda.device_count()}")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # whose random numbers a checkpoint keeps
     if is_alone:
@@ -24,7 +28,8 @@ def init(device):
     # DDP imports this, and its functions' defaults are the group there is: imported later it keeps it beyond `destroy`
     from torch.distributed.nn import functional  # noqa: F401
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        is_gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if is_gpu else "gloo", device_id=device if is_gpu else None)
     return device
 
 

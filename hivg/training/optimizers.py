@@ -46,7 +46,10 @@ class Muon(torch.optim.Optimizer):
         # _foreach: on a GPU one kernel for all of them
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's look ahead
-        updates = orthogonalise(torch.stack(updates)).to(matrices[0].dtype)  # (n, rows, columns)
+        updates = orthogonalise(torch.stack(updates))  # (n, rows, columns); of tall matrices a transposed view
+        # contiguous, or _foreach_add_ adds them one by one
+        updates = updates.to(matrices[0].dtype, memory_format=torch.contiguous_format)
+        # an orthogonal update has a root mean square of 1 / sqrt(longer side); AdamW's is about 0.2
         scale = 0.2 * max(matrices[0].shape) ** 0.5
         torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(matrices, list(-group["lr"] * scale * updates))  # the rate may be a tensor

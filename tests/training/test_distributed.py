@@ -62,6 +62,14 @@ def test_alone_on_a_certain_gpu(monkeypatch, name, chosen):
     assert distributed.init(torch.device(name)) == torch.device(name) and seen == chosen
 
 
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="more processes than the 2 GPUs here; give it --nproc_per_node=2"):
+        distributed.init(torch.device("cuda"))
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path, clip_file):
     """Losses, gradient norms and validation of warm-up and a first LoRA stage, to 1e-5 of their size; the contrastive

@@ -5,6 +5,7 @@ import torch
 from makers import assert_close, make_hivg
 
 from hivg.training.optimizers import (
+    Muon,
     check_finite,
     learning_rate,
     make_optimizers,
@@ -45,6 +46,19 @@ def test_some_parameters_have_a_share_of_the_rate(kind):
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     for group in groups:
         assert {p in of_clip for p in group["params"]} == {group["lr"] == pytest.approx(2e-4)}
+
+
+def test_muon_adds_the_updates_of_a_shape_in_one_call(monkeypatch):
+    """torch._foreach_add_ is one call on a GPU only if what it adds has the strides of what it is added to."""
+    added = []
+    add = torch._foreach_add_
+    monkeypatch.setattr(torch, "_foreach_add_", lambda ps, updates: (added.extend(zip(ps, updates)), add(ps, updates)))
+    for rows, columns in ((7, 3), (3, 7)):
+        matrices = [torch.nn.Parameter(torch.randn(rows, columns)) for _ in range(2)]
+        for p in matrices:
+            p.grad = torch.randn(rows, columns)
+        Muon(matrices).step()
+    assert len(added) == 4 and all(p.stride() == update.stride() for p, update in added)
 
 
 def test_muon_steps_the_matrices_of_linear_layers():
