@@ -54,7 +54,7 @@ from hivg.training.stages import Stage, clip_config, columns_text, grow, hivg_co
 from hivg.utils.cli import run
 from hivg.utils.files import save_image
 
-SHAPES_EPOCH = 8192  # expressions of an endless data set
+SHAPES_EPOCH = 8192  # expressions in an epoch of drawn data, which is endless
 
 
 @dataclass
@@ -149,7 +149,7 @@ def stages(s: Settings):
     names = [name for name, *_ in rows]
     longest = len(names) if s.finetune else len(STAGES["hierarchical"]) + s.bridgeless
     epochs = values_of("epochs", s.epochs, names, longest)
-    if len(names) < len(epochs):  # fair: the last stage gets the epochs of the missing ones
+    if len(names) < len(epochs):  # fair: the last stage gets the epochs of the missing ones, but keeps its own rate
         epochs = (*epochs[: len(names) - 1], sum(epochs[len(names) - 1 :]))
     if epochs[0] < 1:
         raise ValueError(f"--epochs: {epochs[0]} for {names[0]}, 1 or more needed for the first stage")
@@ -177,7 +177,7 @@ def begin_stage(s: Settings, number, folder, hooks=Hooks()):
     """-> the model as stage `number` starts with it, and its accuracy: -1 if it has learned nothing yet, None if it
     has not been measured."""
     stage = stages(s)[number]
-    torch.manual_seed(s.seed + 1000 * (number + 1))
+    torch.manual_seed(s.seed + 1000 * (number + 1))  # a stage starts alike however those before it ran
     if number == 0 and not s.finetune:
         clip = weights.load_clip(s.clip)
         weights.need_tokenizer(clip, s.clip)
@@ -217,7 +217,7 @@ def first_item_of(s: Settings, table, number, rows, one_stream):
 
 @torch.no_grad()
 def validate(s: Settings, dataset, model, device):
-    """-> {"accuracy": Acc@0.5 of `val`, which decides the state of a stage that is kept, "mean_iou": ..}."""
+    """-> {"accuracy": Acc@0.5 of `val`, by which the best state of a stage is kept, "mean_iou": ..}."""
     batches = evaluation_batches(dataset, 64, s.workers, distributed.rank(), distributed.world_size(), device)
     rows = distributed.gather_rows(predict(model, batches, device))  # every sample once, however many ranks
     ious = [row["iou"] for row in present(rows)]
@@ -225,7 +225,7 @@ def validate(s: Settings, dataset, model, device):
 
 
 def info_of(s: Settings, stage, scores):
-    """What a weights file tells of its making."""
+    """What a weights file says of its training."""
     return {"stage": stage, "dataset": os.path.basename(s.dataset), **scores}
 
 

@@ -27,12 +27,12 @@ class Bridge(nn.Module):
         super().__init__()
         self.kind = kind
         if kind == "adaptive":
-            # Ours: text layers of very different size would be concatenated raw, and the largest would drown the
-            # others. Each gets a layer norm of its own (`text_norm`); the released code has none.
+            # Ours (`text_norm`): a layer norm for each text layer. The released code concatenates them raw, so the
+            # largest can drown the others.
             shape = (n_text_layers, text_width)
             self.norm_weight = nn.Parameter(torch.ones(shape)) if text_norm else None
             self.norm_bias = nn.Parameter(torch.zeros(shape)) if text_norm else None
-            # zero, so f*^i = f^i at the start; the released code starts them as N(0, 1)
+            # zero, so f*^i is f^i, normed, at the start; the released code starts them as N(0, 1)
             self.adaptive_weights = nn.Parameter(torch.zeros(n_text_layers, context_length, text_width))
             self.proj = nn.Linear(n_text_layers * text_width, vision_width)
         elif kind == "constant":

@@ -96,7 +96,7 @@ class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        # the four that Hi LoRA adapts (lora.py)
+        # in CLIP's towers these four get Hi LoRA's adapters (lora.py)
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
@@ -221,7 +221,7 @@ def sine_positions(side, width):
     Ours; OpenAI's table starts at random. A small CLIP learns sooner if near patches look near from the start.
     """
     n = -(-width // 4)  # frequencies: a quarter of the channels, rounded up
-    frequencies = 100 ** -(torch.arange(n) / n)  # (n), from a wave of 2 pi patches to one a hundred times as long
+    frequencies = 100 ** -(torch.arange(n) / n)  # (n), from a wave of 2 pi patches to one almost 100 times as long
     angles = torch.arange(side)[:, None] * frequencies  # (side, n)
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, 2 n)
     rows = waves[:, None].expand(side, side, -1)  # (side, side, 2 n)
@@ -333,7 +333,8 @@ def bounded_logit_scale(logit_scale):
 
 
 def init_module(module):
-    """OpenAI CLIP's initialisation: 1 / sqrt(C) for the layers that read the stream, biases zero."""
+    """OpenAI's initialisation of the text tower, here of both: 1 / sqrt(C) for the layers that read the stream; biases
+    zero (ours in the MLP)."""
     if isinstance(module, nn.Linear):
         # the first layer of an MLP has more outputs than inputs, so it starts smaller
         widens = module.out_features > module.in_features
@@ -344,8 +345,8 @@ def init_module(module):
 
 
 def init_residual_branches(blocks, width):
-    """As OpenAI: the two branches that each block adds to the stream start smaller the more blocks there are, so that
-    the stream's size does not depend on the depth."""
+    """As OpenAI in the text tower: the two branches that each block adds to the stream start smaller the more blocks
+    there are, so that the stream's size does not depend on the depth."""
     std = width**-0.5 * (2 * len(blocks)) ** -0.5
     for block in blocks:
         nn.init.normal_(block.attn.out_proj.weight, std=std)

@@ -1,4 +1,4 @@
-"""Copies of a model that compute the same in fewer calls: for training here, for prediction `HiVG.for_prediction`.
+"""Copies of a model that compute the same in fewer calls: `training_copy` to train, `HiVG.for_prediction` to predict.
 
 A call costs a GPU some microseconds however small it is, and a training step makes thousands. In these copies
 

@@ -101,7 +101,7 @@ class LoRALinear(nn.Module):
 
 
 def linear_of(weight, bias):
-    """A nn.Linear of this weight (out, in) and bias (out) or None."""
+    """An nn.Linear of this weight (out, in) and bias (out) or None."""
     out_features, in_features = weight.shape
     # on "meta" there is no memory and no random start for numbers that are replaced at once
     linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
@@ -134,7 +134,7 @@ class JoinedLoRA(nn.Module):
         self.train(layers[0].training)
 
     def forward(self, x):
-        """(..., M, in) -> (..., M, n out)."""
+        """(..., in) -> (..., n out); M rows in all."""
         A = torch.cat(list(self.A)) if len(self.A) > 1 else self.A[0]  # (n r, in)
         B = torch.stack(list(self.B)) if len(self.B) > 1 else self.B[0][None]  # (n, out, r)
         h = AddUpdate.apply(x.flatten(0, -2), self.weight, self.bias, A.to(x.dtype), B.to(x.dtype), self.scale,
@@ -219,7 +219,7 @@ def without_adapters(model):
 
 
 def add_stage(blocks, stage, groups, rank=32, alpha=16, dropout=0.1, mode="hierarchical", order="shallow_first"):
-    """Give the transformer blocks (a list of modules with an `attn`) the adapters of one stage, in place.
+    """Give the transformer blocks (a ModuleList of modules with an `attn`) the adapters of one stage, in place.
 
     Call it for stage 1, 2, .. in turn. Afterwards exactly the pairs that this stage trains have requires_grad.
     """

@@ -26,8 +26,8 @@ class Stage:
 
 
 def grow(model, stage):
-    """The model of the stage before with the bridges and adapters that `stage` adds, and with what it trains. Neither
-    changes an output yet: a new bridge's last layer and a new adapter's B start at zero."""
+    """The model of the stage before plus the bridges and adapters that `stage` adds, with what it trains unfrozen. No
+    output changes yet: a new bridge's last layer and a new adapter's B start at zero."""
     if stage.bridge and model.config.bridge != stage.bridge:
         model = model.with_bridge(stage.bridge)
     if stage.lora_stage:
