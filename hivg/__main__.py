@@ -56,7 +56,8 @@ def arguments():
     parser.add_argument("--port", type=int, metavar="N", help=f"with --page: its port (default: {PORT}); 0 for any "
                         "that is free")
     add_machine_flags(parser)
-    args = parser.parse_intermixed_args(with_heatmap_named(sys.argv[1:]))  # images before or after -e
+    words = without_dashes(with_heatmap_named(sys.argv[1:]))
+    args = parser.parse_intermixed_args(words)  # images before or after -e
     if args.page:
         needless = [name for name, value in vars(args).items() if value and name not in OF_PAGE]
         if needless:
@@ -78,6 +79,8 @@ def arguments():
         parser.error("--output and --save_masks must name a file or folder, not be empty")
     if args.heatmap == "words" and args.mask:
         parser.error("--heatmap words and --mask are two drawings; ask for one of them")
+    if args.json and not args.output and (args.mask or args.heatmap):
+        parser.error("--mask and --heatmap are drawn; with --json give --output too, or --rle for masks in the JSON")
     if args.rle and not args.json:
         parser.error("--rle needs --json; for PNG files use --save_masks FOLDER")
     if not args.images:
@@ -96,6 +99,12 @@ def with_heatmap_named(words):
         if word == "--heatmap" and after not in HEATMAPS and is_file:  # anything else is a name, if a wrong one
             named[i] = "--heatmap=tokens"
     return named
+
+
+def without_dashes(words):
+    """The command line with ./-a.png for what follows -- and begins with a dash, as argparse takes it for a flag."""
+    end = words.index("--") if "--" in words else len(words)
+    return words[:end] + [os.path.join(".", name) if name.startswith("-") else name for name in words[end + 1 :]]
 
 
 def short_path(path):

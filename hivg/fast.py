@@ -13,7 +13,7 @@ import copy
 import torch
 import torch.nn as nn
 
-from hivg.clip import MLP, Attention, Block
+from hivg.clip import MLP, Attention, Block, QuickGELU
 from hivg.lora import JoinedLoRA, LoRALinear, linear_of
 
 
@@ -23,7 +23,8 @@ def training_copy(model, dtype, together=True):
     dtype: autocast's, or float32 for none. together: whether to convert the trained weights in one call; with several
     processes autocast does it, one by one, so that each gradient is averaged while the backward goes on.
     """
-    fast = copy.deepcopy(model, {id(p): p for p in model.parameters()})  # its modules are new, its parameters the same
+    # its modules are new, its parameters the same, and so are buffers, if somebody's extension has any
+    fast = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     simplify(fast)
     if dtype == torch.float32:
         return fast
@@ -81,7 +82,7 @@ def simplify(model):
         if isinstance(module, Block) and not isinstance(module.attn, JoinedAttention):
             if not module.attn.q_proj.weight.requires_grad:  # W_0's, with adapters or without
                 module.attn = JoinedAttention(module.attn)
-        elif isinstance(module, MLP) and not isinstance(module.gelu, nn.SiLU) and not module.c_fc.weight.requires_grad:
+        elif isinstance(module, MLP) and isinstance(module.gelu, QuickGELU) and not module.c_fc.weight.requires_grad:
             fold_gelu(module)
 
 

@@ -189,6 +189,22 @@ def test_simplified_model_is_the_same():
     assert torch.equal(simple(*batch).boxes, found.boxes)
 
 
+def test_what_an_extension_adds_is_kept():
+    """Another activation is not taken for QuickGELU, and what a module counts in training is in the model too."""
+    model = make_hivg(stage=2)
+    for block in model.clip.visual.blocks:
+        block.mlp.gelu = nn.GELU()
+    model.box_head.append(nn.BatchNorm1d(4, dtype=torch.float64))
+    batch = make_batch()
+    expected = model.eval()(*batch).boxes
+    predicting = model.for_prediction(torch.device("cpu"), torch.float32).double()
+    assert_close("prediction", predicting(*batch).boxes, expected, 1e-5)
+    trained = training_copy(model, torch.float32)
+    assert_close("training", trained(*batch).boxes, expected, 1e-9)
+    trained.train()(*batch)
+    assert model.box_head[-1].running_mean.abs().sum() > 0
+
+
 def test_a_model_for_prediction_is_not_saved(tmp_path):
     """It would be read as damaged."""
     model = make_hivg().for_prediction(torch.device("cpu"), torch.float32)

@@ -84,6 +84,8 @@ def check_outputs(args):
     outputs = [path for path in (args.per_sample, args.sheet, args.calibrate) if path]
     names = list(map(os.path.realpath, outputs))
     for path in outputs:
+        if Path(path).is_fifo():  # whoever reads it takes the first end for the end of the file
+            continue
         is_new = not os.path.exists(path)
         try:
             with open(path, "ab"):  # keeps the content
@@ -210,11 +212,13 @@ def main():
     if args.dataset not in DRAWN:
         refuse_to_replace_data(args)
     rows, lines = evaluate(args, model, dataset, device, dtype)
-    if args.per_sample:  # files first: whoever reads the output may stop
-        save_rows(args.per_sample, rows)
-    if args.sheet:
-        save_image(sheet(dataset, rows), args.sheet)
-    print("\n".join(lines))
+    try:
+        if args.per_sample:  # files first: whoever reads the output may stop
+            save_rows(args.per_sample, rows)
+        if args.sheet:
+            save_image(sheet(dataset, rows), args.sheet)
+    finally:  # also where the disk is full
+        print("\n".join(lines))
 
 
 if __name__ == "__main__":

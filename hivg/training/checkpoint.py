@@ -18,13 +18,16 @@ except ImportError:  # Windows
 def open_run(run, resume):
     """Take the folder of a run -> (its saved state with `resume`, else None; the lock, to be kept).
 
-    Raises ValueError if another process is training in it, or if it holds a run and `resume` is False.
+    Raises ValueError if another process is training in it, or if it holds a run, or its
+    weights alone, and `resume` is False.
     """
     if resume:
         lock = lock_run(run) if run.is_dir() else None
         return load_state(run), lock
     if (run / "state.pt").exists():
         raise ValueError(f"{run} holds a run; resume it with --resume, take another --name, or remove the folder")
+    if any(run.glob("*.safetensors")):
+        raise ValueError(f"{run} holds the weights of a run; take another --name, or remove the folder")
     run.mkdir(parents=True, exist_ok=True)
     return None, lock_run(run)
 
@@ -80,4 +83,4 @@ def check_state(state):
 
 def damaged(run):
     return ValueError(f"{run / 'state.pt'}: damaged, or not a state of this version of the program; "
-                      "remove it and start the run without --resume")
+                      "start again under another --name")

@@ -26,6 +26,11 @@ def first_values(model):
     return {name: p.flatten()[0].item() for name, p in model.named_parameters() if not p.requires_grad}
 
 
+def changed_by_training(model):
+    """{name: tensor}: the trained parameters, and buffers, if somebody's extension has any."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad} | dict(model.named_buffers())
+
+
 class Run:
     """Its folder runs/NAME/, device, precision and log, and the state it resumes from, None for a new run."""
 
@@ -65,7 +70,7 @@ class Run:
             "steps": steps,
             "data": self.data,
             "best": best,
-            "trained": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
+            "trained": {name: t.detach() for name, t in changed_by_training(model).items()},
             "frozen": first_values(model),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "random": distributed.gather_rows([random]),  # each rank has its own
@@ -88,7 +93,7 @@ class Run:
         if len(state["random"]) != distributed.world_size():
             raise ValueError(f"this run was trained by {len(state['random'])} process(es) and is resumed by "
                              f"{distributed.world_size()}; resume it with as many as before")
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trained = changed_by_training(model)
         if {name: p.shape for name, p in trained.items()} != {name: p.shape for name, p in state["trained"].items()}:
             raise ValueError("the state is of a model with other trained parameters; train again under another --name")
         if first_values(model) != state["frozen"]:

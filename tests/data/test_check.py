@@ -86,6 +86,9 @@ def test_own_boxes_are_told_as_they_are_read(tmp_path):
                             ("img_id", "a", "x y width height")):  # MiniGPT-v2 leaves the suffix out
         (tmp_path / "mine.jsonl").write_text(json.dumps({key: name, "expression": "cup", "bbox": [10, 20, 40, 50]}))
         assert f"1 images, boxes read as {form}" in check("data", tmp_path / "mine.jsonl")
+    with open(tmp_path / "mine.jsonl", "a") as file:
+        file.write('\n{"image": "a.jpg", "expr')  # a line that was cut short has no box
+    assert "1 images, boxes read as x y width height\n" in check("data", tmp_path / "mine.jsonl")
 
 
 def test_the_reason_of_rows_that_exist_comes_first(tmp_path):

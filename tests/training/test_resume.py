@@ -172,6 +172,9 @@ def test_another_number_of_processes_is_refused(begun, monkeypatch):
 def test_a_run_is_not_overwritten(begun, monkeypatch, capfd):
     before = {p: p.read_bytes() for p in Path("runs/tiny").iterdir()}
     assert_one_line(run_script(monkeypatch, capfd, *flags(begun)), "runs/tiny", "--resume")
+    Path("runs/tiny/state.pt").rename("state.pt")  # as somebody does who needs the room
+    assert_one_line(run_script(monkeypatch, capfd, *flags(begun)), "runs/tiny holds the weights", "another --name")
+    Path("state.pt").rename("runs/tiny/state.pt")
     assert before == {p: p.read_bytes() for p in Path("runs/tiny").iterdir()}
 
 

@@ -37,6 +37,13 @@ def test_expressions_of_nothing_are_left_out(tmp_path):
         compare(tmp_path / "c", tmp_path / "c")
 
 
+def test_compare_knows_images_by_their_names(tmp_path):
+    """From another folder, or with another --data_root, their paths are spelled otherwise."""
+    write_rows(tmp_path / "a", range(8))
+    (tmp_path / "b").write_text((tmp_path / "a").read_text().replace('"image": "', '"image": "/data/'))
+    assert "McNemar" in compare(tmp_path / "a", tmp_path / "b")
+
+
 def test_compare_refuses_other_samples(tmp_path):
     write_rows(tmp_path / "a", range(8))
     (tmp_path / "c").write_text((tmp_path / "a").read_text().replace("cup 3", "dog 3"))

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -105,8 +106,20 @@ def test_sheet_shows_images_upright(run):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_disk_that_is_full(run):
-    code, _, err = run("--dataset", "mine.jsonl", "--split", "val", "--per_sample", "/dev/full")
+    code, out, err = run("--dataset", "mine.jsonl", "--split", "val", "--per_sample", "/dev/full")
     assert code == 2 and re.fullmatch("error: /dev/full: cannot be written [^\n]+\n", err)
+    assert "Acc@0.5" in out  # what took the time is not lost
+
+
+def test_rows_for_another_program(run):
+    """Through a pipe, whose reader stops at its first end."""
+    os.mkfifo("pipe")
+    read = []
+    reader = Thread(target=lambda: read.append(Path("pipe").read_text()))
+    reader.start()
+    code = run("--dataset", "mine.jsonl", "--split", "val", "--per_sample", "pipe")[0]
+    reader.join()
+    assert code == 0 and len(read[0].splitlines()) == 2
 
 
 def test_files_are_written_though_nobody_reads_the_report(run, monkeypatch):

@@ -28,7 +28,7 @@ def run(monkeypatch, capfd, tmp_path, weights_file):
     make_image().save("a.png")
 
     def run(*args, model=weights_file, device="cpu", warnings=False):
-        command = ["ground.py", "--dtype", "float32", *args, "--weights", model, "--device", device]
+        command = ["ground.py", "--dtype", "float32", "--weights", model, "--device", device, *args]
         monkeypatch.setattr(sys, "argv", list(map(str, command)))
         capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
@@ -185,6 +185,12 @@ def test_images_may_stand_on_both_sides_of_the_expression(run):
     assert code == 0 and [json.loads(line)["image"] for line in out.splitlines()] == ["a.png", "b.png"]
 
 
+def test_an_image_whose_name_begins_with_a_dash(run):
+    make_image().save("-e.png")
+    code, out, _ = run("-e", "star", "--json", "--", "a.png", "-e.png")
+    assert code == 0 and [json.loads(line)["image"] for line in out.splitlines()] == ["a.png", "./-e.png"]
+
+
 def test_an_image_from_a_pipe(run):
     """Of another program, `cat a.png |` or `<(cat a.png)`: a path that can be read once."""
     os.mkfifo("pipe")
@@ -286,6 +292,7 @@ STAR = ["a.png", "-e", "star"]
     (["--heatmap", "attn", *STAR], {}, "--heatmap: invalid choice: 'attn'"), ([*STAR, "--rle"], {}, "--json"),
     ([*STAR, "--min_score", "2"], {}, "--min_score"), ([*STAR, "--min_score", "nan"], {}, "--min_score"),
     (["a.png", "-e"], {}, "expected one argument"), ([*STAR, "--output", ""], {}, "must name a file or folder"),
+    ([*STAR, "--json", "--mask"], {}, "give --output"), ([*STAR, "--json", "--heatmap"], {}, "give --output"),
     ([*STAR, "--save_masks", ""], {}, "must name a file or folder"), (STAR, {"model": "folder"}, "folder: is a folder"),
     (STAR, {"device": "foo"}, "foo"), (STAR, {"device": "cuda:99"}, "cuda:99"),
     (STAR, {"model": "missing.safetensors"}, "missing.safetensors"), (STAR, {"model": "a.png"}, "a.png"),

@@ -58,6 +58,11 @@ def test_files_of_other_forms(tmp_path, name):
         assert_opens_as(opened, image)
 
 
+def test_a_clear_value_of_16_bits(tmp_path):
+    Image.fromarray(np.array([[0, 7, 65535]], np.uint16)).save(tmp_path / "clear.png", transparency=7)
+    assert np.asarray(open_image(tmp_path / "clear.png"))[0, :, 0].tolist() == [0, 255, 255]
+
+
 @pytest.mark.parametrize("array, image", [
     (np.asarray(GREY), GREY), (np.asarray(GREY)[:, :, None], GREY), (np.asarray(GREY) / 255, GREY),
     (PIXELS / 255, RGB), ((PIXELS / 255).astype(np.float32), RGB), (np.asarray(RGBA), ON_WHITE)],
@@ -76,7 +81,7 @@ def test_an_image_that_exif_turns(tmp_path, orientation, undo):
     assert_opens_as(open_image(tmp_path / "turned.png"), RGB)
 
 
-@pytest.mark.parametrize("mode", [mode for mode in Image.MODES if mode != "La"])  # no file opens as La
+@pytest.mark.parametrize("mode", Image.MODES)
 def test_every_mode_of_pillow(grounder, mode):
     assert_inside(grounder.ground(Image.new(mode, (30, 20)), TEXTS[0]), 30, 20)
 

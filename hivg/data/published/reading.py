@@ -114,7 +114,8 @@ def read_samples(data_root, dataset, split, annotations=None, report=None):
     is_told = report is None
     report = report or Report()
     report.source = f"{path}, {split}"
-    report.forms = " and ".join(sorted({FORMS[row.form][0] for row in asked if row.place})) if own else ""
+    forms = {FORMS[row.form][0] for row in asked if row.place and not row.problem}
+    report.forms = " and ".join(sorted(forms)) if own else ""
     check = RowCheck(Path(data_root), path, own)
     samples = []
     for index, row in enumerate(asked):
