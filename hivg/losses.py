@@ -126,7 +126,8 @@ class LossWeights:
     reg_attention: float = 0.0
 
 
-# What the drawn world is trained with: the paper's but for CLC, and the two hints
+# What the drawn world is trained with: the two hints, and a tenth of the paper's CLC, at 1 of which [CLS] learns to
+# copy its text (see contrastive_loss)
 DRAWN_WORLD = LossWeights(clc=0.1, patch_box=2.0, reg_attention=0.5)
 
 

@@ -10,6 +10,7 @@ from hivg import fast, weights
 from hivg.fast import simplify, training_copy
 from hivg.lora import JoinedLoRA, LoRALinear
 from hivg.losses import LossWeights
+from hivg.training.run import changed_by_training
 
 # --- adapters of the same input ---
 
@@ -203,6 +204,7 @@ def test_what_an_extension_adds_is_kept():
     assert_close("training", trained(*batch).boxes, expected, 1e-9)
     trained.train()(*batch)
     assert model.box_head[-1].running_mean.abs().sum() > 0
+    assert changed_by_training(model).keys() >= {name for name, _ in model.named_buffers()} > set()  # to resume from
 
 
 def test_a_model_for_prediction_is_not_saved(tmp_path):
