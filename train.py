@@ -275,7 +275,7 @@ def train(s: Settings, hooks=Hooks()):
         first = 0
         if saved and number == saved["stage"]:
             first, best = run.restore(model, optimizers, steps)
-            if best >= 0:
+            if best >= 0 and first:  # at step 0 it is written below
                 weights.load_hivg(path)  # the next stage starts from it, so that it can be read is known now
         first_item = first_item_of(s, table, number, dataset.rows, hooks.one_stream)
         batches = training_batches(dataset, first_item, stage.batch_size, steps * stage.accumulate,
@@ -289,10 +289,10 @@ def train(s: Settings, hooks=Hooks()):
         log.message(columns_text([stage_column(stage, model)]))
         if stage.name == "finetune" and model.config.lora == "none" and not s.clip_rate:
             log.message("CLIP is frozen and has no adapters to train; --lora hierarchical, shared or vanilla adds them")
+        if number == 0 and first == 0:
+            run.save(number, 0, steps, best, model, optimizers)  # so that every run can be resumed, before other files
         if first == 0 and best >= 0 and distributed.rank() == 0:
             weights.save(path, model, info_of(s, stage.name, {"accuracy": best}))  # kept if the stage never improves it
-        if number == 0 and first == 0:
-            run.save(number, 0, steps, best, model, optimizers)  # so that every run can be resumed
         trained = training_copy(model, run.dtype, together=distributed.world_size() == 1)
         if s.compile:
             model.compile_blocks()  # to validate

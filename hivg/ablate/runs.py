@@ -79,12 +79,13 @@ def settings_of(arm, budget, lr, seed):
 
 
 def can_resume(settings):
-    """Whether the run's folder holds a state of exactly these settings; any other folder is removed."""
+    """Whether the run's folder holds a state of exactly these settings; any other state is removed."""
     folder = RUNS / settings.name
-    if (folder / "state.pt").exists():
-        if load_state(folder)["settings"] | {"resume": False} == asdict(settings):  # it may have been resumed before
-            return True
-    shutil.rmtree(folder, ignore_errors=True)
+    if not (folder / "state.pt").exists():
+        return False
+    if load_state(folder)["settings"] | {"resume": False} == asdict(settings):  # it may have been resumed before
+        return True
+    shutil.rmtree(folder)
     return False
 
 

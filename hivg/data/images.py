@@ -203,8 +203,6 @@ def _to_rgb(image):
     """A PIL image of any mode -> RGB; the same if it is that already."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
-    if image.mode == "La":  # grey, multiplied by its opacity; Pillow makes nothing else of it
-        image = image.convert("LA")
     is_deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
     white = _white(image) if is_deep else None
     rgb = Image.new("RGB", image.size)
@@ -213,6 +211,8 @@ def _to_rgb(image):
             values = _values(strip)
             clear = values == image.info.get("transparency", np.nan)  # a PNG of 16 bits names the value that is clear
             strip = Image.fromarray(np.where(clear, 255, (values.clip(0) / white * 255).round()).astype(np.uint8))
+        if strip.mode == "La":  # grey multiplied by its opacity, which Pillow converts to this alone
+            strip = strip.convert("LA")
         if strip.has_transparency_data:
             strip = strip.convert("RGBA")
             strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)

@@ -18,8 +18,8 @@ except ImportError:  # Windows
 def open_run(run, resume):
     """Take the folder of a run -> (its saved state with `resume`, else None; the lock, to be kept).
 
-    Raises ValueError if another process is training in it, or if it holds a run, or its
-    weights alone, and `resume` is False.
+    Raises ValueError if another process is training in it, or if `resume` is False and it holds a run, or the weights
+    of one.
     """
     if resume:
         lock = lock_run(run) if run.is_dir() else None

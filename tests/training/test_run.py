@@ -336,6 +336,16 @@ def test_clip_rate_is_of_clips_own_weights(whole, tiny):
 # --- an existing HiVG trained further ---
 
 
+def test_the_state_is_the_first_file_of_a_run(whole, world, tiny, monkeypatch):
+    """Else, where the disk is full, weights without a state would stand in the way of starting again."""
+    s = replace(tiny, name="more", finetune=str(whole / "lora3.safetensors"), lora="none", epochs=(1,), lr=(1e-3,))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill(patch, train.Run, "save", 1)
+        train.train(s)
+    assert not list(Path("runs/more").glob("*.safetensors"))
+    train.train(s)
+
+
 @pytest.mark.slow
 def test_finetune(whole, world, tiny, monkeypatch):
     """One stage that trains the parameters the last one trained; and it can be resumed."""
