@@ -48,9 +48,9 @@ def outline(shape, x, y, w, h):
     return [((x + w * px) * FINE, (y + h * py) * FINE) for px, py in points]
 
 
-def draw(things, paper="#f1efe8"):
+def draw(things, paper="#f1efe8", size=(WIDTH, HEIGHT)):
     """things: (shape, colour, x, y, width, height, filled) -> (image, a box for each)."""
-    image = Image.new("RGB", (WIDTH * FINE, HEIGHT * FINE), paper)
+    image = Image.new("RGB", (size[0] * FINE, size[1] * FINE), paper)
     canvas = ImageDraw.Draw(image)
     boxes = []
     for shape, colour, x, y, w, h, filled in things:
@@ -65,7 +65,7 @@ def draw(things, paper="#f1efe8"):
             xs, ys = zip(*points)
             box = tuple(v / FINE for v in (min(xs), min(ys), max(xs), max(ys)))
         boxes.append(box)
-    return image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS), boxes
+    return image.resize(size, Image.Resampling.LANCZOS), boxes
 
 
 def scattered(rng, looks, size=(38, 62)):
@@ -99,7 +99,8 @@ def two(rng, values):
     return rng.sample(list(values), 2)
 
 
-# ---- rows of the table: each a function of a random generator -> (things, phrase, number of the one meant or None)
+# ---- rows of the table: each a function of a random generator -> (things, phrase, number of the one meant or None, and
+# the image's size if it is another)
 
 def ranked(n, rank):
     def make(rng):
@@ -172,15 +173,33 @@ def negated(phrase):
     return make
 
 
-def plain(phrase="the {colour} {shape}", shapes=SHAPES):
+def plain(phrase="the {colour} {shape}", shapes=SHAPES, size=(38, 62)):
     """One colour and shape among things that share either."""
     def make(rng):
         shape = rng.choice(shapes)
         other = rng.choice([s for s in SHAPES if s != shape])
         colour, another = two(rng, COLOURS)
         looks = [(shape, colour), (shape, another), (other, colour), (other, another)]
-        return scattered(rng, looks), phrase.format(colour=colour, shape=shape), 0
+        return scattered(rng, looks, size), phrase.format(colour=colour, shape=shape), 0
     return make
+
+
+def alone(rng):
+    """One thing that nearly fills a square image."""
+    shape, colour = rng.choice(SHAPES), rng.choice(list(COLOURS))
+    side = rng.uniform(0.8, 0.9) * HEIGHT
+    x, y = (rng.uniform(0.52 * side, HEIGHT - 0.52 * side) for _ in "xy")
+    return [(shape, colour, x, y, side, side, True)], f"the {colour} {shape}", 0, (HEIGHT, HEIGHT)
+
+
+def upright(make):
+    """A row in an image that is higher than wide."""
+    def turned(rng):
+        things, phrase, target = make(rng)
+        k = HEIGHT / WIDTH  # of x, and of the things' own size
+        things = [(s, c, k * x, y + HEIGHT / 4, k * w, k * h, filled) for s, c, x, y, w, h, filled in things]
+        return things, phrase, target, (HEIGHT, WIDTH)
+    return turned
 
 
 def named(words, shape=None, colour=None, filled=True):
@@ -237,12 +256,15 @@ def absent(kind):
 
 
 ROWS = {
-    "the red star, among others": plain(), "the star left of the heart": related,
+    "the red star, among others": plain(), "the red star, all things small": plain(size=(18, 24)),
+    "the red star, alone, filling the image": alone, "the star left of the heart": related,
     **{f"the {NUMBERS[rank - 1]} star from the left, of {n}": ranked(n, rank)
        for n in range(2, 7) for rank in range(1, n + 1)},
     "the second star from the left, of two and a circle": readme, "the last star from the left, of two to five": last,
     "the middle square, of three": middle, "the third star from the top, of 3": stacked(3, 3),
-    "the fourth star from the top, of 5": stacked(5, 4), "the star in the top left corner": cornered,
+    "the fourth star from the top, of 5": stacked(5, 4),
+    "the third star from the left, of 4 in a tall image": upright(ranked(4, 3)),
+    "the star in the top left corner": cornered,
     "the small star": sized("the small {shape}", 32, 66), "the big star": sized("the big {shape}", 66, 32),
     "the smaller star, of two": sized("the smaller {shape}", 32, 66),
     "the smallest star, of three": sized("the smallest {shape}", 32, 48, 66),
@@ -280,11 +302,11 @@ def tried(grounder, make, scenes, paper="#f1efe8"):
     """-> (for each scene whether the box is right, the scores)."""
     images, phrases, wanted = [], [], []
     for number in range(scenes):
-        things, phrase, target = make(random.Random(number))
+        things, phrase, target, *size = make(random.Random(number))
         if paper != "#f1efe8":  # black does not show on the dark
             things = [(s, "orange" if c == "black" else c, *rest) for s, c, *rest in things]
             phrase = phrase.replace("black", "orange")
-        image, boxes = draw(things, paper)
+        image, boxes = draw(things, paper, *size)
         images.append(image)
         phrases.append(phrase)
         wanted.append(None if target is None else boxes[target])

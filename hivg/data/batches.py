@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hivg.data.augment import Augment
 from hivg.data.drawn.expressions import NOTHING
-from hivg.data.drawn.scenes import DRAWN, EXPRESSIONS_PER_SCENE, HARD_MIX, PLAIN_SHARE, WIDE_HARD_MIX, Shapes
+from hivg.data.drawn.scenes import DRAWN, EXPRESSIONS_PER_SCENE, HARD_MIX, Shapes
 from hivg.data.images import ImageError, open_image, open_published
 from hivg.data.published.catalogue import DATA_ROOT
 from hivg.data.published.reading import read_samples, refuse_annotations
@@ -38,9 +38,9 @@ class ShapesTensors(Dataset):
     rows = EXPRESSIONS_PER_SCENE  # of an item
     texts = {"token_ids": "expressions"}  # {name of the token ids: name of their texts}
 
-    def __init__(self, split, size, normalization="clip", seed=0, weights=None, wide=False, plain=0.0):
-        """size: side of the square in pixels. weights, wide, plain: see Shapes."""
-        self.shapes = Shapes(split, seed, weights, captions=False, wide=wide, plain=plain)
+    def __init__(self, split, size, normalization="clip", seed=0, wide=False, **mix):
+        """size: side of the square in pixels. mix: weights, plain and reframe of Shapes."""
+        self.shapes = Shapes(split, seed, captions=False, wide=wide, **mix)
         self.size = size
         self.normalization = normalization
 
@@ -188,11 +188,8 @@ def open_dataset(dataset, split, size, normalization="clip", seed=0, data_root=D
     """
     if dataset in DRAWN:
         refuse_annotations(dataset, annotations)
-        is_wide = dataset == "shapes-wide"
-        harder = {}
-        if hard_mix and train:
-            harder = dict(weights=WIDE_HARD_MIX, plain=PLAIN_SHARE) if is_wide else dict(weights=HARD_MIX)
-        return ShapesTensors(split, size, normalization, seed, wide=is_wide, **harder)
+        mix = HARD_MIX[dataset] if hard_mix and train else {}
+        return ShapesTensors(split, size, normalization, seed, wide=dataset == "shapes-wide", **mix)
     samples = read_samples(data_root, dataset, split, annotations)
     if not samples:
         raise ValueError(f"{shown(dataset)} {shown(split, 30)}: no samples are left; `python -m hivg.data check "

@@ -27,7 +27,7 @@ from hivg.data.batches import (
     to_device,
     training_batches,
 )
-from hivg.data.drawn.scenes import HARD_MIX, PLAIN_SHARE, Shapes
+from hivg.data.drawn.scenes import HARD_KINDS, HARD_MIX, Shapes
 from hivg.data.masks import mask_of
 from hivg.data.published.reading import Sample
 from hivg.data.transforms import NORMALIZATION
@@ -109,11 +109,13 @@ def test_only_training_is_augmented_and_harder(tmp_path):
     path = write_shapes(tmp_path, 2)
     assert open_dataset(path, "train", 32).augment is None
     assert open_dataset(path, "train", 32, train=True).augment == Augment()
-    assert open_dataset("shapes", "train", 32, train=True, hard_mix=True).shapes.weights == HARD_MIX
+    assert open_dataset("shapes", "train", 32, train=True, hard_mix=True).shapes.weights == HARD_KINDS
     for options in ({"train": True}, {"hard_mix": True}):
-        assert open_dataset("shapes", "val", 32, **options).shapes.weights != HARD_MIX
-        assert open_dataset("shapes-wide", "train", 32, **options).shapes.plain == 0
-    assert open_dataset("shapes-wide", "train", 32, train=True, hard_mix=True).shapes.plain == PLAIN_SHARE
+        assert open_dataset("shapes", "val", 32, **options).shapes.weights != HARD_KINDS
+        usual = open_dataset("shapes-wide", "train", 32, **options).shapes
+        assert usual.plain == usual.reframe == 0
+    harder = open_dataset("shapes-wide", "train", 32, train=True, hard_mix=True).shapes
+    assert {name: getattr(harder, name) for name in HARD_MIX["shapes-wide"]} == HARD_MIX["shapes-wide"]
 
 
 def test_a_data_set_without_samples_is_refused(tmp_path, capsys):

@@ -14,6 +14,7 @@ from hivg.data.drawn.drawing import LONG
 from hivg.data.drawn.expressions import NOTHING
 from hivg.data.drawn.pairs import Pairs
 from hivg.data.drawn.scenes import COLOURS, HELD_OUT, SHAPES, SIZES, Shapes, boxes_of, draw
+from hivg.data.drawn.wide_scenes import LONGEST
 
 # ---- splits
 
@@ -117,10 +118,11 @@ def test_lengths_and_bad_arguments():
     assert len(Shapes("train")) >= 2**30
     assert {split: 4 * len(Shapes(split.split()[1], wide=True)) for split in WIDE_EXPRESSED[1:]} == {
         "wide val": 2000, "wide test": 5000, "wide testA": 2000, "wide testB": 2000, "wide compose": 2000,
-        "wide ordinal": 2000, "wide count": 2000, "wide negation": 2000, "wide absent": 2000}
+        "wide ordinal": 2000, "wide count": 2000, "wide negation": 2000, "wide absent": 2000,
+        "wide framed": 2000}
     with pytest.raises(ValueError, match="'dev' of shapes; .*train, val, test, testA, testB, compose, count$"):
         Shapes("dev")
-    with pytest.raises(ValueError, match="'dev' of shapes-wide; .*train, val.*, ordinal, count, negation, absent$"):
+    with pytest.raises(ValueError, match="'dev' of shapes-wide; .*train, val.*, count, negation, absent, framed$"):
         Shapes("dev", wide=True)
     for index in (-1, 250):
         with pytest.raises(IndexError, match=str(index)):
@@ -315,3 +317,22 @@ def test_a_share_of_the_wider_worlds_scenes_may_be_the_narrower_ones():
     assert "?" not in said and "closest" in said
     papers = [min(colour for rgb in plain.scene(i)[0].background.colours for colour in rgb) for i in range(60)]
     assert min(papers) >= 180 > min(min(wide.scene(i)[0].background.colours[0]) for i in range(60))
+
+
+def test_framed_scenes_show_things_of_any_size_at_any_place():
+    """One fills the image, others are tiny; rows run along the short side of long images; none is lost."""
+    sizes, aspects, rows = [], [], []
+    for scene, spoken in scenes("wide framed"):
+        assert max(scene.width, scene.height) == 1 and min(scene.width, scene.height) >= 1 / LONGEST - 1e-9
+        sizes += [max(obj.extents) for obj in scene.objects]
+        aspects.append(scene.width / scene.height)
+        for obj in scene.objects:
+            for at, extent, side in zip((obj.x, obj.y), obj.extents, (scene.width, scene.height)):
+                assert 0.53 * extent <= at + 1e-9 and at + 0.53 * extent <= side + 1e-9
+        labels = draw(scene)[1]
+        assert all((labels == i + 1).any() for i in range(len(scene.objects)))
+        if any(e.kind == "ordinal" and re.search("top|bottom", e.text) for e in spoken):
+            rows.append(scene.height)
+    assert min(sizes) < 0.06 and max(sizes) > 0.9
+    assert min(aspects) < 0.5 and max(aspects) > 2
+    assert min(rows) < 0.6  # where the wider world's are at least 0.75 long

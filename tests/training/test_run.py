@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import train
 from hivg import weights
-from hivg.data.drawn.scenes import HARD_MIX, SPLITS, WIDE_SPLITS, Shapes
+from hivg.data.drawn.scenes import HARD_KINDS, SPLITS, WIDE_SPLITS, Shapes
 from hivg.evaluate.report import guessers
 from hivg.lora import without_adapters
 from hivg.losses import LossWeights
@@ -320,7 +320,7 @@ def test_seed_and_hard_mix_do_not_move_val():
         s = Settings(seed=seed, hard_mix=hard_mix, dataset="shapes")
         val, training = (train.open_split(s, model, split).shapes for split in ("val", "train"))
         assert (val.seed, val.weights) == (0, SPLITS["val"][1])
-        assert (training.seed, training.weights) == (seed, HARD_MIX if hard_mix else SPLITS["train"][1])
+        assert (training.seed, training.weights) == (seed, HARD_KINDS if hard_mix else SPLITS["train"][1])
 
 
 def test_clip_rate_is_of_clips_own_weights(whole, tiny):

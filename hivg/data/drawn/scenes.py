@@ -15,7 +15,7 @@ from hivg.data.drawn.drawing import COLOURS, HELD_OUT, REACH, SHAPES, SIZES, Obj
 from hivg.data.drawn.expressions import Speaker, draw_kinds, express
 from hivg.data.drawn.phrases import COLOUR, SHAPE, caption, object_phrases, pick
 from hivg.data.drawn.wide_expressions import WideSpeaker
-from hivg.data.drawn.wide_scenes import MOST, looks_of, row_scene, some, wide_scene
+from hivg.data.drawn.wide_scenes import MOST, looks_of, reframed, row_scene, some, wide_scene
 
 EXPRESSIONS_PER_SCENE = 4
 MAX_OBJECTS = 8
@@ -23,8 +23,8 @@ MAX_OBJECTS = 8
 # of a class, end up a little rarer.
 MIXED = {"attribute": 0.35, "superlative": 0.17, "ordinal": 0.10, "relation": 0.25, "conjunction": 0.13}
 # For long training: more of what is learned last. "closeness" is part of the relations (expressions.FORMS).
-HARD_MIX = {"attribute": 0.12, "superlative": 0.10, "ordinal": 0.25, "relation": 0.10, "closeness": 0.30,
-            "conjunction": 0.13}
+HARD_KINDS = {"attribute": 0.12, "superlative": 0.10, "ordinal": 0.25, "relation": 0.10, "closeness": 0.30,
+              "conjunction": 0.13}
 SPLITS = {  # number of scenes, kinds of expressions. A split's position is part of its seed: append only.
     "train": (2**40, MIXED),  # endless in practice
     "val": (250, MIXED),
@@ -42,11 +42,8 @@ LONE = 0.06  # share of the scenes without a row that have one object
 # More of what is learned last
 WIDE_TRAINING = {"attribute": 0.14, "superlative": 0.1, "ordinal": 0.34, "relation": 0.18, "conjunction": 0.06,
                  "negation": 0.07, "absent": 0.09, "beyond": 0.02}
-# For long training; besides, a quarter of the scenes are the narrower world's, whose words "medium" and "closest" are
-# rare in the wider one
-WIDE_HARD_MIX = {"attribute": 0.08, "superlative": 0.12, "ordinal": 0.28, "late": 0.14, "relation": 0.13,
-                 "closeness": 0.05, "conjunction": 0.04, "negation": 0.05, "absent": 0.08, "beyond": 0.03}
-PLAIN_SHARE = 0.25
+WIDE_HARD_KINDS = {"attribute": 0.08, "superlative": 0.12, "ordinal": 0.28, "late": 0.14, "relation": 0.13,
+                   "closeness": 0.05, "conjunction": 0.04, "negation": 0.05, "absent": 0.08, "beyond": 0.03}
 ROWS = {  # kinds that need a row, how many it may have
     "ordinal": (2, 3, 4, 5, 6), "counting": (4, 5, 6), "late": (3, 4, 5, 6), "beyond": (2, 3, 4, 5)}
 WIDE_SPLITS = {
@@ -60,7 +57,12 @@ WIDE_SPLITS = {
     "count": (500, {"counting": 1.0}),
     "negation": (500, {"negation": 1.0}),
     "absent": (500, {"absent": 0.8, "beyond": 0.2}),
+    "framed": (500, WIDE_MIX),
 }
+# What `--hard_mix` trains on instead, as arguments of Shapes. In the wider world a quarter of the scenes are then the
+# narrower one's, whose words "medium" and "closest" are rare in it, and half are framed as people's images may be.
+HARD_MIX = {"shapes": {"weights": HARD_KINDS},
+            "shapes-wide": {"weights": WIDE_HARD_KINDS, "plain": 0.25, "reframe": 0.5}}
 DRAWN = {"shapes": SPLITS, "shapes-wide": WIDE_SPLITS}  # the data sets that are drawn
 
 
@@ -122,17 +124,18 @@ class Shapes:
     compose        2,000 that mean and name a pair of colour and shape that no other split shows (HELD_OUT)
     count          2,000 ordinals among four or more that do not mean the last, so they need counting
 
-    The wider world has these with `wide` (val: 2,000), and three more:
+    The wider world has these with `wide` (val: 2,000), and four more:
 
     ordinal        2,000 from the first to the last of two to six
     negation       2,000 like "the star that is not red"
     absent         2,000 that are true of nothing in the image
+    framed         2,000 like those of test, of scenes in another frame (wide_scenes.reframed)
     """
 
-    def __init__(self, split, seed=0, weights=None, captions=True, wide=False, plain=0.0):
+    def __init__(self, split, seed=0, weights=None, captions=True, wide=False, plain=0.0, reframe=0.0):
         """weights: how often each kind of expression is drawn, instead of the split's own. captions: whether items
         have a caption and phrases; without them they are made faster. plain: share of the wider world's scenes that are
-        the narrower one's, with the kinds of HARD_MIX."""
+        the narrower one's, of HARD_KINDS. reframe: share of the scenes that are seen in another frame."""
         dataset = "shapes-wide" if wide else "shapes"
         splits = DRAWN[dataset]
         if split not in splits:
@@ -143,6 +146,7 @@ class Shapes:
         self.wide = wide
         self.speaker = WideSpeaker if wide else Speaker
         self.plain = plain
+        self.reframe = 1.0 if split == "framed" else reframe
         self.number = list(splits).index(split) + 100 * wide
         self.size, split_weights = splits[split]
         self.weights = weights or split_weights
@@ -169,12 +173,14 @@ class Shapes:
             n, most, kinds = plan
             made = row_scene(rng, n, held_out) if n else wide_scene(rng, held_out, most=most)
         else:
-            weights = HARD_MIX if self.wide else self.weights
+            weights = HARD_KINDS if self.wide else self.weights
             kinds = draw_kinds(rng, weights, EXPRESSIONS_PER_SCENE)  # one after another, as they are expressed
             made = random_scene(rng, held_out)
         if not made:
             return None
         scene, row, _ = made
+        if self.reframe and scene.objects and rng.random() < self.reframe:
+            scene = reframed(rng, scene, row)
         targets, must = meant(scene, held_out)
         if targets == [] or len(scene.objects) < (1 if plan else 3):
             return None

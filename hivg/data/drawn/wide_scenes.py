@@ -15,6 +15,8 @@ from hivg.data.drawn.wide_expressions import WIDE_SHAPES, Row
 
 MOST = 10  # objects of a scene
 LEAST = 0.09  # diameter of the small ones of a row, in units of the image's long side
+LEAST_REFRAMED = 0.05  # of the smallest, in a wider frame
+LONGEST = 3  # of a frame: its long side / its short one
 CONTRAST = 80  # of a shade to the paper, at least: the distance of two points in RGB
 SIZE_MIXES = (("small",), ("medium",), ("large",), ("small", "large"), ("small", "medium", "large"),
               ("small", "small", "medium", "large"))
@@ -201,3 +203,28 @@ def in_a_row(rng, members, axis, lengths, is_flat):
     if not (fits and inside) or any(overlap(a, b) for i, a in enumerate(placed) for b in placed[:i]):
         return None
     return placed
+
+
+def reframed(rng, scene, row):
+    """The scene in another frame: cut close around its objects, so that one alone fills the image, or so wide that they
+    are tiny, or long and narrow, perhaps with a row along its short side. Half of the time all shrink in place."""
+    shrink = (LEAST_REFRAMED / min(obj.diameter for obj in scene.objects)) ** max(0.0, 2 * rng.random() - 1)
+    objects = [replace(obj, diameter=shrink * obj.diameter) for obj in scene.objects]
+    starts, spans = [], []  # of all objects together, by axis
+    for axis in (0, 1):
+        ends = [((obj.x, obj.y)[axis] + sign * 0.53 * obj.extents[axis]) for obj in objects for sign in (-1, 1)]
+        starts.append(min(ends))
+        spans.append(max(ends) - min(ends))
+    widest = min(obj.diameter for obj in objects) / LEAST_REFRAMED
+    if row:  # its members stay a margin apart
+        widest = min(widest, min(np.diff([(objects[i].x, objects[i].y)[row.axis] for i in row.members])) / MARGIN)
+    zoom = max(0.0, 1.4 * rng.random() - 0.4)  # 0: close, as often as 2 in 7 times, to 1: wide
+    long_side = max(spans) * max(1.0, widest / max(spans)) ** zoom
+    sides = [long_side, long_side]
+    axis = row.axis if row and rng.random() < 0.6 else int(2 * rng.random())  # the short one
+    least = max(spans[axis], long_side / LONGEST)
+    sides[axis] = least + rng.random() * (long_side - least)
+    x, y = (start - rng.random() * (side - span) for start, side, span in zip(starts, sides, spans))
+    framed = [replace(obj, x=(obj.x - x) / long_side, y=(obj.y - y) / long_side, diameter=obj.diameter / long_side)
+              for obj in objects]
+    return replace(scene, width=sides[0] / long_side, height=sides[1] / long_side, objects=tuple(framed))
