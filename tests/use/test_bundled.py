@@ -5,6 +5,7 @@ import pytest
 import torch
 from makers import BUNDLED
 from makers_use import make_scene
+from typed import ROWS, tried
 
 from hivg import Grounder, weights
 from hivg.boxes import iou
@@ -52,6 +53,14 @@ def test_the_expression_decides(bundled, name, text, meant):
     assert overlaps.argmax() == meant and overlaps[meant] >= 0.5, f"IoU with each object: {overlaps.tolist()}"
 
 
+@pytest.mark.parametrize("name, least", [("the red star, alone, filling the image", 0.8),
+                                         ("the red star, all things small", 0.5)])
+def test_scenes_framed_as_peoples_images_are(bundled, name, least):
+    """Weights that had never seen such sizes found 0.1 and 0.28 of 60."""
+    right, _ = tried(bundled, ROWS[name], 60)
+    assert np.mean(right) >= least
+
+
 def test_every_bridge_uses_the_words(bundled):
     """That of block 2 once added the same vector to all patches of all images: no unit of its FFN was active."""
     added = {}  # {block: what the bridge adds, (2 expressions, N, D_v)}
@@ -74,5 +83,5 @@ def test_accuracy(monkeypatch):
     rows = evaluate.predict(model, evaluation_batches(dataset))
     moved = evaluate.predict(model, evaluation_batches(dataset), expressions=evaluate.shuffled(rows))
     present = [i for i, row in enumerate(rows) if row["target"]]
-    assert np.mean([rows[i]["iou"] >= 0.5 for i in present]) >= 0.89  # 0.940 of all, give or take 0.02
-    assert np.mean([moved[i]["iou"] >= 0.5 for i in present]) <= 0.22  # 0.117 of all, give or take 0.03
+    assert np.mean([rows[i]["iou"] >= 0.5 for i in present]) >= 0.91  # 0.953 of all, give or take 0.02
+    assert np.mean([moved[i]["iou"] >= 0.5 for i in present]) <= 0.22  # 0.133 of all, give or take 0.03

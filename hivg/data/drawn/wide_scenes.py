@@ -210,7 +210,7 @@ def reframed(rng, scene, row):
     are tiny, or long and narrow, perhaps with a row along its short side. Half of the time all shrink in place."""
     shrink = (LEAST_REFRAMED / min(obj.diameter for obj in scene.objects)) ** max(0.0, 2 * rng.random() - 1)
     objects = [replace(obj, diameter=shrink * obj.diameter) for obj in scene.objects]
-    starts, spans = [], []  # of all objects together, by axis
+    starts, spans = [], []  # of the box around all objects, by axis
     for axis in (0, 1):
         ends = [((obj.x, obj.y)[axis] + sign * 0.53 * obj.extents[axis]) for obj in objects for sign in (-1, 1)]
         starts.append(min(ends))
