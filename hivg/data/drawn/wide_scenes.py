@@ -15,7 +15,7 @@ from hivg.data.drawn.wide_expressions import WIDE_SHAPES, Row
 
 MOST = 10  # objects of a scene
 LEAST = 0.09  # diameter of the small ones of a row, in units of the image's long side
-LEAST_REFRAMED = 0.05  # of the smallest, in a wider frame
+LEAST_REFRAMED = 0.05  # diameter of the smallest in another frame, in its long side
 LONGEST = 3  # of a frame: its long side / its short one
 CONTRAST = 80  # of a shade to the paper, at least: the distance of two points in RGB
 SIZE_MIXES = (("small",), ("medium",), ("large",), ("small", "large"), ("small", "medium", "large"),
@@ -207,17 +207,20 @@ def in_a_row(rng, members, axis, lengths, is_flat):
 
 def reframed(rng, scene, row):
     """The scene in another frame: cut close around its objects, so that one alone fills the image, or so wide that they
-    are tiny, or long and narrow, perhaps with a row along its short side. Half of the time all shrink in place."""
+    are tiny, or long and narrow, perhaps with a row along its short side. Half of the time all shrink in place.
+
+    row: the scene's Row, or None."""
     shrink = (LEAST_REFRAMED / min(obj.diameter for obj in scene.objects)) ** max(0.0, 2 * rng.random() - 1)
     objects = [replace(obj, diameter=shrink * obj.diameter) for obj in scene.objects]
     starts, spans = [], []  # of the box around all objects, by axis
-    for axis in (0, 1):
+    for axis in (0, 1):  # a little more than half of an object to each side, as corners reach further
         ends = [((obj.x, obj.y)[axis] + sign * 0.53 * obj.extents[axis]) for obj in objects for sign in (-1, 1)]
         starts.append(min(ends))
         spans.append(max(ends) - min(ends))
     widest = min(obj.diameter for obj in objects) / LEAST_REFRAMED
     if row:  # its members stay a margin apart
-        widest = min(widest, min(np.diff([(objects[i].x, objects[i].y)[row.axis] for i in row.members])) / MARGIN)
+        along = [(objects[i].x, objects[i].y)[row.axis] for i in row.members]
+        widest = min(widest, float(min(np.diff(along))) / MARGIN)
     zoom = max(0.0, 1.4 * rng.random() - 0.4)  # 0: close, as often as 2 in 7 times, to 1: wide
     long_side = max(spans) * max(1.0, widest / max(spans)) ** zoom
     sides = [long_side, long_side]
