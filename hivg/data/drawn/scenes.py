@@ -179,11 +179,11 @@ class Shapes:
         if not made:
             return None
         scene, row, _ = made
-        if self.reframe and scene.objects and rng.random() < self.reframe:
-            scene = reframed(rng, scene, row)
         targets, must = meant(scene, held_out)
         if targets == [] or len(scene.objects) < (1 if plan else 3):
             return None
+        if self.reframe and rng.random() < self.reframe:
+            scene = reframed(rng, scene, row)
         speaker = self.speaker if plan else Speaker
         expressions = express(speaker(scene, rng, targets, must, row=row), kinds)
         return expressions and (scene, expressions)
