@@ -147,7 +147,7 @@ class Result:
         if words is not None:
             if heatmap or mask:
                 raise ValueError("words is a drawing of its own; leave out heatmap and mask")
-            return draw_word(self, words)
+            return draw_word(self, words, heat_range)
         return draw_results([self], heatmap, mask, heat_range=heat_range)
 
     def __getstate__(self):

@@ -133,7 +133,7 @@ def choose_split(args):
 
 
 def evaluate(args, model, dataset, device, dtype):
-    """Evaluate --weights on --dataset -> (its rows, the lines of the report). Raises ValueError."""
+    """Evaluate --weights on --dataset -> (its rows, the lines of the report, the error of --calibrate or None)."""
     total = len(dataset) * dataset.rows
 
     def predictions(what, expressions=None):
@@ -144,9 +144,14 @@ def evaluate(args, model, dataset, device, dtype):
     start = time.monotonic()
     rows = predictions("evaluated")
     seconds = time.monotonic() - start
+    problem = None
     if args.calibrate:
-        calibration = fit_calibration([row["score"] for row in rows], [row["iou"] >= 0.5 for row in rows])
-        save_calibrated(args, calibration, len(rows))
+        try:
+            fitted = fit_calibration([row["score"] for row in rows], [row["iou"] >= 0.5 for row in rows])
+            save_calibrated(args, fitted, len(rows))
+            calibration = fitted
+        except (ValueError, OSError) as error:
+            problem = error  # raised once the report is printed
     if calibration:
         for row in rows:
             row["score"] = calibrated(row["score"], *calibration)
@@ -158,7 +163,7 @@ def evaluate(args, model, dataset, device, dtype):
         moved = predictions("evaluated shuffled", shuffled(rows))
         others = {"expressions shuffled": accuracy(row["iou"] for row in present(moved))} | guessers(dataset.shapes)
         lines.append("for comparison, Acc@0.5: " + ", ".join(f"{name} {value:.4f}" for name, value in others.items()))
-    return rows, lines
+    return rows, lines, problem
 
 
 def doubts(model, dataset, rows):
@@ -211,7 +216,7 @@ def main():
                            data_root=args.data_root, annotations=args.annotations, masks="segmentation")
     if args.dataset not in DRAWN:
         refuse_to_replace_data(args)
-    rows, lines = evaluate(args, model, dataset, device, dtype)
+    rows, lines, problem = evaluate(args, model, dataset, device, dtype)
     try:
         if args.per_sample:  # files first: whoever reads the output may stop
             save_rows(args.per_sample, rows)
@@ -219,6 +224,8 @@ def main():
             save_image(sheet(dataset, rows), args.sheet)
     finally:  # also where the disk is full
         print("\n".join(lines))
+    if problem:
+        raise problem
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ class Settings(RunSettings):
 
     name: str = setting("clip", "the run's folder under runs/", group="The run")
     dataset: str = setting("shapes-wide", "the drawn world", choices=tuple(DRAWN), group="Data")
+    reframe: float = setting(0.0, "share of the training's scenes that are seen in another frame, as with train.py's "
+                             "--hard_mix", low=0, high=1, group="Data")
     clip: str = setting("", "weights file of a tiny CLIP to continue, with the words that it lacks", group="Model")
     epochs: int = setting(6, "number of epochs", low=1, high=10**6, group="Optimization")
     epoch_samples: int = setting(8192, "images in an epoch", low=1, high=10**9)
@@ -233,7 +235,7 @@ def pretrain(s: Settings):
     best = -1.0
     if saved:
         first, best = run.restore(model, optimizers, steps)
-    dataset = Pairs(model.config.image_size, s.seed, s.is_wide)
+    dataset = Pairs(model.config.image_size, s.seed, s.is_wide, s.reframe)
     batches = training_batches(dataset, 0, s.batch_size, steps, first, s.workers, distributed.rank(),
                                distributed.world_size(), device, model.tokenizer)
     if not saved:

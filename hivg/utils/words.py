@@ -12,16 +12,18 @@ SIDE = 440  # of the picture of a bridge, in pixels
 SIZE = 15  # of the font
 
 
-def draw_word(result, word):
+def draw_word(result, word, heat_range=None):
     """For each bridge how much each patch reads a word, in one range of colours -> PIL image. A word that occurs twice
-    has two rows of maps. Raises ValueError for what is no word of the expression."""
+    has two rows of maps. heat_range: (low, high), the shares with the first and the last colour; by default the maps'
+    own. Raises ValueError for what is no word of the expression."""
     found = {n: own for n, own in enumerate(result.words, 1) if own.text.casefold() == str(word).casefold()}
     if not found:
         words = ", ".join(dict.fromkeys(own.text for own in result.words))
         raise ValueError(f"{quoted(word, 40)} is no word of the expression; choose one of: {words:.300}")
     image, ys, xs = _picture(result)
     scale = image.width / result.image.width
-    heat_range = draw.heat_range_of(*(shares for own in found.values() for shares in own.bridges.values()))
+    if heat_range is None:
+        heat_range = draw.heat_range_of(*(shares for own in found.values() for shares in own.bridges.values()))
     tiles = []
     captions = []
     for n, own in found.items():

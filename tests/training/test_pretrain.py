@@ -125,12 +125,12 @@ def test_phrase_truth():
 # --- the data ---
 
 
-@pytest.mark.parametrize("wide", [False, True])
-def test_twins_differ_in_one_look_alone(wide):
+@pytest.mark.parametrize("wide, reframe", [(False, 0), (False, 1), (True, 0), (True, 1)])
+def test_twins_differ_in_one_look_alone(wide, reframe):
     """Every object's own look is unlike all others', and its twin has another shape, or another colour. Both are told
     truly, by expressions that mean the same object."""
     for index in range(40):
-        (scene, twin), (said, twin_said) = draw_pair(np.random.default_rng(index), wide)
+        (scene, twin), (said, twin_said) = draw_pair(np.random.default_rng(index), wide, reframe)
         changed = set()
         for a, b in zip(scene.objects, twin.objects):
             assert (a.x, a.y, a.size, a.filled, a.stretch) == (b.x, b.y, b.size, b.filled, b.stretch)
@@ -168,6 +168,15 @@ def test_items_depend_on_their_index_alone():
     assert first["expressions"] == again["expressions"] and torch.equal(first["pixels"], again["pixels"])
     assert pairs[8]["captions"] != first["captions"]
     assert (first["targets"] != NO_TARGET).sum() == len(first["expressions"]) > 0
+
+
+def test_reframed_pairs_have_other_frames():
+    """The wider world's own images are at most twice as long as wide."""
+    padded = []
+    for reframe in (0.0, 1.0):
+        pairs = Pairs(32, wide=True, reframe=reframe)
+        padded.append(max(pairs[i]["padding_mask"].float().mean().item() for i in range(16)))
+    assert padded[0] <= 0.5 < padded[1]
 
 
 def test_no_split_draws_from_the_random_numbers_of_the_pairs():

@@ -169,6 +169,21 @@ def test_calibrate(run, tmp_path, dtype):
     assert code == 0 and json.loads(contents("new.safetensors")[1]["info"]) == info
 
 
+@pytest.mark.parametrize("name, error", [("fit_calibration", ValueError("cannot be calibrated")),
+                                         ("save", OSError(28, "No space left on device"))])
+def test_a_calibration_that_fails_does_not_cost_the_report(run, name, error, monkeypatch):
+    def fail(*args):
+        raise error
+
+    weights.save("raw.safetensors", make_hivg(dtype=torch.float32))
+    _, expected, _ = run("--weights", "raw.safetensors")
+    monkeypatch.setattr(evaluate, name, fail)
+    code, out, err = run("--weights", "raw.safetensors", "--calibrate", "new.safetensors", "--per_sample", "rows.jsonl")
+    assert code == 2 and error.args[-1] in err and not Path("new.safetensors").exists()
+    assert out.splitlines()[1:] == expected.splitlines()[1:]
+    assert len(Path("rows.jsonl").read_text().splitlines()) == 24
+
+
 def test_damaged_calibration_on_the_command_line(run):
     weights.save("odd.safetensors", make_hivg(dtype=torch.float32), {"score_calibration": [1, "x"]})
     assert_fails(run("--weights", "odd.safetensors"), "error: odd.safetensors: its score calibration")

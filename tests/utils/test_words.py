@@ -70,6 +70,9 @@ def test_maps_of_a_word_share_their_colours(tiles, monkeypatch):
     values = [shares for i in (0, 4) for shares in result.words[i].bridges.values()]
     low, high = min(map(np.min, values)), max(map(np.max, values))
     assert ranges[:4] == [(low, high)] * 4
+    del ranges[:]
+    result.draw(words="the", heat_range=(0, 0.5))
+    assert ranges[:4] == [(0, 0.5)] * 4
     assert tiles[0][1] == ["bridge of block 2, word 1", "bridge of block 6, word 1", "bridge of block 2, word 5",
                            "bridge of block 6, word 5"]
 

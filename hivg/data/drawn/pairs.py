@@ -20,7 +20,7 @@ from hivg.data.drawn.expressions import Expression, Speaker, draw_kinds, express
 from hivg.data.drawn.phrases import ALL, COLOUR, FILL, SHAPE, SIZE, caption, noun_phrase, object_phrases, pick, place
 from hivg.data.drawn.scenes import MAX_OBJECTS, random_scene, row_length
 from hivg.data.drawn.wide_expressions import WIDE_SHAPES, WideSpeaker
-from hivg.data.drawn.wide_scenes import row_scene, wide_scene
+from hivg.data.drawn.wide_scenes import reframed, row_scene, wide_scene
 from hivg.data.transforms import Letterbox
 
 MIX = {"attribute": 0.1, "superlative": 0.2, "ordinal": 0.3, "relation": 0.28, "conjunction": 0.12}
@@ -55,8 +55,10 @@ class Pairs(Dataset):
     texts = {"caption_ids": "captions", "phrase_ids": "phrases", "token_ids": "expressions"}  # what is tokenised
     normalization = "clip"
 
-    def __init__(self, size, seed=0, wide=False):
+    def __init__(self, size, seed=0, wide=False, reframe=0.0):
+        """size: side of the square in pixels. reframe: share of the scenes that are seen in another frame."""
         self.size = size
+        self.reframe = reframe
         self.wide = wide
         self.words = (WideSpeaker if wide else Speaker).words
         self.seed = seed
@@ -67,7 +69,7 @@ class Pairs(Dataset):
     def __getitem__(self, index):
         """A dictionary of tensors and lists about two images of S x S pixels."""
         rng = np.random.default_rng([self.seed, STREAM + self.wide, index])
-        scenes, expressions = draw_pair(rng, self.wide)
+        scenes, expressions = draw_pair(rng, self.wide, self.reframe)
         few = rng.permutation(len(scenes[0].objects))[:CAPTION_OBJECTS]
         return collate([self.image_item(rng, *both, few) for both in zip(scenes, expressions)])
 
@@ -95,7 +97,7 @@ class Pairs(Dataset):
         }
 
 
-def draw_pair(rng, wide):
+def draw_pair(rng, wide, reframe=0.0):
     """-> (a scene, its twin), (the scene's expressions, the twin's)."""
     own, shared = COLOUR, SHAPE  # the look that is an object's own, and the one in which the twins differ
     if rng.random() < UNIQUE_SHAPES:
@@ -103,11 +105,16 @@ def draw_pair(rng, wide):
     n = row_length(rng) if wide and rng.random() < ROWS_SHARE else 0
     while True:  # until a scene yields expressions
         made = new_scene(rng, own, shared, wide, n)
-        twins = made and make_twins(rng, made[0], made[2], own)
+        if not made:
+            continue
+        scene, row, shades = made
+        if reframe and rng.random() < reframe:
+            scene = reframed(rng, scene, row)
+        twins = make_twins(rng, scene, shades, own)
         if not twins:
             continue
         seed = int(rng.random() * 2**53)
-        said, twin_said = (speak(np.random.default_rng(seed), scene, own, shared, made[1], wide) for scene in twins)
+        said, twin_said = (speak(np.random.default_rng(seed), scene, own, shared, row, wide) for scene in twins)
         if said and [e.target for e in said] == [e.target for e in twin_said]:
             return twins, (said, twin_said)
 
