@@ -23,6 +23,7 @@ from hivg.data.batches import (
     MASKS,
     STAGE_ITEMS,
     count_cut,
+    count_shared,
     evaluation_batches,
     fingerprint,
     open_dataset,
@@ -267,6 +268,8 @@ def train(s: Settings, hooks=Hooks()):
             if n_cut := count_cut(dataset, model.tokenizer):
                 log.message("expressions that are too long for CLIP, cut to their first "
                             f"{model.tokenizer.room} tokens: {n_cut:,}")
+            if n_shared := count_shared(dataset, val):
+                log.message(f"images of val that are in train too: {n_shared:,}; so val says less about new images")
         if s.dataset in DRAWN and log.is_writer and not log.levels:
             log.levels = {"guessing the largest object": guessers(val.shapes)["largest object"]}
         steps_per_epoch = count_steps_per_epoch(s, stage, dataset)

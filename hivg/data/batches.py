@@ -211,6 +211,12 @@ def count_cut(dataset, tokenizer):
     return sum(len(tokenizer.encode(text)) > tokenizer.room for text in long)
 
 
+def count_shared(dataset, other):
+    """How many images two data sets of samples from files share."""
+    first, second = ({sample.image for sample in getattr(each, "samples", ())} for each in (dataset, other))
+    return len(first & second)
+
+
 def collate(items):
     """Items of a data set -> one batch: tensors concatenated, lists joined."""
     batch = {}

@@ -35,6 +35,7 @@ def test_train_and_evaluate_on_own_data(tmp_path, clip_file, monkeypatch, capfd)
     monkeypatch.chdir(tmp_path)
     final = train.train(Settings(name="mine", dataset=str(path), clip=str(clip_file), epoch_samples=0, batch_size=8,
                                  lora="vanilla", epochs=(1, 1), lr=(1e-3, 1e-3), warmup_steps=1, **ON_CPU))
+    assert "in train too" not in capfd.readouterr().err
     assert [row["step"] for row in log_of("runs/mine") if "epoch" in row] == [3, 3]  # 24 expressions, 8 a step
     _, out, _ = call(evaluate.main, capfd, monkeypatch, "--weights", final, "--dataset", path, "--split", "val",
                      "--device", "cpu", "--per_sample", "a.jsonl", "--sheet", "sheet.png")
@@ -50,18 +51,21 @@ def test_train_and_evaluate_on_own_data(tmp_path, clip_file, monkeypatch, capfd)
 
 
 def test_other_rows_of_own_data_are_not_resumed(tmp_path, clip_file, monkeypatch, capfd):
-    """As many, but one of them with another box. What is too long for CLIP is told at the start."""
+    """As many, but one of them with another box. What is too long for CLIP is told at the start, and that `val` has
+    images of `train`."""
     path = write_shapes(tmp_path, 2)
     path = write_shapes(tmp_path, 1, split="val", to="val")
     first, *others = path.read_text().splitlines(keepends=True)
     row = json.loads(first)
+    others.append(json.dumps(row | {"split": "val"}) + "\n")
     path.write_text("".join([json.dumps(row | {"expression": "the red cup " * 50}) + "\n", *others]))
     monkeypatch.chdir(tmp_path)
     s = Settings(name="mine", dataset=str(path), clip=str(clip_file), epoch_samples=0, batch_size=8, lora="none",
                  epochs=(1,), lr=(1e-3,), warmup_steps=1, **ON_CPU)
     train.train(s)
-    assert re.search(r"^expressions that are too long for CLIP, cut to their first \d+ tokens: 1$",
-                     capfd.readouterr().err, re.M)
+    told = capfd.readouterr().err
+    assert re.search(r"^expressions that are too long for CLIP, cut to their first \d+ tokens: 1$", told, re.M)
+    assert re.search(r"^images of val that are in train too: 1;", told, re.M)
     train.train(replace(s, resume=True, data_root="elsewhere"))
     path.write_text("".join([json.dumps(row | {"bbox": [0, 0, 9, 9]}) + "\n", *others]))
     with pytest.raises(ValueError, match="the data are not those that this run began with"):
