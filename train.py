@@ -98,8 +98,9 @@ class Settings(RunSettings):
                               resumable=True)
 
     epochs: tuple[int, ...] = setting((1, 1, 1, 18), "epochs of each stage", group="Optimization", low=0, high=10**6)
-    lr: tuple[float, ...] = setting((3e-3, 3e-3, 3e-3, 2e-3), "peak learning rate of each stage", low=0, high=1e30)
-    accumulate: tuple[int, ...] = setting((1,), "batches accumulated per step, for all stages or for each", low=1,
+    lr: tuple[float, ...] = setting((3e-3, 3e-3, 3e-3, 2e-3), "peak learning rate of each stage, or one for all",
+                                    low=0, high=1e30)
+    accumulate: tuple[int, ...] = setting((1,), "batches accumulated per step, for each stage or one for all", low=1,
                                           high=10**6)
     box_loss: str = setting("l1", "l1 (released program) or smooth_l1 (paper)", choices=("l1", "smooth_l1"))
     loss_weights: LossWeights = setting(DRAWN_WORLD, "weights of the loss terms; 0 leaves a term out", low=0, high=1e6)
@@ -155,13 +156,15 @@ def stages(s: Settings):
     if epochs[0] < 1:
         raise ValueError(f"--epochs: {epochs[0]} for {names[0]}, 1 or more needed for the first stage")
     lr = values_of("lr", s.lr, names, longest)
-    accumulate = s.accumulate * len(names) if len(s.accumulate) == 1 else s.accumulate
-    accumulate = values_of("accumulate", accumulate, names, longest)
+    accumulate = values_of("accumulate", s.accumulate, names, longest)
     return [Stage(*row, epochs[i], lr[i], s.batch_size, accumulate[i], s.clip_rate) for i, row in enumerate(rows)]
 
 
 def values_of(flag, values, names, longest):
-    """The values of a flag, if there is one for each of these stages, or for each of the longest schedule."""
+    """The values of a flag, if there is one for each of these stages, or for each of the longest schedule. But for
+    epochs, one holds for all stages."""
+    if len(values) == 1 and flag != "epochs":
+        values = values * len(names)
     if len(values) not in (len(names), longest):
         raise ValueError(f"--{flag}: {len(values)} values, {len(names)} needed ({', '.join(names)})")
     return values

@@ -264,7 +264,7 @@ class TextTransformer(nn.Module):
         x = x + self.positional_embedding[:T]  # (B, T, C): a text cut short uses the first positions
         hidden_states = []
         for block in self.blocks:
-            # causal, so padding behind the end token changes nothing before it, and needs no mask here
+            # causal, so padding after the end token changes nothing before it, and needs no mask here
             x = block(x, causal=True)
             hidden_states.append(x)
         return hidden_states

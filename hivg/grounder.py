@@ -51,7 +51,7 @@ class Word:
     text: str  # what is between two spaces
     # {block of the ViT, from 1: (rows, columns) float32 in 0..1 over the patches that show the image: the share of the
     # patch's attention that this word gets in the block's bridge, the mean over the heads}. Start and end token get the
-    # rest. A word behind the last token that the model reads has 0; a bridge that reads no text is left out
+    # rest. A word after the last token that the model reads has 0; a bridge that reads no text is left out
     bridges: dict = field(repr=False, compare=False)
 
 
@@ -161,12 +161,12 @@ class Result:
 
 def spread(values, size, at="middle"):
     """(h, w) in 0..1, one value a cell -> (size, size) float32 in 0..1, bicubic. at: the pixel of its cell that a value
-    holds for, the "middle" or the "first pixel"; behind the last cell's first pixel its value repeats."""
+    holds for, the "middle" or the "first pixel"; after the last cell's first pixel its value repeats."""
     values = torch.from_numpy(values)[None, None]  # (1, 1, h, w)
     if at == "middle":
         square = F.interpolate(values, (size, size), mode="bicubic")  # (1, 1, S, S)
     else:
-        margin = size // values.shape[2] - 1  # pixels of the last cell behind its first
+        margin = size // values.shape[2] - 1  # pixels of the last cell after its first
         square = F.interpolate(values, (size - margin, size - margin), mode="bicubic", align_corners=True)
         square = F.pad(square, (0, margin, 0, margin), mode="replicate")  # (1, 1, S, S)
     return square[0, 0].clamp(0, 1).numpy()  # bicubic overshoots
@@ -331,7 +331,7 @@ class Grounder:
     def _words(self, text, bridge_maps):
         """{block, from 1: (rows, columns, T) shares of the tokens} -> list of Word."""
         last = self.clip.context_length - 1  # what does not fit before it is cut, and it is the end token
-        start = 1  # behind the start token
+        start = 1  # after the start token
         words = []
         for word, count in self.model.tokenizer.count_by_word(text):
             tokens = slice(min(start, last), min(start + count, last))

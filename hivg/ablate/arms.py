@@ -89,7 +89,7 @@ ARMS = [
     Arm("level last, no norm", "visual levels", "no norm", {"level_norm": False}, {"visual_levels": (6,)},
         against="level last"),
     Arm("lora shared", "Hi LoRA", "one pair a layer, added in stages, as released", {"lora": "shared"}),
-    Arm("lora vanilla", "Hi LoRA", "all adapters at once, in one stage behind the warm-up", {"lora": "vanilla"}),
+    Arm("lora vanilla", "Hi LoRA", "all adapters at once, in one stage after the warm-up", {"lora": "vanilla"}),
     Arm("lora at once", "Hi LoRA", "all adapters from the first of the three stages on, through the same stages",
         {"lora": "shared"}, {"lora_order": "at_once"}, against="lora shared"),
     Arm("lora vanilla, wide", "Hi LoRA", "all at once, rank 38: as many parameters", VANILLA_WIDE),

@@ -55,7 +55,7 @@ class GraphedStep:
         for batch, part in zip(self.batches, parts, strict=True):
             for name in RECORDED & part.keys():
                 batch[name].copy_(part[name])
-            batch["token_ids"].zero_()  # padding: nothing looks behind the end token
+            batch["token_ids"].zero_()  # padding: nothing looks past the end token
             batch["token_ids"][:, : part["token_ids"].shape[1]].copy_(part["token_ids"])
         longest = max(part["token_ids"].shape[1] for part in parts)
         return min(-(-longest // 8) * 8, self.context_length)

@@ -38,6 +38,12 @@ def test_bridgeless_stage_comes_first():
         ("lora2", "adaptive", 2, 4, 2), ("lora3", "adaptive", 3, 5, 1)]
 
 
+@pytest.mark.parametrize("lora", ["hierarchical", "vanilla", "none"])
+def test_one_learning_rate_holds_for_all_stages(lora):
+    rows = stages(Settings(lora=lora, lr=(2e-3,), accumulate=(3,)))
+    assert {(row.lr, row.accumulate) for row in rows} == {(2e-3, 3)}
+
+
 @pytest.mark.parametrize("changes", [
     dict(epochs=(1, 1, 1, 12, 4)), dict(lr=(1e-3,) * 5), dict(accumulate=(1,) * 5), dict(epochs=(1, 1, 1)),
     PRESETS["refcoco-large"] | dict(bridgeless=False),  # its first numbers are those of the stage without a bridge

@@ -286,7 +286,7 @@ class Speaker:
         return getattr(self, form)()
 
     def two_attributes(self):
-        """"the shape that is big and red": two attributes behind the noun."""
+        """"the shape that is big and red": two attributes after the noun."""
         rng = self.rng
         target = pick(rng, self.targets)
         options = [attributes for attributes in self.unique[target]
