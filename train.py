@@ -91,7 +91,7 @@ class Settings(RunSettings):
     lora: str = setting("hierarchical", "how adapters are added (hivg/lora.py); with --finetune the default is none",
                         choices=LORA_MODES)
     lora_rank: int = setting(16, "rank r of an adapter", low=1, high=4096)
-    lora_alpha: float = setting(16.0, "adapters are scaled by alpha / r", low=0, high=1e6)
+    lora_alpha: float = setting(16.0, "adapters are scaled by alpha / r", low=1e-6, high=1e6)
     clip_rate: float = setting(0.0, "train CLIP's own weights at this share of the learning rate; 0 = frozen, as in "
                                "the paper", low=0, high=1)
     recompute: bool = setting(False, "recompute the vision blocks in the backward pass: less memory, more time",
@@ -178,25 +178,25 @@ def first_config(s: Settings, clip, hooks=Hooks()):
 
 
 def begin_stage(s: Settings, number, folder, hooks=Hooks()):
-    """-> the model as stage `number` starts with it, and its accuracy: -1 if it has learned nothing yet, None if it
-    has not been measured."""
+    """-> the model as stage `number` starts with it, and its scores on `val`: an accuracy of -1 if it has learned
+    nothing yet, None if it has not been measured."""
     stage = stages(s)[number]
     torch.manual_seed(s.seed + 1000 * (number + 1))  # a stage starts alike however those before it ran
     if number == 0 and not s.finetune:
         clip = weights.load_clip(s.clip)
         weights.need_tokenizer(clip, s.clip)
-        model, best = HiVG.from_clip(clip, first_config(s, clip.config, hooks)), -1.0
+        model, scores = HiVG.from_clip(clip, first_config(s, clip.config, hooks)), {"accuracy": -1.0}
     elif number == 0:
-        model, best = weights.load_hivg(s.finetune), None
+        model, scores = weights.load_hivg(s.finetune), None
         weights.need_tokenizer(model, s.finetune)
         if s.lora != "none":
             model.config = model.config.with_lora(s.lora, s.lora_rank, s.lora_alpha)
     else:
         model = weights.load_hivg(folder / f"{stages(s)[number - 1].name}.safetensors")  # the best of that stage
-        best = model.info["accuracy"]
+        scores = {name: model.info[name] for name in ("accuracy", "mean_iou") if name in model.info}
     model = grow(model, stage)
     hooks.prepare(model)
-    return model, best
+    return model, scores
 
 
 def open_split(s: Settings, model, split):
@@ -236,7 +236,10 @@ def info_of(s: Settings, stage, scores):
 def keep_best(s: Settings, dataset, model, device, path, best):
     """Validate, and write the model to `path` unless an earlier one was better -> (scores, best)."""
     scores = validate(s, dataset, model, device)
-    if scores["accuracy"] >= best and distributed.rank() == 0:
+    is_better = scores["accuracy"] > best
+    if scores["accuracy"] == best:  # usual where `val` is small
+        is_better = scores["mean_iou"] >= weights.load_hivg(path).info.get("mean_iou", 0)
+    if is_better and distributed.rank() == 0:
         weights.save(path, model, info_of(s, path.stem, scores))
     return scores, max(best, scores["accuracy"])
 
@@ -248,7 +251,7 @@ def train(s: Settings, hooks=Hooks()):
     if s.graph and distributed.world_size() > 1:
         raise ValueError(f"--graph is for one process, not {distributed.world_size()}; leave it out")
     if s.graph and device.type != "cuda":
-        log.message("--graph records the step on a GPU only; on this device it changes nothing")
+        log.message("--graph records the step on a GPU only; on this device it only pads the texts")
     log.message(f"fusion by {choose_backend(device.type)}")
     table = stages(s)
     if saved and saved["stage"] >= len(table):
@@ -258,7 +261,8 @@ def train(s: Settings, hooks=Hooks()):
     for number, stage in enumerate(table):
         if saved and number < saved["stage"]:
             continue  # done before the interruption
-        model, best = begin_stage(s, number, run.folder, hooks)
+        model, scores = begin_stage(s, number, run.folder, hooks)
+        best = scores and scores["accuracy"]
         model = model.to(device).train()
         distributed.seed_rank()
         model.clip.visual.recompute = s.recompute
@@ -293,12 +297,12 @@ def train(s: Settings, hooks=Hooks()):
             best = scores["accuracy"]
             log.epoch(stage.name, 0, 0, scores, best)
         log.message(columns_text([stage_column(stage, model)]))
-        if stage.name == "finetune" and model.config.lora == "none" and not s.clip_rate:
+        if stage.name == "finetune" and not model.config.stage and not s.clip_rate:
             log.message("CLIP is frozen and has no adapters to train; --lora hierarchical, shared or vanilla adds them")
         if number == 0 and first == 0:
             run.save(number, 0, steps, best, model, optimizers)  # so that every run can be resumed, before other files
-        if first == 0 and best >= 0 and distributed.rank() == 0:
-            weights.save(path, model, info_of(s, stage.name, {"accuracy": best}))  # kept if the stage never improves it
+        if first == 0 and best >= 0 and distributed.rank() == 0:  # kept if the stage never improves it
+            weights.save(path, model, info_of(s, stage.name, scores or {"accuracy": best}))
         trained = training_copy(model, run.dtype, together=distributed.world_size() == 1)
         if s.compile:
             model.compile_blocks()  # to validate

@@ -20,10 +20,10 @@ from PIL import Image
 from hivg.data.images import ImageError
 from hivg.grounder import DEFAULT_WEIGHTS, HEATMAPS, Grounder, draw_results
 from hivg.utils.cli import Parser, Progress, add_machine_flags, run
-from hivg.utils.files import refuse_to_replace, save_image
+from hivg.utils.files import image_format, refuse_to_replace, save_image
 from hivg.utils.memory import enough_memory
 from hivg.utils.messages import quoted, shown
-from hivg.weights import bundled
+from hivg.weights import bundled, located
 
 EXAMPLE = bundled("example.png")
 EXAMPLE_EXPRESSION = "the star left of the blue square"
@@ -174,8 +174,8 @@ def refuse_to_overwrite(images, targets):
     refuse_to_replace(images, targets, REPLACING)
 
 
-def report(args, image, results):
-    """Print the results of one image."""
+def report(args, image, results, note):
+    """Print the results of one image. note: on their scores."""
     width, height = results[0].image.size
     if not args.json:
         print(f"{shown(image, 1000)} ({width} x {height})")
@@ -191,7 +191,7 @@ def report(args, image, results):
         else:
             box = ", ".join(f"{v:.1f}" for v in result.box)
             found = f"box ({box})" if is_found else "nothing found"
-            print(f"  {shown(result.expression, 1000)}: {found}, score {result.score:.2f}", flush=True)
+            print(f"  {shown(result.expression, 1000)}: {found}, score {result.score:.2f}{note}", flush=True)
     if args.json:
         print(json.dumps({"image": image, "width": width, "height": height, "results": entries}), flush=True)
 
@@ -207,14 +207,19 @@ def main():
 
         return serve(args.port, load, EXAMPLE, EXAMPLE_EXPRESSION)
     images = list_images(args.images)
-    grounder = Grounder.from_pretrained(args.weights, args.device, args.dtype)
     several = len(images) > 1 or os.path.isdir(args.images[0])
     drawings = drawing_paths(args, images, several)
     numbers = range(1, len(args.expression) + 1) if args.save_masks else []
     masks = [[Path(args.save_masks, f"{name}-{number}.png") for number in numbers] for name in names_of(images)]
     targets = [*drawings, *chain.from_iterable(masks)]
     refuse_to_overwrite(images, targets)
-    refuse_to_replace([args.weights], filter(None, targets), REPLACING, "weights")
+    refuse_to_replace([located(args.weights)], filter(None, targets), REPLACING, "weights")
+    for folder in (args.output if several else None, args.save_masks):
+        if folder and os.path.isfile(folder):
+            raise ValueError(f"{shown(folder)}: is a file, a folder is needed; {REPLACING}")
+    if drawings[0]:
+        image_format(drawings[0])
+    grounder = Grounder.from_pretrained(args.weights, args.device, args.dtype)
     progress = Progress("grounded", len(images))
     code = 0
     warned = set()
@@ -233,7 +238,7 @@ def main():
                 if line not in warned:  # once is enough
                     print(f"warning: {line}", file=sys.stderr)
                     warned.add(line)
-        report(args, image, results)
+        report(args, image, results, "" if grounder.calibration else ", uncalibrated")
         for result, path in zip(results, masks[number]):
             result.save_mask(path, args.min_score)
         if drawings[number]:

@@ -33,9 +33,9 @@ from hivg.evaluate.predict import predict
 from hivg.evaluate.report import guessers, report, sheet, shuffled
 from hivg.tokenizer import split_words
 from hivg.utils.cli import Parser, Progress, add_machine_flags, choose_device, choose_dtype, name_of, run
-from hivg.utils.files import image_format, refuse_to_replace, save_image, write_whole, written
+from hivg.utils.files import file_id, image_format, refuse_to_replace, save_image, write_whole, written
 from hivg.utils.messages import quoted, shown
-from hivg.weights import build, bundled, load_hivg, need_tokenizer, read, save
+from hivg.weights import build, bundled, load_hivg, located, need_tokenizer, read, save
 
 DEFAULT_SPLITS = ("test", "testA", "val")  # without --split, the first of these that the data set has
 
@@ -82,6 +82,7 @@ def arguments():
 def check_outputs(args):
     """Raises ValueError, before any work, for a file that cannot be written or would replace one that is read."""
     outputs = [path for path in (args.per_sample, args.sheet, args.calibrate) if path]
+    read_from = located(args.weights)
     names = list(map(os.path.realpath, outputs))
     for path in outputs:
         if Path(path).is_fifo():  # whoever reads it takes the first end for the end of the file
@@ -97,9 +98,9 @@ def check_outputs(args):
             os.unlink(os.path.realpath(path))  # of a link that leads nowhere: what was made behind it
         if names.count(os.path.realpath(path)) > 1:
             raise ValueError(f"{shown(path)}: named twice; give --per_sample, --sheet and --calibrate different files")
-        if path == args.calibrate and not is_new and not os.path.samefile(path, args.weights):
+        if path == args.calibrate and not is_new and file_id(path) != file_id(read_from):
             raise ValueError(f"{shown(path)}: exists already; name a new file, or that of --weights")
-        inputs = [args.dataset, args.annotations or ""] + [args.weights] * (path != args.calibrate)
+        inputs = [args.dataset, args.annotations or ""] + [read_from] * (path != args.calibrate)
         refuse_to_replace(inputs, [path], "name another file to write", "file that is read")
     if args.sheet:
         image_format(args.sheet)

@@ -73,7 +73,8 @@ class Server(ThreadingTCPServer):
         self.example = Path(example).read_bytes()
         self.grounder = load()
         self.grounder.ground(example, expression, attention=True)  # the first takes longer
-        settings = {"expression": expression, "doubtful": RECOMMENDED}
+        score = "Score" if self.grounder.calibration else "Uncalibrated score"
+        settings = {"expression": expression, "doubtful": RECOMMENDED, "score": score}
         self.page = PAGE.replace("{settings}", html.escape(json.dumps(settings))).encode()
 
     def handle_error(self, request, client_address):

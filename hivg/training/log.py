@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+from functools import cached_property
 
 from hivg.training import distributed
 from hivg.utils.charts import plot_panels
@@ -29,7 +30,12 @@ class Log:
             if saved:
                 self.sums, self.n = saved["log"]["sums"], saved["log"]["n"]
                 self.cut(saved["log"]["bytes"])
-            self.file = open(run / "log.jsonl", "a" if saved else "w")
+        self.mode = "a" if saved else "w"
+
+    @cached_property
+    def file(self):
+        """log.jsonl, opened for its first row: a command that is refused before leaves an older log as it is."""
+        return open(self.run / "log.jsonl", self.mode)
 
     def cut(self, n_bytes):
         """Keep the rows of the first n_bytes of log.jsonl: the steps after the saved state will be run, and logged,

@@ -174,7 +174,8 @@ def settings_from_flags(settings, description, defaults_of=None):
     except (TypeError, ValueError):  # a setting that is unknown, or not what it may be
         saved = {}
     if state.keys() != saved.keys():
-        raise ValueError(f"{run}/state.pt: a state of another version of the program; train again under another --name")
+        raise ValueError(f"{run}/state.pt: a state of another version of the program, or of another one "
+                         "(train.py, hivg.training.pretrain); train again under another --name")
     wanted = with_flags(saved, given)
     free = {f.name for f in fields(settings) if f.metadata["resumable"]}
     changed = [f"{as_typed(name, wanted[name], saved[name])} (was {as_typed(name, saved[name], wanted[name])})"

@@ -10,8 +10,8 @@ may lie in a checkpoint (`model`, `state_dict`, `model_state_dict`) and be that 
 """
 
 from hivg.weights.loading import build, load, load_clip, load_hivg, load_released
-from hivg.weights.reading import FOLDER, KINDS, File, WeightsError, need_tokenizer, read
+from hivg.weights.reading import FOLDER, KINDS, File, WeightsError, located, need_tokenizer, read
 from hivg.weights.saving import bundled, save
 
 __all__ = ["FOLDER", "KINDS", "File", "WeightsError", "build", "bundled", "load", "load_clip", "load_hivg",
-           "load_released", "need_tokenizer", "read", "save"]
+           "load_released", "located", "need_tokenizer", "read", "save"]

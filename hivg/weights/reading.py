@@ -54,15 +54,20 @@ class File(NamedTuple):
     info: dict  # plain data kept beside the weights
 
 
+def located(path):
+    """The Path of a weights file. weights/NAME, as settings and pages call a file, is found from any folder: if it is
+    not below the current one, it is the one beside the program."""
+    path = Path(path)
+    is_bundled = path.parent == Path("weights") and not os.path.exists(path) and os.path.isfile(bundled(path.name))
+    return bundled(path.name) if is_bundled else path
+
+
 def read(path):
-    """Any weights file -> File. weights/NAME, as settings and pages call a file, is found from any folder: if it is not
-    below the current one, it is the one beside the program. Raises WeightsError, and MemoryError, one line too, where
-    memory runs out."""
+    """Any weights file -> File; see `located`. Raises WeightsError, and MemoryError, one line too, where memory runs
+    out."""
     if not isinstance(path, str | os.PathLike):
         raise WeightsError(f"{quoted(path)} is not the path of a weights file; give a string or a Path")
-    path = Path(path)
-    if path.parent == Path("weights") and not os.path.exists(path) and os.path.isfile(bundled(path.name)):
-        path = bundled(path.name)
+    path = located(path)
     try:
         if not os.path.isfile(path):  # unlike path.is_file(), False for a name that no file can have
             raise NotThisKind("is a folder; name a weights file in it" if os.path.isdir(path) else
@@ -250,16 +255,20 @@ def tensors_of(tensors, most):
 
 def find_tokenizer(folder, config):
     """The first merge table beside the file or in weights/ whose vocabulary fits -> Tokenizer, or None if there is no
-    such table. Raises WeightsError for a damaged table."""
+    such table. Raises WeightsError if one is damaged, or of another kind, and no other fits."""
+    problem = None
     for place in (folder, FOLDER):
         for name in TABLES:
             if (place / name).is_file():
                 try:
                     tokenizer = Tokenizer.from_file(place / name, config.context_length)
                 except ValueError as error:
-                    raise WeightsError(str(error)) from None
+                    problem = problem or WeightsError(str(error))
+                    continue
                 if tokenizer.vocab_size == config.vocab_size:
                     return tokenizer
+    if problem:
+        raise problem
     return None
 
 

@@ -83,7 +83,7 @@ def released_hivg(tensors, args):
     clip_config = resize_image(flags.imsize, clip_config, clip, others)
     config = hivg_config(flags, clip_config, others)
     stack_adaptive_weights(flags, others)
-    if not (flags.enable_adaptive_weights or flags.mixup_pretrain):
+    if config.bridge_blocks and not (flags.enable_adaptive_weights or flags.mixup_pretrain):
         others |= identity_bridges(config)
     return config, {f"clip.{name}": tensor for name, tensor in clip.items()} | others
 

@@ -63,7 +63,8 @@ def test_quick_is_a_recipe(monkeypatch):
     (["--quick", "--lora", "vanilla"], "leave out --lora"), (["--batch", "8"], "--batch"),  # no abbreviations
     (["--quick", "--finetune", "x.safetensors"], "leave out --finetune"), (["extra"], "extra"),
     (["--batch_size", "many"], "many"), (["--batch_size", "6"], "--batch_size: 6, a multiple of 4 needed"),
-    (["--batch_size", "1.5"], "1.5"), (["--lora_alpha", "x"], "x"), (["--epochs", "1", "1"], "epochs"),
+    (["--batch_size", "1.5"], "1.5"), (["--lora_alpha", "x"], "x"), (["--lora_alpha", "0"], "--lora_alpha"),
+    (["--epochs", "1", "1"], "epochs"),
     (["--epochs", "1", "two", "1", "1"], "two"),
     (["--lr", "1e-3", "1e-3"], "lr"), (["--epochs", "9"], "epochs"), (["--lr", "nan", "1", "1", "1"], "--lr"),
     (["--lr", "1", "-1", "1", "1"], "--lr"),

@@ -178,6 +178,16 @@ def test_a_run_is_not_overwritten(begun, monkeypatch, capfd):
     assert before == {p: p.read_bytes() for p in Path("runs/tiny").iterdir()}
 
 
+def test_a_command_that_is_refused_leaves_an_older_log(begun, monkeypatch, capfd):
+    """Of a run whose other files were removed."""
+    for path in Path("runs/tiny").iterdir():
+        if path.name != "log.jsonl":
+            path.unlink()
+    before = Path("runs/tiny/log.jsonl").read_bytes()
+    assert_one_line(run_script(monkeypatch, capfd, *flags(replace(begun, clip="missing.safetensors"))), "missing")
+    assert Path("runs/tiny/log.jsonl").read_bytes() == before != b""
+
+
 @pytest.mark.parametrize("args, word", [
     (["--batch_size", "16"], "--batch_size 16 (was --batch_size 8)"),
     (["--epochs", "9", "1", "1", "1"], "--epochs 9 1 1 1 (was --epochs 2 1 1 1)"),

@@ -382,7 +382,11 @@ def test_finetune_keeps_its_start_if_it_gets_worse(whole, world, tiny, monkeypat
 
 
 def test_finetune_adds_adapters_to_a_model_without(whole, world, tiny, capfd):
-    """A released checkpoint has its adapters folded: the start says so, and --lora adds some."""
+    """A released checkpoint has its adapters folded, that of a warm-up has none yet: the start says so, and --lora adds
+    some to the first."""
+    train.train(replace(tiny, name="early", finetune=str(whole / "warmup.safetensors"), lora="none", epochs=(1,),
+                        lr=(1e-3,), epoch_samples=8))
+    assert "no adapters to train; --lora" in capfd.readouterr().err
     weights.save("folded.safetensors", (folded := weights.load_hivg(whole / "lora3.safetensors").merged()), folded.info)
     s = replace(tiny, finetune="folded.safetensors", lora="none", epochs=(1,), lr=(1e-3,), epoch_samples=8)
     train.train(s)

@@ -200,6 +200,18 @@ def test_targets_that_cannot_be(run, target, word):
     assert Path("other.safetensors").read_text() == "of somebody"
 
 
+@pytest.mark.parametrize("mean_iou, is_kept", [(0.4, False), (0.5, True), (0.6, True)])
+def test_of_two_alike_by_accuracy_the_better_boxes_are_kept(mean_iou, is_kept, monkeypatch, tmp_path):
+    path = tmp_path / "finetune.safetensors"
+    weights.save(path, make_hivg(dtype=torch.float32), {"accuracy": 0.75, "mean_iou": 0.5})
+    monkeypatch.setattr(train, "validate", lambda *args: {"accuracy": 0.75, "mean_iou": mean_iou})
+    model = make_hivg(dtype=torch.float32)
+    scores, best = train.keep_best(train.Settings(), None, model, torch.device("cpu"), path, 0.75)
+    assert (scores["mean_iou"], best) == (mean_iou, 0.75)
+    assert weights.load_hivg(path).info["mean_iou"] == max(mean_iou, 0.5) and is_kept == (
+        "stage" in weights.load_hivg(path).info)
+
+
 def test_training_drops_the_calibration(monkeypatch, tmp_path):
     """A model that is trained further scores differently."""
     model = make_hivg(dtype=torch.float32)

@@ -107,7 +107,7 @@ def test_a_folder_of_other_files(run):
 def test_words_and_drawing(run, grounder):
     code, out, _ = run("a.png", "-e", "star", "-e", "circle")
     number = r"\d+\.\d"
-    box = rf"box \({number}, {number}, {number}, {number}\), score \d\.\d\d\n"
+    box = rf"box \({number}, {number}, {number}, {number}\), score \d\.\d\d, uncalibrated\n"
     assert code == 0 and re.fullmatch(rf"a.png \(200 x 120\)\n  star: {box}  circle: {box}", out)
     plain = pixels("grounded.png")
     run("a.png", "-e", "star", "-e", "circle", "--mask", "--output", "dimmed.png")
@@ -298,9 +298,12 @@ STAR = ["a.png", "-e", "star"]
     (STAR, {"model": "missing.safetensors"}, "missing.safetensors"), (STAR, {"model": "a.png"}, "a.png"),
     (STAR, {"model": "clip.safetensors"}, "clip.safetensors"),
     ([], {"model": "missing.safetensors"}, "missing.safetensors"),
+    ([*STAR, "--output", "drawn"], {}, "drawn: its suffix"), ([*STAR, "--save_masks", "a.txt"], {}, "a.txt: is a file"),
+    (["a.png", *STAR, "--output", "a.txt"], {}, "a.txt: is a file, a folder is needed"),
 ], ids=str)
 def test_bad_arguments(run, args, options, word):
     Path("folder").mkdir()
+    Path("a.txt").write_text("of somebody")
     clip = make_clip(dtype=torch.float32)
     clip.tokenizer = make_hivg().tokenizer
     weights.save("clip.safetensors", clip)

@@ -19,7 +19,7 @@ from threading import Lock, Thread
 import numpy as np
 import pytest
 from makers import ROOT
-from makers_use import TEXTS, assert_fails, call, huge_png
+from makers_use import TEXTS, assert_fails, call, huge_png, make_image
 from PIL import Image
 
 from hivg import __main__ as ground
@@ -86,6 +86,14 @@ def test_the_answer_is_the_grounders(server, grounder, image, turned):
         assert list(word["bridges"]) == [str(block) for block in expected.bridges]
         for block, share in expected.bridges.items():
             np.testing.assert_allclose(word["bridges"][str(block)], share, atol=1e-6)
+
+
+def test_a_score_that_is_no_probability_is_called_uncalibrated(server, grounder, monkeypatch, tmp_path):
+    assert grounder.calibration is None and b"Uncalibrated score" in ask(server)[2]
+    monkeypatch.setattr(grounder, "calibration", (1.0, 0.0))
+    make_image().save(tmp_path / "a.png")
+    with Server(0, lambda: grounder, tmp_path / "a.png", TEXTS[0]) as other:
+        assert b"&quot;Score&quot;" in other.page
 
 
 def test_several_tabs_at_once(server, image, monkeypatch):
@@ -299,7 +307,7 @@ def test_in_a_browser(server, grounder, image, tmp_path):
 
         browser.run("expression.focus(); expression.select()")
         browser.call("Input.insertText", text=TEXTS[1])
-        score = f"Score {grounder.ground(image, TEXTS[1]).score:.2f}"
+        score = f"Uncalibrated score {grounder.ground(image, TEXTS[1]).score:.2f}"
         browser.wait(f"document.querySelector('.word')?.textContent === 'star' && {box} !== '{first}'")
         assert score in browser.run(says)
 
@@ -320,7 +328,7 @@ def test_in_a_browser(server, grounder, image, tmp_path):
         browser.run("expression.value = ' '; expression.dispatchEvent(new Event('input'))")
         browser.wait(says + ".startsWith('Say in words')")
         browser.run("draw.click()")
-        browser.wait(says + ".startsWith('Score')")
+        browser.wait(says + ".startsWith('Uncalibrated score')")
 
         # the first answer comes last
         browser.run("""const fetched = fetch; let late = 300; fetch = async (address, {signal, ...request}) => {
@@ -337,6 +345,6 @@ def test_in_a_browser(server, grounder, image, tmp_path):
         browser.drop(b"only words")
         browser.wait(says + ".includes('not an image')")
         browser.run("expression.value = 'star'; ask()")  # about the image before
-        browser.wait(says + ".startsWith('Score')")
+        browser.wait(says + ".startsWith('Uncalibrated score')")
     finally:
         browser.close()

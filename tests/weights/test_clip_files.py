@@ -145,6 +145,18 @@ def test_table_in_the_weights_folder(tmp_path, monkeypatch):
     assert weights.load_clip(tmp_path / "model.safetensors").tokenizer.merges == make_tokenizer().merges
 
 
+def test_table_of_another_kind_is_passed_over(tmp_path, monkeypatch):
+    """A folder of downloads holds other models' tokenizers too; one that cannot be read is told if no other fits."""
+    monkeypatch.setattr("hivg.weights.reading.FOLDER", tmp_path / "weights")
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordPiece", "vocab": {}}}))
+    save_file(to_huggingface(make_published_clip()), tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match="tokenizer.json: not a merge table"):
+        weights.load_clip(tmp_path / "model.safetensors")
+    (tmp_path / "weights").mkdir()
+    save_table(tmp_path / "weights" / download.TABLE)
+    assert weights.load_clip(tmp_path / "model.safetensors").tokenizer.merges == make_tokenizer().merges
+
+
 def test_table_of_another_vocabulary_is_not_taken(tmp_path):
     save_file(to_huggingface(make_published_clip(vocab_size=VOCABULARY + 1)), tmp_path / "model.safetensors")
     save_table(tmp_path / download.TABLE)

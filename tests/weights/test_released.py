@@ -27,6 +27,7 @@ KINDS = {
     "twelve": (dict(text_layers=tuple(range(1, 13))), dict(dataset="gref_umd")),
     "twelve, google": (dict(text_layers=tuple(range(1, 13))), dict(dataset="gref")),
     "warm-up of large": (dict(bridge_blocks=()), dict(warmup=True)),
+    "warm-up of large, as its script": (dict(bridge_blocks=()), dict(warmup=True, enable_adaptive_weights=False)),
     "warm-up of large, mixed": (dict(bridge="projected", bridge_blocks=()), dict(
         dataset="mixup", mixup_pretrain=True, enable_adaptive_weights=False, warmup=True)),
     "mixed": (dict(bridge="projected"), dict(dataset="mixup", mixup_pretrain=True, enable_adaptive_weights=False)),
