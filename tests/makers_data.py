@@ -160,7 +160,8 @@ PROGRAMS = {  # name: (its file for a split, the record of a scene without its s
         "image": f"data/coco/train2014/{s.file}", "sent": s.expression, "bbox": s.box}),
     "Shikra": ("REC_refcoco_unc_{}.jsonl", lambda s: {"img_path": s.file, "expression": s.expression, "bbox": s.box}),
     "VLM-R1": ("refcoco_{}.json", lambda s: {
-        "image": f"coco/train2014/{s.file}", "sent": s.expression, "problem": "Where is it?", "solution": s.box}),
+        "image": f"coco/train2014/{s.file}", "problem": "Where is it?", "normal_caption": s.expression,
+        "solution": s.box}),
     "MiniGPT-v2": ("refcoco_{}.json", lambda s: {
         "img_id": s.file.removesuffix(".jpg"), "sents": s.expression, "bbox": xywh(s.box)}),
     "CRIS": ("{}.json", lambda s: {

@@ -207,7 +207,7 @@ def fingerprint(*datasets):
 def count_cut(dataset, tokenizer):
     """How many expressions of samples from files have more tokens than the tokenizer keeps."""
     texts = [sample.expression for sample in getattr(dataset, "samples", ())]
-    long = [text for text in texts if len(text.encode()) > tokenizer.room]  # a token has a byte or more
+    long = [text for text in texts if len(text.encode(errors="replace")) > tokenizer.room]  # a token has a byte or more
     return sum(len(tokenizer.encode(text)) > tokenizer.room for text in long)
 
 

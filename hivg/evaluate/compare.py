@@ -1,7 +1,6 @@
 """Where two models differ on the same samples, and whether that is significant: two files of --per_sample."""
 
 import json
-import os
 
 from hivg.evaluate.metrics import accuracy, mcnemar, present
 from hivg.utils.messages import shown
@@ -40,7 +39,7 @@ def compare(path_a, path_b):
 
 def samples_of(rows):
     """What tells samples apart; without the images' folder, which each may have spelled in its own way."""
-    return [(os.path.basename(row["image"]), row["expression"], row["target"]) for row in rows]
+    return [(row["image"].replace("\\", "/").rpartition("/")[2], row["expression"], row["target"]) for row in rows]
 
 
 def rows_of(path):

@@ -67,6 +67,8 @@ class Server(ThreadingTCPServer):
                              "is free") from None
         port = self.server_address[1]
         self.address = f"http://127.0.0.1:{port}/"
+        self.elsewhere = (f"this page answers its own address alone, {self.address}; a tunnel must keep the port, as "
+                          f"ssh -L {port}:localhost:{port} does")
         self.hosts = [f"{name}:{port}".removesuffix(":80") for name in ("127.0.0.1", "localhost")]
         self.lock = Lock()  # of the model
         self.open = lru_cache(maxsize=1)(opened)  # the image stays while one types
@@ -116,7 +118,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         path = self.path.partition("?")[0]
         if not self.is_from_here():
-            self.refuse(403, "this page answers its own address alone")
+            self.refuse(403, self.server.elsewhere)
         elif path == "/":
             self.reply(200, self.server.page, "text/html; charset=utf-8")
         elif path == "/example.png":
@@ -129,7 +131,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         length = self.headers.get("Content-Length")
         if not self.is_from_here():
-            self.refuse(403, "this page answers its own address alone")
+            self.refuse(403, self.server.elsewhere)
         elif self.path != "/ground":
             self.refuse(404, "there is nothing at this address")
         elif length is None:

@@ -5,9 +5,10 @@ import json
 import pytest
 from PIL import Image
 
-from hivg.data.batches import SampleTensors
+from hivg.data.batches import SampleTensors, count_cut
 from hivg.data.published.check import check
 from hivg.data.published.reading import Report, read_samples
+from hivg.tokenizer import Tokenizer
 
 GOOD = {"image": "a.png", "expression": "cup", "bbox": [1, 1, 9, 9], "split": "train"}
 
@@ -184,6 +185,58 @@ def test_relative_and_whole_paths_of_an_image_share_its_split(tmp_path):
     content = "\n".join(json.dumps({"image": name, "expression": "cup", "bbox": [1, 1, 9, 9]}) for name in names)
     splits = [{sample.image_id for sample in read(tmp_path, content, split)[0]} for split in ("train", "val")]
     assert not splits[0] & splits[1] and len(splits[0] | splits[1]) == 20
+
+
+def test_images_that_are_moved_keep_their_splits(tmp_path):
+    names = [f"{folder}/{number}.png" for folder in "ab" for number in range(12)]
+    splits = []
+    for root in ("images", "other/photos"):
+        for name in names:
+            (tmp_path / root / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (30, 20)).save(tmp_path / root / name)
+        content = "\n".join(json.dumps({"image": f"{root}/{name}", "expression": name, "bbox": [1, 1, 9, 9]})
+                            for name in names)
+        splits.append({sample.expression for sample in read(tmp_path, content, "val")[0]})
+    assert splits[0] == splits[1] and 0 < len(splits[0]) < 24
+
+
+@pytest.mark.parametrize("largest, unit", [(100, "percent"), (1000, "thousandths")])
+def test_boxes_that_may_be_shares_are_doubted(tmp_path, largest, unit):
+    """But kept: they lie in their images."""
+    Image.new("1", (1600, 1510)).save(tmp_path / "large.png")
+    boxes = [[i, 2 * i, largest - i, largest] for i in range(20)]
+    content = write_boxes(*boxes, image="large.png")
+    samples, report = read(tmp_path, content)
+    line, = report.lines()
+    assert f"all boxes lie in 0..{largest} of images as large as 1600 x 1510" in line and unit in line
+    assert len(samples) == 20
+    assert not read(tmp_path, content + "\n" + write_boxes([0, 0, 1100, 9], image="large.png"))[1].lines()
+    assert not read(tmp_path, write_boxes(*boxes[1:], image="large.png"))[1].lines()
+
+
+def test_a_folder_that_cannot_be_listed_has_its_images(tmp_path, monkeypatch):
+    def forbidden(folder):
+        raise PermissionError
+
+    monkeypatch.setattr("hivg.data.published.reading.os.scandir", forbidden)
+    assert len(read(tmp_path, ROW)[0]) == 1
+    assert "missing image" in read(tmp_path, f"{ROW}\n" + ROW.replace("a.png", "b.png"))[1].problems
+
+
+def test_a_caption_about_several_boxes_is_no_expression(tmp_path):
+    """MDETR's files of phrases."""
+    annotations = [{"image_id": 1, "bbox": [1, 1, 9 - i, 9]} for i in range(3)]
+    data = {"images": [{"id": i, "file_name": "a.png", "caption": f"cups {i}", "split": "train"} for i in (1, 2)],
+            "annotations": [*annotations, {"image_id": 2, "bbox": [1, 1, 9, 9]}]}
+    samples, report = read(tmp_path, json.dumps(data))
+    assert [sample.expression for sample in samples] == ["cups 2"]
+    assert "one caption for 3 boxes" in report.first["box that is not four numbers"]
+
+
+def test_half_a_character_does_not_stop_the_training(tmp_path):
+    samples, _ = read(tmp_path, json.dumps(GOOD | {"expression": "the cup \ud83d"}))
+    tokenizer = Tokenizer([])
+    assert count_cut(SampleTensors(samples, 32), tokenizer) == 0 and tokenizer([samples[0].expression]).shape[0] == 1
 
 
 def test_every_caption_of_an_image_is_a_row(tmp_path):

@@ -176,6 +176,9 @@ def test_check_reads_every_image_if_asked(tmp_path):
     done = subprocess.run([sys.executable, "-m", "hivg.data", "check", path, "--decode"], cwd=ROOT, text=True,
                           capture_output=True)
     assert done.returncode == 0 and header in done.stdout
-    for name in ("5.png", "7.png"):
+    (tmp_path / "3.png").write_bytes(b"no image at all")  # left out before any image is read, and listed too
+    text = check(tmp_path, path, decode=True)
+    assert "3 of 8 images cannot be read:" in text and f"  {tmp_path / '3.png'}: " in text
+    for name in ("3.png", "5.png", "7.png"):
         (tmp_path / name).write_bytes((tmp_path / "4.png").read_bytes())
     assert "all 8 images can be read" in check(tmp_path, path, decode=True)

@@ -37,10 +37,11 @@ def test_expressions_of_nothing_are_left_out(tmp_path):
         compare(tmp_path / "c", tmp_path / "c")
 
 
-def test_compare_knows_images_by_their_names(tmp_path):
-    """From another folder, or with another --data_root, their paths are spelled otherwise."""
+@pytest.mark.parametrize("folder", ["/data/", r"C:\\data\\"])
+def test_compare_knows_images_by_their_names(tmp_path, folder):
+    """From another folder or system, or with another --data_root, their paths are spelled otherwise."""
     write_rows(tmp_path / "a", range(8))
-    (tmp_path / "b").write_text((tmp_path / "a").read_text().replace('"image": "', '"image": "/data/'))
+    (tmp_path / "b").write_text((tmp_path / "a").read_text().replace('"image": "', f'"image": "{folder}'))
     assert "McNemar" in compare(tmp_path / "a", tmp_path / "b")
 
 

@@ -49,7 +49,7 @@ def check(data_root, dataset, annotations=None, decode=False):
             lines += report.lines()
             problems += report.lines()
             if decode:
-                lines += decoded(title, samples)
+                lines += decoded(title, samples, report.damaged)
     if not images or is_own(dataset) and not any(images.values()):
         raise ValueError([*problems, *missing, f"{shown(dataset)}: it has no expressions"][0])
     lines += missing  # after the reasons of the rows that there are
@@ -89,9 +89,9 @@ def splits_of(dataset, data_root=DATA_ROOT, annotations=None):
     return [split for split in published if split in splits] + sorted(splits - set(published))
 
 
-def decoded(name, samples):
-    """Read every image of the samples -> lines: how many cannot be read, and which."""
-    own = {sample.image: sample.own for sample in samples}
+def decoded(name, samples, damaged):
+    """Read every image of the samples, and those known to be damaged -> lines: how many cannot be read, and which."""
+    own = {sample.image: sample.own for sample in samples} | dict.fromkeys(damaged, True)
     progress = Progress(f"{name}, images read", len(own))
     problems = []
     for number, (image, is_own_image) in enumerate(own.items(), 1):

@@ -24,7 +24,8 @@ IMAGE_KEYS = {"image": "xyxy",  # our own lines, Qwen-VL, InternVL, VLM-R1
               "img_name": "xywh",  # CRIS
               "img_id": "xywh",  # MiniGPT-v2, without the suffix
               "image_id": "xywh"}  # SeqTR and SimVG, COCO's number
-EXPRESSION_KEYS = ("expression", "expressions", "sent", "sents", "sentence", "sentences", "caption")
+EXPRESSION_KEYS = ("expression", "expressions", "sent", "sents", "sentence", "sentences", "caption",
+                   "normal_caption")
 BOX_KEYS = ("bbox", "box", "solution")
 OUTLINE_KEYS = ("segmentation", "mask")
 
@@ -173,12 +174,18 @@ def json_rows(text, image_folder):
 
 
 def mdetr_records(data):
-    """MDETR: one record of a COCO image for each expression, with one annotation. Others: one for each annotation."""
+    """MDETR: one record of a COCO image for each expression, with one annotation. Others: one for each annotation. A
+    caption about several boxes, each of a part of it, is no expression, and its record is one that is left out."""
     annotations = defaultdict(list)
     for annotation in data["annotations"]:
         annotations[annotation["image_id"]].append(annotation)
-    return [{**annotation, **image} for image in data["images"]
-            for annotation in annotations[image["id"]][: 1 if "caption" in image else None] or [{}]]
+    records = []
+    for image in data["images"]:
+        own = annotations[image["id"]] or [{}]
+        if "caption" in image and len(own) > 1:
+            own = [{"bbox": f"one caption for {len(own)} boxes"}]
+        records += [{**annotation, **image} for annotation in own]
+    return records
 
 
 def record_rows(place, split, record, image_folder):
@@ -210,14 +217,14 @@ def value_of(record, keys):
 
 
 def name_splits(rows, folder):
-    """Give the rows of people's own data our names of their splits; if none names a split, split them by image.
-    folder: where relative names of images begin."""
+    """Give the rows of people's own data our names of their splits; if none names a split, split them by image,
+    which images that are moved together do not change. folder: where relative names of images begin."""
     usual = usual_splits({row.split for row in rows if row.split})
     if not usual:
-        files = {row.file: one_spelling(row.file) for row in rows if isinstance(row.file, str)}
-        first = {}  # {whole path: the first spelling of it}
-        for file, spelling in files.items():
-            files[file] = first.setdefault(os.path.abspath(folder / spelling), spelling)
+        files = {row.file: os.path.abspath(folder / one_spelling(row.file)).split(os.sep)
+                 for row in rows if isinstance(row.file, str)}
+        shared = len(os.path.commonprefix([parts[:-1] for parts in files.values()]))  # folders of all images
+        files = {file: "/".join(parts[shared:]) for file, parts in files.items()}
         val = val_images(files.values())
         for row in rows:
             row.split = "val" if isinstance(row.file, str) and files[row.file] in val else "train"

@@ -36,6 +36,22 @@ def other_form(boxes):
     return None
 
 
+def scale_doubt(boxes):
+    """A line on boxes that are read as pixels, but may be percent or thousandths of the sides: all of twenty or more
+    lie in 0..100 or 0..1000, while most images are far larger. None where there is no such doubt.
+
+    boxes: [((xmin, ymin, xmax, ymax), (width, height) of the image)]. It is no error, as small images may have been
+    pasted into the corner of large ones.
+    """
+    largest = max((max(box) for box, _ in boxes), default=0)
+    for most, unit in ((100, "percent"), (1000, "thousandths")):
+        larger = [size for _, size in boxes if min(size) > 1.5 * most]
+        if largest <= most and len(boxes) >= 20 and 2 * len(larger) > len(boxes):
+            return (f"all boxes lie in 0..{most} of images as large as {larger[0][0]} x {larger[0][1]}, and are read "
+                    f"as pixels; if they are {unit} of the sides, write pixels")
+    return None
+
+
 def is_odd(bbox, form):
     """Whether a box as a file has it makes that file worth a look (other_form), whatever its image."""
     try:

@@ -21,10 +21,11 @@ from hivg.data.images import ImageError, ImageTooLarge, most_pixels, stored_size
 from hivg.data.masks import check_polygons, check_size, mask_of, run_lengths
 from hivg.data.published.catalogue import DATA_ROOT, NoSplit, annotation_files, canonical, find_file
 from hivg.data.published.formats import USUAL_SPLITS, read_rows
-from hivg.data.published.forms import FORMS, SLACK, four_numbers, is_odd, other_form
+from hivg.data.published.forms import FORMS, SLACK, four_numbers, is_odd, other_form, scale_doubt
 from hivg.utils.messages import quoted, shown
 
 MAX_EXPRESSION = 10_000  # characters
+DAMAGED = "damaged image"
 NO_AREA = "box without area"
 OUTSIDE = "box outside the image"
 
@@ -56,6 +57,7 @@ class Report:
     problems: Counter = field(default_factory=Counter)
     first: dict = field(default_factory=dict)
     notes: list = field(default_factory=list)
+    damaged: list = field(default_factory=list)  # the images of which not even the size can be read
 
     def add(self, kind, place, detail):
         self.problems[kind] += 1
@@ -126,6 +128,9 @@ def read_samples(data_root, dataset, split, annotations=None, report=None):
     if {NO_AREA, OUTSIDE} & report.problems.keys() or any(is_odd(row.bbox, row.form) for row in rows if row.place):
         check.refuse_other_form(rows)
     report.notes += check.notes()
+    if own and (doubt := scale_doubt([(sample.box, check.sizes[sample.image]) for sample in samples])):
+        report.notes.append(doubt)
+    report.damaged = [image for image, size in check.sizes.items() if size == DAMAGED]
     if is_told and os.environ.get("RANK", "0") == "0":  # the first of several processes tells it for all
         for line in report.lines():
             print(line, file=sys.stderr)
@@ -228,6 +233,8 @@ class RowCheck:
             parent, name = os.path.split(place)
             real, names = self.names_in(parent)
             normal = unicodedata.normalize("NFC", name)
+            if normal not in names and os.path.isfile(place):  # in other letters on Windows, or a folder kept to itself
+                real, names = os.path.realpath(parent), {normal: name}
             if normal in names:
                 image_id = os.path.join(real, normal)
                 return self.paths.setdefault(image_id, Path(parent, names[normal])), image_id
@@ -253,7 +260,7 @@ class RowCheck:
             except ImageTooLarge:
                 self.sizes[image] = f"image of more than {most_pixels()}"
             except ImageError:
-                self.sizes[image] = "damaged image"
+                self.sizes[image] = DAMAGED
         size = self.sizes[image]
         if not isinstance(size, str):
             return size
