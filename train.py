@@ -61,7 +61,11 @@ SHAPES_EPOCH = 8192  # expressions in an epoch of drawn data, which is endless
 @dataclass
 class Settings(RunSettings):
     """Every setting is a flag of the same name; `python train.py --help` prints them by group. Those that every
-    training has are in RunSettings."""
+    training has are in RunSettings.
+
+    `preset`, `quick` and `finetune` bring other defaults along as flags only (hivg/training/presets.py): in Python,
+    write Settings(**PRESETS[name]), and with `finetune` also `lora`, `epochs` and `lr`.
+    """
 
     name: str = setting("drawn", "the run's folder under runs/", group="The run")
     preset: str = setting("", "a recipe of the paper for a data set and a size of CLIP: hivg/training/presets.py",
@@ -128,7 +132,7 @@ class Hooks:
     """What an experiment changes that is not a setting (hivg/ablate/arms.py)."""
 
     config: dict = field(default_factory=dict)  # fields of HiVGConfig
-    prepare: Callable = lambda model: None  # called with the model of each stage before its first step
+    prepare: Callable = lambda model: None  # called with the model of each stage before its first step (Arm.prepare)
     one_stream: bool = False  # all stages read one stream of data, so the order does not depend on the stages
 
 
@@ -187,6 +191,8 @@ def begin_stage(s: Settings, number, folder, hooks=Hooks()):
         weights.need_tokenizer(clip, s.clip)
         model, scores = HiVG.from_clip(clip, first_config(s, clip.config, hooks)), {"accuracy": -1.0}
     elif number == 0:
+        if hooks.config:
+            raise ValueError(f"--finetune keeps the file's configuration, and cannot change {', '.join(hooks.config)}")
         model, scores = weights.load_hivg(s.finetune), None
         weights.need_tokenizer(model, s.finetune)
         if s.lora != "none":

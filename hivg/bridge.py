@@ -4,6 +4,7 @@
     x     = x + FFN(CrossAttention(LN(x), keys = values = f*^ml))     x (B, N, D_v), the ViT's visual tokens
 
 The FFN's last layer starts at zero, so a new bridge is the identity and training starts from CLIP itself.
+(A gate of zero around it would leave both without a gradient.)
 """
 
 import torch

@@ -20,6 +20,8 @@ from hivg.lora import JoinedLoRA, LoRALinear, linear_of
 def training_copy(model, dtype, together=True):
     """A copy of a HiVG that shares its trained parameters, for the training of one stage. The model stays as it is.
 
+    Make it anew after `add_stage`, after freezing or unfreezing, and after loading weights; it has the model's mode.
+
     dtype: autocast's, or float32 for none. together: whether to convert the trained weights in one call; with several
     processes autocast does it, one by one, so that each gradient is averaged while the backward goes on.
     """
@@ -77,13 +79,25 @@ class Convert(torch.autograd.Function):
 
 
 def simplify(model):
-    """Join the self-attentions' products and fold QuickGELU's factors, in place, wherever the weights are frozen."""
+    """Join the self-attentions' products and fold QuickGELU's factors, in place, wherever the weights are frozen.
+
+    Somebody's extension of these modules stays as it is. But hooks on a block's attention, or within its MLP, are lost;
+    those on blocks, bridges and the model are kept.
+    """
     for module in list(model.modules()):
-        if isinstance(module, Block) and not isinstance(module.attn, JoinedAttention):
-            if not module.attn.q_proj.weight.requires_grad:  # W_0's, with adapters or without
+        if isinstance(module, Block) and type(module.attn) is Attention:  # exactly: an extension's computes otherwise
+            layers = list(module.attn.children())
+            if {type(layer) for layer in layers} <= {nn.Linear, LoRALinear} and not is_trained(layers):
                 module.attn = JoinedAttention(module.attn)
-        elif isinstance(module, MLP) and isinstance(module.gelu, QuickGELU) and not module.c_fc.weight.requires_grad:
-            fold_gelu(module)
+        elif type(module) is MLP and type(module.gelu) is QuickGELU:
+            layers = [module.c_fc, module.c_proj]
+            if {type(layer) for layer in layers} == {nn.Linear} and not is_trained(layers):
+                fold_gelu(module)
+
+
+def is_trained(layers):
+    """Whether a weight or bias of these layers is trained; adapters beside them may be."""
+    return any(p.requires_grad for layer in layers for p in (layer.weight, layer.bias))
 
 
 class JoinedAttention(Attention):

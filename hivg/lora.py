@@ -49,7 +49,8 @@ class LoRALinear(nn.Module):
         h = W_0 x + b + (alpha/r) sum_k B_k A_k dropout(x)
 
     A_k (r, in) starts Kaiming-uniform and B_k (out, r) at zero, so a new pair changes nothing until it is trained.
-    The keys of W_0 stay `weight` and `bias`, so wrapping a layer does not rename it.
+    The keys of W_0 stay `weight` and `bias`, so wrapping a layer does not rename it. A subclass that computes something
+    else needs its own `folded`, too.
     """
 
     def __init__(self, linear, rank, alpha, dropout):

@@ -146,7 +146,7 @@ class HiVGConfig:
         for a depth that the paper has no numbers for."""
         if clip.vision_layers not in LAYERS:
             raise ValueError(f"no bridge blocks and visual levels are known for a ViT of {clip.vision_layers} layers; "
-                             f"known: {', '.join(map(str, LAYERS))}")
+                             f"known: {', '.join(map(str, LAYERS))}; add yours to LAYERS in hivg/model.py")
         blocks, levels = LAYERS[clip.vision_layers]
         settings = dict(bridge_blocks=blocks, visual_levels=levels, text_layers=(clip.text_layers,))
         settings |= dict(width=clip.embed_dim)  # as the released models: 512 on ViT-B, 768 on ViT-L
@@ -170,7 +170,11 @@ class HiVGConfig:
 
 
 class HiVG(nn.Module):
-    """The grounding model. At first only CLIP's own weights are frozen; `add_stage` freezes the older adapters too."""
+    """The grounding model. At first only CLIP's own weights are frozen; `add_stage` freezes the older adapters too.
+
+    Its towers' hidden states are what a forward hook on `clip.visual` or `clip.text` sees: called by themselves,
+    `clip.visual(images)` and `clip.encode_image` read no text.
+    """
 
     tokenizer = None  # the one that CLIP was trained with, if there is a merge table
 
@@ -397,10 +401,14 @@ class HiVG(nn.Module):
 
     def add_stage(self, stage):
         """Begin Hi LoRA stage `stage`, the next one (1, 2, ..): new adapters in place, the earlier ones frozen. Which
-        layers get them: `adapted_layers` in lora.py. Raises ValueError for another, as its file could not be read."""
+        layers get them: `adapted_layers` in lora.py. Raises ValueError for another, as its file could not be read, and
+        for a stage that would train no adapter."""
         c = self.config
         if stage != c.stage + 1:
             raise ValueError(f"after stage {c.stage} comes stage {c.stage + 1}, not {stage}")
+        if not lora.adapted_layers(stage, c.clip.text_layers, lora.TEXT_GROUPS, c.lora, c.lora_order):
+            raise ValueError(f"lora {c.lora!r} has no stage {stage}; for a model without adapters, first "
+                             'model.config = model.config.with_lora("vanilla", rank, alpha)')
         settings = (c.lora_rank, c.lora_alpha, c.lora_dropout, c.lora, c.lora_order)
         lora.add_stage(self.clip.visual.blocks, stage, c.lora_groups, *settings)
         lora.add_stage(self.clip.text.blocks, stage, lora.TEXT_GROUPS, *settings)

@@ -207,6 +207,54 @@ def test_what_an_extension_adds_is_kept():
     assert changed_by_training(model).keys() >= {name for name, _ in model.named_buffers()} > set()  # to resume from
 
 
+class Scaled(LoRALinear):
+    """An adapter of somebody's own."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def adapt_mlp(model):
+    for block in model.clip.visual.blocks:
+        block.mlp.c_fc = LoRALinear(block.mlp.c_fc, 2, 4, 0.0).double()
+        block.mlp.c_fc.add_pair(1)
+
+
+def adapt_otherwise(model):
+    for block in model.clip.visual.blocks:
+        block.attn.v_proj = Scaled(block.attn.v_proj, 2, 4, 0.0).double()
+        block.attn.v_proj.add_pair(1)
+
+
+def train_biases(model):
+    for block in model.clip.visual.blocks:
+        block.mlp.c_fc.bias.requires_grad_()
+
+
+def train_one_projection(model):
+    for block in model.clip.visual.blocks:
+        block.attn.v_proj.requires_grad_()
+
+
+@pytest.mark.parametrize("extend", [adapt_mlp, adapt_otherwise, train_biases, train_one_projection])
+def test_what_an_extension_trains_is_trained(extend):
+    """Copies join and fold what they know, and leave the rest."""
+    model = make_hivg(stage=0)
+    extend(model)
+    model = randomise(model).double().eval()
+    batch = make_batch()
+    expected = model(*batch).boxes
+    extended = [p for p in model.clip.visual.parameters() if p.requires_grad]
+    trained = training_copy(model, torch.float32)
+    found = trained(*batch).boxes
+    assert_close("training", found, expected, 1e-9)
+    gradients = torch.autograd.grad(found.sum(), extended)
+    assert extended and all(gradient.abs().sum() > 0 for gradient in gradients)
+    if extend is not adapt_otherwise:  # `merge` takes its own adapters for plain ones
+        predicting = model.for_prediction(torch.device("cpu"), torch.float32).double()
+        assert_close("prediction", predicting(*batch).boxes, expected, 1e-5)
+
+
 def test_a_model_for_prediction_is_not_saved(tmp_path):
     """It would be read as damaged."""
     model = make_hivg().for_prediction(torch.device("cpu"), torch.float32)

@@ -203,6 +203,17 @@ def test_stages_come_in_turn():
     model.add_stage(2)
 
 
+def test_a_stage_without_adapters_is_refused():
+    """It would count, and train nothing of CLIP: of a released checkpoint, whose adapters are folded, and of vanilla,
+    which has one."""
+    for model in (make_hivg(stage=1).merged(), make_hivg(lora="vanilla", stage=1)):
+        with pytest.raises(ValueError, match=f"lora '{model.config.lora}' has no stage {model.config.stage + 1}"):
+            model.add_stage(model.config.stage + 1)
+    model = make_hivg(stage=1).merged()
+    model.config = model.config.with_lora("vanilla", 3, 6)
+    model.add_stage(1)
+
+
 # --- merging ---
 
 

@@ -38,6 +38,10 @@ class Arm:
     trick: str = ""  # a name in TRICKS
     against: str = "base"
 
+    def __post_init__(self):
+        if self.claim and self.claim not in CLAIMS:
+            raise ValueError(f"{self.name}: its claim {self.claim!r} is none of CLAIMS, so no table would show it")
+
     @property
     def seeds(self):
         """With how many seeds it is tried, from 0 on: more for the main claims, and where seeds differ most."""
@@ -48,7 +52,8 @@ class Arm:
         return {"settings": self.settings, "config": self.config, "trick": self.trick}
 
     def prepare(self, model):
-        """Do the arm's trick to a model, in place."""
+        """Do the arm's trick to a model, in place: at the start of each stage, and again to the trained model that is
+        measured. So a trick may freeze parameters and register hooks (see fast.simplify), but not set values."""
         TRICKS[self.trick](model)
 
 

@@ -224,7 +224,8 @@ def code_version():
 
 def read_results(path=RESULTS):
     """The rows of the results file, {(budget, arm, rate, seed): row}. Left out are rows of arms and budgets that are
-    defined differently today, and lines that a killed process has cut."""
+    defined differently today, and lines that a killed process has cut. Rows of older code count: whoever changes what
+    an arm computes renames it, or removes its rows."""
     rows = {}
     lines = path.read_text().splitlines() if path.exists() else []
     for line in lines:
@@ -243,6 +244,9 @@ def is_of_today(row):
     if arm is None or budget is None or row["expressions"] != budget.expressions:
         return False
     now = json.loads(json.dumps(arm.definition()))  # lists for tuples
+    if weights_then := row["settings"].get("loss_weights"):  # a loss that is newer than the row was not in it
+        newer = now["settings"].get("loss_weights", {}).keys() - weights_then.keys()
+        row = row | {"settings": row["settings"] | {"loss_weights": weights_then | dict.fromkeys(newer, 0.0)}}
     return now == {name: row[name] for name in now}
 
 

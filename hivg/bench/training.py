@@ -62,7 +62,7 @@ def photo_sample(path):
     """A JPEG of COCO's usual size with a photograph's worth of detail."""
     noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
     Image.fromarray(noise).resize((640, 480), Image.BICUBIC).save(path, quality=90)
-    return Sample(path, "the dog", (100.0, 100.0, 400.0, 320.0), None, path.name)
+    return Sample(path, "the dog", (100.0, 100.0, 400.0, 320.0), None, path.name, own=False)
 
 
 def bench_step(args):

@@ -93,6 +93,11 @@ class SampleTensors(Dataset):
         data set's outline, or the box if a sample has none. "auto": the outline in people's own data, else the box."""
         if masks not in MASKS:
             raise ValueError(f"masks must be one of {', '.join(MASKS)}, not {masks!r:.60}")
+        for sample in samples:
+            xmin, ymin, xmax, ymax = sample.box
+            if not (xmax > xmin and ymax > ymin):
+                raise ValueError(f"{shown(sample.image, 150)}: its box {sample.box} has no area; boxes are (xmin, "
+                                 "ymin, xmax, ymax)")
         self.samples = samples
         self.masks = masks
         self.size = size
@@ -230,7 +235,9 @@ def training_batches(dataset, first_item, batch_size, batches, start=0, workers=
                      tokenizer=None):
     """This rank's share of batches `start`..`batches` - 1 of an endless split.
 
-    Batch k always holds the same items, counted from first_item, so a resumed run continues exactly where it was.
+    Batch k always holds the same items, counted from first_item, so a resumed run continues exactly where it was. One's
+    own loop takes this in place of a DataLoader, which would repeat the augmentation from epoch to epoch; of samples
+    from files, `dataset` is one with `augment`.
     workers: number of processes that prepare the batches, -1 = automatic. device: the one they are for. tokenizer: if
     given, the workers tokenise the texts. Raises ValueError unless batch_size is a multiple of the ranks times the rows
     of an item.

@@ -56,7 +56,7 @@ def calibration_of(info, path="the weights file"):
     ab = info.get("score_calibration")
     if ab is None:
         return None
-    is_pair = isinstance(ab, list) and len(ab) == 2 and all(type(value) in (int, float) for value in ab)
+    is_pair = isinstance(ab, list | tuple) and len(ab) == 2 and all(type(value) in (int, float) for value in ab)
     if not is_pair or not all(abs(value) < LARGEST for value in ab) or ab[0] <= 0:  # NaN is not < LARGEST
         raise ValueError(f"{shown(path)}: its score calibration {quoted(ab)} is not two finite numbers, the first "
                          "above 0; calibrate it again (python -m hivg.evaluate --calibrate)")

@@ -11,7 +11,8 @@ from hivg.data.batches import to_device
 def predict(model, batches, device="cpu", expressions=None, progress=None, masks=False):
     """Ground every row of the batches -> list of {"image", "expression", "kind", "image_id", "box", "target", "iou",
     "score"}, boxes (xmin, ymin, xmax, ymax) floats in the original image's pixels. The model keeps its mode. For an
-    expression that is true of nothing, target is None and iou 0.0. "detail" is added where there is one (Expression).
+    expression that is true of nothing, target is None and iou 0.0: accuracies are those of `metrics.present(rows)`. The
+    score is not calibrated. "detail" is added where there is one (Expression).
 
     expressions: texts to use in place of the batches' own, in their order. progress: called with the number of rows
     done. masks: add "mask_iou", on the model's square, to the rows that have a mask. Raises ValueError for a model
@@ -33,7 +34,8 @@ def predict(model, batches, device="cpu", expressions=None, progress=None, masks
 
 def predict_batch(model, batch, texts, device, masks):
     """The rows of `predict` for one batch."""
-    on_device = to_device(batch | {"token_ids": model.tokenizer(texts)}, model.tokenizer, device)
+    of_model = {"token_ids": model.tokenizer(texts), "normalization": model.config.normalization}
+    on_device = to_device(batch | of_model, model.tokenizer, device)
     with_mask = masks and bool(batch["has_mask"].any())
     output = model(on_device["images"], on_device["padding_mask"], on_device["token_ids"], with_mask=with_mask)
     boxes, scores = model.boxes_and_scores(output)

@@ -10,6 +10,7 @@ from hivg import lora
 from hivg.clip import CLIPConfig
 from hivg.utils.messages import quoted
 
+# The range of a new setting that is a number goes in here; otherwise it is 1 to MAX_SIZE.
 MAX_SIZE = 10**7  # of any width, number of tokens, ..
 MAX_LAYERS = 1000
 LEAST = {"stage": 0, "lora_alpha": 0, "dropout": 0, "lora_dropout": 0, "context_length": 2}  # others: 1

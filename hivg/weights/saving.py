@@ -10,6 +10,7 @@ from hivg.fast import JoinedAttention
 from hivg.model import HiVG
 from hivg.utils.files import write_whole
 from hivg.utils.messages import shown
+from hivg.weights.check_config import check_config
 
 INSTALLED = Path(__file__).parents[1] / "bundled"  # where an installed package has the bundled files (pyproject.toml)
 REPOSITORY = Path(__file__).parents[2] / "weights"
@@ -23,13 +24,18 @@ def bundled(name):
 def save(path, model, info=None, dtype=None):
     """Write a CLIP or a HiVG, with its tokenizer (`model.tokenizer`), to `path`. The file appears whole or not at all.
 
-    info: plain data kept beside the weights, e.g. the accuracy. dtype: the dtype to store the tensors in (they load as
-    float32); by default the model's own. Raises OSError, one line with the file, if it cannot be written, and
-    ValueError for a model of `HiVG.for_prediction`, whose products are joined.
+    info: plain data kept beside the weights, e.g. the accuracy; by default the model's own (`model.info`). Of a model
+    that was trained further, leave out the old `score_calibration`. dtype: the dtype to store the tensors in (they load
+    as float32); by default the model's own. Raises OSError, one line with the file, if it cannot be written, and
+    ValueError for a model of `HiVG.for_prediction`, whose products are joined, and for one whose configuration could
+    not be read again (check_config.py).
     """
     if any(isinstance(module, JoinedAttention) for module in model.modules()):
         raise ValueError(f"{shown(path)}: the model was made for prediction; save the one that it was made from")
     tensors = {name: t.to("cpu", dtype or t.dtype).contiguous() for name, t in model.state_dict().items()}
+    check_config(model.config, len(tensors))
+    if info is None:
+        info = getattr(model, "info", None)
     metadata = {
         "format": "pt",
         "kind": "hivg" if isinstance(model, HiVG) else "clip",

@@ -17,7 +17,7 @@ import train
 from hivg import weights
 from hivg.ablate import runs
 from hivg.ablate.__main__ import main
-from hivg.ablate.arms import BY_NAME
+from hivg.ablate.arms import BY_NAME, Arm
 from hivg.ablate.charts import plot_attention, plot_differences
 from hivg.ablate.report import comparisons, mixing_table, report, runs_of
 from hivg.ablate.runs import RESULTS, Budget, best_lr, code_version, missing, next_lr, pack, read_results, unpack
@@ -167,6 +167,23 @@ def test_results_of_an_arm_that_was_defined_differently_do_not_count(small):
     fake(small, {"base": 0.9, "lora vanilla": 0.9})
     small.write_text(small.read_text().replace('"vanilla"', '"shared"'))
     assert {key[1] for key in read_results(small)} == {"base"}
+
+
+def test_a_new_loss_leaves_older_results_as_they_are(small):
+    """It had no weight in them."""
+    fake(small, {"no hints": 0.9})
+    rows = [json.loads(line) for line in small.read_text().splitlines()]
+    for row in rows:
+        assert row["settings"]["loss_weights"].pop("reg_attention") == 0
+    small.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(read_results(small)) == len(rows)
+    small.write_text(small.read_text().replace('"giou": 2.0', '"giou": 1.0'))
+    assert not read_results(small)
+
+
+def test_a_claim_that_no_table_shows_is_refused():
+    with pytest.raises(ValueError, match="'mine' is none of CLAIMS"):
+        Arm("gated", "mine", "a gate")
 
 
 def test_a_run_of_an_arm_that_was_defined_differently_is_not_resumed():

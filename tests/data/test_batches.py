@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -41,7 +42,7 @@ ROWS = {  # the keys of a row: shape and type of the tensors, None for lists
 
 def make_samples(folder, n=10):
     Image.new("RGB", (40, 30), "red").save(folder / "a.png")
-    return [Sample(folder / "a.png", f"cup {i}", (10.0, 10.0, 30.0, 20.0), None, "a.png") for i in range(n)]
+    return [Sample(folder / "a.png", f"cup {i}", (10.0, 10.0, 30.0, 20.0), None, "a.png", False) for i in range(n)]
 
 
 @pytest.mark.parametrize("kind", ["shapes", "shapes-wide", "samples", "augmented"])
@@ -116,6 +117,13 @@ def test_only_training_is_augmented_and_harder(tmp_path):
         assert usual.plain == usual.reframe == 0
     harder = open_dataset("shapes-wide", "train", 32, train=True, hard_mix=True).shapes
     assert {name: getattr(harder, name) for name in HARD_MIX["shapes-wide"]} == HARD_MIX["shapes-wide"]
+
+
+def test_a_box_in_another_form_is_refused(tmp_path):
+    samples = make_samples(tmp_path, 1)
+    samples.append(replace(samples[0], box=(30.0, 10.0, 8.0, 12.0)))  # x, y, width, height
+    with pytest.raises(ValueError, match="a.png: its box .* has no area; boxes are"):
+        SampleTensors(samples, 32)
 
 
 def test_a_data_set_without_samples_is_refused(tmp_path, capsys):

@@ -38,6 +38,13 @@ def batches(batch_size=64, split="val"):
 # --- predictions ---
 
 
+def test_images_are_normalised_as_the_model_needs_them(model, monkeypatch):
+    """Whatever the data set was opened with."""
+    right = evaluate.predict(model, batches())
+    other = evaluation_batches(ShapesTensors("val", 64, "imagenet"), 64)
+    assert model.config.normalization == "clip" and evaluate.predict(model, other) == right
+
+
 @pytest.mark.parametrize("split", ["val", "testB"])
 def test_every_expression_has_its_row(model, split):
     rows = evaluate.predict(model, batches(split=split))

@@ -40,7 +40,7 @@ class Sample:
     segmentation: list | dict | None  # COCO polygons and RLEs in a list, or an RLE with size and counts
     image_id: str  # the image's file name, shared by the published data sets; in people's own data its path, with the
     # links to its folder resolved
-    own: bool = False  # people's own data: pixels are those of the upright image (EXIF)
+    own: bool  # people's own data: pixels are those of the upright image (EXIF), and outlines are the masks' targets
 
     def mask(self, height, width):
         """(height, width) bool array of the segmentation, or None. Raises ValueError (masks.mask_of)."""
