@@ -153,7 +153,7 @@ def json_rows(text, image_folder):
             raise
         data = None  # lines
     if isinstance(data, dict) and {"images", "annotations"} <= data.keys():
-        data = mdetr_records(data)
+        data = mdetr_records(data, own=image_folder is None)
     if isinstance(data, dict) and data and all(isinstance(part, list) for part in data.values()):
         records = [(f"row {n}", split, record) for split, part in data.items() for n, record in enumerate(part, 1)]
     elif isinstance(data, list):
@@ -173,18 +173,19 @@ def json_rows(text, image_folder):
     return [row for record in records for row in record_rows(*record, image_folder)]
 
 
-def mdetr_records(data):
-    """MDETR: one record of a COCO image for each expression, with one annotation. Others: one for each annotation. A
-    caption about several boxes, each of a part of it, is no expression, and its record is one that is left out."""
+def mdetr_records(data, own):
+    """MDETR: one record of a COCO image for each expression, with one annotation (the first counts). Others: one for
+    each annotation. In people's own data, a caption about several boxes, each of a part of it, is no expression, and
+    its record is one that is left out."""
     annotations = defaultdict(list)
     for annotation in data["annotations"]:
         annotations[annotation["image_id"]].append(annotation)
     records = []
     for image in data["images"]:
-        own = annotations[image["id"]] or [{}]
-        if "caption" in image and len(own) > 1:
-            own = [{"bbox": f"one caption for {len(own)} boxes"}]
-        records += [{**annotation, **image} for annotation in own]
+        found = annotations[image["id"]] or [{}]
+        if "caption" in image and len(found) > 1:
+            found = [{"bbox": f"one caption for {len(found)} boxes"}] if own else found[:1]
+        records += [{**annotation, **image} for annotation in found]
     return records
 
 
