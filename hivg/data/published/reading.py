@@ -233,7 +233,7 @@ class RowCheck:
             parent, name = os.path.split(place)
             real, names = self.names_in(parent)
             normal = unicodedata.normalize("NFC", name)
-            if normal not in names and os.path.isfile(place):  # in other letters on Windows, or a folder kept to itself
+            if normal not in names and os.path.isfile(place):  # of a folder that ignores case, or cannot be listed
                 real, names = os.path.realpath(parent), {normal: name}
             if normal in names:
                 image_id = os.path.join(real, normal)
