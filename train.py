@@ -227,7 +227,7 @@ def first_item_of(s: Settings, table, number, rows, one_stream):
 
 @torch.no_grad()
 def validate(s: Settings, dataset, model, device):
-    """-> {"accuracy": Acc@0.5 of `val`, by which the best state of a stage is kept, "mean_iou": ..}."""
+    """-> {"accuracy": Acc@0.5 of `val`, by which the best state of a stage is kept, "mean_iou": .. for ties}."""
     batches = evaluation_batches(dataset, 64, s.workers, distributed.rank(), distributed.world_size(), device)
     rows = distributed.gather_rows(predict(model, batches, device))  # every sample once, however many ranks
     ious = [row["iou"] for row in present(rows)]
@@ -240,11 +240,12 @@ def info_of(s: Settings, stage, scores):
 
 
 def keep_best(s: Settings, dataset, model, device, path, best):
-    """Validate, and write the model to `path` unless an earlier one was better -> (scores, best)."""
+    """Validate, and write the model to `path` unless an earlier one was better, of equal accuracy by its mean IoU ->
+    (scores, best)."""
     scores = validate(s, dataset, model, device)
     is_better = scores["accuracy"] > best
-    if scores["accuracy"] == best:  # usual where `val` is small
-        is_better = scores["mean_iou"] >= weights.load_hivg(path).info.get("mean_iou", 0)
+    if scores["accuracy"] == best and distributed.rank() == 0:  # usual where `val` is small
+        is_better = scores["mean_iou"] >= weights.read(path).info.get("mean_iou", 0)
     if is_better and distributed.rank() == 0:
         weights.save(path, model, info_of(s, path.stem, scores))
     return scores, max(best, scores["accuracy"])

@@ -236,8 +236,8 @@ def training_batches(dataset, first_item, batch_size, batches, start=0, workers=
     """This rank's share of batches `start`..`batches` - 1 of an endless split.
 
     Batch k always holds the same items, counted from first_item, so a resumed run continues exactly where it was. One's
-    own loop takes this in place of a DataLoader, which would repeat the augmentation from epoch to epoch; of samples
-    from files, `dataset` is one with `augment`.
+    own loop takes this in place of a DataLoader, which would repeat the augmentation from epoch to epoch. A `dataset`
+    of SampleTensors needs `augment`, which makes it endless.
     workers: number of processes that prepare the batches, -1 = automatic. device: the one they are for. tokenizer: if
     given, the workers tokenise the texts. Raises ValueError unless batch_size is a multiple of the ranks times the rows
     of an item.

@@ -38,7 +38,7 @@ def batches(batch_size=64, split="val"):
 # --- predictions ---
 
 
-def test_images_are_normalised_as_the_model_needs_them(model, monkeypatch):
+def test_images_are_normalised_as_the_model_needs_them(model):
     """Whatever the data set was opened with."""
     right = evaluate.predict(model, batches())
     other = evaluation_batches(ShapesTensors("val", 64, "imagenet"), 64)

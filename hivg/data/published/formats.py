@@ -225,10 +225,10 @@ def name_splits(rows, folder):
         files = {row.file: os.path.abspath(folder / one_spelling(row.file)).split(os.sep)
                  for row in rows if isinstance(row.file, str)}
         shared = len(os.path.commonprefix([parts[:-1] for parts in files.values()]))  # folders of all images
-        files = {file: "/".join(parts[shared:]) for file, parts in files.items()}
-        val = val_images(files.values())
+        names = {file: "/".join(parts[shared:]) for file, parts in files.items()}
+        val = val_images(names.values())
         for row in rows:
-            row.split = "val" if isinstance(row.file, str) and files[row.file] in val else "train"
+            row.split = "val" if isinstance(row.file, str) and names[row.file] in val else "train"
         return
     for row in rows:
         if row.split:
