@@ -167,6 +167,21 @@ def test_closeness_can_be_asked_for_alone():
     assert found == words
 
 
+@pytest.mark.parametrize(("kind", "words"), [
+    ("medium", ("medium", "medium-sized", "mid-sized", "middle-sized")), ("closeness", ("closest", "furthest", "between")),
+    ("late", ("third", "fourth", "fifth", "sixth"))])
+def test_what_is_learned_last_can_be_asked_for_alone(kind, words):
+    dataset = Shapes("train", wide=True, weights={kind: 1.0})
+    spoken = [(scene, e) for scene, made in map(dataset.scene, range(50)) for e in made]
+    for scene, expression in spoken:
+        assert Listener(scene, expression.text).referents() == [expression.target], expression.text
+        if kind == "medium":
+            assert any(word in expression.text for word in words), expression.text
+            assert {obj.size for obj in scene.objects} == set(SIZES)
+    text = " ".join(e.text for _, e in spoken)
+    assert all(f"{word} " in text for word in words)
+
+
 def test_counting_asks_for_ordinals_that_do_not_mean_the_last():
     """A model may hear "the third" as "the last", which is right where there are three."""
     dataset = Shapes("train", weights={"counting": 1.0})

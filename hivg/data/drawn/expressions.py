@@ -14,7 +14,7 @@ from hivg.data.drawn.phrases import ALL, COLOUR, FILL, PLAIN, SHAPE, SIZE, attri
 
 KINDS = ("attribute", "superlative", "ordinal", "relation", "conjunction")
 KIND_OF = {  # of what is asked for, else itself
-    "closeness": "relation", "counting": "ordinal", "late": "ordinal", "beyond": "absent rank"}
+    "closeness": "relation", "counting": "ordinal", "late": "ordinal", "beyond": "absent rank", "medium": "attribute"}
 MAX_WORDS = 15
 NOTHING = -1  # the target of an expression that is true of no object
 MARGIN = 0.06  # a target is at least this much further left, higher, ..., in units of the image's long side

@@ -29,6 +29,7 @@ ASKED = ("where is {}?", "where is {}", "where's {}?", "find {}", "find {} pleas
 WIDE_FORMS = FORMS | {
     "superlative": (*FORMS["superlative"], "large", "small", "corner", "corner"),
     "ordinal": (None,), "counting": (None,), "late": (None,), "beyond": (None,),  # of the scene's row
+    "medium": (None,), "closeness": (*FORMS["closeness"], "between"),
     "negation": (COLOUR, COLOUR, FILL, SHAPE, SIZE),
     "absent": ("thing", "thing", "thing", "anchor", "anchor", "anchor", "side", "not"),
 }
@@ -86,6 +87,15 @@ class WideSpeaker(Speaker):
         elif style < 0.1:
             text = with_article(text.removeprefix("the "))
         return text, target
+
+    def medium(self, _):
+        """An object that only its middle size singles out, where all three sizes are seen."""
+        options = [(i, attributes) for i in self.targets if self.objects[i].size == "medium"
+                   for attributes in self.minimal[i] if attributes & SIZE]
+        if len({obj.size for obj in self.objects}) < 3 or not options:
+            return None
+        target, attributes = pick(self.rng, options)
+        return the(self.rng, self.noun(target, attributes)), target
 
     def superlative(self, which):
         return self.corner() if which == "corner" else super().superlative(which)
