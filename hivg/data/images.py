@@ -51,8 +51,6 @@ def open_image(image):
     become 8. Raises ImageError, and MemoryError, one line too, where memory runs out: an RGB image takes 4 bytes a
     pixel, 8 while it is turned; one with transparency up to 13.
     """
-    if isinstance(image, (str, os.PathLike)):
-        return _using(image, shown(image, PATH) or "''", _upright)
     if isinstance(image, Image.Image):
         with _decoding("image"):
             upright = _upright(image)
@@ -62,8 +60,8 @@ def open_image(image):
             return _upright(_of_array(image))
     if isinstance(image, io.TextIOBase):
         raise ImageError('file object: is open for text; open it for reading bytes, mode "rb"')
-    if hasattr(image, "read"):
-        return _using(image, "file object", _upright)
+    if isinstance(image, (str, os.PathLike)) or hasattr(image, "read"):
+        return _using(image, _upright)
     raise ImageError(f"{type(image).__name__}: give a path, a PIL image, an open file or an array")
 
 
@@ -74,12 +72,12 @@ def open_published(path):
         image.load()
         return _plain(image, image.im if image.mode == "RGB" else image.convert("RGB").im)
 
-    return _using(path, shown(path, PATH), as_rgb)
+    return _using(path, as_rgb)
 
 
 def stored_size(path):
     """(width, height) from an image file's header. Raises ImageError."""
-    return _using(path, shown(path, PATH), lambda image: image.size)
+    return _using(path, lambda image: image.size)
 
 
 def upright_size(path):
@@ -97,7 +95,7 @@ def upright_size(path):
             return image.size[::-1] if turn_of(image) in SIDEWAYS else image.size
         return _upright(image).size
 
-    return _using(path, shown(path, PATH), size)
+    return _using(path, size)
 
 
 @contextmanager
@@ -117,10 +115,11 @@ def _decoding(name):
                              "copy or download it again") from None
 
 
-def _using(file, name, use):
+def _using(file, use):
     """use(the PIL image of a path or file object, its pixels not read yet). A file that fails is tried again without
-    what lies beside its pixels. Raises ImageError or MemoryError, which begin with `name`."""
+    what lies beside its pixels. Raises ImageError or MemoryError, which begin with the path."""
     is_path = isinstance(file, (str, os.PathLike))
+    name = (shown(file, PATH) or "''") if is_path else "file object"
     try:
         with _decoding(name), _opened(Path(file) if is_path else file, name) as image:
             return use(image)
