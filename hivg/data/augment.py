@@ -42,8 +42,7 @@ def crop_around(rng, box, width, height):
     It contains the centre of the box (4,) xyxy, which lies within the image, and at least half of the box's area; its
     sides are CROP..1 of the image's. The whole image, if none of CROP_TRIES does.
     """
-    low = np.asarray(box[:2], dtype=float)  # (2,) x, y
-    high = np.asarray(box[2:], dtype=float)
+    low, high = np.asarray(box, dtype=float).reshape(2, 2)  # (2,) x, y each
     centre = (low + high) / 2
     sides = np.array([width, height])
     for _ in range(CROP_TRIES):
@@ -108,6 +107,4 @@ class Augment:
 
 def clip_box(box, crop):
     """(4,) xyxy -> (4,) float32 tensor, clipped to a part (x0, y0, x1, y1) of the image."""
-    x0, y0, x1, y1 = crop
-    box = torch.as_tensor(box, dtype=torch.float32)
-    return torch.minimum(torch.maximum(box, torch.tensor([x0, y0, x0, y0])), torch.tensor([x1, y1, x1, y1]))
+    return torch.as_tensor(box, dtype=torch.float32).clamp(torch.tensor(crop[:2] * 2), torch.tensor(crop[2:] * 2))

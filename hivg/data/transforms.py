@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from hivg.boxes import cxcywh_to_xyxy
+
 NORMALIZATION = {  # mean and standard deviation of R, G, B in 0..1
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -118,9 +120,7 @@ class Letterbox:
 
     def boxes_to_image(self, boxes):
         """(..., 4) cxcywh in 0..1 of the square -> (..., 4) xyxy in the image's pixels, clipped to the image."""
-        centre = boxes[..., :2] * self.size  # (..., 2) in pixels of the square
-        half = boxes[..., 2:] * self.size / 2
-        corners = torch.cat([centre - half, centre + half], -1)  # (..., 4) xyxy
+        corners = cxcywh_to_xyxy(boxes * self.size)  # (..., 4) xyxy in pixels of the square
         offset = torch.tensor(self.corner * 2, device=boxes.device)
         corners = (corners - offset) / self.scale  # in the image's pixels
         limit = torch.tensor([self.width, self.height] * 2, device=boxes.device)
