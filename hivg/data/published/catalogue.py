@@ -112,9 +112,7 @@ def annotation_files(data_root, dataset, annotations=None):
                              "as the data set, or another file")
         return [(file.stem if file.stem in published.counts else split, file)]
     top = Path(annotations or data_root)
-    folders = []
-    for name in published.names:
-        folders += [top / name, top / "refer" / name, top / "annotations" / name]
+    folders = [top / parent / name for name in published.names for parent in ("", "refer", "annotations")]
     files = []
     for folder in [top, *folders] if annotations else [*folders, top]:
         try:

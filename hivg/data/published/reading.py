@@ -143,21 +143,17 @@ def is_own(dataset):
 
 
 def read_dataset(data_root, dataset, split, annotations=None):
-    """(path, rows) of the annotation file of a split, which may hold other splits too."""
-    path = annotation_path(data_root, dataset, split, annotations)
-    return path, read_rows(path, dataset if is_own(dataset) else canonical(dataset))
-
-
-def annotation_path(data_root, dataset, split, annotations=None):
-    """The annotation file of a split. Raises ValueError if there is none."""
+    """(path, rows) of the annotation file of a split, which may hold other splits too. Raises ValueError."""
     if is_own(dataset):
         refuse_annotations(dataset, annotations)
         path = Path(dataset)
         if not os.path.isfile(path):  # unlike path.is_file(), False for a name that no file can have
             raise ValueError(f"{shown(path)}: there is no such file; give a .jsonl or .json file, or the name of a "
                              "data set")
-        return path
-    return find_file(data_root, canonical(dataset), split, annotations)
+    else:
+        dataset = canonical(dataset)
+        path = find_file(data_root, dataset, split, annotations)
+    return path, read_rows(path, dataset)
 
 
 def refuse_annotations(dataset, annotations):
