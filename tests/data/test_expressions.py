@@ -168,8 +168,8 @@ def test_closeness_can_be_asked_for_alone():
 
 
 @pytest.mark.parametrize(("kind", "words"), [
-    ("medium", ("medium", "medium-sized", "mid-sized", "middle-sized")), ("closeness", ("closest", "furthest", "between")),
-    ("late", ("third", "fourth", "fifth", "sixth"))])
+    ("medium", ("medium", "medium-sized", "mid-sized", "middle-sized")),
+    ("closeness", ("closest", "furthest", "between")), ("late", ("third", "fourth", "fifth", "sixth"))])
 def test_what_is_learned_last_can_be_asked_for_alone(kind, words):
     dataset = Shapes("train", wide=True, weights={kind: 1.0})
     spoken = [(scene, e) for scene, made in map(dataset.scene, range(50)) for e in made]
