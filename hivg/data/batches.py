@@ -36,6 +36,7 @@ class ShapesTensors(Dataset):
     """A split of the drawn world as tensors: item i is scene i, with a row for each of its expressions."""
 
     rows = EXPRESSIONS_PER_SCENE  # of an item
+    samples = ()  # of files: none
     texts = {"token_ids": "expressions"}  # {name of the token ids: name of their texts}
 
     def __init__(self, split, size, normalization="clip", seed=0, wide=False, **mix):
@@ -204,22 +205,20 @@ def open_dataset(dataset, split, size, normalization="clip", seed=0, data_root=D
 
 def fingerprint(*datasets):
     """A number that other samples, in another order or with other boxes, do not have; drawn data have none to tell."""
-    samples = [(sample.image.name, sample.expression, sample.box)
-               for dataset in datasets for sample in getattr(dataset, "samples", ())]
+    samples = [(sample.image.name, sample.expression, sample.box) for dataset in datasets for sample in dataset.samples]
     return zlib.crc32(repr(samples).encode())
 
 
 def count_cut(dataset, tokenizer):
     """How many expressions of samples from files have more tokens than the tokenizer keeps."""
-    texts = [sample.expression for sample in getattr(dataset, "samples", ())]
+    texts = [sample.expression for sample in dataset.samples]
     long = [text for text in texts if len(text.encode(errors="replace")) > tokenizer.room]  # a token has a byte or more
     return sum(len(tokenizer.encode(text)) > tokenizer.room for text in long)
 
 
 def count_shared(dataset, other):
     """How many images two data sets of samples from files share."""
-    first, second = ({sample.image for sample in getattr(each, "samples", ())} for each in (dataset, other))
-    return len(first & second)
+    return len({sample.image for sample in dataset.samples} & {sample.image for sample in other.samples})
 
 
 def collate(items):
@@ -255,8 +254,8 @@ def training_batches(dataset, first_item, batch_size, batches, start=0, workers=
 def evaluation_batches(dataset, batch_size=64, workers=0, rank=0, world_size=1, device=CPU):
     """The whole split, every row once, in order; with several ranks every world_size-th batch."""
     items = max(1, batch_size // dataset.rows)
-    firsts = range(rank * items, len(dataset), world_size * items)
-    order = [range(first, min(first + items, len(dataset))) for first in firsts]
+    indices = range(len(dataset))
+    order = [indices[first : first + items] for first in indices[rank * items :: world_size * items]]
     return make_loader(dataset, order, workers, device)
 
 
@@ -298,8 +297,8 @@ def make_loader(dataset, order, workers, device, tokenizer=None):
     batch_bytes = max(map(len, order), default=0) * dataset.rows * 5 * dataset.size**2
     workers = choose_workers(workers, device, batch_bytes)
     # a generator of its own: the loader must not draw from the training's random numbers
-    loader = DataLoader(Batches(dataset, order, tokenizer), batch_size=None, collate_fn=unchanged,
-                        num_workers=workers, worker_init_fn=end_with_a_lost_batch, generator=torch.Generator(),
+    loader = DataLoader(Batches(dataset, order, tokenizer), batch_size=None, num_workers=workers,
+                        worker_init_fn=end_with_a_lost_batch, generator=torch.Generator(),
                         pin_memory=device.type == "cuda")  # lets a GPU copy in the background
     try:
         if workers:  # as many pipes and semaphores as the loader will make, which prints a traceback if it cannot
@@ -345,10 +344,6 @@ class Batches(Dataset):
             for name, texts in self.dataset.texts.items():
                 batch[name] = self.tokenizer(batch[texts])  # (B, T)
         return batch
-
-
-def unchanged(batch):
-    return batch
 
 
 def to_device(batch, tokenizer, device):
