@@ -62,6 +62,7 @@ def arguments():
     parser.add_argument("--workers", type=int, default=-1, help="processes that read images; default: -1 = automatic")
     add_machine_flags(parser)
     args = parser.parse_args()
+    args.outputs = list(filter(None, (args.per_sample, args.sheet, args.calibrate)))
     if not 1 <= args.batch_size <= 4096:
         parser.error(f"--batch_size must be from 1 to 4096, not {quoted(args.batch_size)}")
     if not -1 <= args.workers <= 256:
@@ -70,7 +71,7 @@ def arguments():
         parser.error(f"--data_root {shown(args.data_root)}: there is no such folder; name the one with the data sets")
     if args.calibrate and not args.calibrate.endswith(".safetensors"):
         parser.error(f"--calibrate {shown(args.calibrate)}: it writes a weights file; name it OUT.safetensors")
-    if args.compare and (args.per_sample or args.sheet or args.calibrate):
+    if args.compare and args.outputs:
         parser.error("--compare writes no file; leave out --per_sample, --sheet and --calibrate")
     if args.dataset in DRAWN and args.split and args.split not in drawn[args.dataset]:
         parser.error(f"{args.dataset} has no split {quoted(args.split)} to evaluate on; it has "
@@ -81,16 +82,14 @@ def arguments():
 
 def check_outputs(args):
     """Raises ValueError, before any work, for a file that cannot be written or would replace one that is read."""
-    outputs = [path for path in (args.per_sample, args.sheet, args.calibrate) if path]
     read_from = located(args.weights)
-    names = list(map(os.path.realpath, outputs))
-    for path in outputs:
+    names = list(map(os.path.realpath, args.outputs))
+    for path in args.outputs:
         if Path(path).is_fifo():  # whoever reads it takes the first end for the end of the file
             continue
         is_new = not os.path.exists(path)
         try:
-            with open(path, "ab"):  # keeps the content
-                pass
+            open(path, "ab").close()  # keeps the content
         except OSError as error:
             raise ValueError(f"{shown(path)}: cannot be written ({error.strerror}); name a file in an existing "
                              "folder") from None
@@ -108,7 +107,7 @@ def check_outputs(args):
 
 def refuse_to_replace_data(args):
     """Raises ValueError for a file to be written that is an annotation file, or an image of any split that it holds."""
-    outputs = [path for path in (args.per_sample, args.sheet, args.calibrate) if path and os.path.exists(path)]
+    outputs = list(filter(os.path.exists, args.outputs))
     if not outputs:
         return
     advice = "name another file to write"

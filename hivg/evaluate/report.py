@@ -76,7 +76,7 @@ def accuracy_lines(rows, is_calibrated):
 
 def grouped(rows, key):
     """{value: its rows}, of the rows that have one; the kinds in the order of KINDS, others in that of the alphabet."""
-    groups = {value: [] for value in KINDS} if key == "kind" else {}
+    groups = {value: [] for value in KINDS}
     for row in sorted(rows, key=lambda row: row.get(key, "")):
         groups.setdefault(row.get(key, ""), []).append(row)
     return {value: group for value, group in groups.items() if value and group}
