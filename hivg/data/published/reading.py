@@ -352,8 +352,7 @@ def checked_segmentation(value, width, height, file):
             except (TypeError, ValueError, OverflowError) as error:
                 damage = error
         parts = [part for part in parts if part is not None]
-        if len(parts) > 1:
-            check_size([part for part in parts if not isinstance(part, dict)])
+        check_size([part for part in parts if not isinstance(part, dict)])
     except ValueError as error:
         parts, damage = [], error
     if damage and not parts:
