@@ -183,10 +183,7 @@ def caption(scene, rng, words=PLAIN):
     colours nearly always do, the caption teaches nothing about the others.
     """
     objects = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
-    attributes = SHAPE
-    for attribute in (SIZE, FILL, COLOUR):
-        if rng.random() < 0.4:
-            attributes |= attribute
+    attributes = SHAPE | sum(attribute for attribute in (SIZE, FILL, COLOUR) if rng.random() < 0.4)
     style = pick(rng, ("plain", "plain", "places", "relative"))
     names = [indefinite(rng, obj, attributes, words) for obj in objects]
     parts = names
@@ -205,7 +202,5 @@ def caption(scene, rng, words=PLAIN):
 def object_phrases(scene, rng, words=PLAIN):
     """A phrase for each object, "a red star", true of it and perhaps of others -> (phrases, the set of attributes that
     each names)."""
-    named = []
-    for _ in scene.objects:
-        named.append(sum(attribute for attribute, chance in NAMED.items() if rng.random() < chance))
+    named = [sum(attribute for attribute, chance in NAMED.items() if rng.random() < chance) for _ in scene.objects]
     return [indefinite(rng, obj, names, words) for obj, names in zip(scene.objects, named)], named

@@ -166,9 +166,8 @@ def row_scene(rng, n, held_out=None, attributes=0, shapes=WIDE_SHAPES):
     members = in_a_row(rng, members, axis, lengths, is_flat)
     if members is None:
         return None
-    others = []
-    for _ in range(int(rng.random() * min(5, MOST - n + 1))):
-        others.append(form(rng, look(False), pick(rng, mix), pick(rng, filled), unit, shades))
+    others = [form(rng, look(False), pick(rng, mix), pick(rng, filled), unit, shades)
+              for _ in range(int(rng.random() * min(5, MOST - n + 1)))]
     objects = place(rng, others, width, height, members)
     return Scene(width, height, paper, objects), Row(tuple(range(n)), axis, attributes), shades
 
