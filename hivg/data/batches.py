@@ -18,6 +18,7 @@ from hivg.data.augment import Augment
 from hivg.data.drawn.expressions import NOTHING
 from hivg.data.drawn.scenes import DRAWN, EXPRESSIONS_PER_SCENE, HARD_MIX, Shapes
 from hivg.data.images import ImageError, open_image, open_published
+from hivg.data.masks import mask_of
 from hivg.data.published.catalogue import DATA_ROOT
 from hivg.data.published.reading import read_samples, refuse_annotations
 from hivg.data.transforms import Letterbox, normalise
@@ -132,7 +133,7 @@ class SampleTensors(Dataset):
         if self.masks == "box" or (self.masks == "auto" and not sample.own):
             return None
         try:
-            return sample.mask(image.height, image.width)
+            return mask_of(sample.segmentation, image.height, image.width)
         except ValueError as error:
             raise ValueError(f"{shown(sample.image, 150)}: {shown(error, 110)}; correct its annotations") from None
 

@@ -13,12 +13,11 @@ import unicodedata
 from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import chain
 from math import isfinite
 from pathlib import Path
 
 from hivg.data.images import ImageError, ImageTooLarge, most_pixels, stored_size, upright_size
-from hivg.data.masks import check_polygons, check_size, mask_of, run_lengths
+from hivg.data.masks import check_polygons, check_size, run_lengths
 from hivg.data.published.catalogue import DATA_ROOT, NoSplit, annotation_files, canonical, find_file
 from hivg.data.published.formats import USUAL_SPLITS, read_rows
 from hivg.data.published.forms import FORMS, SLACK, four_numbers, is_odd, other_form, scale_doubt
@@ -41,10 +40,6 @@ class Sample:
     image_id: str  # the image's file name, shared by the published data sets; in people's own data its path, with the
     # links to its folder resolved
     own: bool  # people's own data: pixels are those of the upright image (EXIF), and outlines are the masks' targets
-
-    def mask(self, height, width):
-        """(height, width) bool array of the segmentation, or None. Raises ValueError (masks.mask_of)."""
-        return mask_of(self.segmentation, height, width)
 
 
 @dataclass
@@ -219,7 +214,7 @@ class RowCheck:
     def find(self, folder, file):
         """-> the path and the id of a file below a folder. Raises Problem."""
         root = self.data_root if folder is None else self.data_root / folder
-        places = chain([root / file], (root / name for name in published_names(file)))
+        places = (root / name for name in published_names(file))
         if folder is None:  # people's own: a folder that was named comes before the one beside the file
             folders = [root, self.source.parent]
             folders = folders[::-1] if str(root) == DATA_ROOT else folders
@@ -315,10 +310,11 @@ def check_expression(expression, file):
 
 
 def published_names(file):
-    """Other names under which an image of a published data set may be in its folder: the last part of a path on another
-    machine, with the suffix that a row leaves out, and by COCO's number, which may be followed by REFER's."""
+    """The names under which an image of a published data set may be in its folder: as it is written, the last part of a
+    path on another machine, with the suffix that a row leaves out, and by COCO's number, which may be followed by
+    REFER's."""
     base = file.rpartition("/")[2]
-    yield from (base, f"{base}.jpg")
+    yield from (file, base, f"{base}.jpg")
     if number := re.fullmatch(r"(?:COCO_train2014_)?(\d{1,12})(?:_\d+)?", os.path.splitext(base)[0]):
         yield f"COCO_train2014_{number[1]:0>12}.jpg"
 
