@@ -233,6 +233,11 @@ def test_a_caption_about_several_boxes_is_no_expression(tmp_path):
     assert "one caption for 3 boxes" in report.first["box that is not four numbers"]
 
 
+def test_a_split_of_null_leaves_a_row_in_its_list(tmp_path):
+    data = {split: [GOOD | {"expression": f"the {split} cup", "split": None}] for split in ("train", "val")}
+    assert [sample.expression for sample in read(tmp_path, json.dumps(data))[0]] == ["the train cup"]
+
+
 def test_half_a_character_does_not_stop_the_training(tmp_path):
     samples, _ = read(tmp_path, json.dumps(GOOD | {"expression": "the cup \ud83d"}))
     tokenizer = Tokenizer([])

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from hivg.data.drawn.phrases import pick
 
-# All darker than any background: outlines then look alike in every colour, which a small ViT learns far sooner
+# All darker than the narrower world's paper: outlines then look alike in every colour, which a small ViT learns sooner
 COLOURS = {"red": (205, 20, 30), "green": (10, 130, 45), "blue": (30, 65, 215), "brown": (125, 75, 30),
            "purple": (115, 25, 155), "orange": (240, 115, 0), "black": (18, 18, 22), "pink": (230, 70, 160)}
 SIZES = {"small": 0.22, "medium": 0.31, "large": 0.44}  # diameter / sqrt(image's area)

@@ -176,7 +176,8 @@ def relate(rng, a, b, words=PLAIN):
 
 
 def caption(scene, rng, words=PLAIN):
-    """A caption that names all objects of the scene in random order, in at most MAX_CAPTION_WORDS words.
+    """A caption that names all objects of the scene in random order; places and relations only in fewer than
+    MAX_CAPTION_WORDS words.
 
     A quarter of the captions say where in the image the objects are, a quarter where they are seen from each other. All
     name the shapes; size, fill and colour are each named by two in five: where one attribute gives the scene away, as

@@ -125,7 +125,7 @@ class Shapes:
     compose        2,000 that mean and name a pair of colour and shape that no other split shows (HELD_OUT)
     count          2,000 ordinals among four or more that do not mean the last, so they need counting
 
-    The wider world has these with `wide` (val: 2,000), and four more:
+    The wider world has these with `wide` (val: 2,000; testB: superlatives and relations), and four more:
 
     ordinal        2,000 from the first to the last of two to six
     negation       2,000 like "the star that is not red"

@@ -193,7 +193,8 @@ def record_rows(place, split, record, image_folder):
     """A row for each expression of an object of JSON."""
     if not isinstance(record, dict):
         return [Row(problem=f"not a JSON object: {quoted(record)}", place=place)]
-    split = record.get("split", split)
+    if record.get("split") is not None:
+        split = record["split"]
     if split is not None and not (isinstance(split, str) and split.strip()):
         return [Row(problem=f"the split {quoted(split)} is not a name", place=place)]
     image_key = next((key for key in IMAGE_KEYS if record.get(key) is not None), "image")
