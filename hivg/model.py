@@ -425,16 +425,9 @@ class HiVG(nn.Module):
 
     def with_bridge(self, kind):
         """A new model: everything in this one, which has no bridges, and fresh bridges of this kind."""
-        model = HiVG(replace(self.config, bridge=kind)).requires_grad_(False)
-        fresh = {}
-        for name, tensor in model.state_dict().items():
-            if name.startswith(("bridges.", "bridge_text_proj.")):
-                fresh[name] = tensor
-        model.load_state_dict(fresh | self.state_dict())
+        model = HiVG(replace(self.config, bridge=kind))
+        model.load_state_dict(model.state_dict() | self.state_dict())
         model.tokenizer = self.tokenizer
-        # as in __init__: CLIP is frozen; the stage before, `bridgeless`, has no adapters
-        for name, p in model.named_parameters():
-            p.requires_grad_(not name.startswith("clip."))
         return model.train(self.training)
 
     def for_prediction(self, device, dtype):
