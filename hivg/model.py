@@ -116,12 +116,10 @@ class HiVGConfig:
     text_padding: str = "masked"  # or released: the bridge masks nothing, the encoder all ids 0, see `find_text`
 
     def __post_init__(self):
-        if self.bridge not in KINDS:
-            raise ValueError(f"bridge must be one of {', '.join(KINDS)}, not {self.bridge!r:.60}")
-        if self.lora not in lora.MODES:
-            raise ValueError(f"lora must be one of {', '.join(lora.MODES)}, not {self.lora!r:.60}")
-        if self.lora_order not in lora.ORDERS:
-            raise ValueError(f"lora_order must be one of {', '.join(lora.ORDERS)}, not {self.lora_order!r:.60}")
+        for name, known in (("bridge", KINDS), ("lora", lora.MODES), ("lora_order", lora.ORDERS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r:.60}")
         self.check_layers("text_layers", 1, self.clip.text_layers)
         self.check_layers("visual_levels", 1, self.clip.vision_layers)
         self.check_layers("bridge_blocks", 0, self.clip.vision_layers - 1)
@@ -139,6 +137,11 @@ class HiVGConfig:
             raise ValueError(f"{name} must be different numbers, not {layers!r:.60}")
         if not layers and name != "bridge_blocks":
             raise ValueError(f"{name} must name a layer")
+
+    def adapted_layers(self, stage):
+        """The layers of the vision and of the text tower, counted from 1, whose adapters a stage of Hi LoRA trains."""
+        return (lora.adapted_layers(stage, self.clip.vision_layers, self.lora_groups, self.lora, self.lora_order),
+                lora.adapted_layers(stage, self.clip.text_layers, lora.TEXT_GROUPS, self.lora, self.lora_order))
 
     @classmethod
     def for_clip(cls, clip: CLIPConfig, **changes):
@@ -406,7 +409,7 @@ class HiVG(nn.Module):
         c = self.config
         if stage != c.stage + 1:
             raise ValueError(f"after stage {c.stage} comes stage {c.stage + 1}, not {stage}")
-        if not lora.adapted_layers(stage, c.clip.text_layers, lora.TEXT_GROUPS, c.lora, c.lora_order):
+        if not any(c.adapted_layers(stage)):
             raise ValueError(f"lora {c.lora!r} has no stage {stage}; for a model without adapters, first "
                              'model.config = model.config.with_lora("vanilla", rank, alpha)')
         settings = (c.lora_rank, c.lora_alpha, c.lora_dropout, c.lora, c.lora_order)

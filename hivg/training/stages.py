@@ -79,9 +79,7 @@ def stage_column(stage, model):
     """{row: text} of a stage and the model as it starts with it: schedule, bridge, adapters, trained parameters."""
     config = model.config
     has_bridge = config.bridge != "none"
-    vision_layers = lora.adapted_layers(config.stage, config.clip.vision_layers, config.lora_groups, config.lora,
-                                        config.lora_order)
-    text_layers = lora.adapted_layers(config.stage, config.clip.text_layers, lora.TEXT_GROUPS, config.lora)
+    vision_layers, text_layers = config.adapted_layers(config.stage)
     column = {
         "stage": stage.name,
         "epochs": str(stage.epochs),

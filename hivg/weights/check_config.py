@@ -40,11 +40,7 @@ def n_adapters(config):
     stages = range(1, config.stage + 1)
     if config.lora == "shared":
         stages = stages[-1:]  # the last stage trains all of them
-    layers = 0
-    for stage in stages:
-        layers += len(lora.adapted_layers(stage, config.clip.vision_layers, config.lora_groups, config.lora,
-                                          config.lora_order))
-        layers += len(lora.adapted_layers(stage, config.clip.text_layers, lora.TEXT_GROUPS, config.lora))
+    layers = sum(len(layers) for stage in stages for layers in config.adapted_layers(stage))
     return layers * len(lora.TARGETS)
 
 
