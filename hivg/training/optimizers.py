@@ -89,14 +89,12 @@ def make_optimizers(model, kind, weight_decay, rate_of=None):
     trained = [p for p in model.parameters() if p.requires_grad]
     if kind == "adamw":
         return [torch.optim.AdamW(groups(trained), weight_decay=weight_decay, fused=True)]
-    linear = set()
+    matrices = set()
     for module in model.modules():
         if isinstance(module, (torch.nn.Linear, LoRALinear)):
-            linear.update(module.parameters())
-    matrices = [p for p in trained if p in linear and p.ndim == 2]
-    rest = [p for p in trained if p not in linear or p.ndim != 2]
-    return [Muon(groups(matrices), weight_decay=weight_decay),
-            torch.optim.AdamW(groups(rest), weight_decay=weight_decay, fused=True)]
+            matrices.update(p for p in module.parameters() if p.ndim == 2)
+    return [Muon(groups(p for p in trained if p in matrices), weight_decay=weight_decay),
+            torch.optim.AdamW(groups(p for p in trained if p not in matrices), weight_decay=weight_decay, fused=True)]
 
 
 def set_learning_rate(optimizers, lr):
