@@ -43,9 +43,7 @@ def bytes_to_unicode():
     table = {byte: chr(byte) for byte in printable}
     # spaces and control characters, which a text file could not hold, borrow the characters from 256 on
     others = [byte for byte in range(256) if byte not in printable]
-    for n, byte in enumerate(others):
-        table[byte] = chr(256 + n)
-    return table
+    return table | {byte: chr(256 + n) for n, byte in enumerate(others)}
 
 
 BYTE_TO_CHAR = bytes_to_unicode()
@@ -240,9 +238,7 @@ class Tokenizer:
 
     def to_text(self):
         """The merge table as text, read back exactly by `from_text`; stored in the metadata of a weights file."""
-        lines = [HEADER]
-        for left, right in self.merges:
-            lines.append(f"{left} {right}")
+        lines = [HEADER, *(f"{left} {right}" for left, right in self.merges)]
         return "\n".join(lines) + "\n"
 
     def _word_ids(self, word):

@@ -95,15 +95,12 @@ def gain_in_iou(found, arm):
 def groups_of_test():
     """{kind or length: (n,) bool, which expressions of `test` are of it}."""
     test = Shapes("test")
-    kinds = []
-    words = []
-    for index in range(len(test)):
-        for expression in test.scene(index)[1]:
-            kinds.append(expression.kind)
-            words.append(len(expression.text.split()))
-    groups = {kind: np.array(kinds) == kind for kind in KINDS}
+    expressions = [expression for index in range(len(test)) for expression in test.scene(index)[1]]
+    kinds = np.array([expression.kind for expression in expressions])
+    words = np.array([len(expression.text.split()) for expression in expressions])
+    groups = {kind: kinds == kind for kind in KINDS}
     for name, (low, high) in LENGTHS.items():
-        groups[name] = (low <= np.array(words)) & (np.array(words) <= high)
+        groups[name] = (low <= words) & (words <= high)
     return groups
 
 

@@ -158,9 +158,8 @@ def settings_from_flags(settings, description, defaults_of=None):
     """
     parser = Parser(description=description)
     add_flags(parser, settings)
-    given = {}
-    for name, value in vars(parser.parse_args()).items():
-        given[name] = tuple(value) if isinstance(value, list) else value
+    given = vars(parser.parse_args())
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     defaults = {f.name: f.default for f in fields(settings)}
     if defaults_of and not (given.get("resume") and "name" in given):
         defaults |= defaults_of(given, settings)
