@@ -165,10 +165,10 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: CLIPConfig):
         super().__init__()
         width = config.vision_width
-        self.patch_size = config.patch_size
-        side = config.image_size // config.patch_size  # patches in a row
+        patch = config.patch_size
+        side = config.image_size // patch  # patches in a row
         # a convolution whose stride is its kernel is one linear map of each patch
-        self.conv1 = nn.Conv2d(3, width, self.patch_size, stride=self.patch_size, bias=False)
+        self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(nn.init.normal_(torch.empty(width), std=width**-0.5))
         self.positional_embedding = nn.Parameter(torch.empty(1 + side**2, width))
         if not self.positional_embedding.is_meta:  # else it has no values, and a file brings them

@@ -119,7 +119,7 @@ def hivg_config(flags, clip, others):
     return HiVGConfig(
         clip=clip, normalization="imagenet", text_padding="released", lora="none", dropout=flags.vl_dropout,
         bridge="projected" if flags.mixup_pretrain else "adaptive", bridge_blocks=() if flags.warmup else blocks,
-        text_layers=layers if flags.enable_adaptive_weights or flags.mixup_pretrain else layers[-1:], text_norm=False,
+        text_layers=layers if flags.enable_adaptive_weights else layers[-1:], text_norm=False,
         visual_levels=levels, level_norm=False, width=flags.vl_hidden_dim, encoder_layers=flags.vl_enc_layers,
         encoder_heads=flags.vl_nheads, encoder_ffn=flags.vl_dim_feedforward, rtcc_hidden=len(hidden),
     )
