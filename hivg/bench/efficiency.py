@@ -133,7 +133,6 @@ def bench_efficiency(args):
         report.row(name, f"{count / 1e9:.2f}", f"{count / work:.0%}")
     report.header("pass", "dtype", "batch size", "20 % ms", "median ms", "80 % ms", "peak MiB",
                   "expressions per second", "TFLOP/s", "of a large product")
-    charts = {}
     for dtype in dict.fromkeys((torch.float32, choose_dtype("auto", device))):
         limit = product_rate(dtype, device)
         for name, flops in zip(PASSES, (work, step_work)):
@@ -145,6 +144,5 @@ def bench_efficiency(args):
                 report.row(name, name_of(dtype), n, f"{low:.1f}", f"{median:.1f}", f"{high:.1f}", f"{peak:.0f}",
                            f"{rate:.1f}", f"{flops * rate / 1e12:.3f}", f"{flops * rate / limit:.0%}")
                 for label, y in (("expressions per second", rate), ("peak MiB", peak)):
-                    curves = charts.setdefault((name, label), {})
-                    curves.setdefault(name_of(dtype), []).append((n, y))
-    report.save(folder, "efficiency", charts)
+                    report.charts[name, label][name_of(dtype)].append((n, y))
+    report.save(folder, "efficiency")

@@ -126,7 +126,6 @@ def bench_fusion(args):
                "float32. TFLOP/s are those in the graph where there is one.")
     report.header("case", "pass", "way", "error", "20 % ms", "median ms", "80 % ms", "in a graph, ms", "peak MB",
                   "TFLOP/s", "of a large product")
-    charts = {}
     wrong = []
     for case in CASES:
         case_name = "{} K {} T {} B {} {}".format(*case)
@@ -139,8 +138,8 @@ def bench_fusion(args):
             if error.startswith("WRONG"):
                 wrong.append(case_name)
             elif (case.size, case.K) == ("ViT-B", 12) and case.types != "float32":
-                curves = charts.setdefault((f"{name}, {case.types}, ViT-B, K 12, T 77", "ms"), {})
-                curves.setdefault(way, []).append((case.B, float(times[3] or times[1])))
-    report.save(folder, "fusion", charts)
+                curves = report.charts[f"{name}, {case.types}, ViT-B, K 12, T 77", "ms"]
+                curves[way].append((case.B, float(times[3] or times[1])))
+    report.save(folder, "fusion")
     if wrong:
         raise ValueError(f"the kernel's error is more than twice plain PyTorch's in {'; '.join(wrong)}")

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -101,10 +102,11 @@ def show(name, times):
 
 
 class Report:
-    """Text and tables in Markdown, printed as they come; `save` writes them with a chart."""
+    """Text and tables in Markdown, printed as they come, and charts of what is in `charts`; `save` writes both."""
 
     def __init__(self):
         self.lines = []
+        self.charts = defaultdict(lambda: defaultdict(list))  # {(title, y label): {curve: [(batch size, y)]}}
 
     def say(self, line):
         self.lines.append(line)
@@ -118,11 +120,11 @@ class Report:
         self.row(*columns)
         self.say("| --- " * len(columns) + "|")
 
-    def save(self, folder, name, charts):
-        """FOLDER/NAME.md and, of charts {(title, y label): {curve: [(batch size, y)]}}, FOLDER/NAME.png."""
+    def save(self, folder, name):
+        """FOLDER/NAME.md and, of the charts, FOLDER/NAME.png."""
         write_whole(folder / f"{name}.md", lambda part: part.write_text("\n".join(self.lines) + "\n"))
         panels = []
-        for (title, y_label), curves in charts.items():
+        for (title, y_label), curves in self.charts.items():
             curves = {curve: sorted(points) for curve, points in curves.items()}
             panels.append(dict(title=title, x_label="batch size", y_label=y_label, curves=curves))
         plot_panels(panels, folder / f"{name}.png")
