@@ -38,10 +38,8 @@ def runs_of(rows, budget):
     found = {}
     for arm in ARMS:
         lr = best_lr(rows, budget, arm.name)
-        of_arm = {}
-        for (b, name, rate, seed), row in rows.items():
-            if b == budget and name == arm.name and rate == lr and "diverged" not in row:
-                of_arm[seed] = row
+        of_arm = {seed: row for (*run, seed), row in rows.items()
+                  if run == [budget, arm.name, lr] and "diverged" not in row}
         if of_arm:
             found[arm.name] = Runs(lr, of_arm)
     return found
@@ -51,11 +49,7 @@ def comparisons(found, split="test"):
     """[(Arm, Difference to the arm it is compared with)] in the order of CLAIMS, for the seeds that both have. The
     arms of a claim share a variance: they are alike, while an arm that barely learns differs much from seed to seed.
     A claim that was tried with one seed alone is left out, as nothing tells its spread."""
-    pairs = []
-    for arm in COMPARED:
-        seeds = shared_seeds(found, arm)
-        if seeds:
-            pairs.append((arm, seeds))
+    pairs = [(arm, seeds) for arm in COMPARED if (seeds := shared_seeds(found, arm))]
     told = {arm.claim for arm, seeds in pairs if len(seeds) > 1}
     pairs = [(arm, seeds) for arm, seeds in pairs if arm.claim in told]
     results = []

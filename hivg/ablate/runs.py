@@ -252,12 +252,8 @@ def is_of_today(row):
 
 def accuracies(rows, budget, arm):
     """{learning rate: accuracy on `val` at the end} of the runs from which the rate is chosen."""
-    found = {}
-    for lr in BUDGETS[budget].lrs:
-        row = rows.get((budget, arm, lr, CHOICE_SEED))
-        if row:
-            found[lr] = list(row["val"].values())[-1]
-    return found
+    return {lr: list(row["val"].values())[-1] for lr in BUDGETS[budget].lrs
+            if (row := rows.get((budget, arm, lr, CHOICE_SEED)))}
 
 
 def next_lr(found, lrs):
@@ -268,10 +264,7 @@ def next_lr(found, lrs):
         if lr not in found:
             return lr
     best = lrs.index(max(found, key=found.get))
-    for lr in lrs[max(0, best - 1) : best + 2]:
-        if lr not in found:
-            return lr
-    return None
+    return next((lr for lr in lrs[max(0, best - 1) : best + 2] if lr not in found), None)
 
 
 def best_lr(rows, budget, arm):
