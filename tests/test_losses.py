@@ -12,15 +12,7 @@ from safetensors.torch import load_file
 
 from hivg.boxes import box_on_grid, cxcywh_to_xyxy, iou
 from hivg.evaluate.metrics import accuracy
-from hivg.losses import (
-    LossWeights,
-    box_loss,
-    contrastive_loss,
-    dice_loss,
-    focal_loss,
-    giou_loss,
-    grounding_losses,
-)
+from hivg.losses import LossWeights, box_loss, contrastive_loss, dice_loss, focal_loss, giou_loss, grounding_losses
 
 
 def tensor(*rows):

@@ -4,15 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from makers_data import (
-    expected,
-    found,
-    make_scenes,
-    write_lines,
-    write_list,
-    write_mdetr,
-    write_refer,
-)
+from makers_data import expected, found, make_scenes, write_lines, write_list, write_mdetr, write_refer
 from PIL import Image
 
 from hivg.data.images import stored_size

@@ -16,17 +16,7 @@ import pytest
 import torch
 from makers import ROOT, raising, refusal
 from makers_data import write_shapes
-from makers_training import (
-    Killed,
-    assert_one_line,
-    assert_same_run,
-    contents,
-    flags,
-    ids,
-    kill,
-    log_of,
-    run_script,
-)
+from makers_training import Killed, assert_one_line, assert_same_run, contents, flags, ids, kill, log_of, run_script
 
 import train
 from hivg.training import checkpoint, criterion

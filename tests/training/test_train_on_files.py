@@ -8,13 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from makers import make_clip, make_hivg, make_tokenizer
-from makers_data import (
-    make_scenes,
-    write_list,
-    write_mdetr,
-    write_refer,
-    write_shapes,
-)
+from makers_data import make_scenes, write_list, write_mdetr, write_refer, write_shapes
 from makers_training import ON_CPU, log_of
 from makers_use import call
 from PIL import Image
