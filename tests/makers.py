@@ -134,6 +134,14 @@ def raising(error):
     return work
 
 
+def ended(capfd, start, *args, **options):
+    """A program in this process -> (exit code, stdout, stderr)."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        start(*args, **options)
+    return stop.value.code, *capfd.readouterr()
+
+
 def refusal(call, *args, error=ValueError, **options):
     """What the error of a call says, in one line."""
     with pytest.raises(error) as caught:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from makers import ROOT
+from makers import ROOT, ended
 from makers_weights import contents
 
 import train
@@ -103,13 +103,7 @@ def flags(s, **changes):
 def run_script(monkeypatch, capfd, *args):
     """python train.py ARGS in this process -> (exit code, stdout, stderr)."""
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
-    capfd.readouterr()
-    try:
-        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    return code, *capfd.readouterr()
+    return ended(capfd, runpy.run_path, str(ROOT / "train.py"), run_name="__main__")
 
 
 def assert_one_line(result, *words):

@@ -6,7 +6,7 @@ import sys
 import zlib
 
 import numpy as np
-import pytest
+from makers import ended
 
 from hivg.data.drawn.drawing import SIZES, Background, Object, Scene, draw
 from hivg.utils.cli import run
@@ -33,10 +33,7 @@ def make_image():
 def call(main, capfd, monkeypatch, *args):
     """A program with these flags, in this process -> (exit code, stdout, stderr)."""
     monkeypatch.setattr(sys, "argv", ["program", *map(str, args)])
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run(main)
-    return stop.value.code, *capfd.readouterr()
+    return ended(capfd, run, main)
 
 
 def assert_inside(result, width, height):

@@ -13,7 +13,7 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
-from makers import ROOT, make_clip, make_hivg, raising
+from makers import ROOT, ended, make_clip, make_hivg, raising
 from makers_use import BAD_IMAGES, TEXTS, assert_fails, make_image, write_cut
 from PIL import Image, ImageFile
 
@@ -30,13 +30,10 @@ def run(monkeypatch, capfd, tmp_path, weights_file):
     def run(*args, model=weights_file, device="cpu", warnings=False):
         command = ["ground.py", "--dtype", "float32", "--weights", model, "--device", device, *args]
         monkeypatch.setattr(sys, "argv", list(map(str, command)))
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            ground.start()
-        out, err = capfd.readouterr()
+        code, out, err = ended(capfd, ground.start)
         if not warnings:  # the tokenizer here knows only a few words
             err = "".join(line for line in err.splitlines(keepends=True) if not line.startswith("warning: "))
-        return stop.value.code, out, err
+        return code, out, err
 
     return run
 

@@ -11,16 +11,9 @@ import sys
 
 import pytest
 import torch
-from makers import ROOT
+from makers import ROOT, ended
 
 from hivg.utils.cli import Parser, choose_dtype, run
-
-
-def ended(capfd, main, **options):
-    """-> exit code, stdout, stderr."""
-    with pytest.raises(SystemExit) as stop:
-        run(main, **options)
-    return stop.value.code, *capfd.readouterr()
 
 
 def raising(error):
@@ -40,16 +33,16 @@ def test_flags_with_hyphens(monkeypatch):
 
 
 def test_exit_code(capfd):
-    assert ended(capfd, lambda: None) == (0, "", "")
-    assert ended(capfd, lambda: 1) == (1, "", "")
+    assert ended(capfd, run, lambda: None) == (0, "", "")
+    assert ended(capfd, run, lambda: 1) == (1, "", "")
 
 
 def test_what_went_wrong_is_one_line(capfd):
-    assert ended(capfd, raising(ValueError("a.png: no\nimage"))) == (2, "begun\n", "error: a.png: no image\n")
-    assert ended(capfd, raising(PermissionError("no luck"))) == (2, "begun\n", "error: no luck\n")
-    assert ended(capfd, raising(PermissionError(13, "Permission denied", "runs"))) == (
+    assert ended(capfd, run, raising(ValueError("a.png: no\nimage"))) == (2, "begun\n", "error: a.png: no image\n")
+    assert ended(capfd, run, raising(PermissionError("no luck"))) == (2, "begun\n", "error: no luck\n")
+    assert ended(capfd, run, raising(PermissionError(13, "Permission denied", "runs"))) == (
         2, "begun\n", "error: runs: Permission denied\n")
-    code, _, err = ended(capfd, raising(KeyboardInterrupt()), interrupted="interrupted; come again")
+    code, _, err = ended(capfd, run, raising(KeyboardInterrupt()), interrupted="interrupted; come again")
     assert (code, err) == (130, "error: interrupted; come again\n")
 
 
@@ -129,7 +122,7 @@ def test_an_error_of_the_program_keeps_its_traceback():
 def test_a_worker_that_the_system_ends_is_one_line(capfd):
     """As PyTorch's signal handler raises it, anywhere in the program."""
     told = "DataLoader worker (pid 7) is killed by signal: Killed"
-    assert ended(capfd, raising(RuntimeError(f"{told}. "))) == (
+    assert ended(capfd, run, raising(RuntimeError(f"{told}. "))) == (
         2, "begun\n", f"error: {told}; give --workers 0, or free memory\n")
 
 

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from makers import ROOT, raising
+from makers import ROOT, ended, raising
 from makers_limits import LIMIT
 from makers_weights import save_legacy
 from PIL import Image
@@ -31,10 +31,9 @@ WORKS = {
 
 @pytest.mark.parametrize("name", WORKS)
 def test_a_command_says_what_to_lower(capfd, name):
-    with pytest.raises(SystemExit) as stop:
-        run(WORKS[name], lower="lower --batch_size")
     place = " on the GPU" if "GPU" in name else ""
-    assert (stop.value.code, *capfd.readouterr()) == (2, "", f"error: not enough memory{place}; lower --batch_size\n")
+    result = ended(capfd, run, WORKS[name], lower="lower --batch_size")
+    assert result == (2, "", f"error: not enough memory{place}; lower --batch_size\n")
 
 
 def limited(code, megabytes, *args):
