@@ -122,6 +122,14 @@ def watch(model, name, run, batch):
     return args
 
 
+def calls_of(monkeypatch, owner, name):
+    """The arguments of each call of owner.NAME from now on, without those given by name; it does what it did."""
+    function = getattr(owner, name)
+    calls = []
+    monkeypatch.setattr(owner, name, lambda *args, **options: calls.append(args) or function(*args, **options))
+    return calls
+
+
 def trained(model):
     """The names of the parameters that are trained."""
     return {name for name, p in model.named_parameters() if p.requires_grad}

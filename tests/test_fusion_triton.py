@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from makers import assert_close, make_batch, make_hivg
+from makers import assert_close, calls_of, make_batch, make_hivg
 
 from hivg import fusion
 from hivg.fusion import adaptive_fusion, adaptive_fusion_reference
@@ -321,9 +321,7 @@ def test_training_with_the_kernel_gives_the_same_losses(monkeypatch):
     images, padding, token_ids = [v.to(DEVICE) for v in make_batch(["man", "red cup"])]
     batch = {"boxes": torch.tensor([[0.5, 0.4, 0.3, 0.2]] * len(images), dtype=torch.float64, device=DEVICE),
              "masks": padding, "images": images}
-    calls = []
-    fused = fusion_triton.adaptive_fusion
-    monkeypatch.setattr(fusion_triton, "adaptive_fusion", lambda *args: calls.append(1) or fused(*args))
+    calls = calls_of(monkeypatch, fusion_triton, "adaptive_fusion")
     losses = {}
     for backend in ("reference", "triton"):
         monkeypatch.setattr(fusion, "choose_backend", lambda _, backend=backend: backend)

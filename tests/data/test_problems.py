@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from makers import calls_of
 from makers_data import expected, found, make_scenes, write_lines, write_list, write_mdetr, write_refer
 from PIL import Image
 
-from hivg.data.images import stored_size
 from hivg.data.published import reading
 from hivg.data.published.catalogue import COCO
 from hivg.data.published.check import check
@@ -114,8 +114,7 @@ def test_a_size_stated_for_own_images_is_that_of_the_upright_one(tmp_path):
 
 def test_a_damaged_image_whose_size_is_stated_stays(tmp_path, monkeypatch):
     """It is named when it is opened. However many rows it has, it is looked at once."""
-    looked_at = []
-    monkeypatch.setattr(reading, "stored_size", lambda path: looked_at.append(path) or stored_size(path))
+    looked_at = calls_of(monkeypatch, reading, "stored_size")
     scenes = make_scenes(tmp_path)
     write_list(tmp_path, {"val": scenes + scenes})
     write_list(tmp_path, {"val": scenes}, "unc+", new=False)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from makers import make_batch, make_hivg
+from makers import calls_of, make_batch, make_hivg
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hivg.clip import similarity
@@ -24,9 +24,7 @@ def make_training_batch():
 
 
 def test_contrast_of_bfloat16_features_is_in_float32(monkeypatch):
-    seen = []
-    whole = module.grounding_losses
-    monkeypatch.setattr(module, "grounding_losses", lambda *args: seen.append(args) or whole(*args))
+    seen = calls_of(monkeypatch, module, "grounding_losses")
     model = make_hivg(dtype=torch.float32, stage=1)
     with torch.autocast("cpu", torch.bfloat16):
         Criterion(model, LossWeights(), "l1")(make_training_batch())
@@ -37,14 +35,12 @@ def test_contrast_of_bfloat16_features_is_in_float32(monkeypatch):
 
 
 def test_contrast_is_told_what_is_there(monkeypatch):
-    seen = []
-    whole = module.grounding_losses
-    monkeypatch.setattr(module, "grounding_losses", lambda *args: seen.append(args[-1]) or whole(*args))
+    seen = calls_of(monkeypatch, module, "grounding_losses")
     batch = make_training_batch()
     criterion = Criterion(make_hivg(dtype=torch.float32), LossWeights(), "l1")
     criterion(batch)
     criterion(batch | {"present": torch.arange(len(batch["boxes"])) != 1})
-    assert seen[0] is None and seen[1].tolist() == [True, False, True, True]
+    assert seen[0][-1] is None and seen[1][-1].tolist() == [True, False, True, True]
 
 
 class NoReading(TorchDispatchMode):

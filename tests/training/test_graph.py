@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from makers import assert_close
+from makers import assert_close, calls_of
 from makers_training import Killed, assert_same_run, kill, log_of, run_script, shrink
 
 import train
@@ -68,9 +68,7 @@ def test_graphed_training_is_the_same(world, tiny, monkeypatch):
     """All stages, with accumulation, up to the rounding of longer padding; it can be resumed, bit for bit."""
     shrink(monkeypatch, dropout=0.0)
     s = replace(tiny, accumulate=(2,), epoch_samples=16 * (WARM_UP + 2), epochs=(1, 1, 1, 1))
-    recorded = []
-    record = GraphedStep.record
-    monkeypatch.setattr(GraphedStep, "record", lambda *args: recorded.append(1) or record(*args))
+    recorded = calls_of(monkeypatch, GraphedStep, "record")
     train.train(replace(s, name="plain"))
     assert not recorded
     train.train(replace(s, name="graphed", graph=True))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from makers import assert_close, make_hivg
+from makers import assert_close, calls_of, make_hivg
 
 from hivg.training.optimizers import (
     Muon,
@@ -50,14 +50,13 @@ def test_some_parameters_have_a_share_of_the_rate(kind):
 
 def test_muon_adds_the_updates_of_a_shape_in_one_call(monkeypatch):
     """torch._foreach_add_ is one call on a GPU only if what it adds has the strides of what it is added to."""
-    added = []
-    add = torch._foreach_add_
-    monkeypatch.setattr(torch, "_foreach_add_", lambda ps, updates: (added.extend(zip(ps, updates)), add(ps, updates)))
+    calls = calls_of(monkeypatch, torch, "_foreach_add_")
     for rows, columns in ((7, 3), (3, 7)):
         matrices = [torch.nn.Parameter(torch.randn(rows, columns)) for _ in range(2)]
         for p in matrices:
             p.grad = torch.randn(rows, columns)
         Muon(matrices).step()
+    added = [pair for ps, updates in calls for pair in zip(ps, updates)]
     assert len(added) == 4 and all(p.stride() == update.stride() for p, update in added)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from listener import ALL_ADJECTIVES, ALL_NOUNS, Listener
+from makers import calls_of
 from makers_training import ON_CPU, Killed, assert_same_run, kill, log_of
 
 from hivg import weights
@@ -102,16 +103,11 @@ def test_resumed_is_uninterrupted(run, folder, monkeypatch):
 
 @pytest.mark.parametrize("optimizer, shares", [("muon", [1, 0.25]), ("adamw", [1])])
 def test_adamw_has_its_share_beside_muon_alone(folder, monkeypatch, optimizer, shares):
-    rates = []
-    step = optimizers.step_optimizers
-
-    def spy(optimizers):
-        rates.extend(optimizer.param_groups[0]["lr"] for optimizer in optimizers)
-        step(optimizers)
-
-    monkeypatch.setattr(optimizers, "step_optimizers", spy)
+    steps = calls_of(monkeypatch, optimizers, "step_optimizers")
     pretrain.pretrain(Settings(epochs=1, epoch_samples=8, val_images=64, batch_size=8, optimizer=optimizer,
                                adamw_share=0.25, **ON_CPU))
+    [(stepped,)] = steps
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in stepped]
     assert rates == [share * log_of("runs/clip")[0]["lr"] for share in shares]
 
 
@@ -189,15 +185,14 @@ def test_no_split_draws_from_the_random_numbers_of_the_pairs():
 
 def test_contrast_of_bfloat16_features_is_in_float32(run, monkeypatch):
     """In bfloat16 logits near 100 are multiples of 1/2."""
-    seen = []
-    whole = pretrain.contrastive_loss
-    monkeypatch.setattr(pretrain, "contrastive_loss", lambda logits: seen.append(logits) or whole(logits))
+    seen = calls_of(monkeypatch, pretrain, "contrastive_loss")
     model = weights.load_clip(run / "clip.safetensors")
     batch = next(iter(pretrain.training_batches(Pairs(32), 0, 4, 1, tokenizer=model.tokenizer)))
     with torch.autocast("cpu", torch.bfloat16):
         batch = pretrain.to_device(batch, model.tokenizer, torch.device("cpu"))
         pretrain.ContrastiveCriterion(model)(batch)
-    assert seen[0].dtype == torch.float32 and seen[0].shape == (4, 4)
+    logits, = seen[0]
+    assert logits.dtype == torch.float32 and logits.shape == (4, 4)
 
 
 def test_an_expression_is_contrasted_with_the_objects_of_its_image(run):

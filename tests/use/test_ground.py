@@ -13,7 +13,7 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
-from makers import ROOT, ended, make_clip, make_hivg, raising
+from makers import ROOT, calls_of, ended, make_clip, make_hivg, raising
 from makers_use import BAD_IMAGES, TEXTS, assert_fails, make_image, write_cut
 from PIL import Image, ImageFile
 
@@ -151,9 +151,7 @@ def test_each_of_many_files_is_looked_at_once(run, monkeypatch):
     files = [Path(f"{number}.png") for number in range(100)]
     for path in files:
         path.touch()
-    looked_at = []
-    stat = os.stat
-    monkeypatch.setattr(os, "stat", lambda path, **options: looked_at.append(path) or stat(path, **options))
+    looked_at = calls_of(monkeypatch, os, "stat")
     ground.refuse_to_overwrite(files[:50], files[50:])
     assert len(looked_at) <= 100
     with pytest.raises(ValueError, match="7.png: 7.png would replace the image"):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from makers import refusal
+from makers import calls_of, refusal
 from makers_use import BAD_IMAGES, TEXTS, assert_inside, assert_line, assert_same, far, huge_png
 from PIL import Image
 
@@ -143,19 +143,12 @@ def test_many_images_in_one_call(grounder, image):
 
 
 def test_a_batch_is_one_call_of_the_model(grounder, image, monkeypatch):
-    """Of many images as of many expressions."""
-    sizes = []
-    forward = grounder.model.forward
-
-    def counted(images, *args, **options):
-        sizes.append(len(images))
-        return forward(images, *args, **options)
-
-    monkeypatch.setattr(grounder.model, "forward", counted)
+    """Of many images as of many expressions; of one image, what does not depend on the expression is computed once."""
+    calls = calls_of(monkeypatch, grounder.model, "forward")
     grounder.ground_pairs([image] * (BATCH + 3), ["star"] * (BATCH + 3))
-    assert sizes == [BATCH, 3]
+    assert [len(images) for images, *_ in calls] == [BATCH, 3]
     grounder.ground(image, ["star"] * BATCH)
-    assert sizes[2:] == [1]  # of one image, what does not depend on the expression is computed once
+    assert [len(images) for images, *_ in calls[2:]] == [1]
 
 
 def test_bfloat16_is_near(model, grounder, image):

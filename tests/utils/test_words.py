@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from makers import calls_of
 from PIL import Image
 
 from hivg.data.transforms import Letterbox
@@ -30,11 +31,8 @@ def make_result(size, side=8, blocks=(2, 6), texts=TEXTS, seed=0):
 
 @pytest.fixture
 def tiles(monkeypatch):
-    """[(tiles, captions)] of the sheets that are drawn from now on."""
-    drawn = []
-    sheet = words.draw.contact_sheet
-    monkeypatch.setattr(words.draw, "contact_sheet", lambda *args: drawn.append(args[:2]) or sheet(*args))
-    return drawn
+    """[(tiles, captions, ...)] of the sheets that are drawn from now on."""
+    return calls_of(monkeypatch, words.draw, "contact_sheet")
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -48,7 +46,7 @@ def test_maps_of_a_word_lie_on_their_patches(size, tiles, monkeypatch):
         shares[row, column] = 0.5
         tiles.clear()
         result.draw(words="left")
-        (plain, image), captions = tiles[0]
+        (plain, image), captions, *_ = tiles[0]
         assert captions == ["bridge of block 2", "bridge of block 6"] and max(image.size) == SIDE
         assert (np.asarray(plain) == 255).all()
         rows, columns = np.nonzero((np.asarray(image) != 255).any(2))
