@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn as nn
-from makers import TEXTS, assert_close, make_batch, make_clip, make_config, make_hivg, random, randomise
+from makers import TEXTS, assert_close, make_batch, make_clip, make_config, make_hivg, raising, random, randomise
 
 from hivg.bridge import KINDS, Bridge
 from hivg.clip import similarity
@@ -60,9 +60,7 @@ def test_fusion_without_a_c_compiler(monkeypatch, capsys):
     """Where Triton cannot compile the C program with which it launches, the model runs in plain PyTorch and says so."""
     import triton.runtime
 
-    def failing():
-        raise RuntimeError("Failed to find C compiler")
-
+    failing = raising(RuntimeError("Failed to find C compiler"))
     for utils, backend, said in ((lambda: None, "triton", ""), (failing, "reference", "install gcc")):
         triton_works.cache_clear()
         driver = type("Driver", (), {"utils": property(lambda self, utils=utils: utils())})()

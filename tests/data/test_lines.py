@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from makers import raising
 from PIL import Image
 
 from hivg.data.batches import SampleTensors, count_cut
@@ -215,10 +216,7 @@ def test_boxes_that_may_be_shares_are_doubted(tmp_path, largest, unit):
 
 
 def test_a_folder_that_cannot_be_listed_has_its_images(tmp_path, monkeypatch):
-    def forbidden(folder):
-        raise PermissionError
-
-    monkeypatch.setattr("hivg.data.published.reading.os.scandir", forbidden)
+    monkeypatch.setattr("hivg.data.published.reading.os.scandir", raising(PermissionError))
     assert len(read(tmp_path, ROW)[0]) == 1
     assert "missing image" in read(tmp_path, f"{ROW}\n" + ROW.replace("a.png", "b.png"))[1].problems
 

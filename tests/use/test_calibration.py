@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from makers import make_hivg, refusal
+from makers import make_hivg, raising, refusal
 from makers_use import TEXTS, assert_fails, call, make_image
 from makers_weights import contents
 
@@ -172,12 +172,9 @@ def test_calibrate(run, tmp_path, dtype):
 @pytest.mark.parametrize("name, error", [("fit_calibration", ValueError("cannot be calibrated")),
                                          ("save", OSError(28, "No space left on device"))])
 def test_a_calibration_that_fails_does_not_cost_the_report(run, name, error, monkeypatch):
-    def fail(*args):
-        raise error
-
     weights.save("raw.safetensors", make_hivg(dtype=torch.float32))
     _, expected, _ = run("--weights", "raw.safetensors")
-    monkeypatch.setattr(evaluate, name, fail)
+    monkeypatch.setattr(evaluate, name, raising(error))
     code, out, err = run("--weights", "raw.safetensors", "--calibrate", "new.safetensors", "--per_sample", "rows.jsonl")
     assert code == 2 and error.args[-1] in err and not Path("new.safetensors").exists()
     assert out.splitlines()[1:] == expected.splitlines()[1:]
