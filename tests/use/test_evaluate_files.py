@@ -141,6 +141,12 @@ def test_files_are_written_though_nobody_reads_the_report(run, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, words", [
+    *((["--workers", value], ["--workers must be from 0 to 256"]) for value in ("-2", "100000")),
+    *((["--batch_size", value], ["--batch_size must be from 1 to 4096"]) for value in ("0", "-64")),
+    (["--workers", "1e3"], ["--workers"]), (["--batch_size", "9" * 400], ["a huge number"]),
+    (["--data_root", "nowhere"], ["nowhere: there is no such folder"]),
+    (["--data_root", "mine.jsonl"], ["there is no such folder"]),
+    (["--split", "x\x1b[31m" * 100, "--dataset", "shapes"], ["shapes has no split"]),
     (["--per_sample", "no/rows.jsonl"], ["no/rows.jsonl", "folder"]),
     (["--per_sample", "x" * 300], ["xxx", "too long"]), (["--sheet", "no/sheet.png"], ["no/sheet.png", "folder"]),
     (["--sheet", "sheet.xyz"], ["sheet.xyz", ".png"]),
@@ -151,8 +157,8 @@ def test_files_are_written_though_nobody_reads_the_report(run, monkeypatch):
     (["--compare", "a", "b", "--per_sample", "rows.jsonl"], ["--compare writes no file"]),
     (["--compare", "a", "b", "--sheet", "sheet.png"], ["--compare writes no file"]),
     (["--compare", "a", "b", "--calibrate", "own.safetensors"], ["--compare writes no file"]),
-], ids=str)
-def test_files_that_are_refused_at_once(run, monkeypatch, flags, words):
+], ids=lambda value: str(value)[:40])
+def test_flags_that_are_refused_at_once(run, monkeypatch, flags, words):
     """Before the model is loaded; no file changes."""
     monkeypatch.setattr(evaluate, "load_hivg", None)
     before = Path("mine.jsonl").read_bytes()
@@ -211,23 +217,6 @@ def test_rows_of_before_stay_if_the_work_fails(run):
     Path("rows.jsonl").write_text("old\n")
     assert run("--dataset", "mine.jsonl", "--split", "nope", "--per_sample", "rows.jsonl")[0] == 2
     assert Path("rows.jsonl").read_text() == "old\n"
-
-
-# --- flags ---
-
-
-@pytest.mark.parametrize("flags, word", [
-    (["--workers", "-2"], "--workers must be from 0 to 256"),
-    (["--workers", "100000"], "--workers must be from 0 to 256"), (["--workers", "1e3"], "--workers"),
-    (["--batch_size", "0"], "--batch_size must be from 1 to 4096"),
-    (["--batch_size", "-64"], "--batch_size must be from 1 to 4096"), (["--batch_size", "9" * 400], "a huge number"),
-    (["--data_root", "nowhere"], "nowhere: there is no such folder"),
-    (["--data_root", "mine.jsonl"], "there is no such folder"),
-    (["--split", "x\x1b[31m" * 100, "--dataset", "shapes"], "shapes has no split"),
-], ids=lambda value: str(value)[:40])
-def test_flags_that_are_refused_at_once(run, monkeypatch, flags, word):
-    monkeypatch.setattr(evaluate, "load_hivg", None)
-    assert_fails(run("--dataset", "mine.jsonl", *flags), word)
 
 
 @pytest.mark.parametrize("dataset", ["shapes", "mine.jsonl"])

@@ -174,16 +174,13 @@ def test_names_that_are_one_file_on_other_systems():
         ground.refuse_to_overwrite([], [Path("out/a-1.png"), Path("out/A-1.png")])
 
 
-def test_images_may_stand_on_both_sides_of_the_expression(run):
-    make_image().save("b.png")
-    code, out, _ = run("a.png", "-e", "star", "b.png", "--json")
-    assert code == 0 and [json.loads(line)["image"] for line in out.splitlines()] == ["a.png", "b.png"]
-
-
-def test_an_image_whose_name_begins_with_a_dash(run):
-    make_image().save("-e.png")
-    code, out, _ = run("-e", "star", "--json", "--", "a.png", "-e.png")
-    assert code == 0 and [json.loads(line)["image"] for line in out.splitlines()] == ["a.png", "./-e.png"]
+@pytest.mark.parametrize("name, args, named", [
+    ("b.png", ["a.png", "-e", "star", "b.png", "--json"], "b.png"),  # on both sides of the expression
+    ("-e.png", ["-e", "star", "--json", "--", "a.png", "-e.png"], "./-e.png")])
+def test_images_anywhere_in_the_command(run, name, args, named):
+    make_image().save(name)
+    code, out, _ = run(*args)
+    assert code == 0 and [json.loads(line)["image"] for line in out.splitlines()] == ["a.png", named]
 
 
 def test_an_image_from_a_pipe(run):

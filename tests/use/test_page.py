@@ -192,15 +192,12 @@ def test_a_used_port(server):
 
 
 @pytest.mark.parametrize("args, word", [
-    (["a.png", "-e", "star"], "--expression, IMAGE"), (["--json"], "--json"), (["--output", "x.png"], "--output"),
-    (["--heatmap"], "--heatmap"), (["--port", "70000"], "65535"), (["--port", "-1"], "65535"),
+    (["--page", "a.png", "-e", "star"], "--expression, IMAGE"), (["--page", "--json"], "--json"),
+    (["--page", "--output", "x.png"], "--output"), (["--page", "--heatmap"], "--heatmap"),
+    (["--page", "--port", "70000"], "65535"), (["--page", "--port", "-1"], "65535"), (["--port", "0"], "--page"),
 ])
-def test_flags_that_do_not_go_with_it(capfd, monkeypatch, args, word):
-    assert_fails(call(ground.main, capfd, monkeypatch, "--page", *args), word)
-
-
-def test_a_port_needs_the_page(capfd, monkeypatch):
-    assert_fails(call(ground.main, capfd, monkeypatch, "--port", 0), "--page")
+def test_flags_that_do_not_go_together(capfd, monkeypatch, args, word):
+    assert_fails(call(ground.main, capfd, monkeypatch, *args), word)
 
 
 @pytest.mark.slow
