@@ -214,33 +214,30 @@ class Scaled(LoRALinear):
         return 2 * super().forward(x)
 
 
-def adapt_mlp(model):
-    for block in model.clip.visual.blocks:
-        block.mlp.c_fc = LoRALinear(block.mlp.c_fc, 2, 4, 0.0).double()
-        block.mlp.c_fc.add_pair(1)
+def adapt_mlp(block):
+    block.mlp.c_fc = LoRALinear(block.mlp.c_fc, 2, 4, 0.0).double()
+    block.mlp.c_fc.add_pair(1)
 
 
-def adapt_otherwise(model):
-    for block in model.clip.visual.blocks:
-        block.attn.v_proj = Scaled(block.attn.v_proj, 2, 4, 0.0).double()
-        block.attn.v_proj.add_pair(1)
+def adapt_otherwise(block):
+    block.attn.v_proj = Scaled(block.attn.v_proj, 2, 4, 0.0).double()
+    block.attn.v_proj.add_pair(1)
 
 
-def train_biases(model):
-    for block in model.clip.visual.blocks:
-        block.mlp.c_fc.bias.requires_grad_()
+def train_biases(block):
+    block.mlp.c_fc.bias.requires_grad_()
 
 
-def train_one_projection(model):
-    for block in model.clip.visual.blocks:
-        block.attn.v_proj.requires_grad_()
+def train_one_projection(block):
+    block.attn.v_proj.requires_grad_()
 
 
 @pytest.mark.parametrize("extend", [adapt_mlp, adapt_otherwise, train_biases, train_one_projection])
 def test_what_an_extension_trains_is_trained(extend):
     """Copies join and fold what they know, and leave the rest."""
     model = make_hivg(stage=0)
-    extend(model)
+    for block in model.clip.visual.blocks:
+        extend(block)
     model = randomise(model).double().eval()
     batch = make_batch()
     expected = model(*batch).boxes
