@@ -25,9 +25,7 @@ from hivg import weights
 
 
 def write_weights(folder):
-    clip = make_clip(dtype=torch.float32, vision_layers=2)
-    clip.tokenizer = make_tokenizer()
-    weights.save(folder / "clip.safetensors", clip, {"accuracy": 0.5})
+    weights.save(folder / "clip.safetensors", make_clip(dtype=torch.float32, vision_layers=2), {"accuracy": 0.5})
     weights.save(folder / "hivg.safetensors", make_hivg(dtype=torch.float32, stage=2), {"stage": "lora2"})
     published = make_published_clip(vision_layers=1, text_layers=1)
     torch.save(half(to_openai(published)), folder / "openai.pt")

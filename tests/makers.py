@@ -60,15 +60,18 @@ def randomise(module, seed=0, std=0.05):
 
 
 def make_clip(seed=0, dtype=torch.float64, **changes):
-    """A CLIP in evaluation mode: 64 x 64 images, a grid of 4 x 4 patches; every width is another number."""
+    """A CLIP in evaluation mode with its tokenizer: 64 x 64 images, a grid of 4 x 4 patches; every width is another
+    number."""
     torch.manual_seed(seed)
     sizes = dict(image_size=64, patch_size=16, vision_width=64, vision_layers=3, vision_heads=4, text_width=48,
                  text_layers=2, text_heads=3, embed_dim=40, vocab_size=make_tokenizer().vocab_size)
-    return randomise(CLIP(CLIPConfig(**(sizes | changes))), seed).to(dtype).eval()
+    clip = randomise(CLIP(CLIPConfig(**(sizes | changes))), seed).to(dtype).eval()
+    clip.tokenizer = make_tokenizer(clip.config.context_length)
+    return clip
 
 
-def make_tokenizer():
-    return Tokenizer(learn_merges(TEXTS * 2, 20))
+def make_tokenizer(context_length=77):
+    return Tokenizer(learn_merges(TEXTS * 2, 20), context_length)
 
 
 def make_config(clip, **changes):
@@ -85,7 +88,6 @@ def make_hivg(seed=0, dtype=torch.float64, fresh=False, **changes):
     model = HiVG.from_clip(clip, make_config(clip, **(changes | {"stage": 0})))
     for stage in range(1, changes.get("stage", 0) + 1):
         model.add_stage(stage)
-    model.tokenizer = make_tokenizer()
     return (model if fresh else randomise(model, seed + 2)).to(dtype).eval()
 
 

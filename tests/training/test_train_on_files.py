@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from makers import make_clip, make_hivg, make_tokenizer
+from makers import make_clip, make_hivg
 from makers_data import make_scenes, write_list, write_mdetr, write_refer, write_shapes
 from makers_training import ON_CPU, log_of
 from makers_use import call
@@ -119,13 +119,6 @@ def small_model(monkeypatch):
     monkeypatch.setattr(train.HiVGConfig, "for_clip", small)
 
 
-def save_deep_clip(path):
-    clip = make_clip(dtype=torch.float32, image_size=32, vision_width=32, vision_layers=12, vision_heads=2,
-                     text_width=24, text_layers=12, text_heads=2, embed_dim=16, context_length=77)
-    clip.tokenizer = make_tokenizer()
-    weights.save(path, clip)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMED)
 def test_every_data_set_from_files_to_a_box(tmp_path, small_model, name, monkeypatch, capfd):
@@ -133,7 +126,9 @@ def test_every_data_set_from_files_to_a_box(tmp_path, small_model, name, monkeyp
     preset, folder, write, arguments = NAMED[name]
     splits = {"train": make_scenes(tmp_path, 4, 0, folder), "val": make_scenes(tmp_path, 4, 1, folder)}
     write(tmp_path, splits, **arguments)
-    save_deep_clip(tmp_path / "clip.safetensors")
+    clip = make_clip(dtype=torch.float32, image_size=32, vision_width=32, vision_layers=12, vision_heads=2,
+                     text_width=24, text_layers=12, text_heads=2, embed_dim=16)
+    weights.save(tmp_path / "clip.safetensors", clip)
     monkeypatch.chdir(tmp_path)
     recipe = preset_of(preset)
     small = dict(name="run", dataset=name, data_root=str(tmp_path), clip="clip.safetensors", batch_size=2,

@@ -13,7 +13,7 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
-from makers import ROOT, calls_of, ended, make_clip, make_hivg, raising
+from makers import ROOT, calls_of, ended, make_clip, raising
 from makers_use import BAD_IMAGES, TEXTS, assert_fails, make_image, write_cut
 from PIL import Image, ImageFile
 
@@ -296,9 +296,7 @@ STAR = ["a.png", "-e", "star"]
 def test_bad_arguments(run, args, options, word):
     Path("folder").mkdir()
     Path("a.txt").write_text("of somebody")
-    clip = make_clip(dtype=torch.float32)
-    clip.tokenizer = make_hivg().tokenizer
-    weights.save("clip.safetensors", clip)
+    weights.save("clip.safetensors", make_clip(dtype=torch.float32))
     assert_fails(run(*args, **options), word)
     assert not Path("grounded.png").exists()
 

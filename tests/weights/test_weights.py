@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from makers import make_batch, make_clip, make_hivg, make_tokenizer, trained
+from makers import make_batch, make_clip, make_hivg, trained
 from makers_weights import assert_same_weights, contents, message_of
 from safetensors.torch import save_file
 
 from hivg import weights
 from hivg.model import HiVG
-from hivg.tokenizer import Tokenizer
 from hivg.training.presets import PRESETS
 from hivg.weights import saving
 from train import Settings, begin_stage
@@ -17,11 +16,7 @@ LOADERS = {"clip": weights.load_clip, "hivg": weights.load_hivg}
 
 
 def make(kind, **changes):
-    if kind == "hivg":
-        return make_hivg(dtype=torch.float32, **changes)
-    clip = make_clip(dtype=torch.float32, **changes)
-    clip.tokenizer = Tokenizer(make_tokenizer().merges, clip.config.context_length)
-    return clip
+    return (make_hivg if kind == "hivg" else make_clip)(dtype=torch.float32, **changes)
 
 
 def assert_same_model(a, b):
