@@ -41,11 +41,7 @@ def assert_same_run(run, other):
     assert (run / "log.jsonl").read_text() == (other / "log.jsonl").read_text()
     assert (run / "curves.png").read_bytes() == (other / "curves.png").read_bytes()
     for path in run.glob("*.safetensors"):
-        ours, ours_metadata = contents(path)
-        theirs, theirs_metadata = contents(other / path.name)
-        assert ours_metadata == theirs_metadata and ours.keys() == theirs.keys()
-        for name, tensor in ours.items():
-            assert torch.equal(tensor, theirs[name]), f"{path.name}: {name}"
+        assert_same_tree(path.name, contents(path), contents(other / path.name))
     ours = torch.load(run / "state.pt", weights_only=True)
     theirs = torch.load(other / "state.pt", weights_only=True)
     for part in ("trained", "optimizers", "random", "log", "stage", "step", "best"):
@@ -53,10 +49,11 @@ def assert_same_run(run, other):
 
 
 def assert_same_tree(name, a, b):
+    if isinstance(a, (list, tuple)):
+        a, b = dict(enumerate(a)), dict(enumerate(b))
     if isinstance(a, dict):
         assert a.keys() == b.keys(), name
-    if isinstance(a, (dict, list)):
-        for key in a if isinstance(a, dict) else range(len(a)):
+        for key in a:
             assert_same_tree(f"{name}.{key}", a[key], b[key])
     else:
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, name

@@ -75,9 +75,7 @@ def test_released_adapters_are_folded(tmp_path, plain, write):
     checkpoint = to_released(plain, adapters=True)
     assert sum("lora_A" in name for name in checkpoint["model"]) == 4 * (12 + 12 + 4)  # text, vision, bridges
     write(checkpoint, tmp_path / "x.pth")
-    loaded = weights.load_released(tmp_path / "x.pth").state_dict()
-    for name, value in plain.state_dict().items():
-        assert_close(name, loaded[name], value, 1e-6)
+    assert_same_weights(weights.load_released(tmp_path / "x.pth"), plain, tol=1e-6)
 
 
 def test_released_with_the_names_of_later_peft(tmp_path, plain):
@@ -90,9 +88,7 @@ def test_released_with_the_names_of_later_peft(tmp_path, plain):
         model[f"{layer}.base_layer.{kind}" if is_adapted else name] = value
     assert sum(".base_layer." in name for name in model) == 2 * 4 * (12 + 12 + 4)
     torch.save(checkpoint | {"model": model}, tmp_path / "x.pth")
-    loaded = weights.load_released(tmp_path / "x.pth").state_dict()
-    for name, value in plain.state_dict().items():
-        assert_close(name, loaded[name], value, 1e-6)
+    assert_same_weights(weights.load_released(tmp_path / "x.pth"), plain, tol=1e-6)
 
 
 def test_released_with_norms_after_each_part(tmp_path, plain):
