@@ -32,6 +32,10 @@ def assert_close(name, a, b, tol):
     assert largest <= tol, f"{name}: largest difference {largest:.2e}, mean {mean:.2e}, tolerance {tol:.0e}"
 
 
+def tensor(*rows):
+    return torch.tensor(rows, dtype=torch.float64)
+
+
 def random(*shape, seed=0):
     """Normal numbers in float64, the same for the same seed."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import pytest
 import torch
 from makers import ROOT, ended
 from makers_weights import contents
@@ -33,6 +34,14 @@ def shrink(monkeypatch, dropout=0.1):
 
 def log_of(run):
     return [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_log(one, two, rel, abs):
+    assert len(one) == len(two) > 0
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys()
+        for name, value in a.items():
+            assert b[name] == (pytest.approx(value, rel=rel, abs=abs) if isinstance(value, float) else value), name
 
 
 def assert_same_run(run, other):

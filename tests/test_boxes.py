@@ -5,13 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from makers import assert_close, random_boxes, to_cxcywh
+from makers import assert_close, random_boxes, tensor, to_cxcywh
 
 from hivg.boxes import area, box_on_grid, cxcywh_to_xyxy, giou, iou
-
-
-def tensor(*rows):
-    return torch.tensor(rows, dtype=torch.float64)
 
 
 def test_formats():

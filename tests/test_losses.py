@@ -7,17 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from makers import GOLDEN, assert_close, make_batch, make_hivg, needs_golden, random, random_boxes, to_cxcywh
+from makers import GOLDEN, assert_close, make_batch, make_hivg, needs_golden, random, random_boxes, tensor, to_cxcywh
 from safetensors.torch import load_file
 
 from hivg.boxes import box_on_grid, cxcywh_to_xyxy, iou
 from hivg.evaluate.metrics import accuracy
 from hivg.losses import LossWeights, box_loss, contrastive_loss, dice_loss, focal_loss, giou_loss, grounding_losses
-
-
-def tensor(*rows):
-    return torch.tensor(rows, dtype=torch.float64)
-
 
 # --- box losses ---
 
@@ -133,11 +128,16 @@ def test_grounding_losses():
         assert_close(name, terms[name], expected[name].to(terms[name].dtype), 1e-6)
 
 
+def output_and_batch(**options):
+    images, padding_mask, token_ids = make_batch()
+    output = make_hivg()(images, padding_mask, token_ids, **options)
+    batch = {"images": images, "boxes": to_cxcywh(random_boxes(4)), "masks": torch.ones(4, 8, 8, dtype=torch.bool)}
+    return output, batch
+
+
 @pytest.mark.parametrize("name", [field.name for field in fields(LossWeights)])
 def test_weight_zero_leaves_a_term_out(name):
-    images, padding_mask, token_ids = make_batch()
-    output = make_hivg()(images, padding_mask, token_ids)
-    batch = {"images": images, "boxes": to_cxcywh(random_boxes(4)), "masks": torch.ones(4, 8, 8, dtype=torch.bool)}
+    output, batch = output_and_batch()
     ids = torch.arange(4)
     whole = grounding_losses(output, batch, output.logits_per_text, ids, LossWeights())
     terms = grounding_losses(output, batch, output.logits_per_text, ids, LossWeights(**{name: 0}))
@@ -188,10 +188,7 @@ def test_contrast_with_expressions_of_nothing():
 def losses_of(present):
     """-> {name: term} of a batch of four, and the gradients of the boxes, the patches' boxes and [REG]'s attention. A
     row that is not present has zeros as its box and an empty mask."""
-    hinted = {"with_patch_boxes": True, "with_reg_attention": True}
-    images, padding_mask, token_ids = make_batch()
-    output = make_hivg()(images, padding_mask, token_ids, **hinted)
-    batch = {"images": images, "boxes": to_cxcywh(random_boxes(4)), "masks": torch.ones(4, 8, 8, dtype=torch.bool)}
+    output, batch = output_and_batch(with_patch_boxes=True, with_reg_attention=True)
     if present is not None:
         present = torch.tensor(present)
         batch["boxes"] = batch["boxes"] * present[:, None]

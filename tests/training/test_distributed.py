@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from makers import ROOT
-from makers_training import log_of
+from makers_training import assert_same_log, log_of
 
 from hivg.training import distributed
 
@@ -44,14 +44,6 @@ def run(folder, processes, module, *flags):
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1  # the file's name, once
     return log_of(folder / "runs/run")
-
-
-def assert_same_log(one, two, rel, abs):
-    assert len(one) == len(two) > 0
-    for a, b in zip(one, two):
-        assert a.keys() == b.keys()
-        for name, value in a.items():
-            assert b[name] == (pytest.approx(value, rel=rel, abs=abs) if isinstance(value, float) else value), name
 
 
 @pytest.mark.parametrize("name, chosen", [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", [])])

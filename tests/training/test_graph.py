@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from makers import assert_close, calls_of
-from makers_training import Killed, assert_same_run, kill, log_of, run_script, shrink
+from makers_training import Killed, assert_same_log, assert_same_run, kill, log_of, run_script, shrink
 
 import train
 from hivg.training.graph import WARM_UP, GraphedStep
@@ -73,9 +73,7 @@ def test_graphed_training_is_the_same(world, tiny, monkeypatch):
     assert not recorded
     train.train(replace(s, name="graphed", graph=True))
     assert len(recorded) > 1
-    for a, b in zip(log_of("runs/graphed"), log_of("runs/plain"), strict=True):
-        for name, value in a.items():
-            assert b[name] == (pytest.approx(value, rel=2e-3, abs=1e-4) if isinstance(value, float) else value), name
+    assert_same_log(log_of("runs/graphed"), log_of("runs/plain"), rel=2e-3, abs=1e-4)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill(patch, train, "to_device", 2 * WARM_UP + 4)
         train.train(replace(s, name="killed", graph=True, save_minutes=0))

@@ -9,10 +9,10 @@ import pytest
 import torch
 from makers import make_clip, make_hivg
 from makers_data import make_scenes, write_list, write_mdetr, write_refer, write_shapes
-from makers_training import ON_CPU, log_of
+from makers_training import ON_CPU, assert_same_log, log_of
 from makers_use import call
 from PIL import Image
-from test_distributed import COMMON, assert_same_log, run
+from test_distributed import COMMON, run
 
 import train
 from hivg import Grounder, weights

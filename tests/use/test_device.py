@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from makers import make_batch, make_hivg
-from makers_training import ON_CPU, Killed, kill, log_of, shrink
+from makers_training import ON_CPU, Killed, assert_same_log, kill, log_of, shrink
 from makers_use import TEXTS, make_image
 
 import train
@@ -101,8 +101,5 @@ def test_training(clip_file, device, monkeypatch, tmp_path):
         kill(patch, train, "clip_and_step", 4)
         train.train(there)
     last = train.train(Settings(**vars(there) | {"resume": True}))
-    for a, b in zip(log_of("runs/there"), log_of("runs/cpu"), strict=True):
-        for name, value in a.items():
-            if isinstance(value, float):
-                assert value == pytest.approx(b[name], rel=2e-3, abs=2e-3), name
+    assert_same_log(log_of("runs/cpu"), log_of("runs/there"), rel=2e-3, abs=2e-3)
     assert all(p.device.type == "cpu" for p in weights.load_hivg(last).parameters())
