@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import torch
 from makers import make_clip, make_hivg, make_tokenizer
-from makers_data import make_scenes, python2, write_list, write_mdetr, write_program, write_refer
+from makers_data import TURNED, make_scenes, python2, write_list, write_mdetr, write_program, write_refer
 from makers_weights import (
     half,
     make_published_clip,
@@ -70,12 +70,10 @@ def write_annotations(folder):
 def write_images(folder):
     pixels = np.random.default_rng(0).integers(0, 256, (24, 36, 4), dtype=np.uint8)
     image = Image.fromarray(pixels[..., :3])
-    exif = Image.Exif()
-    exif[0x0112] = 6
     for suffix in ("png", "jpg", "webp", "bmp", "gif", "tif", "ppm", "ico", "tga", "jp2", "pcx"):
         image.save(folder / f"plain.{suffix}")
     for suffix in ("png", "jpg", "webp", "tif"):
-        image.save(folder / f"turned.{suffix}", exif=exif)
+        image.save(folder / f"turned.{suffix}", exif=TURNED)
     image.save(folder / "packed.tif", compression="tiff_lzw")
     image.save(folder / "progressive.jpg", progressive=True)
     Image.fromarray(pixels).save(folder / "clear.png")

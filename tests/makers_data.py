@@ -183,6 +183,15 @@ def write_program(root, splits, program):
 
 # --- people's own data ---
 
+TURNED = Image.Exif()  # of an image that lies on its side
+TURNED[0x0112] = 6
+
+
+def write_rows(path, rows):
+    """JSON lines -> their path."""
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
 
 def write_own(folder, n=40, **fields):
     """mine.jsonl: two expressions about each of n images; `fields` are added to its rows."""
@@ -192,9 +201,7 @@ def write_own(folder, n=40, **fields):
         Image.new("RGB", (30, 20)).save(folder / "images" / f"{i}.png")
         for word in ("cup", "dog"):
             rows.append({"image": f"images/{i}.png", "expression": f"{word} {i}", "bbox": [1, 2, 11, 12.5]} | fields)
-    path = folder / "mine.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return path
+    return write_rows(folder / "mine.jsonl", rows)
 
 
 def write_shapes(folder, scenes=12, split="train", to="train"):

@@ -21,6 +21,7 @@ from makers_data import (
     write_own,
     write_program,
     write_refer,
+    write_rows,
     xywh,
 )
 from PIL import Image
@@ -270,10 +271,8 @@ def write_own_splits(folder, *splits):
     rows = []
     for split in splits:
         row = {"image": "a.png", "expression": f"the {split} cup", "bbox": [1, 2, 11, 12]}
-        rows.append(json.dumps(row if split is None else row | {"split": split}) + "\n")
-    path = folder / "mine.jsonl"
-    path.write_text("".join(rows))
-    return path
+        rows.append(row if split is None else row | {"split": split})
+    return write_rows(folder / "mine.jsonl", rows)
 
 
 @pytest.mark.parametrize("train, val", [("train", "validation"), ("Train", "Validation"), ("TRAIN", "VAL"),

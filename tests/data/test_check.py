@@ -4,7 +4,7 @@ import json
 
 import pytest
 from makers import refusal
-from makers_data import make_scenes, write_list, write_own, write_refer
+from makers_data import make_scenes, write_list, write_own, write_refer, write_rows
 from makers_use import call
 from PIL import Image
 
@@ -52,10 +52,8 @@ def test_images_of_one_name_in_two_folders_are_two(tmp_path):
     for folder, split in (("a", "train"), ("b", "train"), ("b", "val"), ("c", "val")):
         (tmp_path / folder).mkdir(exist_ok=True)
         Image.new("RGB", (30, 20)).save(tmp_path / folder / "000.png")
-        row = {"image": f"{folder}/000.png", "expression": "cup", "bbox": [1, 2, 11, 12], "split": split}
-        rows.append(json.dumps(row))
-    path = tmp_path / "mine.jsonl"
-    path.write_text("\n".join(rows))
+        rows.append({"image": f"{folder}/000.png", "expression": "cup", "bbox": [1, 2, 11, 12], "split": split})
+    path = write_rows(tmp_path / "mine.jsonl", rows)
     read = "2 expressions, 2 images, boxes read as xmin ymin xmax ymax"
     assert check("nowhere", path).splitlines() == [
         f"{path} train: {read}", f"{path} val: {read}",

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from makers import raising
+from makers_data import write_rows
 from PIL import Image
 
 from hivg.data.batches import SampleTensors, count_cut
@@ -289,6 +290,6 @@ def test_an_image_in_several_spellings_is_one(tmp_path, on_disk):
     assert len(set(SampleTensors(samples, 32).image_ids)) == 1
     for row, split in zip(rows, ["train", "val", "test", "dev", "other"]):
         row["split"] = split
-    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_rows(tmp_path / "mine.jsonl", rows)
     text = check(tmp_path, tmp_path / "mine.jsonl")
     assert text.count(": 1, for instance ") == 4

@@ -5,16 +5,13 @@ import json
 import numpy as np
 import pytest
 from makers import calls_of
-from makers_data import expected, found, make_scenes, write_lines, write_list, write_mdetr, write_refer
+from makers_data import TURNED, expected, found, make_scenes, write_lines, write_list, write_mdetr, write_refer
 from PIL import Image
 
 from hivg.data.published import reading
 from hivg.data.published.catalogue import COCO
 from hivg.data.published.check import check
 from hivg.data.published.reading import Report, checked_segmentation, read_samples
-
-TURNED = Image.Exif()
-TURNED[0x0112] = 6  # by 90 degrees
 
 
 def test_problems_are_counted_named_and_left_out(tmp_path, capsys):

@@ -8,7 +8,7 @@ from threading import Thread
 
 import numpy as np
 import pytest
-from makers_data import make_scenes, write_list
+from makers_data import TURNED, make_scenes, write_list, write_rows
 from makers_use import assert_fails, call, make_image
 from PIL import Image
 
@@ -23,8 +23,8 @@ def write_data(name, splits, image="im/a.png"):
     rows = []
     for number, split in enumerate(splits):
         row = {"image": image, "expression": f"star {number}", "bbox": [10, 10, 60, 50]}
-        rows.append(json.dumps(row if split is None else row | {"split": split}) + "\n")
-    Path(name).write_text("".join(rows))
+        rows.append(row if split is None else row | {"split": split})
+    write_rows(Path(name), rows)
 
 
 @pytest.fixture
@@ -98,9 +98,7 @@ def test_file_of_nothing(run):
 
 def test_sheet_shows_images_upright(run):
     """As they are evaluated, turned by their EXIF."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    make_image().save("im/turned.png", exif=exif)
+    make_image().save("im/turned.png", exif=TURNED)
     write_data("turned.jsonl", ["val"], "im/turned.png")
     assert run("--dataset", "turned.jsonl", "--sheet", "sheet.png", "--per_sample", "rows.jsonl")[0] == 0
     dataset = evaluate.open_dataset("turned.jsonl", "val", 64)
@@ -187,7 +185,7 @@ def test_images_of_other_splits_and_rows_left_out_are_not_drawn_over(run):
     for name, changes in (("train", {"split": "train"}), ("empty", {"expression": ""})):
         make_image().save(f"im/{name}.png")
         rows.append(rows[0] | {"image": f"im/{name}.png"} | changes)
-    Path("mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_rows(Path("mine.jsonl"), rows)
     for name in ("train", "empty"):
         path = Path(f"im/{name}.png")
         before = path.read_bytes()
