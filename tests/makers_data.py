@@ -152,6 +152,23 @@ def write_lines(root, splits, sizes=False):
                 file.write(json.dumps(row) + "\n")
 
 
+# --- boxes as masks, and back ---
+
+
+def filled(box, width, height):
+    """A box of whole numbers, a tensor (4,), as a mask (height, width)."""
+    x0, y0, x1, y1 = box.int().tolist()
+    mask = np.zeros((height, width), dtype=bool)
+    mask[y0:y1, x0:x1] = True
+    return mask
+
+
+def extent(mask):
+    """(4,) xyxy, the tight box of a mask (H, W)."""
+    rows, columns = mask.nonzero().T
+    return torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
+
+
 # --- other programs' files ---
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from makers import assert_close
+from makers_data import extent, filled
 from PIL import Image
 
 from hivg.boxes import cxcywh_to_xyxy
@@ -40,19 +41,11 @@ def some_box(rng, width, height):
     return torch.tensor([x0, y0, x1, y1], dtype=torch.float32)
 
 
-def inside(box, width, height):
-    """A box as a mask (height, width)."""
-    x0, y0, x1, y1 = box.int().tolist()
-    mask = np.zeros((height, width), dtype=bool)
-    mask[y0:y1, x0:x1] = True
-    return mask
-
-
 def augmented(augment, seed, width, height, expression):
     """(a random box, the augmented image with it); checked for all that holds for any."""
     rng = np.random.default_rng([seed, width])
     box = some_box(rng, width, height)
-    out = augment(rng, coordinates(width, height), box, inside(box, width, height), expression, SIZE)
+    out = augment(rng, coordinates(width, height), box, filled(box, width, height), expression, SIZE)
     assert [(v.shape, v.dtype) for v in out.values()] == [
         ((3, SIZE, SIZE), torch.uint8), ((SIZE, SIZE), torch.bool), ((4,), torch.float32), ((SIZE, SIZE), torch.bool)]
     assert list(out) == ["pixels", "padding_mask", "box", "mask"]
@@ -72,12 +65,6 @@ def origins(out):
     rows, columns = (~out["padding_mask"]).nonzero().T
     x, y, _ = ((out["image"][:, rows, columns].T * std + mean) * 255 + 0.5).T
     return rows, columns, x, y
-
-
-def extent(mask):
-    """(4,) xyxy, the tight box of a mask."""
-    rows, columns = mask.nonzero().T
-    return torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
 
 
 def within(x, y, box, margin):
@@ -200,7 +187,7 @@ def test_colours_change_and_places_do_not(change):
     """Jitter of strength 0 is none."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
     box = torch.tensor([10.0, 5, 60, 50])
-    mask = inside(box, 80, 60)
+    mask = filled(box, 80, 60)
     other = dataclasses.replace(PLACES, **change)
     differences = []
     for seed in range(20):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from makers import GOLDEN, assert_close, needs_golden, random_boxes
+from makers_data import extent, filled
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -30,10 +31,7 @@ def test_golden_transform(name):
     assert torch.equal(letterbox.padding_mask(), golden["padding_mask"])
     source = golden["source_box_xyxy"]
     assert_close("box", letterbox.boxes_to_square(source[None])[0], golden["box"], 1e-4)
-    x0, y0, x1, y1 = source.int().tolist()
-    mask = np.zeros((image.height, image.width), dtype=bool)
-    mask[y0:y1, x0:x1] = True
-    ours = letterbox.mask(mask)
+    ours = letterbox.mask(filled(source, *image.size))
     expected = golden["object_mask"][0].bool()
     # the released mask is of a box rounded in the square, ours of the box in the image: a pixel at its edges
     assert (ours & expected).sum() / (ours | expected).sum() > 0.95
@@ -108,28 +106,22 @@ def test_pixels_land_where_the_boxes_say(width, height):
 
 @pytest.mark.parametrize("width, height", [(300, 200), (200, 300), (131, 127), (90, 640)])
 def test_mask_and_box_of_an_object_agree(width, height):
-    x0, y0, x1, y1 = width // 4, height // 3, width // 2, height - height // 5
-    mask = np.zeros((height, width), dtype=bool)
-    mask[y0:y1, x0:x1] = True
+    box = torch.tensor([width // 4, height // 3, width // 2, height - height // 5])
+    mask = filled(box, width, height)
     letterbox = Letterbox(width, height, 128)
     square = letterbox.mask(mask)
     assert square.shape == (128, 128) and square.dtype == torch.bool
-    rows, columns = square.nonzero().T
-    extent = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
-    box = cxcywh_to_xyxy(letterbox.boxes_to_square(torch.tensor([x0, y0, x1, y1])))
-    assert_close("extent of the mask", extent.float(), box * 128, 1)
+    assert_close("extent of the mask", extent(square), cxcywh_to_xyxy(letterbox.boxes_to_square(box)) * 128, 1)
     assert not square[letterbox.padding_mask()].any()
 
     drawn = pixels(letterbox, Image.fromarray(np.repeat(mask[..., None], 3, 2).astype(np.uint8) * 255))[..., 0] > 0.5
     differ = (drawn & ~letterbox.padding_mask()) ^ square
-    assert differ.sum() <= rows.max() - rows.min() + columns.max() - columns.min() + 2  # half of the mask's outline
+    assert differ.sum() <= (extent(square)[2:] - extent(square)[:2]).sum()  # half of the mask's outline
 
     back = letterbox.map_to_image(square.float()) > 0.5
     assert back.shape == (height, width)
-    rows, columns = np.nonzero(back)
-    extent = torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
     pixel = max(width, height) / 128  # of the square, in the image
-    assert_close("extent in the image", extent, torch.tensor([x0, y0, x1, y1]), max(pixel, 1))
+    assert_close("extent in the image", extent(torch.from_numpy(back)), box, max(pixel, 1))
 
 
 @pytest.mark.parametrize("width, height", SIZES)
