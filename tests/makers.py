@@ -108,13 +108,24 @@ def make_batch(texts=TEXTS, seed=3, dtype=torch.float64):
     return images, padding, make_tokenizer()(texts)
 
 
+def make_training_batch(texts=TEXTS, dtype=torch.float32):
+    """make_batch's, with the targets of a training step: each text of an image of its own."""
+    images, padding_mask, token_ids = make_batch(texts, dtype=dtype)
+    n = len(images)
+    boxes = torch.tensor([[0.5, 0.4, 0.3, 0.2]] * n, dtype=dtype)
+    return {"images": images, "padding_mask": padding_mask, "token_ids": token_ids, "boxes": boxes,
+            "masks": torch.ones(n, 64, 64, dtype=torch.bool), "image_ids": torch.arange(n)}
+
+
+def terms_of(model, batch, weights=LossWeights()):
+    """{name: loss} of a model for make_training_batch's."""
+    output = model(batch["images"], batch["padding_mask"], batch["token_ids"])
+    return grounding_losses(output, batch, output.logits_per_text, batch["image_ids"], weights)
+
+
 def loss_of(model, weights=LossWeights()):
     """All losses of a training step, in one number. The batch has the model's dtype."""
-    images, padding_mask, token_ids = make_batch(dtype=model.position.dtype)
-    batch = {"images": images, "boxes": torch.tensor([[0.5, 0.4, 0.3, 0.2]] * 4),
-             "masks": torch.ones(4, 32, 32, dtype=torch.bool)}
-    output = model(images, padding_mask, token_ids)
-    return sum(grounding_losses(output, batch, output.logits_per_text, torch.arange(4), weights).values())
+    return sum(terms_of(model, make_training_batch(dtype=model.position.dtype), weights).values())
 
 
 def watch(model, name, run, batch):

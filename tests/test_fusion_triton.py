@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from makers import assert_close, calls_of, make_batch, make_hivg
+from makers import assert_close, calls_of, make_batch, make_hivg, make_training_batch, terms_of
 
 from hivg import fusion
 from hivg.fusion import adaptive_fusion, adaptive_fusion_reference
-from hivg.losses import LossWeights, grounding_losses
 
 triton = pytest.importorskip("triton")
 from hivg import fusion_triton  # noqa: E402  after the check that Triton is there
@@ -318,9 +317,8 @@ def test_fake_implementations_have_the_shapes_of_the_real_ones(norm):
 def test_training_with_the_kernel_gives_the_same_losses(monkeypatch):
     """In float64: in float32 rounding may decide on which side of zero a ReLU's input falls, and after 20 steps two
     equivalent computations differ by 1e-2."""
-    images, padding, token_ids = [v.to(DEVICE) for v in make_batch(["man", "red cup"])]
-    batch = {"boxes": torch.tensor([[0.5, 0.4, 0.3, 0.2]] * len(images), dtype=torch.float64, device=DEVICE),
-             "masks": padding, "images": images}
+    batch = make_training_batch(["man", "red cup"], torch.float64)
+    batch = {name: v.to(DEVICE) for name, v in batch.items()}
     calls = calls_of(monkeypatch, fusion_triton, "adaptive_fusion")
     losses = {}
     for backend in ("reference", "triton"):
@@ -329,9 +327,7 @@ def test_training_with_the_kernel_gives_the_same_losses(monkeypatch):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
         losses[backend] = []
         for _ in range(4):
-            output = model(images, padding, token_ids)
-            terms = grounding_losses(output, batch, output.logits_per_text, torch.arange(len(images), device=DEVICE),
-                                     LossWeights())
+            terms = terms_of(model, batch)
             optimizer.zero_grad()
             sum(terms.values()).backward()
             optimizer.step()

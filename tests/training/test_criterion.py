@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from makers import calls_of, make_batch, make_hivg
+from makers import calls_of, make_hivg, make_training_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hivg.clip import similarity
@@ -13,14 +13,6 @@ from hivg.training import distributed
 from hivg.training.criterion import Criterion
 from hivg.training.graph import WARM_UP, GraphedStep
 from hivg.training.optimizers import clip_and_step, make_optimizers, set_learning_rate
-
-
-def make_training_batch():
-    images, padding_mask, token_ids = make_batch(dtype=torch.float32)
-    n = len(images)
-    boxes = torch.tensor([0.5, 0.4, 0.3, 0.2]).repeat(n, 1)
-    return {"images": images, "padding_mask": padding_mask, "token_ids": token_ids, "boxes": boxes,
-            "masks": torch.ones(n, 64, 64, dtype=torch.bool), "image_ids": torch.arange(n)}
 
 
 def test_contrast_of_bfloat16_features_is_in_float32(monkeypatch):
