@@ -4,6 +4,8 @@ The models are in float64 unless a test asks for float32: what should be equal t
 cannot pass for rounding.
 """
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -157,6 +159,12 @@ def raising(error):
     def work(*_, **__):
         raise error
     return work
+
+
+def python(*args, cwd=ROOT, **options):
+    """Python in a process of its own; `options` are more of subprocess.run's."""
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(command, cwd=cwd, text=True, capture_output=True, **options)
 
 
 def ended(capfd, start, *args, **options):

@@ -1,10 +1,8 @@
 """Work done in a process of its own, with a limit on its memory and its time: a file must not end the process."""
 
 import inspect
-import subprocess
-import sys
 
-from makers import ROOT
+from makers import python
 
 
 def limit(megabytes):
@@ -34,8 +32,7 @@ for path in sys.argv[2:]:
     except ValueError as error:
         print(str(error), flush=True)
 """.replace("WORK", work)
-    done = subprocess.run([sys.executable, "-c", script, str(megabytes), *map(str, paths)], cwd=ROOT, text=True,
-                          capture_output=True, timeout=seconds)
+    done = python("-c", script, megabytes, *paths, timeout=seconds)
     lines = done.stdout.splitlines()
     names = [getattr(path, "name", path) for path in paths]
     assert done.returncode == 0, f"{names[len(lines):][:1]}: {done.returncode} {done.stderr[-2000:]}"

@@ -2,22 +2,18 @@
 
 import datetime
 import os
-import subprocess
-import sys
 
 import pytest
-from makers import ROOT
+from makers import ROOT, python
 
 
 @pytest.mark.slow
 def test_damaged_files(tmp_path):
     inputs = os.environ.get("HIVG_FUZZ")
-    command = [sys.executable, "-m", "fuzz"]
+    args = ["--inputs", 400, "--seconds", 20]
     if inputs:
-        command += ["--inputs", inputs, "--seed", str(datetime.date.today().toordinal())]
-    else:
-        command += ["--inputs", "400", "--seconds", "20"]
+        args = ["--inputs", inputs, "--seed", datetime.date.today().toordinal()]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
+    done = python("-m", "fuzz", *args, env=environment)
     assert done.returncode == 0 and ", 0 wrong" in done.stdout, f"{done.returncode} {done.stdout} {done.stderr[-3000:]}"
     assert done.stdout.count(" read: ") == 4, done.stdout  # some of each kind are still good

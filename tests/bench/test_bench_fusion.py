@@ -2,13 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from makers import ROOT
+from makers import python
 
 triton = pytest.importorskip("triton")
 from hivg import fusion_triton  # noqa: E402  after the check that Triton is there
@@ -75,7 +73,7 @@ def test_compiled_for_hopper():
     """In a process without the interpreter. triton-lang/triton issue 9433: the installed Triton overwrites no operand
     too early."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", COMPILED], cwd=ROOT, env=environment, capture_output=True, text=True)
+    run = python("-c", COMPILED, env=environment)
     assert run.returncode == 0, run.stderr
     rows = json.loads(run.stdout)
     assert len(rows) == 2 * 5

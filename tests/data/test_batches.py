@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from makers import ROOT, assert_close, make_tokenizer, raising
+from makers import ROOT, assert_close, make_tokenizer, python, raising
 from makers_data import make_scenes, write_list, write_own, write_shapes
 from PIL import Image
 
@@ -248,7 +248,7 @@ except (ValueError, RuntimeError) as error:
     print(error, flush=True)
 os._exit(0)
 """
-    told = subprocess.run([sys.executable, "-c", script], cwd=ROOT, text=True, capture_output=True, timeout=60).stdout
+    told = python("-c", script, timeout=60).stdout
     assert re.search("too little shared memory .*--workers 0|DataLoader worker .* killed", told)
 
 

@@ -1,13 +1,10 @@
 """How images are read: people's own upright, the published ones as the released program reads them; and damaged ones,
 which are named."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
-from makers import ROOT, refusal
+from makers import python, refusal
 from makers_data import TURNED, make_scenes, write_list, write_rows
 from PIL import Image
 
@@ -162,8 +159,7 @@ def test_check_reads_every_image_if_asked(tmp_path):
     assert header == f"{path} train: 2 of 8 images cannot be read:"
     for line, name in zip(listed, ("5.png", "7.png"), strict=True):
         assert line.startswith(f"  {tmp_path / name}: the image is damaged")
-    done = subprocess.run([sys.executable, "-m", "hivg.data", "check", path, "--decode"], cwd=ROOT, text=True,
-                          capture_output=True)
+    done = python("-m", "hivg.data", "check", path, "--decode")
     assert done.returncode == 0 and header in done.stdout
     (tmp_path / "3.png").write_bytes(b"no image at all")  # left out before any image is read, and listed too
     text = check(tmp_path, path, decode=True)

@@ -1,12 +1,10 @@
 """Data parallelism: two processes train as one does, on the same global batch."""
 
-import subprocess
-import sys
 from contextlib import nullcontext
 
 import pytest
 import torch
-from makers import ROOT
+from makers import ROOT, python
 from makers_training import assert_same_log, log_of
 
 from hivg.training import distributed
@@ -39,8 +37,8 @@ def run(folder, processes, module, *flags):
     if processes > 1:
         start = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv_backend=c10d",
                  "--rdzv_endpoint=localhost:0"]
-    done = subprocess.run([sys.executable, *start, program, module, *map(str, flags)], cwd=folder, capture_output=True,
-                          text=True, env={"PATH": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    done = python(*start, program, module, *flags, cwd=folder,
+                  env={"PATH": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1  # the file's name, once
     return log_of(folder / "runs/run")

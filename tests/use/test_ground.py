@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
-from makers import ROOT, calls_of, ended, make_clip, raising
+from makers import ROOT, calls_of, ended, make_clip, python, raising
 from makers_use import BAD_IMAGES, TEXTS, assert_fails, make_image, write_cut
 from PIL import Image, ImageFile
 
@@ -194,8 +193,7 @@ def test_an_image_from_a_pipe(run):
 
 
 def test_words_and_mask_are_refused_before_any_work(run):
-    code, out, err = run("a.png", "-e", "star", "--heatmap", "words", "--mask")
-    assert (code, out) == (2, "") and "two drawings" in err
+    assert_fails(run("a.png", "-e", "star", "--heatmap", "words", "--mask"), "two drawings")
 
 
 def test_dtype(run):
@@ -343,9 +341,8 @@ def test_process_of_its_own(run, weights_file, grounder):
     """Also where the output can hold nothing but ASCII."""
     make_folder("more", "a.png")
     Path("more/b.png").write_bytes(b"")
-    command = [sys.executable, ROOT / "ground.py", "more", "-e", "星", "--json", "--weights", weights_file, "--device",
-               "cpu", "--dtype", "float32"]
-    done = subprocess.run(command, text=True, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    done = python(ROOT / "ground.py", "more", "-e", "星", "--json", "--weights", weights_file, "--device", "cpu",
+                  "--dtype", "float32", cwd=".", env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 1 and re.fullmatch(r"error: more/b.png: [^\n]+\n", done.stderr)
     assert_row(done.stdout, grounder, "more/a.png", ["星"])
 
@@ -354,6 +351,5 @@ def test_start_imports_no_compiler():
     """torch._dynamo and sympy take a second, a third of the whole command; nothing here needs them."""
     code = ("import sys, torch; before = set(sys.modules); from hivg.__main__ import main; "
             "main(); print(*{'torch._dynamo', 'sympy', 'triton'} & (set(sys.modules) - before))")
-    done = subprocess.run([sys.executable, "-c", code, "--json", "--device", "cpu"], cwd=ROOT, capture_output=True,
-                          text=True)
+    done = python("-c", code, "--json", "--device", "cpu")
     assert (done.returncode, done.stdout.splitlines()[1:]) == (0, [""]), done.stderr + done.stdout

@@ -1,12 +1,11 @@
 """The same image in every form that files and arrays have is opened as the same RGB image."""
 
 import struct
-import subprocess
 import sys
 
 import numpy as np
 import pytest
-from makers import ROOT
+from makers import python
 from makers_use import TEXTS, assert_inside, make_image
 from PIL import Image
 
@@ -95,7 +94,7 @@ def test_what_pillow_logs_is_not_shown(tmp_path):
     path.write_bytes(data.replace(samples + b"\3\0", samples + b"\0\4"))
     code = "import sys\nfrom hivg.data.images import upright_size\n"
     code += "try: upright_size(sys.argv[1])\nexcept ValueError: print('no')"
-    done = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, text=True, capture_output=True)
+    done = python("-c", code, path)
     assert (done.stdout, done.stderr) == ("no\n", "")
 
 

@@ -11,7 +11,6 @@ import re
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 from itertools import dropwhile, takewhile
 from pathlib import Path
@@ -19,7 +18,7 @@ from socketserver import ThreadingTCPServer
 
 import pytest
 import typed
-from makers import BUNDLED, ROOT
+from makers import BUNDLED, ROOT, python
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from hivg import __main__ as ground
@@ -152,7 +151,7 @@ def parse_pretraining(args, monkeypatch):
 
 def run_typed(args, monkeypatch):
     assert args[-2] == "--scenes"
-    found = subprocess.run([sys.executable, "-m", "tests.typed", "--help"], cwd=ROOT, capture_output=True)
+    found = python("-m", "tests.typed", "--help")
     assert not found.returncode, found.stderr  # it finds the project that is not installed
     monkeypatch.setattr(sys, "argv", ["typed", *args[:-1], "1"])
     typed.main()

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from makers import ROOT, ended
+from makers import ROOT, ended, python
 
 from hivg.utils.cli import Parser, choose_dtype, run
 
@@ -99,8 +99,7 @@ def test_streams_that_are_closed_or_full(tmp_path):
     for command in COMMANDS:
         for out, err in itertools.product(("full", "closed"), ("open", "closed", "full")):
             cases += [(command, flag, {"stdout": out, "stderr": err}) for flag in ("--help", "--nonsense")]
-    done = subprocess.run([sys.executable, "-c", FORKED, json.dumps(cases), tmp_path], cwd=ROOT, capture_output=True,
-                          text=True)
+    done = python("-c", FORKED, json.dumps(cases), tmp_path)
     assert done.stderr == ""
     codes = json.loads(done.stdout)
     for number, (case, code) in enumerate(zip(cases, codes, strict=True)):

@@ -1,12 +1,11 @@
 """Where memory runs out, one line says so and what to lower; no file is called damaged for it."""
 
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from makers import ROOT, ended, raising
+from makers import ended, python, raising
 from makers_limits import LIMIT
 from makers_weights import save_legacy
 from PIL import Image
@@ -38,8 +37,7 @@ def test_a_command_says_what_to_lower(capfd, name):
 
 def limited(code, megabytes, *args):
     """What a program prints whose memory is limited where it calls limit(megabytes)."""
-    command = [sys.executable, "-c", LIMIT + code, str(megabytes), *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    return python("-c", LIMIT + code, megabytes, *args)
 
 
 def write_large(folder):
