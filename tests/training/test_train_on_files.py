@@ -9,7 +9,7 @@ import pytest
 import torch
 from makers import make_clip, make_hivg
 from makers_data import make_scenes, write_list, write_mdetr, write_refer, write_shapes
-from makers_training import ON_CPU, assert_same_log, log_of
+from makers_training import ON_CPU, assert_same_log, log_of, shrink
 from makers_use import call
 from PIL import Image
 from test_distributed import COMMON, run
@@ -108,21 +108,12 @@ NAMED = {  # name: preset, folder of the images, the writer of its files and its
 }
 
 
-@pytest.fixture
-def small_model(monkeypatch):
-    """Presets make models of few numbers, at ViT-B/16's depth, from clip.safetensors in the current folder."""
-    for_clip = train.HiVGConfig.for_clip
-
-    def small(clip, **changes):
-        return for_clip(clip, width=16, encoder_layers=2, encoder_heads=2, encoder_ffn=16, rtcc_hidden=16, **changes)
-
-    monkeypatch.setattr(train.HiVGConfig, "for_clip", small)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMED)
-def test_every_data_set_from_files_to_a_box(tmp_path, small_model, name, monkeypatch, capfd):
-    """Trained for a step or two in each stage of its preset, saved, evaluated, grounded."""
+def test_every_data_set_from_files_to_a_box(tmp_path, name, monkeypatch, capfd):
+    """Trained for a step or two in each stage of its preset, saved, evaluated, grounded: a model of few numbers, at
+    ViT-B/16's depth."""
+    shrink(monkeypatch)
     preset, folder, write, arguments = NAMED[name]
     splits = {"train": make_scenes(tmp_path, 4, 0, folder), "val": make_scenes(tmp_path, 4, 1, folder)}
     write(tmp_path, splits, **arguments)
