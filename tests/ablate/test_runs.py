@@ -11,7 +11,7 @@ import pytest
 import torch
 from makers import BUNDLED
 from makers_training import Killed, kill, shrink
-from makers_use import call
+from makers_use import assert_fails, call
 
 import train
 from hivg import weights
@@ -226,8 +226,7 @@ def test_one_seed_alone_gives_no_interval(small):
 def test_the_command_line(small, monkeypatch, capfd):
     for args, words in ((("run", "no such arm"), "no such arm"), (("run", "--jobs", "0"), "--jobs"),
                         (("one", "base"), "--lr"), (("report",), "no results"), (("report", "base"), "takes no names")):
-        code, _, error = call(main, capfd, monkeypatch, *args)
-        assert code == 2 and words in error and error.count("\n") == 1
+        assert_fails(call(main, capfd, monkeypatch, *args), words)
     code, output, _ = call(main, capfd, monkeypatch, "list")
     assert code == 0 and "lora deep first" in output
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from makers import assert_close, calls_of
-from makers_training import Killed, assert_same_log, assert_same_run, kill, log_of, run_script, shrink
+from makers_training import Killed, assert_one_line, assert_same_log, assert_same_run, kill, log_of, run_script, shrink
 
 import train
 from hivg.training.graph import WARM_UP, GraphedStep
@@ -82,8 +82,7 @@ def test_graphed_training_is_the_same(world, tiny, monkeypatch):
 
 
 def test_graph_is_refused_where_it_cannot_be(world, tiny, monkeypatch, capfd):
-    code, _, err = run_script(monkeypatch, capfd, "--graph", "--recompute")
-    assert code == 2 and "--recompute" in err
+    assert_one_line(run_script(monkeypatch, capfd, "--graph", "--recompute"), "--recompute")
     monkeypatch.setattr(train.distributed, "world_size", lambda: 2)
     with pytest.raises(ValueError, match="--graph is for one process, not 2"):
         train.train(replace(tiny, graph=True))
