@@ -73,9 +73,8 @@ def test_expressions_of_one_image_are_no_negatives():
 @pytest.mark.parametrize("alpha, gamma", [(0.25, 2.0), (0.7, 0.5), (0.5, 0.0)])
 def test_focal_loss(alpha, gamma):
     """-alpha_t (1 - p_t)^gamma log p_t, one number at a time."""
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 5, generator=generator).double()
-    targets = torch.rand(3, 5, generator=generator).round().double()
+    logits = random(3, 5)
+    targets = (random(3, 5, seed=1) > 0).double()
     terms = []
     for logit, target in zip(logits.flatten().tolist(), targets.flatten().tolist()):
         p = 1 / (1 + math.exp(-logit))
@@ -113,7 +112,7 @@ def test_grounding_losses():
     ids = torch.tensor([5, 5, 6, 7, 6, 1])
     masks = torch.rand(4, 24, 24, generator=torch.Generator().manual_seed(0)) > 0.5
     batch = {"images": images, "boxes": boxes, "masks": masks}
-    contrast = torch.randn(6, 6, generator=torch.Generator().manual_seed(1)).double()
+    contrast = random(6, 6, seed=1)
     weights = LossWeights(1, 2, 3, 4, 5, 6, 7)
     target, mask = box_on_grid(boxes, (4, 4), 64).double(), masks.flatten(1).double()
     logits = F.interpolate(output.mask_logits, (24, 24), mode="bilinear", align_corners=False).flatten(1)

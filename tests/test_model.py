@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from makers import assert_close, make_batch, make_clip, make_config, make_hivg, watch
+from makers import assert_close, make_batch, make_clip, make_config, make_hivg, random, watch
 
 from hivg.bridge import KINDS
 from hivg.clip import CLIP_SIZES
@@ -64,9 +64,8 @@ def test_image_of_another_size(hivg, batch):
 
 @pytest.mark.parametrize("grid", [(4, 4), (2, 3), (1, 5)])
 def test_mask_head_is_three_convolutions(hivg, grid):
-    generator = torch.Generator().manual_seed(0)
-    patches = torch.randn(3, grid[0] * grid[1], 32, generator=generator, dtype=torch.float64)
-    end = F.normalize(torch.randn(3, 32, generator=generator, dtype=torch.float64), dim=-1)
+    patches = random(3, grid[0] * grid[1], 32)
+    end = F.normalize(random(3, 32, seed=1), dim=-1)
     x = patches.transpose(1, 2).unflatten(2, grid)  # (B, D, h, w)
     for conv in hivg.mask_convs:
         x = conv(x)
