@@ -5,6 +5,7 @@ import pickle
 import pickletools
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -208,6 +209,10 @@ def write_rows(path, rows):
     """JSON lines -> their path."""
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
+
+
+def rows_of(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def write_own(folder, n=40, **fields):

@@ -1,6 +1,5 @@
 """Small trainings that the tests of the training share: their world, their settings, how to kill and compare them."""
 
-import json
 import os
 import re
 import runpy
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from makers import ROOT, ended
+from makers_data import rows_of
 from makers_weights import contents
 
 import train
@@ -33,7 +33,7 @@ def shrink(monkeypatch, dropout=0.1):
 
 
 def log_of(run):
-    return [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+    return rows_of(Path(run) / "log.jsonl")
 
 
 def assert_same_log(one, two, rel, abs):

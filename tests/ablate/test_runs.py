@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from makers import BUNDLED
+from makers_data import rows_of
 from makers_training import Killed, kill, shrink
 from makers_use import assert_fails, call
 
@@ -41,10 +42,6 @@ def small(tmp_path, monkeypatch, clip_file):
     monkeypatch.setattr(runs, "code_version", lambda: "abc")
     (tmp_path / "notebooks").mkdir()
     return tmp_path / "notebooks" / "ablations.jsonl"
-
-
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_right_and_wrong_survive_packing():
@@ -172,7 +169,7 @@ def test_results_of_an_arm_that_was_defined_differently_do_not_count(small):
 def test_a_new_loss_leaves_older_results_as_they_are(small):
     """It had no weight in them."""
     fake(small, {"no hints": 0.9})
-    rows = [json.loads(line) for line in small.read_text().splitlines()]
+    rows = rows_of(small)
     for row in rows:
         assert row["settings"]["loss_weights"].pop("reg_attention") == 0
     small.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -3,12 +3,11 @@
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from makers import make_clip, make_hivg
-from makers_data import make_scenes, write_list, write_mdetr, write_refer, write_shapes
+from makers_data import make_scenes, rows_of, write_list, write_mdetr, write_refer, write_shapes
 from makers_training import ON_CPU, assert_same_log, log_of, shrink
 from makers_use import call
 from PIL import Image
@@ -34,7 +33,7 @@ def test_train_and_evaluate_on_own_data(tmp_path, clip_file, monkeypatch, capfd)
     _, out, _ = call(evaluate.main, capfd, monkeypatch, "--weights", final, "--dataset", path, "--split", "val",
                      "--device", "cpu", "--per_sample", "a.jsonl", "--sheet", "sheet.png")
     assert "12 expressions" in out and "Acc@0.9" in out and "mask IoU" in out and "shuffled" not in out
-    rows = [json.loads(line) for line in Path("a.jsonl").read_text().splitlines()]
+    rows = rows_of("a.jsonl")
     samples = read_samples("data", path, "val")
     assert [(row["image"], row["expression"]) for row in rows] == [(str(s.image), s.expression) for s in samples]
     assert [row["target"] for row in rows] == [list(s.box) for s in samples]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from makers import make_hivg, raising, refusal
+from makers_data import rows_of
 from makers_use import TEXTS, assert_fails, call, make_image
 from makers_weights import contents
 
@@ -152,7 +153,7 @@ def test_calibrate(run, tmp_path, dtype):
     info = json.loads(new["info"])
     assert info["stage"] == "lora1"
     assert info["score_calibrated_on"] == {"dataset": "shapes", "split": "val", "expressions": 24}
-    rows = [json.loads(line) for line in (tmp_path / "raw.jsonl").read_text().splitlines()]
+    rows = rows_of(tmp_path / "raw.jsonl")
     expected = fit_calibration([row["score"] for row in rows], [row["iou"] >= 0.5 for row in rows])
     assert info["score_calibration"] == pytest.approx(expected)
 
@@ -160,7 +161,7 @@ def test_calibrate(run, tmp_path, dtype):
     table = after.splitlines()[-12:-1]  # before the line of comparison
     assert code == 0 and "expected calibration error" in table[0] and out.splitlines()[1:] == after.splitlines()[1:]
     assert sum(int(re.search(r"(\d+) expressions", line)[1]) for line in table[1:]) == 24
-    chances = [json.loads(line)["score"] for line in (tmp_path / "new.jsonl").read_text().splitlines()]
+    chances = [row["score"] for row in rows_of(tmp_path / "new.jsonl")]
     assert chances == pytest.approx([calibrated(row["score"], *expected) for row in rows])
     assert re.search("AUROC .*", after)[0] == re.search("AUROC .*", before)[0]
 

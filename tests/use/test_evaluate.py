@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from makers import make_clip
+from makers_data import rows_of
 from makers_use import assert_fails, call
 from typed import overlap
 
@@ -208,7 +209,7 @@ def test_command(model, weights_file, monkeypatch, capfd, tmp_path):
     assert code == 0 and "error" not in err
     first, *report, last = out.splitlines()
     assert re.fullmatch(rf"{weights_file} on shapes val in float32, \d+ expressions a second", first)
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    rows = rows_of(tmp_path / "rows.jsonl")
     assert report == evaluate.report(rows).splitlines()
     for row, own in zip(rows, evaluate.predict(model, batches()), strict=True):  # the command merges adapters
         assert row["expression"] == own["expression"] and row["kind"] in KINDS
@@ -227,7 +228,7 @@ def test_command_on_the_wider_world(weights_file, monkeypatch, capfd, tmp_path, 
     code, out, err = call(evaluate.main, capfd, monkeypatch, "--weights", weights_file, "--dataset", "shapes-wide",
                           "--split", split, "--device", "cpu", "--per_sample", path, "--sheet", tmp_path / "sheet.png")
     assert code == 0 and "error" not in err and "nan" not in out
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = rows_of(path)
     kinds = {row["kind"] for row in rows}
     for row in rows:
         assert (row["target"] is None) == row["kind"].startswith("absent")

@@ -1,6 +1,5 @@
 """The evaluation of people's own files: the split that is taken, what is written where, flags out of range."""
 
-import json
 import os
 import re
 from pathlib import Path
@@ -8,7 +7,7 @@ from threading import Thread
 
 import numpy as np
 import pytest
-from makers_data import TURNED, make_scenes, write_list, write_rows
+from makers_data import TURNED, make_scenes, rows_of, write_list, write_rows
 from makers_use import assert_fails, call, make_image
 from PIL import Image
 
@@ -102,7 +101,7 @@ def test_sheet_shows_images_upright(run):
     write_data("turned.jsonl", ["val"], "im/turned.png")
     assert run("--dataset", "turned.jsonl", "--sheet", "sheet.png", "--per_sample", "rows.jsonl")[0] == 0
     dataset = evaluate.open_dataset("turned.jsonl", "val", 64)
-    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    rows = rows_of("rows.jsonl")
     tile = np.asarray(report.sheet_tile(dataset, rows, 0))
     upright = np.asarray(dataset.image(0))
     assert upright.shape == (200, 120, 3) and tile.shape[0] >= 200
@@ -181,7 +180,7 @@ def test_images_are_not_drawn_over(run, output):
 
 
 def test_images_of_other_splits_and_rows_left_out_are_not_drawn_over(run):
-    rows = [json.loads(line) for line in Path("mine.jsonl").read_text().splitlines()]
+    rows = rows_of("mine.jsonl")
     for name, changes in (("train", {"split": "train"}), ("empty", {"expression": ""})):
         make_image().save(f"im/{name}.png")
         rows.append(rows[0] | {"image": f"im/{name}.png"} | changes)
