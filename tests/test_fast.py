@@ -83,11 +83,9 @@ def gradients_of(model, copy, dtype=None, weights=LossWeights()):
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-MODELS = [dict(stage=0), dict(stage=2), dict(stage=3, lora="shared", bridge="projected"),
-          dict(stage=1, lora="vanilla", bridge="constant")]
-
-
-@pytest.mark.parametrize("changes", MODELS, ids=str)
+@pytest.mark.parametrize("changes", [
+    dict(stage=0), dict(stage=2), dict(stage=3, lora="shared", bridge="projected"),
+    dict(stage=1, lora="vanilla", bridge="constant")], ids=str)
 @pytest.mark.parametrize("clip_is_trained", [False, True])
 def test_training_copy_has_the_same_gradients(changes, clip_is_trained):
     """Also where blocks are computed again for the gradient. The model stays as it is."""

@@ -200,9 +200,6 @@ def losses_of(present):
     return terms, torch.autograd.grad(sum(terms.values()), inputs)
 
 
-BOX_TERMS = "box", "giou", "patch_box", "reg_attention"
-
-
 def test_a_batch_of_present_rows_is_one_that_says_nothing_of_it():
     terms, gradients = losses_of([True] * 4)
     others, other_gradients = losses_of(None)
@@ -214,7 +211,7 @@ def test_a_batch_of_present_rows_is_one_that_says_nothing_of_it():
 def test_rows_of_nothing_have_no_box_loss():
     """Nor a gradient from there; what other rows add is as ever. Their empty token map and mask count."""
     parts = [losses_of([i in kept for i in range(4)])[0] for kept in ({0}, {1, 3}, {2}, {0, 1, 2, 3})]
-    for name in BOX_TERMS:
+    for name in ("box", "giou", "patch_box", "reg_attention"):
         assert_close(name, parts[0][name] + parts[1][name] + parts[2][name], parts[3][name], 1e-5)
         assert parts[0][name] > 0
     terms, (boxes, patch_boxes, attention) = losses_of([True, False, True, False])

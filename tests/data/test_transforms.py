@@ -12,7 +12,6 @@ from hivg.boxes import cxcywh_to_xyxy
 from hivg.data.transforms import NORMALIZATION, Letterbox
 
 SIZES = [(300, 200), (200, 300), (128, 128), (131, 127), (90, 640), (4000, 8), (8, 4000), (10, 7), (1, 1), (5, 1)]
-SHRUNK = [size for size in SIZES if max(size) >= 128]
 
 
 def pixels(letterbox, image):
@@ -89,7 +88,7 @@ def test_an_odd_row_is_below(height, top):
     assert Letterbox(50, height, 50).corner == (0, top)
 
 
-@pytest.mark.parametrize("width, height", SHRUNK)
+@pytest.mark.parametrize("width, height", [size for size in SIZES if max(size) >= 128])  # shrunk
 def test_pixels_land_where_the_boxes_say(width, height):
     """Red says how far right, green how far down in the image a pixel was. Each pixel of the square, asked where it
     came from, is there within a pixel: the resized sides are whole numbers, and colours come in steps of 1 / 255."""

@@ -55,6 +55,8 @@ def test_the_bytes_are_on_the_disk_before_the_name(tmp_path, monkeypatch):
         monkeypatch.setattr(os, name, lambda *args, f=function, name=name: calls.append(name) or f(*args))
     write_whole(tmp_path / "a", lambda part: part.write_text("new"))
     assert calls == ["fsync", "replace"]
+
+
 def test_the_temporary_name_is_nobody_elses(tmp_path):
     """A file X.part of the user stays, a link too and what it leads to; so does what the target links to."""
     users = {"x.part": "mine", "other": "theirs", "old": "linked"}

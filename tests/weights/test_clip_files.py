@@ -25,9 +25,6 @@ from hivg import weights
 from hivg.clip import similarity
 from hivg.weights import WeightsError, download
 
-VOCABULARY = make_tokenizer().vocab_size
-
-
 # --- every kind loads exactly ---
 
 
@@ -158,7 +155,8 @@ def test_table_of_another_kind_is_passed_over(tmp_path, monkeypatch):
 
 
 def test_table_of_another_vocabulary_is_not_taken(tmp_path):
-    save_file(to_huggingface(make_published_clip(vocab_size=VOCABULARY + 1)), tmp_path / "model.safetensors")
+    clip = make_published_clip(vocab_size=make_tokenizer().vocab_size + 1)
+    save_file(to_huggingface(clip), tmp_path / "model.safetensors")
     save_table(tmp_path / download.TABLE)
     loaded = weights.load_clip(tmp_path / "model.safetensors")
     assert loaded.tokenizer is None
