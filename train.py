@@ -292,24 +292,24 @@ def train(s: Settings, hooks=Hooks()):
         first = 0
         if saved and number == saved["stage"]:
             first, best = run.restore(model, optimizers, steps)
-            if best >= 0 and first:  # at step 0 it is written below
+            if first and best >= 0:  # at step 0 it is written below
                 weights.load_hivg(path)  # the next stage starts from it, so that it can be read is known now
         first_item = first_item_of(s, table, number, dataset.rows, hooks.one_stream)
         batches = training_batches(dataset, first_item, stage.batch_size, steps * stage.accumulate,
                                    first * stage.accumulate, s.workers, distributed.rank(), distributed.world_size(),
                                    device, model.tokenizer)
-        if best is None:
-            with run.autocast():
-                scores = validate(s, val, model, device)
-            best = scores["accuracy"]
-            log.epoch(stage.name, 0, 0, scores, best)
         log.message(columns_text([stage_column(stage, model)]))
         if stage.name == "finetune" and not model.config.stage and not s.clip_rate:
             log.message("CLIP is frozen and has no adapters to train; --lora hierarchical, shared or vanilla adds them")
         if number == 0 and first == 0:
-            run.save(number, 0, steps, best, model, optimizers)  # so that every run can be resumed, before other files
+            run.save(number, 0, steps, -1.0, model, optimizers)  # so that every run can be resumed, before other files
+        if first == 0 and scores is None:
+            with run.autocast():
+                scores = validate(s, val, model, device)
+            best = scores["accuracy"]
+            log.epoch(stage.name, 0, 0, scores, best)
         if first == 0 and best >= 0 and distributed.rank() == 0:  # kept if the stage never improves it
-            weights.save(path, model, info_of(s, stage.name, scores or {"accuracy": best}))
+            weights.save(path, model, info_of(s, stage.name, scores))
         trained = training_copy(model, run.dtype, together=distributed.world_size() == 1)
         if s.compile:
             model.compile_blocks()  # to validate

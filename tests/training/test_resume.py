@@ -42,6 +42,18 @@ def test_resumed_is_uninterrupted(whole, world, tiny, monkeypatch, save_minutes,
     assert_same_run(world / "runs/tiny", whole)
 
 
+@pytest.mark.parametrize("name, call", [("validate", 1), ("weights.save", 1), ("to_device", 1)])
+def test_a_finetuning_resumed_at_its_start(whole, world, tiny, monkeypatch, name, call):
+    """The start's scores are those of the uninterrupted run, its mean IoU too, which decides ties."""
+    settings = replace(tiny, finetune=str(whole / "lora3.safetensors"), lora="none", epochs=(1,), lr=(1e-3,))
+    train.train(replace(settings, name="uninterrupted"))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill(patch, train, name, call)
+        train.train(settings)
+    train.train(replace(settings, resume=True))
+    assert_same_run(world / "runs/tiny", world / "runs/uninterrupted")
+
+
 @pytest.mark.slow
 def test_resumed_after_every_step(whole, world, tiny, monkeypatch):
     """A machine that never lives for more than a step or two."""
