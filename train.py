@@ -77,8 +77,8 @@ class Settings(RunSettings):
                            "file", group="Data")
     data_root: str = setting(DATA_ROOT, "the folder with the data sets, laid out as published", resumable=True)
     annotations: str = setting("", "annotation file or folder, if not in the published layout")
-    hard_mix: bool = setting(False, "draw more of what is learned last: counting, distances, the middle size, what is "
-                             "not there (drawn data only)")
+    hard_mix: bool = setting(False, "draw more of what is learned last: counting, distances, middle sizes, what is not "
+                             "there (drawn data only)")
     epoch_samples: int = setting(0, "expressions in an epoch; 0 = all, or 8192 of the drawn ones, which are endless",
                                  low=0, high=10**9)
     masks: str = setting("auto", "mask head's target; auto = box, but segmentation for your own data", choices=MASKS)

@@ -269,6 +269,7 @@ ROWS = {
     "the smaller star, of two": sized("the smaller {shape}", 32, 66),
     "the smallest star, of three": sized("the smallest {shape}", 32, 48, 66),
     "the largest star, of three": sized("the largest {shape}", 66, 48, 32),
+    "the medium star, of three": sized("the medium {shape}", 46, 32, 66),
     "the star that is not red": negated("the {shape} that is not {colour}"),
     "the star that isn't red": negated("the {shape} that isn't {colour}"),
     "not the red star": negated("the {shape}, not the {colour} one"),

@@ -177,7 +177,7 @@ def test_what_is_learned_last_can_be_asked_for_alone(kind, words):
         assert Listener(scene, expression.text).referents() == [expression.target], expression.text
         if kind == "medium":
             assert any(word in expression.text for word in words), expression.text
-            assert {obj.size for obj in scene.objects} == set(SIZES)
+            assert len({obj.size for obj in scene.objects}) > 1
     text = " ".join(e.text for _, e in spoken)
     assert all(f"{word} " in text for word in words)
 

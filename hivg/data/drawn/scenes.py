@@ -44,7 +44,7 @@ WIDE_TRAINING = {"attribute": 0.14, "superlative": 0.1, "ordinal": 0.34, "relati
                  "negation": 0.07, "absent": 0.09, "beyond": 0.02}
 WIDE_HARD_KINDS = {"attribute": 0.08, "superlative": 0.12, "ordinal": 0.28, "late": 0.14, "relation": 0.13,
                    "closeness": 0.1, "conjunction": 0.04, "negation": 0.05, "absent": 0.08, "beyond": 0.03,
-                   "medium": 0.12}
+                   "medium": 0.08}
 ROWS = {  # kinds that need a row, how many it may have
     "ordinal": (2, 3, 4, 5, 6), "counting": (4, 5, 6), "late": (3, 4, 5, 6), "beyond": (2, 3, 4, 5)}
 WIDE_SPLITS = {
@@ -60,10 +60,10 @@ WIDE_SPLITS = {
     "absent": (500, {"absent": 0.8, "beyond": 0.2}),
     "framed": (500, WIDE_MIX),
 }
-# What `--hard_mix` trains on instead, as arguments of Shapes. In the wider world a quarter of the scenes are then the
+# What `--hard_mix` trains on instead, as arguments of Shapes. In the wider world two fifths of the scenes are then the
 # narrower one's, so that its own language is not forgotten, and half are framed as people's images may be.
 HARD_MIX = {"shapes": {"weights": HARD_KINDS},
-            "shapes-wide": {"weights": WIDE_HARD_KINDS, "plain": 0.25, "reframe": 0.5}}
+            "shapes-wide": {"weights": WIDE_HARD_KINDS, "plain": 0.4, "reframe": 0.5}}
 DRAWN = {"shapes": SPLITS, "shapes-wide": WIDE_SPLITS}  # the data sets that are drawn
 
 

@@ -89,10 +89,10 @@ class WideSpeaker(Speaker):
         return text, target
 
     def medium(self, _):
-        """An object that only its middle size singles out, where all three sizes are seen."""
+        """An object that only its middle size singles out, among two or three sizes."""
         options = [(i, attributes) for i in self.targets if self.objects[i].size == "medium"
                    for attributes in self.minimal[i] if attributes & SIZE]
-        if len({obj.size for obj in self.objects}) < 3 or not options:
+        if not options:
             return None
         target, attributes = pick(self.rng, options)
         return the(self.rng, self.noun(target, attributes)), target
