@@ -302,7 +302,8 @@ def train(s: Settings, hooks=Hooks()):
         if stage.name == "finetune" and not model.config.stage and not s.clip_rate:
             log.message("CLIP is frozen and has no adapters to train; --lora hierarchical, shared or vanilla adds them")
         if number == 0 and first == 0:
-            run.save(number, 0, steps, -1.0, model, optimizers)  # so that every run can be resumed, before other files
+            # before other files, so that every run can be resumed; a start that is to be measured is not measured yet
+            run.save(number, 0, steps, -1.0, model, optimizers)
         if first == 0 and scores is None:
             with run.autocast():
                 scores = validate(s, val, model, device)

@@ -91,7 +91,7 @@ class WideSpeaker(Speaker):
     def medium(self, _):
         """An object that only its middle size singles out, among two or three sizes."""
         options = [(i, attributes) for i in self.targets if self.objects[i].size == "medium"
-                   for attributes in self.minimal[i] if attributes & SIZE]
+                   for attributes in self.minimal[i] if includes(attributes, SIZE | self.must)]
         if not options:
             return None
         target, attributes = pick(self.rng, options)
