@@ -128,14 +128,14 @@ class WideSpeaker(Speaker):
         return self.rank(range(2, len(self.row.members)))
 
     def late(self, _):
-        """The third or a later one."""
-        return self.rank(range(3, len(self.row.members) + 1))
+        """The third or a later one, counted: never "the last" or "the middle"."""
+        return self.rank(range(3, len(self.row.members) + 1), is_counted=True)
 
     def beyond(self, _):
         """A rank that nothing has: "the fifth" of three."""
         return self.rank(range(len(self.row.members) + 1, 7))
 
-    def rank(self, ranks):
+    def rank(self, ranks, is_counted=False):
         rng = self.rng
         side = pick(rng, [side for side, (axis, _) in DIRECTIONS.items() if axis == self.row.axis])
         members = self.row.members[:: -DIRECTIONS[side][1]]  # as seen from this side
@@ -144,19 +144,20 @@ class WideSpeaker(Speaker):
         target = members[rank - 1] if behind >= 0 else NOTHING
         if target not in (NOTHING, *self.targets):
             return None
-        text = self.ranked(members[0], target, rank, behind, side)
+        text = self.ranked(members[0], target, rank, behind, side, is_counted)
         return text, target, f"{rank} of {len(members)}" if target != NOTHING else ""
 
-    def ranked(self, some, target, rank, behind, side):
-        """The rank in words; some: a member of the row, behind: how many come after the target."""
+    def ranked(self, some, target, rank, behind, side, is_counted):
+        """The rank in words; some: a member of the row, behind: how many come after the target, is_counted: whether it
+        is told by its number."""
         rng = self.rng
-        if behind == rank - 1 > 0 and rng.random() < 0.3 and self.is_middle(target):
+        if not is_counted and behind == rank - 1 > 0 and rng.random() < 0.3 and self.is_middle(target):
             words = pick(rng, MIDDLE)
             if not self.is_central(target):  # "in the middle" may mean the image's
                 words = MIDDLE[0]
             return the(rng, words.format(self.noun(some, self.row.attributes)))
         counted = pick(rng, self.words.ordinals[rank])
-        if behind in LAST and rank > 1 and rng.random() < (0.4, 0.3, 0.15)[behind]:
+        if not is_counted and behind in LAST and rank > 1 and rng.random() < (0.4, 0.3, 0.15)[behind]:
             counted = pick(rng, LAST[behind])
         where = pick(rng, FROM).format(self.words.sides[side])
         style = rng.random()
