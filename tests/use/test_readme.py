@@ -17,6 +17,7 @@ from pathlib import Path
 from socketserver import ThreadingTCPServer
 
 import pytest
+import torch
 import typed
 from makers import BUNDLED, ROOT, python
 from torch.distributed.run import get_args_parser as torchrun_parser
@@ -231,6 +232,12 @@ def make_clip(name):
         shutil.copy(ROOT / "weights" / "clip-tiny.safetensors", name)
 
 
+def make_state(name):
+    """What a run resumes from, of which a page reads the weights alone."""
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"trained": weights.load_hivg(BUNDLED).state_dict()}, name)
+
+
 def make_rows(path):
     row = {"image": "a.png", "expression": "cup", "target": [0, 0, 1, 1], "iou": 0.5}
     path.write_text(json.dumps(row) + "\n")
@@ -266,7 +273,9 @@ def test_python_blocks(page, folder):
     names = {}
     for block in blocks:
         for path in re.findall(r'"([\w/.-]+\.safetensors)"', block):
-            make_weights(path)
+            (make_clip if path.endswith("/clip.safetensors") else make_weights)(path)
+        for path in re.findall(r'"([\w/.-]+/state\.pt)"', block):
+            make_state(path)
         exec(compile(block, page, "exec"), names)
 
 
