@@ -128,7 +128,7 @@ class WideSpeaker(Speaker):
         return self.rank(range(2, len(self.row.members)))
 
     def late(self, _):
-        """The third or a later one, counted: never "the last" or "the middle"."""
+        """The third or a later one, told by its number."""
         return self.rank(range(3, len(self.row.members) + 1), is_counted=True)
 
     def beyond(self, _):
@@ -148,8 +148,8 @@ class WideSpeaker(Speaker):
         return text, target, f"{rank} of {len(members)}" if target != NOTHING else ""
 
     def ranked(self, some, target, rank, behind, side, is_counted):
-        """The rank in words; some: a member of the row, behind: how many come after the target, is_counted: whether it
-        is told by its number."""
+        """The rank in words. some: a member of the row. behind: how many come after the target. is_counted: by its
+        number, never as "the last" or "the middle"."""
         rng = self.rng
         if not is_counted and behind == rank - 1 > 0 and rng.random() < 0.3 and self.is_middle(target):
             words = pick(rng, MIDDLE)
