@@ -57,7 +57,7 @@ def test_the_expression_decides(bundled, name, text, meant):
                                          ("the red star, all things small", 0.5),
                                          ("the medium star, of three", 0.8)])
 def test_scenes_of_another_program(bundled, name, least):
-    """Weights that had never seen such sizes found 0.1 and 0.28 of 60."""
+    """Weights from before `--hard_mix` asked for such scenes found 0.1, 0.28 and 0.27 of 60."""
     right, _ = tried(bundled, ROWS[name], 60)
     assert np.mean(right) >= least
 
@@ -84,5 +84,5 @@ def test_accuracy(monkeypatch):
     rows = evaluate.predict(model, evaluation_batches(dataset))
     moved = evaluate.predict(model, evaluation_batches(dataset), expressions=evaluate.shuffled(rows))
     present = [i for i, row in enumerate(rows) if row["target"]]
-    assert np.mean([rows[i]["iou"] >= 0.5 for i in present]) >= 0.92  # 0.963 of all, give or take 0.02
-    assert np.mean([moved[i]["iou"] >= 0.5 for i in present]) <= 0.22  # 0.127 of all, give or take 0.03
+    assert np.mean([rows[i]["iou"] >= 0.5 for i in present]) >= 0.92  # 0.968 of all, give or take 0.02
+    assert np.mean([moved[i]["iou"] >= 0.5 for i in present]) <= 0.22  # 0.130 of all, give or take 0.03
