@@ -50,6 +50,7 @@ class Settings(RunSettings):
     dataset: str = setting("shapes-wide", "the drawn world", choices=tuple(DRAWN), group="Data")
     reframe: float = setting(0.0, "share of the training's scenes that are seen in another frame, as with train.py's "
                              "--hard_mix", low=0, high=1, group="Data")
+    hard_mix: bool = setting(False, "draw more of the later ranks of rows, told by number (shapes-wide only)")
     clip: str = setting("", "weights file of a tiny CLIP to continue, with the words that it lacks", group="Model")
     epochs: int = setting(6, "number of epochs", low=1, high=10**6, group="Optimization")
     epoch_samples: int = setting(8192, "images in an epoch", low=1, high=10**9)
@@ -57,6 +58,11 @@ class Settings(RunSettings):
     batch_size: int = setting(32, "images in a batch, over all processes; even, for twins", low=2, high=10**6)
     lr: float = setting(3e-3, "peak learning rate", low=0, high=1e30)
     adamw_share: float = setting(1 / 3, "AdamW's learning rate as a share of Muon's", low=0, high=10)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.hard_mix and not self.is_wide:
+            raise ValueError("--hard_mix is for shapes-wide; leave it out")
 
     @property
     def is_wide(self):
@@ -235,7 +241,7 @@ def pretrain(s: Settings):
     best = -1.0
     if saved:
         first, best = run.restore(model, optimizers, steps)
-    dataset = Pairs(model.config.image_size, s.seed, s.is_wide, s.reframe)
+    dataset = Pairs(model.config.image_size, s.seed, s.is_wide, s.reframe, s.hard_mix)
     batches = training_batches(dataset, 0, s.batch_size, steps, first, s.workers, distributed.rank(),
                                distributed.world_size(), device, model.tokenizer)
     if not saved:

@@ -121,12 +121,13 @@ def test_phrase_truth():
 # --- the data ---
 
 
-@pytest.mark.parametrize("wide, reframe", [(False, 0), (False, 1), (True, 0), (True, 1)])
-def test_twins_differ_in_one_look_alone(wide, reframe):
+@pytest.mark.parametrize("wide, reframe, hard_mix", [(False, 0, False), (False, 1, False), (True, 0, False),
+                                                     (True, 1, False), (True, 0, True)])
+def test_twins_differ_in_one_look_alone(wide, reframe, hard_mix):
     """Every object's own look is unlike all others', and its twin has another shape, or another colour. Both are told
     truly, by expressions that mean the same object."""
     for index in range(40):
-        (scene, twin), (said, twin_said) = draw_pair(np.random.default_rng(index), wide, reframe)
+        (scene, twin), (said, twin_said) = draw_pair(np.random.default_rng(index), wide, reframe, hard_mix)
         changed = set()
         for a, b in zip(scene.objects, twin.objects):
             assert (a.x, a.y, a.size, a.filled, a.stretch) == (b.x, b.y, b.size, b.filled, b.stretch)
@@ -173,6 +174,21 @@ def test_reframed_pairs_have_other_frames():
         pairs = Pairs(32, wide=True, reframe=reframe)
         padded.append(max(pairs[i]["padding_mask"].float().mean().item() for i in range(16)))
     assert padded[0] <= 0.5 < padded[1]
+
+
+def test_hard_mix_asks_for_later_ranks():
+    """Without it about one expression in seven means the third or a later one of four or more."""
+    shares = []
+    for hard_mix in (False, True):
+        said = [e for i in range(60) for e in draw_pair(np.random.default_rng(i), True, hard_mix=hard_mix)[1][0]]
+        ranks = [e.detail.split(" of ") for e in said if e.kind == "ordinal"]
+        shares.append(sum(int(rank) >= 3 and int(n) >= 4 for rank, n in ranks) / len(said))
+    assert shares[1] > 1.8 * shares[0] > 0, shares
+
+
+def test_hard_mix_is_refused_in_the_narrower_world():
+    with pytest.raises(ValueError, match="--hard_mix is for shapes-wide"):
+        Settings(dataset="shapes", hard_mix=True)
 
 
 def test_no_split_draws_from_the_random_numbers_of_the_pairs():

@@ -18,7 +18,7 @@ from hivg.data.batches import collate
 from hivg.data.drawn.drawing import COLOURS, HELD_OUT, LONG, SHAPES, SIZES, draw
 from hivg.data.drawn.expressions import Expression, Speaker, draw_kinds, express, the
 from hivg.data.drawn.phrases import ALL, COLOUR, FILL, SHAPE, SIZE, caption, noun_phrase, object_phrases, pick, place
-from hivg.data.drawn.scenes import MAX_OBJECTS, random_scene, row_length
+from hivg.data.drawn.scenes import MAX_OBJECTS, ROWS, random_scene, row_length
 from hivg.data.drawn.wide_expressions import WIDE_SHAPES, WideSpeaker
 from hivg.data.drawn.wide_scenes import reframed, row_scene, wide_scene
 from hivg.data.transforms import Letterbox
@@ -27,6 +27,10 @@ MIX = {"attribute": 0.1, "superlative": 0.2, "ordinal": 0.3, "relation": 0.28, "
 WIDE_MIX = {"attribute": 0.1, "superlative": 0.3, "relation": 0.32, "conjunction": 0.12, "negation": 0.16}
 ROWS_SHARE = 0.5  # of the scenes, of which few have the objects that they need
 ROW_MIX = {"ordinal": 0.8, "superlative": 0.1, "relation": 0.1}  # where there is a row
+# With `hard_mix`, more of what is learned last: rows, in most of them at least four, and their later ranks
+HARD_ROWS_SHARE = 0.6
+LATE_SHARE = 0.7  # of these rows
+LATE_MIX = {"late": 0.6, "ordinal": 0.2, "superlative": 0.1, "relation": 0.1}
 SPOKEN = 5  # most expressions of an image, of the kinds of MIX
 PLACES_NAMED = 2  # most expressions by place alone
 MAX_EXPRESSIONS = SPOKEN + PLACES_NAMED
@@ -55,10 +59,12 @@ class Pairs(Dataset):
     texts = {"caption_ids": "captions", "phrase_ids": "phrases", "token_ids": "expressions"}  # what is tokenised
     normalization = "clip"
 
-    def __init__(self, size, seed=0, wide=False, reframe=0.0):
-        """size: side of the square in pixels. reframe: share of the scenes that are seen in another frame."""
+    def __init__(self, size, seed=0, wide=False, reframe=0.0, hard_mix=False):
+        """size: side of the square in pixels. reframe: share of the scenes that are seen in another frame. hard_mix:
+        whether the wider world's have more rows, and these more of the later ranks, told by number."""
         self.size = size
         self.reframe = reframe
+        self.hard_mix = hard_mix
         self.wide = wide
         self.words = (WideSpeaker if wide else Speaker).words
         self.seed = seed
@@ -69,7 +75,7 @@ class Pairs(Dataset):
     def __getitem__(self, index):
         """A dictionary of tensors and lists about two images of S x S pixels."""
         rng = np.random.default_rng([self.seed, STREAM + self.wide, index])
-        scenes, expressions = draw_pair(rng, self.wide, self.reframe)
+        scenes, expressions = draw_pair(rng, self.wide, self.reframe, self.hard_mix)
         few = rng.permutation(len(scenes[0].objects))[:CAPTION_OBJECTS]
         return collate([self.image_item(rng, *both, few) for both in zip(scenes, expressions)])
 
@@ -97,12 +103,16 @@ class Pairs(Dataset):
         }
 
 
-def draw_pair(rng, wide, reframe=0.0):
+def draw_pair(rng, wide, reframe=0.0, hard_mix=False):
     """-> (a scene, its twin), (the scene's expressions, the twin's)."""
     own, shared = COLOUR, SHAPE  # the look that is an object's own, and the one in which the twins differ
     if rng.random() < UNIQUE_SHAPES:
         own, shared = shared, own
-    n = row_length(rng) if wide and rng.random() < ROWS_SHARE else 0
+    n = row_length(rng) if wide and rng.random() < (HARD_ROWS_SHARE if hard_mix else ROWS_SHARE) else 0
+    is_late = hard_mix and n and rng.random() < LATE_SHARE
+    if is_late:
+        n = row_length(rng, ROWS["late"])
+    mix = MIX if not wide else LATE_MIX if is_late else ROW_MIX if n else WIDE_MIX
     while True:  # until a scene yields expressions
         made = new_scene(rng, own, shared, wide, n)
         if not made:
@@ -114,7 +124,7 @@ def draw_pair(rng, wide, reframe=0.0):
         if not twins:
             continue
         seed = int(rng.random() * 2**53)
-        said, twin_said = (speak(np.random.default_rng(seed), scene, own, shared, row, wide) for scene in twins)
+        said, twin_said = (speak(np.random.default_rng(seed), scene, own, shared, row, wide, mix) for scene in twins)
         if said and [e.target for e in said] == [e.target for e in twin_said]:
             return twins, (said, twin_said)
 
@@ -161,7 +171,7 @@ def with_look(obj, attribute, value, shades):
     return replace(obj, shape=value, rotation=upright)
 
 
-def speak(rng, scene, own, shared, row, wide):
+def speak(rng, scene, own, shared, row, wide, mix):
     """Expressions that do not name an object's own look; an empty list if the scene has none. With the same random
     numbers, they are those of its twin in the twin's words."""
     groups = {}
@@ -171,7 +181,6 @@ def speak(rng, scene, own, shared, row, wide):
     if not groups:
         return []
     speaker = (WideSpeaker if wide else Speaker)(scene, rng, sum(groups, []), never=own, row=row)
-    mix = MIX if not wide else ROW_MIX if row else WIDE_MIX
     said = express(speaker, draw_kinds(rng, mix, SPOKEN), attempts=12)
     if not said:
         return []
