@@ -9,16 +9,11 @@ import http.client
 import os
 import urllib.error
 import urllib.request
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from hivg.utils.cli import Progress
 from hivg.utils.messages import quoted, shown
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 TABLE = "bpe_simple_vocab_16e6.txt.gz"
 HASHES = {
@@ -33,7 +28,6 @@ for name, sha256 in HASHES.items():
     FILES[name] = (f"https://openaipublic.azureedge.net/clip/models/{sha256}/{file}.pt", sha256)
 FILES["table"] = (f"https://github.com/openai/CLIP/raw/main/clip/{TABLE}",
                   "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")
-MOST, MOST_OF_TABLE = 10**9, 10**7  # bytes: more than the largest model has, and more than the table
 CHUNK = 1 << 20  # bytes read at once
 
 
@@ -52,48 +46,30 @@ def download(address, sha256, folder):
     part = path.with_name(f"{path.name}.{sha256[:16]}.part")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with alone_in(folder):
-        if path.is_file():
-            if hash_of(path) != sha256:
-                raise ValueError(f"{shown(path)}: exists, but is not the published file (its sha256 differs); remove "
-                                 "it and fetch again")
+    if path.is_file():
+        if hash_of(path) != sha256:
+            raise ValueError(f"{shown(path)}: exists, but is not the published file (its sha256 differs); remove it "
+                             "and fetch again")
+        return path
+    is_resumed = part.is_file() and part.stat().st_size > 0
+    for _ in range(1 + is_resumed):  # a part may be wrong from the start: then once more without it
+        done, total = get(address, part)
+        if hash_of(part) == sha256:  # whatever length the server gave
+            with writing(path):
+                os.replace(part, path)
             return path
-        is_resumed = part.is_file() and part.stat().st_size > 0
-        for _ in range(1 + is_resumed):  # a part may be wrong from the start: then once more without it
-            done, total = get(address, part)
-            if hash_of(part) == sha256:  # whatever length the server gave
-                with writing(path):
-                    os.replace(part, path)
-                return path
-            if done < total:
-                raise ValueError(f"{shown(path)}: the connection ended after {done:,} of {total:,} bytes; run the "
-                                 "same command again to resume")
-            part.unlink()
+        if done < total:
+            raise ValueError(f"{shown(path)}: the connection ended after {done:,} of {total:,} bytes; run the same "
+                             "command again to resume")
+        part.unlink()
     raise ValueError(f"{address}: the server sent something other than the published file (its sha256 differs), which "
                      "was removed; try again later, or from another network")
-
-
-@contextmanager
-def alone_in(folder):
-    """Wait for other programs that download into the folder. Where a folder cannot be locked, as on Windows and on some
-    network file systems, it is not."""
-    if fcntl is None:
-        yield
-        return
-    folder = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
 
 
 def get(address, part):
     """Add to `part` the bytes of the address that are not in it yet -> how many it has, and how many the server says
     there are. Raises ValueError; what was received stays."""
     done = total = part.stat().st_size if part.is_file() else 0
-    most = MOST_OF_TABLE if address.endswith(TABLE) else MOST
     request = urllib.request.Request(address, headers={"Range": f"bytes={done}-"} if done else {})
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
@@ -102,19 +78,14 @@ def get(address, part):
             total = done + (answer.length or 0)
             progress = Progress(f"{address.rsplit('/', 1)[1]}, MB", round(total / 1e6))
             with writing(part):
-                file = open(part, "r+b", opener=open_part)
+                file = open(part, "ab" if done else "wb")
             with file:
-                file.seek(done)
                 while data := answer.read(CHUNK):
                     with writing(part):
                         file.write(data)
                         file.flush()  # so that a full disk is noticed here, not when the file is closed
                     done += len(data)
                     progress(round(done / 1e6))
-                    if max(done, total) > most:
-                        part.unlink()
-                        raise ValueError(f"{address}: the server sends more than the published file has, which is less "
-                                         f"than {most:,} bytes; try again later, or from another network")
     except urllib.error.HTTPError as error:
         if error.code != 416 or not done:  # 416: nothing is left to send
             raise ValueError(f"{address}: the server answers {error.code} {shown(error.reason, 60)}; try again "
@@ -125,11 +96,6 @@ def get(address, part):
         path = shown(part.with_suffix("").with_suffix(""), 78)  # the address stays whole, to be fetched some other way
         raise ValueError(f"{address}: no connection ({reason}); try again, or save it as {path}") from None
     return done, total
-
-
-def open_part(part, _):
-    """An opener for `open`: the file as it is, or a new one; never through a link."""
-    return os.open(part, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0), 0o666)
 
 
 @contextmanager

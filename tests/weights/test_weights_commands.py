@@ -4,7 +4,6 @@ import hashlib
 import http.server
 import re
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -111,23 +110,10 @@ def test_fetch_starts_again_after_a_wrong_part(server, tmp_path, wrong, ranges):
 
 
 def test_fetch_leaves_the_users_files_alone(server, tmp_path):
-    """A .part of a browser, and what a link leads to."""
-    mine = [tmp_path / "model.pt.part", tmp_path / "mine"]
-    for path in mine:
-        path.write_bytes(b"mine")
+    """Such as the .part of a browser."""
+    (tmp_path / "model.pt.part").write_bytes(b"mine")
     assert download.fetch("ViT-B/16", tmp_path)[0].read_bytes() == server.files["model.pt"]
-    (tmp_path / "model.pt").unlink()
-    part_of("model.pt", tmp_path).symlink_to(tmp_path / "mine")
-    with pytest.raises(ValueError, match=r"cannot be written \(Too many levels of symbolic links\)"):
-        download.fetch("ViT-B/16", tmp_path)
-    assert [path.read_bytes() for path in mine] == [b"mine"] * 2
-
-
-def test_several_fetches_of_one_file(server, tmp_path):
-    with ThreadPoolExecutor(4) as pool:
-        for first, _ in pool.map(lambda _: download.fetch("ViT-B/16", tmp_path), range(4)):
-            assert first.read_bytes() == server.files["model.pt"]
-    assert len(list(tmp_path.iterdir())) == 2
+    assert (tmp_path / "model.pt.part").read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize("length", ["", "many", "-5", "9000000"])
@@ -137,11 +123,9 @@ def test_fetch_is_not_misled_by_a_length(server, tmp_path, length):
 
 
 @pytest.mark.parametrize("settings, told", [
-    ({"length": "1000"}, "its sha256 differs"), ({"length": str(10**15)}, "more than the published file has"),
-    ({"most": 2_000_000, "length": ""}, "more than the published file has"),  # as one that never ends
-    ({"code": 416}, "the server answers 416"), ({"code": 500}, "the server answers 500")], ids=str)
-def test_fetch_refuses_an_answer_that_cannot_be_right(server, tmp_path, monkeypatch, settings, told):
-    monkeypatch.setattr(download, "MOST", settings.get("most", download.MOST))
+    ({"length": "1000"}, "its sha256 differs"), ({"code": 416}, "the server answers 416"),
+    ({"code": 500}, "the server answers 500")], ids=str)
+def test_fetch_refuses_an_answer_that_cannot_be_right(server, tmp_path, settings, told):
     server.length, server.code = settings.get("length"), settings.get("code")
     message = refusal(download.fetch, "ViT-B/16", tmp_path)
     assert told in message and not list(tmp_path.iterdir())
