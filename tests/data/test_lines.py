@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from makers import raising
 from makers_data import write_rows
 from PIL import Image
 
@@ -214,12 +213,6 @@ def test_boxes_that_may_be_shares_are_doubted(tmp_path, largest, unit):
     assert len(samples) == 20
     assert not read(tmp_path, content + "\n" + write_boxes([0, 0, 1100, 9], image="large.png"))[1].lines()
     assert not read(tmp_path, write_boxes(*boxes[1:], image="large.png"))[1].lines()
-
-
-def test_a_folder_that_cannot_be_listed_has_its_images(tmp_path, monkeypatch):
-    monkeypatch.setattr("hivg.data.published.reading.os.scandir", raising(PermissionError))
-    assert len(read(tmp_path, ROW)[0]) == 1
-    assert "missing image" in read(tmp_path, f"{ROW}\n" + ROW.replace("a.png", "b.png"))[1].problems
 
 
 def test_a_caption_about_several_boxes_is_no_expression(tmp_path):

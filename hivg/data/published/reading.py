@@ -13,6 +13,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from math import isfinite
 from pathlib import Path
 
@@ -170,14 +171,13 @@ class Problem(Exception):
 
 
 class RowCheck:
-    """Rows of one file to samples. What many rows share is looked at once: each folder is listed, not asked for each of
-    a hundred thousand images."""
+    """Rows of one file to samples. What many rows share is looked at once."""
 
     def __init__(self, data_root, source, own):
         self.data_root = data_root
         self.source = source
         self.own = own
-        self.folders = {}  # {folder: (its real path, {the normal form of a file's name: the name})}
+        self.realpath = cache(os.path.realpath)
         self.images = {}  # {(folder, file): (path, what stands for the image in all spellings of its path)}
         self.paths = {}  # {the latter: path}
         self.sizes = {}  # {path: (width, height), or in words why it has none}
@@ -213,34 +213,23 @@ class RowCheck:
 
     def find(self, folder, file):
         """-> the path and the id of a file below a folder. Raises Problem."""
-        root = self.data_root if folder is None else self.data_root / folder
-        places = (root / name for name in published_names(file))
         if folder is None:  # people's own: a folder that was named comes before the one beside the file
-            folders = [root, self.source.parent]
-            folders = folders[::-1] if str(root) == DATA_ROOT else folders
+            root = self.source.parent
+            folders = [root, self.data_root] if str(self.data_root) == DATA_ROOT else [self.data_root, root]
             names = [file] if os.path.splitext(file)[1] else [file, f"{file}.jpg"]  # MiniGPT-v2 leaves it out
             places = [folder / name for folder in folders for name in names]
+        else:
+            root = self.data_root / folder
+            places = [root / name for name in published_names(file)]
         for place in places:
             parent, name = os.path.split(place)
-            real, names = self.names_in(parent)
             normal = unicodedata.normalize("NFC", name)
-            if normal not in names and os.path.isfile(place):  # of a folder that ignores case, or cannot be listed
-                real, names = os.path.realpath(parent), {normal: name}
-            if normal in names:
-                image_id = os.path.join(real, normal)
-                return self.paths.setdefault(image_id, Path(parent, names[normal])), image_id
-        raise Problem("missing image", (self.source.parent if folder is None else root) / file)
-
-    def names_in(self, folder):
-        if folder not in self.folders:
-            try:
-                with os.scandir(folder or ".") as entries:
-                    names = {unicodedata.normalize("NFC", entry.name): entry.name for entry in entries
-                             if entry.is_file()}
-                self.folders[folder] = os.path.realpath(folder), names
-            except (OSError, ValueError):  # missing, or a name that no folder can have
-                self.folders[folder] = "", {}
-        return self.folders[folder]
+            for spelling in dict.fromkeys([name, normal, unicodedata.normalize("NFD", name)]):  # an accent has two
+                path = Path(parent, spelling)
+                if os.path.isfile(path):
+                    image_id = os.path.join(self.realpath(parent), normal)
+                    return self.paths.setdefault(image_id, path), image_id
+        raise Problem("missing image", root / file)
 
     def size_of(self, image, stated):
         """(width, height) of an image. Of a damaged one of a published data set it is the stated one: it stays, and to
