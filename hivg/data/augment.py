@@ -1,12 +1,7 @@
 """Augmentation for training: random crop, size, place and colours; box and mask move along.
 
-The released recipe (datasets/transforms.py of linhuixiao/HiVG, from TransVG), except that
-- a crop keeps the object's centre and at least half of its box; the released code compares the centre only with the
-  crop's upper left corner, its x with the crop's y
-- more words forbid a crop, and "bright" does not
-- a crop keeps 0.6..1 of each side; the released one 384..600 pixels of an image whose short side is 400, 500 or 600
-- the long side becomes 0.7..1 of the square; the released one 32..224 of 224 pixels, as its steps were made for 640
-Images are never flipped: that would turn "left" into "right".
+It is the released recipe (datasets/transforms.py of linhuixiao/HiVG, from TransVG), but for the differences in
+hivg/data/README.md. Images are never flipped: that would turn "left" into "right".
 """
 
 import re

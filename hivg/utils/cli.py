@@ -66,7 +66,7 @@ def run(main, interrupted="interrupted", lower="close other programs, or use a m
     """Call main() and exit with the code it returns. A ValueError or OSError is printed as one line, code 2, and where
     memory runs out one that ends with `lower`; Ctrl-C prints `interrupted`, code 130; a reader that closes the output
     early, such as `head`, ends it quietly, code 1."""
-    open_streams()
+    sys.stdout.reconfigure(errors="backslashreplace")  # escapes what a terminal lacks, as stderr does
     failure = None
     try:
         with enough_memory("", lower):
@@ -83,34 +83,21 @@ def run(main, interrupted="interrupted", lower="close other programs, or use a m
         if not str(error).startswith("DataLoader worker"):  # killed while the model computes, mostly for its memory
             raise
         code, failure = 2, f"{str(error).strip('. ')}; give --workers 0, or free memory"
-    unwritten = flush(sys.stdout)
+    unwritten = flush_stdout()
     if unwritten and not code:
         code, failure = (1, None) if isinstance(unwritten, BrokenPipeError) else (2, reason_of(unwritten))
-    try:
-        if failure:
-            fail(failure, code)
-        sys.exit(code)
-    finally:
-        flush(sys.stderr)
+    if failure:
+        fail(failure, code)
+    sys.exit(code)
 
 
-def open_streams():
-    """A stream that is closed, as by >&-, leads nowhere; a character that a terminal lacks is escaped."""
-    for name in ("stdin", "stdout", "stderr"):  # in the order of their numbers, so that each gets its old number
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
-    sys.stdout.reconfigure(errors="backslashreplace")  # as Python's stderr
-
-
-def flush(stream):
-    """Write what a stream still holds, here and not at exit, where errors are not caught -> None, or the OSError. What
+def flush_stdout():
+    """Write what stdout still holds, here and not at exit, where errors are not caught -> None, or the OSError. What
     could not be written is then dropped."""
     try:
-        stream.flush()
+        sys.stdout.flush()
     except OSError as error:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, stream.fileno())
-        os.close(null)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return error
 
 
