@@ -43,7 +43,6 @@ from hivg.lora import without_adapters
 from hivg.losses import DRAWN_WORLD, LossWeights
 from hivg.model import HiVG, HiVGConfig
 from hivg.training import distributed
-from hivg.training.checkpoint import damaged
 from hivg.training.criterion import Criterion
 from hivg.training.graph import GraphedStep
 from hivg.training.log import LOG_STEPS
@@ -261,8 +260,6 @@ def train(s: Settings, hooks=Hooks()):
         log.message("--graph records the step on a GPU only; on this device it only pads the texts")
     log.message(f"fusion by {choose_backend(device.type)}")
     table = stages(s)
-    if saved and saved["stage"] >= len(table):
-        raise damaged(run.folder)
 
     dataset = val = None
     for number, stage in enumerate(table):

@@ -58,29 +58,12 @@ def load_state(run):
             if archive.testzip():  # compares all checksums, which torch.load does not
                 raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        check_state(state)
+        dict(state["settings"])  # fails for a file of another program
         return state
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error}); nothing of it is lost") from None
     except Exception as error:  # torch.load raises nearly anything
         if is_out_of_memory(error):
             raise ValueError(f"{path}: not enough memory to read it; nothing of it is lost") from None
-        raise damaged(run) from None
-
-
-def check_state(state):
-    """Raises an exception of any kind for a state that `Run.save` would not have written; it might otherwise fail at
-    the end of an epoch only."""
-    dict(state["settings"])
-    log = state["log"]
-    counts = [state["stage"], state["step"], state["steps"] - state["step"], log["bytes"], log["n"]]
-    dict(state["frozen"])
-    shapes = [p.shape for p in state["trained"].values()] + [row["cpu"].shape for row in state["random"]]
-    if not (shapes and all(type(count) is int and count >= 0 for count in counts) and -1 <= state["best"] <= 1
-            and all(type(total) is float for total in log["sums"].values())):
-        raise ValueError
-
-
-def damaged(run):
-    return ValueError(f"{run / 'state.pt'}: damaged, or not a state of this version of the program; "
-                      "start again under another --name")
+        raise ValueError(f"{path}: damaged, or not a state of this version of the program; start again under another "
+                         "--name") from None

@@ -11,14 +11,11 @@ from dataclasses import asdict
 import torch
 
 from hivg.training import distributed
-from hivg.training.checkpoint import damaged, open_run
+from hivg.training.checkpoint import open_run
 from hivg.training.log import Log
 from hivg.training.settings import folder_of
 from hivg.utils.cli import check_compile, choose_device, choose_dtype
 from hivg.utils.files import remove_parts, write_whole
-from hivg.utils.memory import is_out_of_memory
-
-KEPT = ({"momentum"}, {"step", "exp_avg", "exp_avg_sq"})  # of a parameter, by Muon and by AdamW
 
 
 def first_values(model):
@@ -87,7 +84,7 @@ class Run:
         accuracy).
 
         model: as its stage starts. steps: of the stage. Raises ValueError for a state of another number of processes,
-        of other data or another file to start from, and for one that was damaged or edited.
+        of other data or another file to start from.
         """
         state = self.saved
         if len(state["random"]) != distributed.world_size():
@@ -104,22 +101,13 @@ class Run:
         with torch.no_grad():
             for name, p in trained.items():
                 p.copy_(state["trained"][name])
-        try:
-            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                groups = optimizer.state_dict()["param_groups"]  # its numbers are settings
-                optimizer.load_state_dict(saved | {"param_groups": groups})
-                for p, kept in optimizer.state.items():
-                    shapes = [() if name == "step" else p.shape for name in kept]
-                    if kept.keys() not in KEPT or [t.shape for t in kept.values()] != shapes:
-                        raise ValueError
-            random = state["random"][distributed.rank()]
-            torch.set_rng_state(random["cpu"])
-            if "cuda" in random:
-                torch.cuda.set_rng_state(random["cuda"])
-        except Exception as error:  # anything can be in a state that was edited
-            if is_out_of_memory(error):
-                raise
-            raise damaged(self.folder) from None
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            groups = optimizer.state_dict()["param_groups"]  # its numbers are settings
+            optimizer.load_state_dict(saved | {"param_groups": groups})
+        random = state["random"][distributed.rank()]
+        torch.set_rng_state(random["cpu"])
+        if "cuda" in random:
+            torch.cuda.set_rng_state(random["cuda"])
         self.log.restart_clock()
         state["trained"] = state["optimizers"] = None  # as large as the model and more, and needed no longer
         return state["step"], state["best"]
