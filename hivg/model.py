@@ -116,17 +116,15 @@ class HiVGConfig:
     text_padding: str = "masked"  # or released: the bridge masks nothing, the encoder all ids 0, see `find_text`
 
     def __post_init__(self):
-        for name, known in (("bridge", KINDS), ("lora", lora.MODES), ("lora_order", lora.ORDERS)):
+        for name, known in (("bridge", KINDS), ("lora", lora.MODES), ("lora_order", lora.ORDERS),
+                            ("normalization", ("clip", "imagenet")),  # data.transforms.NORMALIZATION
+                            ("text_padding", ("masked", "released"))):
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r:.60}")
         self.check_layers("text_layers", 1, self.clip.text_layers)
         self.check_layers("visual_levels", 1, self.clip.vision_layers)
         self.check_layers("bridge_blocks", 0, self.clip.vision_layers - 1)
-        if self.normalization not in ("clip", "imagenet"):  # data.transforms.NORMALIZATION
-            raise ValueError(f"normalization must be clip or imagenet, not {self.normalization!r:.60}")
-        if self.text_padding not in ("masked", "released"):
-            raise ValueError(f"text_padding must be masked or released, not {self.text_padding!r:.60}")
 
     def check_layers(self, name, first, last):
         layers = getattr(self, name)

@@ -2,19 +2,14 @@
 
 import tempfile
 import time
-import weakref
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
-from hivg.bench.timing import CPU, measure, peak_memory, reset_peak_memory, show
+from hivg.bench.timing import measure, peak_memory, reset_peak_memory, show
 from hivg.clip import CLIP_SIZES
 from hivg.data.augment import Augment
 from hivg.data.batches import SampleTensors, ShapesTensors
@@ -67,14 +62,11 @@ def photo_sample(path):
 
 def bench_step(args):
     """A training step of a preset's last stage at several batch sizes, on random weights and images and expressions of
-    20 tokens; first, the count of `count_memory` at the preset's own batch size."""
+    20 tokens."""
     device = choose_device(args.device)
     dtype = choose_dtype("auto", device)
     preset = args.preset or "refcoco-base"
     clip_name = clip_name_of(preset)
-    own = preset_of(preset)["batch_size"]
-    counted = count_memory(preset, clip_name, own) / 2**30
-    print(f"{preset}, {clip_name}, batch {own}, bfloat16: {counted:.1f} GiB counted for a CPU", flush=True)
     train_step = train_step_of(preset_model(preset, clip_name), device, dtype)
     for n in args.batch_sizes:
         batch = random_batch(n, CLIP_SIZES[clip_name], device)
@@ -82,48 +74,6 @@ def bench_step(args):
         times = measure(lambda: train_step(batch), 3, device)
         peak = peak_memory(device) / 2**30
         show(f"{preset}, {clip_name}, batch {n}, {name_of(dtype)}, {peak:.1f} GiB", times)
-
-
-class TensorMemory(TorchDispatchMode):
-    """Counts the bytes of tensors that are made and freed while it is on: `most` is the peak."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = 0
-        self.most = 0
-        self.seen = WeakIdKeyDictionary()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if storage is not None and storage not in self.seen:  # tensors may share one
-                self.seen[storage] = True
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
-                weakref.finalize(storage, self.free, storage.nbytes())
-        return out
-
-    def free(self, n_bytes):
-        self.now -= n_bytes
-
-
-def count_memory(preset, clip_name, n, dtype=torch.bfloat16):
-    """Peak bytes of the tensors that training a preset's last stage takes at batch size n: weights, AdamW's state,
-    gradients, and what a step keeps for its backward.
-
-    Counted on fake tensors, which hold no data, so any machine can tell; but as a CPU computes, whose attention keeps
-    more for its gradient: where 28.9 GiB were counted, an H200 took 18.8.
-    """
-    with FakeTensorMode():
-        model = preset_model(preset, clip_name)
-        copy = training_copy(model, dtype)
-        batch = random_batch(n, model.config.clip, CPU)
-        with TensorMemory() as memory:
-            for _ in range(2):  # the second finds the first one's gradients, as accumulation does
-                forward_backward(copy, batch, dtype)
-    adamw = 2 * sum(p.nbytes for p in model.parameters() if p.requires_grad)  # two averages
-    return sum(p.nbytes for p in {*model.parameters(), *copy.parameters()}) + adamw + memory.most
 
 
 # ---- random models and batches, and what training does with them

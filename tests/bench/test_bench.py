@@ -74,28 +74,6 @@ def test_a_step_gives_every_trained_parameter_a_gradient(monkeypatch):
     assert not missing
 
 
-def test_memory_of_a_step_is_counted(monkeypatch):
-    """Weights, gradients, AdamW's two averages, and a share that grows with the batch."""
-    monkeypatch.setitem(CLIP_SIZES, "small", SMALL)
-    model = training.preset_model("refcoco-base", "small")
-    constant = sum(p.nbytes * (4 if p.requires_grad else 1) for p in model.parameters())
-    two, four, eight = (training.count_memory("refcoco-base", "small", n, torch.float32) for n in (2, 4, 8))
-    assert constant < two < four < eight
-    assert (eight - four) == pytest.approx(2 * (four - two), rel=0.1)
-
-
-def test_tensors_are_counted_while_they_are_there():
-    with training.TensorMemory() as memory:
-        a = torch.ones(1000)
-        b = a.view(10, 100)  # shares the storage
-        c = a + 1
-        assert (memory.now, memory.most) == (8000, 8000)
-        del a, c
-        assert (memory.now, memory.most) == (4000, 8000)
-        del b
-        assert (memory.now, memory.most) == (0, 8000)
-
-
 def blocks(layers, tokens, width):
     """Operations of transformer blocks: q, k, v, out and an MLP four times as wide; q k^T and the mean of v."""
     return layers * (2 * tokens * 12 * width**2 + 2 * 2 * tokens**2 * width)

@@ -28,7 +28,7 @@ WRONG = [  # (setting, value, part of the message); of the CLIP where its name b
     ("encoder_layers", 999, "1004 layers and 12 adapters, but only"),
     ("clip", 3, "settings are not valid for a HiVG model"), ("stage", -1, "stage must be a whole number in 0..100"),
     ("stage", 10**6, "stage must be a whole number in 0..100"),
-    ("normalization", "resnet", "normalization must be clip or imagenet, not 'resnet'"),
+    ("normalization", "resnet", "normalization must be one of clip, imagenet, not 'resnet'"),
     ("normalization", ["clip"], "normalization must be text, not ['clip']"),
     ("dropout", float("nan"), "dropout must be a number in 0..1, not nan"),
     ("dropout", 10**400, "dropout must be a number in 0..1, not a huge number"),
