@@ -24,15 +24,18 @@ def take(folder, item):
     return True
 
 
+def file_of(folder, item):
+    """Where the second process writes the reports of a test that it took."""
+    return folder / str(item.number) / "reports"
+
+
 class First:
     """In the first process. What the second one reports of a test is told where the test would have run."""
 
     def __init__(self, config):
         self.config = config
-        self.reports = {}  # {test: its reports}
         self.temporary = tempfile.TemporaryDirectory()
         self.folder = Path(self.temporary.name)
-        self.file = open(self.folder / "reports", "a+", encoding="utf-8")
         command = [sys.executable, "-m", "pytest", *config.invocation_params.args]
         environment = os.environ | {FOLDER: self.temporary.name}
         self.process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
@@ -42,49 +45,43 @@ class First:
         if take(self.folder, item):
             return None
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-        reports = self.reports.setdefault(item.nodeid, [])
-        while not reports or reports[-1].when != "teardown":
-            report = self.config.hook.pytest_report_from_serializable(config=self.config, data=self.next_report(item))
-            self.reports.setdefault(report.nodeid, []).append(report)
-        for report in reports:
+        file = file_of(self.folder, item)
+        while not file.exists():
+            if self.process.poll() is not None and not file.exists():  # it may have come in between
+                pytest.exit(f"the second process of the tests ended in {item.nodeid}; run that one alone to see why", 1)
+            time.sleep(0.1)
+        for data in ast.literal_eval(file.read_text(encoding="utf-8")):
+            report = self.config.hook.pytest_report_from_serializable(config=self.config, data=data)
             item.ihook.pytest_runtest_logreport(report=report)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
 
-    def next_report(self, item):
-        line = ""
-        while not line.endswith("\n"):
-            is_alive = self.process.poll() is None  # before the look: its last report may come in between
-            part = self.file.readline()
-            if not part and not is_alive:
-                pytest.exit(f"the second process of the tests ended in {item.nodeid}; run that one alone to see why", 1)
-            if not part:
-                time.sleep(0.1)
-            line += part
-        return ast.literal_eval(line)
-
     def pytest_unconfigure(self):
         self.process.terminate()
         self.process.wait()
-        self.file.close()
         self.temporary.cleanup()
 
 
 class Second:
-    """In the second process: a line for each report."""
+    """In the second process: a file for each test, with all its reports."""
 
     def __init__(self, config):
         self.config = config
         self.folder = Path(os.environ[FOLDER])
-        self.file = open(self.folder / "reports", "a", encoding="utf-8", buffering=1)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item):
-        return None if take(self.folder, item) else True  # True: done
+        if not take(self.folder, item):
+            return True  # done
+        self.reports = []
+        self.file = file_of(self.folder, item)
 
     def pytest_runtest_logreport(self, report):
-        data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
-        self.file.write(f"{data}\n")  # not JSON, which would make lists of tuples
+        self.reports.append(self.config.hook.pytest_report_to_serializable(config=self.config, report=report))
+        if report.when == "teardown":  # the last
+            part = self.file.with_suffix(".part")
+            part.write_text(f"{self.reports}", encoding="utf-8")  # not JSON, which would make lists of tuples
+            part.rename(self.file)
 
 
 def is_slow(item):

@@ -48,11 +48,10 @@ def run(function, args, kwargs):
     if there and here and function not in MOVES:
         raise MixedDevices(f"{function} of tensors on the device and on the CPU, {[tuple(t.shape) for t in tensors]}")
 
-    target = kwargs.get("device")
-    if target is None:
+    if kwargs.get("device") is None:
         is_there = isinstance(args[0], Elsewhere) if function in MOVES else bool(there)
     else:
-        is_there = torch.device(target).type == DEVICE.type
+        is_there = torch.device(kwargs["device"]).type == DEVICE.type
         kwargs = kwargs | {"device": torch.device("cpu")}
     owners = {id(tensor.inner): tensor for tensor in there}  # an in-place operation returns the tensor it was given
     args, kwargs = tree_map_only(Elsewhere, lambda tensor: tensor.inner, (args, kwargs))
@@ -82,14 +81,10 @@ def stand_in(monkeypatch):
     def save_anywhere(value, *args, **kwargs):
         save(tree_map_only(Elsewhere, lambda tensor: tensor.inner, value), *args, **kwargs)
 
-    def enter(mode):
-        mode.guard = torch.no_grad()
-        mode.guard.__enter__()
-
     # `module.to(dtype)` makes new parameters: in place, the `inner` of the old ones would keep its dtype
     monkeypatch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
-    monkeypatch.setattr(torch.inference_mode, "__enter__", enter)
-    monkeypatch.setattr(torch.inference_mode, "__exit__", lambda mode, *error: mode.guard.__exit__(*error))
+    for name in ("__enter__", "__exit__"):
+        monkeypatch.setattr(torch.inference_mode, name, getattr(torch.no_grad, name))
     monkeypatch.setattr(torch, "autocast", autocast_anywhere)
     monkeypatch.setattr(torch.optim, "AdamW", adamw_anywhere)
     monkeypatch.setattr(torch, "save", save_anywhere)

@@ -16,14 +16,11 @@ from hivg.evaluate import report
 
 
 def write_data(name, splits, image="im/a.png"):
-    """A .jsonl file with a row for each of the splits; None is a row without a split."""
+    """A .jsonl file with a row for each of the splits."""
     Path("im").mkdir(exist_ok=True)
     make_image().save("im/a.png")
-    rows = []
-    for number, split in enumerate(splits):
-        row = {"image": image, "expression": f"star {number}", "bbox": [10, 10, 60, 50]}
-        rows.append(row if split is None else row | {"split": split})
-    write_rows(Path(name), rows)
+    write_rows(Path(name), [{"image": image, "expression": f"star {number}", "bbox": [10, 10, 60, 50], "split": split}
+                            for number, split in enumerate(splits)])
 
 
 @pytest.fixture
@@ -59,6 +56,8 @@ def test_default_split(run, splits, taken):
     code, out, err = run("--dataset", "own.jsonl")
     assert code == 0 and f" on own.jsonl {taken} in float32" in out
     assert err == f"evaluating the split {taken} (the data set has {', '.join(sorted(splits))})\n"
+    code, out, err = run("--dataset", "own.jsonl", "--split", "train")  # a given one is taken in silence
+    assert code == 0 and " on own.jsonl train in float32" in out and err == ""
 
 
 def test_a_published_train_is_no_default(run):
@@ -80,11 +79,6 @@ def test_there_must_be_a_val_to_calibrate_on(run):
     ended = run("--dataset", "own.jsonl", "--calibrate", "new.safetensors")
     assert_fails(ended, "no val to calibrate on; give --split, of test, train")
     assert not Path("new.safetensors").exists()
-
-
-def test_given_split(run):
-    code, out, err = run("--dataset", "mine.jsonl", "--split", "train")
-    assert code == 0 and " on mine.jsonl train in float32" in out and err == ""
 
 
 def test_file_of_nothing(run):
@@ -169,33 +163,21 @@ def test_weights_are_not_drawn_over(run, weights_file):
     assert weights_file.read_bytes() == before
 
 
-@pytest.mark.parametrize("output", ["im/a.png", "linked.png"])
-def test_images_are_not_drawn_over(run, output):
-    """Neither by their own names nor by others."""
+@pytest.mark.parametrize("output, image", [("im/a.png", "im/a.png"), ("linked.png", "im/a.png"),
+                                           ("im/train.png", "im/train.png"), ("im/empty.png", "im/empty.png")])
+def test_images_are_not_drawn_over(run, output, image):
+    """Neither by their own names nor by others, nor those of other splits and of rows that are left out."""
     os.link("im/a.png", "linked.png")
-    before = Path("im/a.png").read_bytes()
-    for flag in ("--sheet", "--per_sample"):
-        assert_fails(run("--dataset", "mine.jsonl", "--split", "val", flag, output), "im/a.png", "replace the image")
-    assert Path("im/a.png").read_bytes() == before
-
-
-def test_images_of_other_splits_and_rows_left_out_are_not_drawn_over(run):
     rows = rows_of("mine.jsonl")
     for name, changes in (("train", {"split": "train"}), ("empty", {"expression": ""})):
         make_image().save(f"im/{name}.png")
         rows.append(rows[0] | {"image": f"im/{name}.png"} | changes)
     write_rows(Path("mine.jsonl"), rows)
-    for name in ("train", "empty"):
-        path = Path(f"im/{name}.png")
-        before = path.read_bytes()
-        code, _, err = run("--dataset", "mine.jsonl", "--split", "val", "--sheet", path)
-        assert code == 2 and "replace the image" in err and path.read_bytes() == before
-
-
-def test_a_link_that_leads_nowhere_stays(run):
-    os.symlink("target.png", "link.png")
-    assert run("--dataset", "mine.jsonl", "--split", "nope", "--sheet", "link.png")[0] == 2
-    assert os.path.islink("link.png") and not os.path.exists("target.png")
+    before = Path(output).read_bytes()
+    for flag in ("--sheet", "--per_sample"):
+        code, out, err = run("--dataset", "mine.jsonl", "--split", "val", flag, output)
+        assert (code, out) == (2, "") and re.search(f"\nerror: {image}: {output} would replace the image.*\n$", err)
+    assert Path(output).read_bytes() == before
 
 
 @pytest.mark.parametrize("file", ["unc_val.pth", "instances.json"])
@@ -210,10 +192,14 @@ def test_published_annotations_are_not_written_over(run, file):
     assert path.read_bytes() == before
 
 
-def test_rows_of_before_stay_if_the_work_fails(run):
+def test_what_was_there_stays_if_the_work_fails(run):
+    """Rows of before, and a link that leads nowhere."""
     Path("rows.jsonl").write_text("old\n")
-    assert run("--dataset", "mine.jsonl", "--split", "nope", "--per_sample", "rows.jsonl")[0] == 2
+    os.symlink("target.png", "link.png")
+    outputs = ["--per_sample", "rows.jsonl", "--sheet", "link.png"]
+    assert run("--dataset", "mine.jsonl", "--split", "nope", *outputs)[0] == 2
     assert Path("rows.jsonl").read_text() == "old\n"
+    assert os.path.islink("link.png") and not os.path.exists("target.png")
 
 
 @pytest.mark.parametrize("dataset", ["shapes", "mine.jsonl"])

@@ -117,9 +117,7 @@ def test_heat_map_is_the_token_map_at_first_pixels(grounder):
 
 def test_list_is_singles(grounder, image):
     """More than one batch, of short and long texts."""
-    texts = []
-    for i in range(BATCH // 3 + 2):
-        texts += [f"{text} {i}" for text in TEXTS]
+    texts = [f"{text} {i}" for i in range(BATCH // 3 + 2) for text in TEXTS]
     assert len(texts) > BATCH
     results = grounder.ground(image, texts)
     assert [r.expression for r in results] == texts

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from makers import ROOT
+from makers import ROOT, python
 
 from hivg import weights
 
@@ -69,8 +69,8 @@ def test_installed_command(site, tmp_path, monkeypatch):
     assert "hivg/bundled/example.png" in done.stdout.replace(os.sep, "/")
     assert "star left of the blue square: box" in done.stdout
     assert [path.name for path in Path().iterdir()] == ["grounded.png"]
-    clone = subprocess.run([sys.executable, ROOT / "ground.py", *command[1:]], capture_output=True, text=True)
+    clone = python(ROOT / "ground.py", *command[1:], cwd=".")
     assert done.stdout.splitlines()[1:] == clone.stdout.splitlines()[1:]
     code = "import hivg.weights as w; from hivg.weights import __main__ as m; print(w.__file__, w.FOLDER)"
-    where = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    where = python("-c", code, cwd=".", env=environment)
     assert where.stdout.split() == [str(site / "hivg/weights/__init__.py"), "weights"]

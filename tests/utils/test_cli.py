@@ -31,18 +31,18 @@ def test_flags_with_hyphens(monkeypatch):
         assert getattr(parser, name)(["--min-score=1", "--not-ours", "a-b"]) == ["--min_score=1", "--not-ours", "a-b"]
 
 
-def test_exit_code(capfd):
-    assert ended(capfd, run, lambda: None) == (0, "", "")
-    assert ended(capfd, run, lambda: 1) == (1, "", "")
-
-
-def test_what_went_wrong_is_one_line(capfd):
-    assert ended(capfd, run, raising(ValueError("a.png: no\nimage"))) == (2, "begun\n", "error: a.png: no image\n")
-    assert ended(capfd, run, raising(PermissionError("no luck"))) == (2, "begun\n", "error: no luck\n")
-    assert ended(capfd, run, raising(PermissionError(13, "Permission denied", "runs"))) == (
-        2, "begun\n", "error: runs: Permission denied\n")
-    code, _, err = ended(capfd, run, raising(KeyboardInterrupt()), interrupted="interrupted; come again")
-    assert (code, err) == (130, "error: interrupted; come again\n")
+@pytest.mark.parametrize("main, expected", [
+    (lambda: None, (0, "", "")), (lambda: 1, (1, "", "")),
+    (raising(ValueError("a.png: no\nimage")), (2, "begun\n", "error: a.png: no image\n")),
+    (raising(PermissionError("no luck")), (2, "begun\n", "error: no luck\n")),
+    (raising(PermissionError(13, "Permission denied", "runs")), (2, "begun\n", "error: runs: Permission denied\n")),
+    (raising(KeyboardInterrupt()), (130, "begun\n", "error: interrupted; come again\n")),
+    # as PyTorch's signal handler raises it, anywhere in the program, of a worker that the system ends
+    (raising(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")), (2, "begun\n", (
+        "error: DataLoader worker (pid 7) is killed by signal: Killed; give --workers 0, or free memory\n"))),
+], ids=["done", "code", "ValueError", "OSError", "OSError of a file", "Ctrl-C", "worker"])
+def test_how_a_program_ends(capfd, main, expected):
+    assert ended(capfd, run, main, interrupted="interrupted; come again") == expected
 
 
 def test_a_character_that_the_terminal_lacks_is_escaped(monkeypatch):
@@ -103,13 +103,6 @@ def test_an_error_of_the_program_keeps_its_traceback():
     for error in (KeyError("x"), RuntimeError("x")):
         with pytest.raises(type(error)):
             run(raising(error))
-
-
-def test_a_worker_that_the_system_ends_is_one_line(capfd):
-    """As PyTorch's signal handler raises it, anywhere in the program."""
-    told = "DataLoader worker (pid 7) is killed by signal: Killed"
-    assert ended(capfd, run, raising(RuntimeError(f"{told}. "))) == (
-        2, "begun\n", f"error: {told}; give --workers 0, or free memory\n")
 
 
 @pytest.mark.parametrize("capability, wanted", [((7, 5), torch.float32), ((8, 0), torch.bfloat16),

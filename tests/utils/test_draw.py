@@ -4,8 +4,10 @@ import time
 
 import numpy as np
 import pytest
+from makers import calls_of
 from PIL import Image, ImageColor
 
+from hivg.utils import draw
 from hivg.utils.draw import (
     COLOURS,
     PAPER,
@@ -64,27 +66,18 @@ def contrast(a, b):
 
 @pytest.fixture
 def said(monkeypatch):
-    """The texts that are drawn from now on."""
-    texts = []
-
-    def spy(text, *args):
-        texts.append(text)
-        return text_block(text, *args)
-
-    monkeypatch.setattr("hivg.utils.draw.text_block", spy)
-    return texts
+    """[(text, size, ...)] of what is written from now on."""
+    return calls_of(monkeypatch, draw, "text_block")
 
 
-def sizes():
-    rng = np.random.default_rng(1)
-    small = [tuple(rng.integers(50, 400, 2).tolist()) for _ in range(40)]
-    return small + [(50, 50), (50, 700), (700, 50), (1333, 800), (5000, 60)]
+SIZES = [*np.random.default_rng(1).integers(50, 400, (40, 2)).tolist(),
+         (50, 50), (50, 700), (700, 50), (1333, 800), (5000, 60)]
 
 
 # --- boxes and labels ---
 
 
-@pytest.mark.parametrize("width, height", sizes())
+@pytest.mark.parametrize("width, height", SIZES)
 def test_nothing_is_drawn_inside_a_box(width, height):
     rng = np.random.default_rng(width * height)
     before = noise(width, height)
@@ -98,7 +91,7 @@ def test_nothing_is_drawn_inside_a_box(width, height):
     assert not changed[inside(box, width, height, inset=widest)].any()
 
 
-@pytest.mark.parametrize("width, height", sizes())
+@pytest.mark.parametrize("width, height", SIZES)
 def test_labels_cover_no_inside_and_not_each_other(width, height):
     rng = np.random.default_rng(width + height)
     boxes = random_boxes(rng, 4, width, height)
@@ -212,7 +205,7 @@ def test_doubtful_boxes_are_dashed():
 def test_scores_are_printed(said):
     draw_boxes(plain(640, 480), [BOX, [9, 9, 99, 99], [450, 9, 500, 99]], ["zebra", None, "dog"],
                scores=[0.934, 0.125, None])
-    assert {"zebra 0.93", "0.12", "dog"} <= set(said)
+    assert {"zebra 0.93", "0.12", "dog"} <= {text for text, *_ in said}
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4000, 8), (8, 4000), (2, 3), (50, 50)])
@@ -355,7 +348,7 @@ def test_heat_maps_of_one_range_can_be_compared():
 def test_the_bar_below_a_heat_map(said, heatmap, heat_range, ends):
     """Prints what its ends stand for, and the note what the map is of."""
     image = draw_boxes(plain(640, 480), [], heatmap=heatmap, heat_range=heat_range, note='map of "zebra"')
-    assert said == ['map of "zebra"', *ends]
+    assert [text for text, *_ in said] == ['map of "zebra"', *ends]
     assert image.width == 640 and 480 < image.height < 560
     strip = np.asarray(image)[480:].astype(int)
     assert (np.ptp(strip, 2) > 150).any()  # its yellow

@@ -35,11 +35,6 @@ def test_a_command_says_what_to_lower(capfd, name):
     assert result == (2, "", f"error: not enough memory{place}; lower --batch_size\n")
 
 
-def limited(code, megabytes, *args):
-    """What a program prints whose memory is limited where it calls limit(megabytes)."""
-    return python("-c", LIMIT + code, megabytes, *args)
-
-
 def write_large(folder):
     """-> files that are fine, and take 80 MB or more to read."""
     Image.new("L", (10_000, 10_000)).save(folder / "large.png")
@@ -68,7 +63,7 @@ for path in sys.argv[2:]:
             print(error)
 """
     paths = write_large(tmp_path)
-    done = limited(code, 40, *paths)
+    done = python("-c", LIMIT + code, 40, *paths)
     lines = done.stdout.splitlines()
     for path, line in zip([paths[0], *paths], lines, strict=True):
         assert line.startswith(f"{path}: not enough memory; ") and "lower" not in line and len(line) < 290, line
@@ -87,7 +82,7 @@ limit(int(sys.argv[1]))
 sys.argv[1:] = sys.argv[2:]
 start()
 """
-    done = limited(code, 200, tmp_path, "-e", "the star", "--json")
+    done = python("-c", LIMIT + code, 200, tmp_path, "-e", "the star", "--json")
     assert done.returncode == 1 and done.stdout.count("\n") == 1, done.stderr
     assert done.stderr.startswith(f"error: {tmp_path / 'large.png'}: not enough memory; make the image smaller")
 
