@@ -108,8 +108,7 @@ def test_only_what_is_missing_is_run(small):
     rows = read_results(small)
     assert best_lr(rows, "short", "base") == 3e-3
     assert missing(rows, "short", ["base"], [0, 1, 2]) == [("short", "base", 3e-3, 2)]
-    text = small.read_text().replace('"lr": 0.001', '"lr": 0.002', 1)
-    small.write_text(text)
+    small.write_text(small.read_text().replace('"lr": 0.001', '"lr": 0.002', 1))
     assert missing(read_results(small), "short", ["base"], [0]) == [("short", "base", 1e-3, 0)]
 
 

@@ -189,31 +189,26 @@ def test_damaged_calibration_on_the_command_line(run):
     assert code == 0 and calibration_of(weights.load("good.safetensors").info)
 
 
+@pytest.mark.parametrize("source", ["raw.safetensors", "weights/hivg-tiny.safetensors"], ids=["own", "bundled"])
 @pytest.mark.parametrize("target, word", [("weights.pth", "OUT.safetensors"), ("no/folder/a.safetensors", "no/folder"),
                                           ("other.safetensors", "other.safetensors: exists already")])
-def test_targets_that_cannot_be(run, target, word):
+def test_targets_that_cannot_be(run, source, target, word):
     weights.save("raw.safetensors", make_hivg(dtype=torch.float32))
     Path("other.safetensors").write_text("of somebody")
-    assert_fails(run("--weights", "raw.safetensors", "--calibrate", target), word)
+    assert_fails(run("--weights", source, "--calibrate", target), word)
     assert Path("other.safetensors").read_text() == "of somebody"
 
 
 @pytest.mark.parametrize("mean_iou, is_kept", [(0.4, False), (0.5, True), (0.6, True)])
 def test_of_two_alike_by_accuracy_the_better_boxes_are_kept(mean_iou, is_kept, monkeypatch, tmp_path):
+    """And no calibration: a model that is trained further scores differently."""
     path = tmp_path / "finetune.safetensors"
     weights.save(path, make_hivg(dtype=torch.float32), {"accuracy": 0.75, "mean_iou": 0.5})
     monkeypatch.setattr(train, "validate", lambda *args: {"accuracy": 0.75, "mean_iou": mean_iou})
     model = make_hivg(dtype=torch.float32)
+    model.info = {"score_calibration": [1.0, 0.0]}
     scores, best = train.keep_best(train.Settings(), None, model, torch.device("cpu"), path, 0.75)
     assert (scores["mean_iou"], best) == (mean_iou, 0.75)
-    assert weights.load_hivg(path).info["mean_iou"] == max(mean_iou, 0.5) and is_kept == (
-        "stage" in weights.load_hivg(path).info)
-
-
-def test_training_drops_the_calibration(monkeypatch, tmp_path):
-    """A model that is trained further scores differently."""
-    model = make_hivg(dtype=torch.float32)
-    model.info = {"score_calibration": [1.0, 0.0], "accuracy": 0.5}
-    monkeypatch.setattr(train, "validate", lambda *args: {"accuracy": 0.75, "mean_iou": 0.5})
-    train.keep_best(train.Settings(), None, model, torch.device("cpu"), tmp_path / "finetune.safetensors", 0.5)
-    assert "score_calibration" not in weights.load(tmp_path / "finetune.safetensors").info
+    info = weights.load_hivg(path).info
+    assert info["mean_iou"] == max(mean_iou, 0.5) and is_kept == ("stage" in info)
+    assert "score_calibration" not in info

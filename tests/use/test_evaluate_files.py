@@ -36,14 +36,6 @@ def run(monkeypatch, capfd, tmp_path, weights_file):
     return run
 
 
-def test_an_existing_file_is_named_where_the_weights_are_the_bundled_ones(run):
-    Path("of somebody.safetensors").write_text("kept")
-    result = run("--weights", "weights/hivg-tiny.safetensors", "--dataset", "mine.jsonl", "--split", "train",
-                 "--calibrate", "of somebody.safetensors")
-    assert_fails(result, "of somebody.safetensors: exists already")
-    assert Path("of somebody.safetensors").read_text() == "kept"
-
-
 # --- the split ---
 
 

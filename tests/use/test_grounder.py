@@ -180,15 +180,6 @@ def test_path_image_and_array_are_the_same(grounder, image, tmp_path):
     assert far(grounder.ground(array[:, ::-1], TEXTS[0]), reference)  # else nothing was tested
 
 
-def test_mask_as_a_file(grounder, image, tmp_path):
-    result = grounder.ground(image, TEXTS[0])
-    result = replace(result, mask_map=np.linspace(0, 1, 32, dtype=np.float32) * np.ones((32, 1), np.float32))
-    result.save_mask(tmp_path / "mask.png")
-    saved = Image.open(tmp_path / "mask.png")
-    assert saved.mode == "L" and saved.size == image.size
-    np.testing.assert_array_equal(np.asarray(saved), np.where(result.mask > 0.5, 255, 0))
-
-
 def test_warnings(grounder, monkeypatch):
     """Of words that are spelled and of what is cut; none of the words that the tokenizer was made of."""
     monkeypatch.setattr(grounder.model, "tokenizer", Tokenizer(learn_merges(["the red cup of"] * 3, 50)))

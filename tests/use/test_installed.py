@@ -21,9 +21,8 @@ BUNDLED = ["README.md", "clip-tiny.safetensors", "example.png", "hivg-tiny.safet
 
 def can_build():
     """Whether wheels can be built offline: setuptools needs no `wheel` package from 70.1 on."""
-    if not importlib.util.find_spec("pip") or not importlib.util.find_spec("setuptools"):
-        return False
-    return tuple(map(int, version("setuptools").split(".")[:2])) >= (70, 1)
+    are_there = importlib.util.find_spec("pip") and importlib.util.find_spec("setuptools")
+    return are_there and tuple(map(int, version("setuptools").split(".")[:2])) >= (70, 1)
 
 
 def test_every_package_is_named():

@@ -89,8 +89,6 @@ def curve_pixels(image):
 def test_a_curve_is_where_its_points_are():
     rows, columns = curve_pixels(plot_curves({"a": [(0, 0), (0.5, 0.5), (1, 1)]}))
     assert np.corrcoef(rows, columns)[0, 1] < -0.999  # rises to the right
-    _, broken = curve_pixels(plot_curves({"a": [(0, 0), (0.4, 0.4), (0.5, NAN), (0.6, 0.6), (1, 1)]}))
-    assert set(range(470, 490)) <= set(columns) - set(broken)
 
 
 def test_a_curve_stays_within_the_axes():
@@ -140,7 +138,7 @@ def test_a_logarithmic_axis():
     assert [text for _, text in _log_ticks(-3, 3, 5)] == ["0.001", "0.01", "0.1", "1", "10", "100", "1000"]
 
 
-def test_names_that_do_not_fit_take_another_row(monkeypatch):
+def test_names_that_do_not_fit_take_another_row():
     draw = ImageDraw.Draw(Image.new("RGB", (1800, 600)))
 
     def rows(n):
