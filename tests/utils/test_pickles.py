@@ -60,10 +60,6 @@ def state_of(what, slots=False):
     return what + (b"N" + state + b"\x86" if slots else state) + b"b"
 
 
-def memo(index):
-    return b"]r" + struct.pack("<I", index)
-
-
 def tensor(shape, stride, kind="FloatStorage"):
     described = name("torch._utils", "_rebuild_tensor_v2") + b"((" + text("storage") + name("torch", kind) + (
         text("0") + text("cpu") + number(4) + b"tQ" + number(0))
@@ -74,6 +70,10 @@ def hidden(steps):
     """A text. But if a text's length crosses the end of a frame, here 4 bytes long, the unpickler drops what the frame
     holds of it: then an empty text and these steps."""
     return b"](" + b"\x95" + struct.pack("<Q", 4) + b"X" + struct.pack("<I", 3 + len(steps)) + b"\0\0\0" + steps + b"e"
+
+
+def power_of_ten(n):
+    return b"L1" + b"0" * n + b"L\n"
 
 
 DEEP = 150_000  # hashing tuples that are nested so deeply needs more than the usual 8 MB of stack
@@ -100,13 +100,13 @@ STEPS = {  # name: the steps of a pickle
     **{f"the state of {called}": state_of(what) for called, what in STAND_INS.items()},
     **{f"the slots of {called}": state_of(what, slots=True) for called, what in STAND_INS.items()},
     "elements of a class": name("argparse", "Namespace") + number(1) + b"a",
-    "a memo of 2^28 entries": memo(2**28), "a memo of 2^31 entries": memo(2**31),
-    "a memo of 10^9 entries, as text": b"]p1000000000\n",
+    "a memo of 2^28 entries": b"]r" + struct.pack("<I", 2**28),
+    "a memo of 2^31 entries": b"]r" + struct.pack("<I", 2**31), "a memo of 10^9 entries, as text": b"]p1000000000\n",
     "modules that share modules": shared_modules(60), "bytes that are not there": b"\x8e" + struct.pack("<Q", 2**40),
     "a bytearray that is not there": b"\x96" + struct.pack("<Q", 2**40),
     "text that is not there": b"\x8d" + struct.pack("<Q", 2**40),
     "a frame that is not there": b"\x95" + struct.pack("<Q", 2**40) + b"N",
-    "a memo of 2^28 entries, behind a frame": hidden(memo(2**28)),
+    "a memo of 2^28 entries, behind a frame": hidden(b"]r" + struct.pack("<I", 2**28)),
     "a deep tuple as a key, behind a frame": hidden(b"})" + b"\x85" * DEEP + b"Ns"), "an extension": b"\x82\x01",
     "a text copied again and again": b"](" + text("a" * 10**5) + b"q\x01" + (
         name("_codecs", "encode") + b"h\x01" + text("latin1") + b"\x86R") * 2000 + b"e",
@@ -119,7 +119,7 @@ STEPS = {  # name: the steps of a pickle
     "a deep list": b"]" * DEEP + b"a" * (DEEP - 1),
     "a tensor of quantised numbers": tensor(number(4) + b"\x85", number(1) + b"\x85", "qint8"),
     "a tensor of half bytes": tensor(number(4) + b"\x85", number(1) + b"\x85", "quint4x2"),
-    "a tensor of 10^30": tensor(b"L1" + b"0" * 30 + b"L\n\x85", number(1) + b"\x85"),
+    "a tensor of 10^30": tensor(power_of_ten(30) + b"\x85", number(1) + b"\x85"),
     "a tensor of one number for all": tensor(number(2**30) + b"\x85", number(0) + b"\x85"),
     "an empty tensor of 2^47": tensor(b"L" + str(2**47).encode() + b"L\n" + number(0) + b"\x86",
                                       number(1) + number(1) + b"\x86"),
