@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from fuzz_seeds import write_annotations, write_images, write_tables, write_weights
+from makers import raising
 from makers_limits import limit
 
 from hivg import weights
@@ -107,9 +108,7 @@ def damage_zip(rng, data, others):
     with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(result, "w") as target:
         for entry in source.namelist():
             content = source.read(entry)
-            if entry.endswith("data.pkl"):
-                content = damage_bytes(rng, content, others)
-            elif rng.random() < 0.01:
+            if entry.endswith("data.pkl") or rng.random() < 0.01:
                 content = damage_bytes(rng, content, others)
             target.writestr(entry, content)
     return result.getvalue()
@@ -174,10 +173,6 @@ def check_line(line):
         raise Wrong(f"no short plain line: {line[:400]!r}")
 
 
-def too_slow(*_):
-    raise Wrong(f"more than {SECONDS} seconds")
-
-
 # ---- the run
 
 KINDS = {  # name: (the writer of its valid files, how they are read, its share)
@@ -199,7 +194,7 @@ def run(inputs, seed, folder, seconds):
             read(path)  # as it is, it is fine
     limit(MEGABYTES)
     warnings.simplefilter("error")
-    signal.signal(signal.SIGALRM, too_slow)
+    signal.signal(signal.SIGALRM, raising(Wrong(f"more than {SECONDS} seconds")))
     counts = Counter()
     start = time.monotonic()
     for number in range(inputs):

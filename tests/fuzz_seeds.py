@@ -1,14 +1,13 @@
 """The valid files that fuzz.py damages: small, and one of each kind that is read."""
 
-import gzip
-import json
 import pickle
 
 import numpy as np
 import torch
-from makers import make_clip, make_hivg, make_tokenizer
-from makers_data import TURNED, make_scenes, python2, write_list, write_mdetr, write_program, write_refer
+from makers import make_clip, make_hivg
+from makers_data import TURNED, make_scenes, python2, write_list, write_mdetr, write_program, write_refer, write_rows
 from makers_weights import (
+    TABLES,
     half,
     make_published_clip,
     make_released,
@@ -22,6 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from hivg import weights
+from hivg.data.published.catalogue import COCO
 
 
 def write_weights(folder):
@@ -37,12 +37,8 @@ def write_weights(folder):
 
 
 def write_tables(folder):
-    table = make_tokenizer().to_text()
-    (folder / "merges.txt").write_text(table)
-    (folder / "table.txt.gz").write_bytes(gzip.compress(table.encode()))
-    merges = [pair.split() for pair in table.split("\n")[1:-1]]
-    model = {"type": "BPE", "end_of_word_suffix": "</w>", "vocab": {"a": 1}, "merges": merges}
-    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+    for name, write in TABLES.items():
+        write(folder / name)
 
 
 def write_annotations(folder):
@@ -59,12 +55,9 @@ def write_annotations(folder):
     (folder / "finetune_refcoco_val.json").rename(folder / "mdetr.json")
     write_program(folder / "lists", splits, "CRIS")
     (folder / "lists/refcoco/val.json").rename(folder / "cris.json")
-    rows = []
-    for scene in scenes:
-        image = f"other/images/mscoco/images/train2014/{scene.file}"
-        rows.append({"image": image, "expression": scene.expression, "bbox": scene.box,
-                     "segmentation": scene.segmentation, "split": "train", "id": scene.number})
-    (folder / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    write_rows(folder / "mine.jsonl", [
+        {"image": f"{COCO}/{scene.file}", "expression": scene.expression, "bbox": scene.box,
+         "segmentation": scene.segmentation, "split": "train", "id": scene.number} for scene in scenes])
 
 
 def write_images(folder):

@@ -72,22 +72,11 @@ def found(samples):
 
 def python2(data):
     """`data` as Python 2's pickle wrote it: text as byte strings."""
-    out = pickle.dumps(encoded(data), protocol=3)
-    # SHORT_BINBYTES is to Python 3 what SHORT_BINSTRING was to Python 2
-    for op, _, at in pickletools.genops(out):
-        if op.name in ("SHORT_BINBYTES", "BINBYTES"):
-            code = b"U" if op.name == "SHORT_BINBYTES" else b"T"
-            out = out[:at] + code + out[at + 1 :]
-    return b"\x80\x02" + out[2:]
-
-
-def encoded(value):
-    """The same lists and dicts with their text as bytes."""
-    if isinstance(value, dict):
-        return {encoded(k): encoded(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [encoded(v) for v in value]
-    return value.encode() if isinstance(value, str) else value
+    out = pickle.dumps(data, protocol=2)
+    for op, _, at in reversed(list(pickletools.genops(out))):
+        if op.name == "BINUNICODE":  # its length takes four bytes, that of SHORT_BINSTRING one
+            out = out[:at] + b"U" + out[at + 1 : at + 2] + out[at + 5 :]
+    return out
 
 
 def write_refer(root, splits, place="refcoco/refs(unc).p", dump=python2):
@@ -139,20 +128,6 @@ def write_mdetr(root, splits):
         (root / f"finetune_refcoco_{split}.json").write_text(json.dumps(data))
 
 
-def write_lines(root, splits, sizes=False):
-    for split, scenes in splits.items():
-        path = root / "refcoco" / f"{split}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w") as file:
-            for i, s in enumerate(scenes):
-                row = {"image": s.file, "expression": s.expression, "bbox": s.box, "id": i}
-                if s.segmentation:
-                    row["segmentation"] = s.segmentation
-                if sizes:
-                    row |= s.coco_size()
-                file.write(json.dumps(row) + "\n")
-
-
 # --- boxes as masks, and back ---
 
 
@@ -170,10 +145,11 @@ def extent(mask):
     return torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
 
 
-# --- other programs' files ---
+# --- JSON, as this and other programs write it ---
 
 
 PROGRAMS = {  # name: (its file for a split, the record of a scene without its size)
+    "HiVG": ("{}.jsonl", lambda s: {"image": s.file, "expression": s.expression, "bbox": s.box}),
     "Qwen-VL, InternVL": ("refcoco_{}.jsonl", lambda s: {
         "image": f"data/coco/train2014/{s.file}", "sent": s.expression, "bbox": s.box}),
     "Shikra": ("REC_refcoco_unc_{}.jsonl", lambda s: {"img_path": s.file, "expression": s.expression, "bbox": s.box}),
@@ -189,14 +165,13 @@ PROGRAMS = {  # name: (its file for a split, the record of a scene without its s
 }
 
 
-def write_program(root, splits, program):
+def write_program(root, splits, program="HiVG", sizes=True):
     name, record = PROGRAMS[program]
     for split, scenes in splits.items():
         path = root / "refcoco" / name.format(split)
         path.parent.mkdir(parents=True, exist_ok=True)
-        records = [{"segmentation": s.segmentation} | record(s) | s.coco_size() for s in scenes]
-        is_lines = path.suffix == ".jsonl"
-        path.write_text("\n".join(map(json.dumps, records)) if is_lines else json.dumps(records))
+        records = [{"segmentation": s.segmentation} | record(s) | (s.coco_size() if sizes else {}) for s in scenes]
+        path.write_text("\n".join(map(json.dumps, records)) if path.suffix == ".jsonl" else json.dumps(records))
 
 
 # --- people's own data ---

@@ -5,6 +5,7 @@ hivg/weights/ shows. And how a file that was read is compared, or its message ch
 import argparse
 import collections
 import gzip
+import json
 import os
 import pickle
 import re
@@ -24,11 +25,10 @@ BASE_MODEL = "base_model.model."  # in front of a name for every wrapping by PEF
 # --- CLIP ---
 
 
-def make_published_clip(seed=0, **changes):
+def make_published_clip(**changes):
     """A CLIP with heads 64 wide, as every published one has; its numbers are those of float16, as they are stored."""
     sizes = dict(vision_width=128, vision_heads=2, text_width=64, text_heads=1, context_length=77)
-    clip = make_clip(seed, torch.float32, **(sizes | changes))
-    return clip.half().float()
+    return make_clip(dtype=torch.float32, **(sizes | changes)).half().float()
 
 
 def to_openai(clip):
@@ -125,23 +125,39 @@ class Payload:
         return os.system, (f"touch {self.path}",)
 
 
+# --- merge tables ---
+
+
+def save_table(path):
+    """The tests' merge table as OpenAI publishes CLIP's."""
+    path.write_bytes(gzip.compress(make_tokenizer().to_text().encode()))
+
+
+def save_merges(path):
+    path.write_text(make_tokenizer().to_text())
+
+
+def save_tokenizer_json(path):
+    model = {"type": "BPE", "end_of_word_suffix": "</w>", "vocab": {"a": 1}}
+    path.write_text(json.dumps({"version": "1.0", "model": model | {"merges": make_tokenizer().merges}}))
+
+
+TABLES = {"bpe_simple_vocab_16e6.txt.gz": save_table, "merges.txt": save_merges, "tokenizer.json": save_tokenizer_json}
+
+
 # --- released HiVG ---
 
 
-def released_config(**changes):
-    """The HiVGConfig of a small released model: 12 text blocks, so that every data set's text layers are there."""
+def make_released(**changes):
+    """Our model of a small released one, of 12 text blocks, so that every data set's text layers are there; `changes`
+    are fields of HiVGConfig."""
     settings = dict(bridge_blocks=(0, 3, 7, 11), visual_levels=(1, 4, 8, 12), text_layers=(12,), text_norm=False,
                     level_norm=False, text_padding="released", normalization="imagenet", lora="none", width=32,
                     encoder_layers=6, encoder_heads=8, encoder_ffn=48, rtcc_hidden=40)
     if "clip" not in changes:
         settings["clip"] = make_published_clip(vision_layers=12, text_layers=12).config
-    return HiVGConfig(**(settings | changes))
-
-
-def make_released(seed=0, **changes):
-    """Our model of a small released one; `changes` are fields of HiVGConfig."""
-    torch.manual_seed(seed)
-    return randomise(HiVG(released_config(**changes)), seed).half().float().eval()
+    torch.manual_seed(0)
+    return randomise(HiVG(HiVGConfig(**(settings | changes)))).half().float().eval()
 
 
 def to_released(model, /, adapters=False, prefix=BASE_MODEL, **changes):
@@ -258,12 +274,6 @@ def contents(path):
     """-> the tensors of a .safetensors file, and its metadata."""
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
-
-
-def save_table(path):
-    """The tests' merge table as OpenAI publishes CLIP's."""
-    with gzip.open(path, "wt", encoding="utf-8") as file:
-        file.write(make_tokenizer().to_text())
 
 
 def message_of(path, load=weights.load):

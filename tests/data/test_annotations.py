@@ -15,7 +15,6 @@ from makers_data import (
     found,
     make_scenes,
     python2,
-    write_lines,
     write_list,
     write_mdetr,
     write_own,
@@ -37,7 +36,8 @@ WRITERS = {  # name: the function and its arguments
     "REFER, protocol 0": (write_refer, {"dump": lambda data: pickle.dumps(data, 0)}), ".pth": (write_list, {}),
     ".pth, arrays": (write_list, {"array": True}), ".pth, older torch.save": (write_list, {"legacy": True}),
     ".pth, older torch.save, arrays": (write_list, {"legacy": True, "array": True}),
-    ".pth, named unc": (write_list, {"dataset": "unc"}), "MDETR": (write_mdetr, {}), "JSON lines": (write_lines, {}),
+    ".pth, named unc": (write_list, {"dataset": "unc"}), "MDETR": (write_mdetr, {}),
+    "HiVG, no sizes": (write_program, {"sizes": False}),
     **{name: (write_program, {"program": name}) for name in PROGRAMS},
 }
 
@@ -122,14 +122,14 @@ def test_the_likelier_place_comes_first(tmp_path):
     far = make_scenes(tmp_path, 2, seed=2)
     write_mdetr(tmp_path, {"val": far})
     assert found(read_samples(tmp_path, "refcoco", "val")) == expected(tmp_path, far)
-    write_lines(tmp_path, {"val": near})
+    write_program(tmp_path, {"val": near})
     assert found(read_samples(tmp_path, "refcoco", "val")) == expected(tmp_path, near)
 
 
 def test_other_files_are_no_splits(tmp_path):
     """Results, a folder, or people's own .jsonl files in the data root, which are read only by their exact name."""
     scenes = make_scenes(tmp_path, 3)
-    write_lines(tmp_path, {"val": scenes})
+    write_program(tmp_path, {"val": scenes})
     (tmp_path / "refcoco/refcoco_results.json").write_text("{}")
     (tmp_path / "refcoco/refcoco_val.pth").mkdir()
     (tmp_path / "refcoco/val.jsonl").rename(tmp_path / "val.jsonl")
@@ -307,27 +307,19 @@ def test_a_row_without_image_is_no_val(tmp_path):
     assert len(read_samples(tmp_path, path, "val")) == 2 == len(read_samples(tmp_path, path, "train", report=Report()))
 
 
-def test_own_images_are_beside_the_file_where_no_data_root_is_named(tmp_path, monkeypatch):
-    """A folder data/ that has images of the same names may be anybody's."""
+@pytest.mark.parametrize("root", ["root", DATA_ROOT])
+def test_own_images_are_below_the_data_root_or_beside_the_file(tmp_path, monkeypatch, root):
+    """A data root that is named comes first; a folder data/ that nobody named may be anybody's."""
     monkeypatch.chdir(tmp_path)
-    path = write_own(tmp_path, 1, split="train")
-    Path("data/images").mkdir(parents=True)
-    Image.new("RGB", (30, 20)).save("data/images/0.png")
-    assert read_samples(DATA_ROOT, path, "train")[0].image == tmp_path / "images/0.png"
-    (tmp_path / "images/0.png").unlink()
-    assert read_samples(DATA_ROOT, path, "train")[0].image == Path("data/images/0.png")
-    assert len(read_samples(DATA_ROOT, path.rename("MINE.JSONL"), "train")) == 2
-
-
-def test_own_images_are_below_the_data_root_or_beside_the_file(tmp_path):
-    path = write_own(tmp_path, 1, split="train")
-    root = tmp_path / "root"
-    (root / "images").mkdir(parents=True)
-    assert read_samples(root, path, "train")[0].image == tmp_path / "images/0.png"
-    Image.new("RGB", (30, 20)).save(root / "images/0.png")
-    assert read_samples(root, path, "train")[0].image == root / "images/0.png"
-    for folder in (root, tmp_path):
-        (folder / "images/0.png").unlink()
+    path = write_own(tmp_path, 1, split="train").rename("MINE.JSONL").absolute()
+    beside = tmp_path / "images/0.png"
+    below = Path(root, "images/0.png")
+    below.parent.mkdir(parents=True)
+    assert read_samples(root, path, "train")[0].image == beside
+    below.write_bytes(beside.read_bytes())
+    for image in (beside, below) if root == DATA_ROOT else (below, beside):
+        assert read_samples(root, path, "train")[0].image == image
+        image.unlink()
     report = Report()
     assert not read_samples(root, path, "train", report=report)
-    assert report.first["missing image"] == f"line 1: {shown(tmp_path / 'images/0.png')}"  # beside the file
+    assert report.first["missing image"] == f"line 1: {shown(beside)}"

@@ -15,10 +15,13 @@ GOOD = {"image": "a.png", "expression": "cup", "bbox": [1, 1, 9, 9], "split": "t
 
 
 def read(folder, content, split="train"):
-    """-> the samples of a .jsonl file of this content, and the report."""
+    """-> the samples of a .jsonl file of this content, bytes, text or a list of rows, and the report."""
     Image.new("RGB", (30, 20)).save(folder / "a.png")
     path = folder / "mine.jsonl"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    if isinstance(content, list):
+        write_rows(path, content)
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     report = Report()
     return read_samples(folder, path, split, report=report), report
 
@@ -112,30 +115,24 @@ def test_each_bad_row_is_left_out_with_its_reason(tmp_path, name):
     assert len(line) <= 300 and line.isprintable(), line
 
 
-@pytest.mark.parametrize("outline", ["foo", [[1, 2]], [[1, 1, 5, 1, 5, 5, 7]], [1, 1, 5, 1, 5, 5], {"size": [20, 30]}],
-                         ids=str)
-def test_an_outline_that_is_none_is_told(tmp_path, outline):
+TRIANGLE = [1, 1, 5, 1, 5, 5]
+OUTLINES = [  # (what a row has, what is kept of it, what is told)
+    *((none, None, None) for none in (None, [], {}, "")), ([TRIANGLE], [TRIANGLE], None),
+    *((odd, None, "dropped, neither polygons nor run lengths")
+      for odd in ("foo", [[1, 2]], [[*TRIANGLE, 7]], TRIANGLE, {"size": [20, 30]})),
+    ([[3, 3], TRIANGLE], [TRIANGLE], "without their damaged parts"),  # a tool may write a point among the polygons
+]
+
+
+@pytest.mark.parametrize("outline, kept, told", OUTLINES, ids=str)
+def test_an_outline_that_is_none_is_told(tmp_path, outline, kept, told):
     """The row keeps its box. Published lists hold other things there, and nothing is told of them."""
-    samples, report = read(tmp_path, f"{ROW}\n" + json.dumps(GOOD | {"segmentation": outline}))
-    assert [sample.segmentation for sample in samples] == [None, None] and not report.problems
-    line, = report.lines()
-    assert ": 1 outlines dropped, neither polygons nor run lengths (first: line 2: a.png: " in line
-    assert len(line) <= 300 and line.isprintable()
-
-
-@pytest.mark.parametrize("outline", [None, [], {}, "", [[1, 1, 5, 1, 5, 5]]], ids=str)
-def test_an_outline_or_none_is_not_told(tmp_path, outline):
-    _, report = read(tmp_path, json.dumps(GOOD | {"segmentation": outline}))
-    assert not report.lines()
-
-
-def test_an_outline_keeps_its_right_parts(tmp_path):
-    """A tool may write a line or a point among the polygons."""
-    triangle = [1, 1, 5, 1, 5, 5]
-    samples, report = read(tmp_path, f"{ROW}\n" + json.dumps(GOOD | {"segmentation": [[3, 3], triangle]}))
-    assert [sample.segmentation for sample in samples] == [None, [triangle]]
-    line, = report.lines()
-    assert ": 1 outlines without their damaged parts (first: line 2: a.png: " in line
+    samples, report = read(tmp_path, [GOOD, GOOD | {"segmentation": outline}])
+    assert [sample.segmentation for sample in samples] == [None, kept] and not report.problems
+    lines = report.lines()
+    assert len(lines) == bool(told)
+    for line in lines:
+        assert f": 1 outlines {told} (first: line 2: a.png: " in line and len(line) <= 300 and line.isprintable()
 
 
 # --- boxes in another form; the image is 30 wide and 20 high ---
@@ -149,33 +146,35 @@ WRONG = {  # form: the numbers that stand for these corners
 }
 
 
-def write_boxes(*boxes, **fields):
-    return "\n".join(json.dumps(GOOD | {"bbox": box} | fields) for box in boxes)
+def with_boxes(*boxes, **fields):
+    return [GOOD | {"bbox": box} | fields for box in boxes]
 
 
 @pytest.mark.parametrize("form", WRONG)
 def test_boxes_in_another_form_are_refused(tmp_path, form):
     """The whole file, whichever split is read; the signs may all be in another one."""
-    content = write_boxes(*(WRONG[form](*box) for box in CORNERS))
-    content += "\n" + write_boxes(WRONG[form](2, 11, 29, 19), split="val")
+    rows = with_boxes(*(WRONG[form](*box) for box in CORNERS)) + with_boxes(WRONG[form](2, 11, 29, 19), split="val")
     for split in ("train", "val"):
         with pytest.raises(ValueError, match=f"its boxes look like {form}.*; write xmin ymin xmax ymax,") as caught:
-            read(tmp_path, content, split)
+            read(tmp_path, rows, split)
         assert len(str(caught.value)) <= 290
 
 
-@pytest.mark.parametrize("box", [[5, 5, 5, 9], [5, 5, 9, 4.5], [9, 9, 4, 4], [5, 5, 40, 9], [0, 0, 1, 1]], ids=str)
-def test_one_bad_box_among_right_ones_is_left_out_alone(tmp_path, box):
-    """Rounded, reversed, beyond the image, or of one pixel: the others are right as corners only."""
-    samples, _ = read(tmp_path, write_boxes(*CORNERS, box))
-    assert len(samples) == 4 + (box == [0, 0, 1, 1])
+SMALL = [[1, 1, 9, 9], [2, 3, 12, 9]]  # near the upper left corner: they could be x y width height
 
 
 @pytest.mark.parametrize("boxes, n_kept", [
-    ([[1, 1, 9 + i % 5, 9] for i in range(20)] + [[9, 9, 4, 4]], 20),  # all would fit as x y width height too
-    ([[0, 0, 1, 1]], 1), ([[0, 0, 32, 9], [5, 5, 33, 9]], 0)], ids=["a typo", "a pixel", "a little beyond"])
+    *(([*CORNERS, box], 4) for box in ([5, 5, 5, 9], [5, 5, 9, 4.5], [9, 9, 4, 4], [5, 5, 40, 9])),
+    ([*CORNERS, [0, 0, 1, 1]], 5), ([*SMALL, [5, 5, 5, 9]], 2), ([*SMALL, [5, 5, 4, 9]], 2),
+    ([*SMALL] * 10 + [[9, 9, 4, 4]], 20), ([[0, 0, 1, 1]], 1), ([[0, 0, 32, 9], [5, 5, 33, 9]], 0)], ids=str)
 def test_right_forms_with_wrong_boxes_are_not_refused(tmp_path, boxes, n_kept):
-    assert len(read(tmp_path, write_boxes(*boxes))[0]) == n_kept
+    """One that is rounded, reversed, or beyond the image is left out alone; one of a pixel is kept."""
+    assert len(read(tmp_path, with_boxes(*boxes))[0]) == n_kept
+
+
+def test_a_box_that_is_reversed_by_more_than_rounding_decides(tmp_path):
+    with pytest.raises(ValueError, match="look like x y width height"):
+        read(tmp_path, with_boxes(*SMALL, [5, 5, 3.9, 9]))
 
 
 def test_relative_and_whole_paths_of_an_image_share_its_split(tmp_path):
@@ -183,8 +182,8 @@ def test_relative_and_whole_paths_of_an_image_share_its_split(tmp_path):
     for number in range(20):
         Image.new("RGB", (30, 20)).save(tmp_path / f"{number}.png")
         names += [f"{number}.png", str(tmp_path / f"{number}.png")]
-    content = "\n".join(json.dumps({"image": name, "expression": "cup", "bbox": [1, 1, 9, 9]}) for name in names)
-    splits = [{sample.image_id for sample in read(tmp_path, content, split)[0]} for split in ("train", "val")]
+    rows = [{"image": name, "expression": "cup", "bbox": [1, 1, 9, 9]} for name in names]
+    splits = [{sample.image_id for sample in read(tmp_path, rows, split)[0]} for split in ("train", "val")]
     assert not splits[0] & splits[1] and len(splits[0] | splits[1]) == 20
 
 
@@ -195,9 +194,8 @@ def test_images_that_are_moved_keep_their_splits(tmp_path):
         for name in names:
             (tmp_path / root / name).parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (30, 20)).save(tmp_path / root / name)
-        content = "\n".join(json.dumps({"image": f"{root}/{name}", "expression": name, "bbox": [1, 1, 9, 9]})
-                            for name in names)
-        splits.append({sample.expression for sample in read(tmp_path, content, "val")[0]})
+        rows = [{"image": f"{root}/{name}", "expression": name, "bbox": [1, 1, 9, 9]} for name in names]
+        splits.append({sample.expression for sample in read(tmp_path, rows, "val")[0]})
     assert splits[0] == splits[1] and 0 < len(splits[0]) < 24
 
 
@@ -206,13 +204,13 @@ def test_boxes_that_may_be_shares_are_doubted(tmp_path, largest, unit):
     """But kept: they lie in their images."""
     Image.new("1", (1600, 1510)).save(tmp_path / "large.png")
     boxes = [[i, 2 * i, largest - i, largest] for i in range(20)]
-    content = write_boxes(*boxes, image="large.png")
-    samples, report = read(tmp_path, content)
+    rows = with_boxes(*boxes, image="large.png")
+    samples, report = read(tmp_path, rows)
     line, = report.lines()
     assert f"all boxes lie in 0..{largest} of images as large as 1600 x 1510" in line and unit in line
     assert len(samples) == 20
-    assert not read(tmp_path, content + "\n" + write_boxes([0, 0, 1100, 9], image="large.png"))[1].lines()
-    assert not read(tmp_path, write_boxes(*boxes[1:], image="large.png"))[1].lines()
+    assert not read(tmp_path, [*rows, rows[0] | {"bbox": [0, 0, 1100, 9]}])[1].lines()
+    assert not read(tmp_path, rows[1:])[1].lines()
 
 
 def test_a_caption_about_several_boxes_is_no_expression(tmp_path):
@@ -231,7 +229,7 @@ def test_a_split_of_null_leaves_a_row_in_its_list(tmp_path):
 
 
 def test_half_a_character_does_not_stop_the_training(tmp_path):
-    samples, _ = read(tmp_path, json.dumps(GOOD | {"expression": "the cup \ud83d"}))
+    samples, _ = read(tmp_path, [GOOD | {"expression": "the cup \ud83d"}])
     tokenizer = Tokenizer([])
     assert count_cut(SampleTensors(samples, 32), tokenizer) == 0 and tokenizer([samples[0].expression]).shape[0] == 1
 
@@ -243,17 +241,6 @@ def test_every_caption_of_an_image_is_a_row(tmp_path):
     assert [sample.expression for sample in read(tmp_path, json.dumps(data, indent=1))[0]] == ["cup", "the cup"]
     with pytest.raises(ValueError, match="its rows have info, train; they need image, expression and bbox"):
         read(tmp_path, json.dumps({"info": {}, "train": [GOOD]}, indent=1))
-
-
-@pytest.mark.parametrize("box, is_kept", [([5, 5, 5, 9], True), ([5, 5, 4, 9], True), ([5, 5, 3.9, 9], False)], ids=str)
-def test_boxes_that_could_be_either(tmp_path, box, is_kept):
-    """Small ones near the upper left corner: one that is reversed by more than rounding decides."""
-    content = write_boxes([1, 1, 9, 9], [2, 3, 12, 9], box)
-    if is_kept:
-        assert len(read(tmp_path, content)[0]) == 2
-    else:
-        with pytest.raises(ValueError, match="look like x y width height"):
-            read(tmp_path, content)
 
 
 def test_corners_under_a_name_that_means_x_y_width_height(tmp_path):
@@ -278,7 +265,7 @@ def test_an_image_in_several_spellings_is_one(tmp_path, on_disk):
     (tmp_path / "x").mkdir()
     Image.new("RGB", (30, 20)).save(tmp_path / on_disk)
     rows = [{"image": name, "expression": "cup", "bbox": [1, 1, 9, 9]} for name in SPELLINGS]
-    samples, _ = read(tmp_path, "\n".join(map(json.dumps, rows)))
+    samples, _ = read(tmp_path, rows)
     assert len(samples) == len(SPELLINGS)  # all of them in train
     assert len(set(SampleTensors(samples, 32).image_ids)) == 1
     for row, split in zip(rows, ["train", "val", "test", "more", "other"]):

@@ -5,7 +5,17 @@ import json
 import numpy as np
 import pytest
 from makers import calls_of
-from makers_data import TURNED, expected, found, make_scenes, write_lines, write_list, write_mdetr, write_refer
+from makers_data import (
+    TURNED,
+    expected,
+    found,
+    make_scenes,
+    write_list,
+    write_mdetr,
+    write_program,
+    write_refer,
+    write_rows,
+)
 from PIL import Image
 
 from hivg.data.published import reading
@@ -18,11 +28,9 @@ def test_problems_are_counted_named_and_left_out(tmp_path, capsys):
     """The kinds are in test_lines.py."""
     Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
     good = {"image": "a.png", "expression": "x", "bbox": [9, 0, 30.5, 20]}  # half a pixel too wide is how people draw
-    path = tmp_path / "mine.jsonl"
-    with open(path, "w") as file:
-        for change in ({}, {"image": "b.png"}, {"bbox": [5, 5, 5, 10]}, {"bbox": [9, 5, 7, 10]}):
-            file.write(json.dumps(good | change | {"split": "train"}) + "\n")
-        file.write("not JSON\n")
+    changes = [{}, {"image": "b.png"}, {"bbox": [5, 5, 5, 10]}, {"bbox": [9, 5, 7, 10]}]
+    rows = [good | change | {"split": "train"} for change in changes]
+    path = write_rows(tmp_path / "mine.jsonl", [*rows, "not an object"])
     report = Report()
     samples = read_samples(tmp_path, path, "train", report=report)
     assert [s.box for s in samples] == [(9.0, 0.0, 30.5, 20.0)]
@@ -40,8 +48,8 @@ def test_problems_are_counted_named_and_left_out(tmp_path, capsys):
     ([0, -0.9, 9, 0], False), ([29.9, 19.9, 31, 21], True)])
 def test_a_box_may_reach_out_by_a_pixel(tmp_path, box, is_inside):
     Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
-    path = tmp_path / "mine.jsonl"
-    path.write_text(json.dumps({"image": "a.png", "expression": "x", "bbox": box, "split": "train"}))
+    row = {"image": "a.png", "expression": "x", "bbox": box, "split": "train"}
+    path = write_rows(tmp_path / "mine.jsonl", [row])
     assert len(read_samples(tmp_path, path, "train", report=Report())) == is_inside
 
 
@@ -70,18 +78,13 @@ def test_file_names_without_their_object(tmp_path):
     assert found(read_samples(tmp_path, "refcoco", "val")) == expected(tmp_path, scenes)
 
 
-SIZED = {"REFER": (write_refer, {}), ".pth": (write_list, {}), "MDETR": (write_mdetr, {}),
-         "JSON lines": (write_lines, {"sizes": True})}
-
-
 @pytest.mark.parametrize("change", [lambda width, height: (width // 2, height // 2),
                                     lambda width, height: (height, width + 1)], ids=["smaller", "turned"])
-@pytest.mark.parametrize("writer", SIZED)
-def test_an_image_of_another_size_than_stated_is_left_out(tmp_path, writer, change):
+@pytest.mark.parametrize("write", [write_refer, write_list, write_mdetr, write_program])
+def test_an_image_of_another_size_than_stated_is_left_out(tmp_path, write, change):
     """Its boxes are those of another image."""
     scenes = make_scenes(tmp_path)
-    write, arguments = SIZED[writer]
-    write(tmp_path, {"train": scenes}, **arguments)
+    write(tmp_path, {"train": scenes})
     assert found(read_samples(tmp_path, "refcoco", "train")) == expected(tmp_path, scenes)
     bad = scenes[0]
     size = change(*bad.size)
@@ -100,10 +103,9 @@ def test_an_image_of_another_size_than_stated_is_left_out(tmp_path, writer, chan
 def test_a_size_stated_for_own_images_is_that_of_the_upright_one(tmp_path):
     Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=TURNED)
     row = {"image": "a.jpg", "expression": "cup", "bbox": [1, 2, 11, 25], "width": 20, "height": 30}
-    path = tmp_path / "mine.jsonl"
-    path.write_text(json.dumps(row))
+    path = write_rows(tmp_path / "mine.jsonl", [row])
     assert len(read_samples("nowhere", path, "train")) == 1
-    path.write_text(json.dumps(row | {"width": 30, "height": 20}))
+    write_rows(path, [row | {"width": 30, "height": 20}])
     report = Report()
     assert not read_samples("nowhere", path, "train", report=report)
     assert "a.jpg: 20 x 30, annotated as 30 x 20" in report.lines()[0]
