@@ -172,9 +172,13 @@ def test_not_positional(expression):
     assert not is_positional(expression)
 
 
+def noise(width, height):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
 @pytest.mark.parametrize("augment", [Augment(), Augment(crop_p=1)])
 def test_same_generator_same_bits(augment):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
+    image = noise(80, 60)
     box = [10, 5, 60, 50]
     mask = np.ones((60, 80), dtype=bool)
     first, second, other = [augment(np.random.default_rng(seed), image, box, mask, FREE, SIZE) for seed in (1, 1, 2)]
@@ -185,7 +189,7 @@ def test_same_generator_same_bits(augment):
 @pytest.mark.parametrize("change", [{"jitter_p": 1}, {"jitter_p": 1, "jitter": 0}])
 def test_colours_change_and_places_do_not(change):
     """Jitter of strength 0 is none."""
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
+    image = noise(80, 60)
     box = torch.tensor([10.0, 5, 60, 50])
     mask = filled(box, 80, 60)
     other = dataclasses.replace(PLACES, **change)
@@ -209,12 +213,11 @@ def test_how_often_colours_change():
 
 
 def test_colours_change_in_any_order():
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8))
     results = set()
     for seed in range(30):  # the factors are always the same
         rng = SimpleNamespace(permutation=np.random.default_rng(seed).permutation, random=lambda: 0.5,
                               uniform=lambda low, high: high)
-        results.add(Augment(jitter_p=1).recolour(rng, image).tobytes())
+        results.add(Augment(jitter_p=1).recolour(rng, noise(8, 6)).tobytes())
     assert len(results) == 6
 
 
@@ -232,7 +235,7 @@ def test_odd_images_and_a_box_of_everything(width, height, expression):
 
 
 def test_all_off_is_the_letterbox():
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (150, 201, 3), dtype=np.uint8))
+    image = noise(201, 150)
     box = torch.tensor([10.5, 5, 60, 50])
     letterbox = Letterbox(201, 150, SIZE)
     mask = np.random.default_rng(1).random((150, 201)) > 0.5

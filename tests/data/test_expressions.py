@@ -155,15 +155,19 @@ def test_ordinals_of_every_rank_and_number():
         assert 1 < rank < n >= 4
 
 
+def asked_for(kind, n, wide=False):
+    """[(scene, expression), ...] of the first n scenes where no other kind is asked for."""
+    dataset = Shapes("train", wide=wide, weights={kind: 1.0})
+    return [(scene, expression) for scene, spoken in map(dataset.scene, range(n)) for expression in spoken]
+
+
 def test_closeness_can_be_asked_for_alone():
-    dataset = Shapes("train", weights={"closeness": 1.0})
     words = {"closest", "nearest", "next to", "furthest", "farthest"}
     found = set()
-    for i in range(20):
-        for expression in dataset.scene(i)[1]:
-            used = {word for word in words if word in expression.text}
-            assert (expression.kind, len(used)) == ("relation", 1), expression.text
-            found |= used
+    for _, expression in asked_for("closeness", 20):
+        used = {word for word in words if word in expression.text}
+        assert (expression.kind, len(used)) == ("relation", 1), expression.text
+        found |= used
     assert found == words
 
 
@@ -171,8 +175,7 @@ def test_closeness_can_be_asked_for_alone():
     ("medium", ("medium", "medium-sized", "mid-sized", "middle-sized")),
     ("closeness", ("closest", "furthest", "between")), ("late", ("third", "fourth", "fifth", "sixth"))])
 def test_what_is_learned_last_can_be_asked_for_alone(kind, words):
-    dataset = Shapes("train", wide=True, weights={kind: 1.0})
-    spoken = [(scene, e) for scene, made in map(dataset.scene, range(50)) for e in made]
+    spoken = asked_for(kind, 50, wide=True)
     for scene, expression in spoken:
         assert Listener(scene, expression.text).referents() == [expression.target], expression.text
         if kind == "medium":
@@ -186,16 +189,13 @@ def test_what_is_learned_last_can_be_asked_for_alone(kind, words):
 
 def test_counting_asks_for_ordinals_that_do_not_mean_the_last():
     """A model may hear "the third" as "the last", which is right where there are three."""
-    dataset = Shapes("train", weights={"counting": 1.0})
     ranks = set()
-    for i in range(20):
-        scene, made = dataset.scene(i)
-        for expression in made:
-            rank, members = Listener(scene, expression.text).noun_phrase()
-            assert 2 <= rank < len(members), expression.text
-            assert Listener(scene, expression.text).referents() == [expression.target]
-            assert expression.kind == "ordinal"
-            ranks.add(rank)
+    for scene, expression in asked_for("counting", 20):
+        rank, members = Listener(scene, expression.text).noun_phrase()
+        assert 2 <= rank < len(members), expression.text
+        assert Listener(scene, expression.text).referents() == [expression.target]
+        assert expression.kind == "ordinal"
+        ranks.add(rank)
     assert ranks >= {2, 3}
 
 

@@ -1,6 +1,5 @@
 """Small files that ask for a large model, or unfold to a large table: refused in the memory that they take up."""
 
-import argparse
 import dataclasses
 import gzip
 import json
@@ -21,14 +20,15 @@ def write_safetensors(path, header, data=b""):
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
+def save_ours(path, kind, config, tensors):
+    metadata = {"format": "pt", "kind": kind, "config": json.dumps(config), "info": "{}", "tokenizer": ""}
+    save_file(tensors, path, metadata)
+
+
 def own_with(**changes):
     """-> a writer of our file of a CLIP whose configuration says otherwise."""
-    def write(path):
-        clip = make_published_clip()
-        config = vars(clip.config) | changes
-        metadata = {"format": "pt", "kind": "clip", "config": json.dumps(config), "info": "{}", "tokenizer": ""}
-        save_file(clip.state_dict(), path, metadata)
-    return write
+    clip = make_published_clip()
+    return lambda path: save_ours(path, "clip", vars(clip.config) | changes, clip.state_dict())
 
 
 def clip_with(to_theirs, name, shape=(1,)):
@@ -37,11 +37,7 @@ def clip_with(to_theirs, name, shape=(1,)):
 
 
 def released_with(**args):
-    def write(path):
-        checkpoint = to_released(make_released())
-        checkpoint["args"] = argparse.Namespace(**(vars(checkpoint["args"]) | args))
-        torch.save(checkpoint, path)
-    return write
+    return lambda path: torch.save(to_released(make_released(), **args), path)
 
 
 def write_views(path):
@@ -61,8 +57,7 @@ def write_many_stages(path):
     config = dataclasses.asdict(make_hivg().config)
     config |= {"stage": 100, "lora_groups": 1}
     config["clip"] |= {"vision_layers": 1000, "text_layers": 1000}
-    metadata = {"format": "pt", "kind": "hivg", "config": json.dumps(config), "info": "{}", "tokenizer": ""}
-    save_file({f"a{i}": torch.zeros(0) for i in range(2100)}, path, metadata)
+    save_ours(path, "hivg", config, {f"a{i}": torch.zeros(0) for i in range(2100)})
 
 
 def write_empty_adapter(path):
@@ -120,14 +115,10 @@ def test_nothing_large_is_built(tmp_path):
     assert "fine" not in lines, lines
 
 
-def write_gzip_bomb(path):
-    path.write_bytes(gzip.compress(bytes(2**20), 9) * 4096)  # 4 GB; a gzip file may be several, one after the other
-
-
 @pytest.mark.slow
 def test_a_table_of_gigabytes(tmp_path):
     table = tmp_path / "bpe_simple_vocab_16e6.txt.gz"
-    write_gzip_bomb(table)
+    table.write_bytes(gzip.compress(bytes(2**20), 9) * 4096)  # 4 GB; a gzip file may be several, one after the other
     torch.save(to_openai(make_published_clip()), tmp_path / "clip.pt")
     lines = outcomes("from hivg.tokenizer import Tokenizer\nfrom hivg.weights import load",
                      "(Tokenizer.from_file if 'bpe' in path else load)(path)", [table, tmp_path / "clip.pt"], 150, 60)

@@ -6,6 +6,7 @@ import pickle
 import re
 import zipfile
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -110,7 +111,8 @@ def save_data(data):
 
 
 OTHER_FILES = {  # name: (writer, part of the message)
-    "empty": (lambda path: path.write_bytes(b""), "empty"),
+    "missing": (lambda path: None, "no such weights file"), "a folder": (Path.mkdir, "is a folder"),
+    "empty": (Path.touch, "empty"),
     "web page": (save_text("\n<!DOCTYPE html><html>404</html>"), "web page"),
     "LFS": (save_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n"), "git lfs pull"),
     "text": (save_text("hello there"), "not a file that PyTorch saved"),
@@ -126,6 +128,7 @@ OTHER_FILES = {  # name: (writer, part of the message)
                      "weights under model and under state_dict; save one of them alone"),
     "a wrapper in a wrapper": (save_data([{"model": {"net": {"a": torch.ones(1)}}}]), "under 0.model.net; save"),
     "a number": (save_data(3), "no weights at all"),
+    "safetensors": (lambda path: save_file({"weight": torch.zeros(3)}, path), "neither a CLIP nor a HiVG"),
     "other weights": (save_data({"conv.weight": torch.zeros(3)}), "tensors called conv.weight"),
     "other wrapped weights": (save_data({"model": {"conv.weight": torch.zeros(3)}}), "tensors called conv.weight"),
     "an archive of another model": (lambda path: torch.jit.save(scripted({"a.b.weight": torch.zeros(3)}), path),
@@ -167,12 +170,15 @@ def test_released_without_args(tmp_path, released):
 # --- damaged files ---
 
 
-@pytest.mark.parametrize("kind", [
-    "openai archive", "openai state dict", "huggingface safetensors", "huggingface legacy"])
+WHOLE = {kind: WRITERS[kind] for kind in ("openai archive", "openai state dict", "huggingface legacy")}
+WHOLE["ours"] = lambda clip, path: weights.save(path, clip)
+
+
+@pytest.mark.parametrize("kind", WHOLE)
 @pytest.mark.parametrize("keep", [0.02, 0.5, 0.98])
 def test_a_file_cut_short(tmp_path, kind, keep):
     path = tmp_path / "file.pt"
-    WRITERS[kind](make_published_clip(), path)
+    WHOLE[kind](make_published_clip(), path)
     data = path.read_bytes()
     path.write_bytes(data[: int(keep * len(data))])
     assert "download it again" in message_of(path)
@@ -282,9 +288,13 @@ def test_names_that_no_published_file_has(tmp_path, released, kind, ending, othe
     assert "left over" in message_of(tmp_path / "file")
 
 
-def test_kinds_are_not_confused(tmp_path, released):
-    save_file(to_huggingface(make_published_clip()), tmp_path / "hf.safetensors")
-    torch.save(released, tmp_path / "released.pth")
-    assert "holds a CLIP from Hugging Face" in message_of(tmp_path / "hf.safetensors", weights.load_hivg)
-    assert "holds a CLIP from Hugging Face" in message_of(tmp_path / "hf.safetensors", weights.load_released)
-    assert "holds a released HiVG checkpoint" in message_of(tmp_path / "released.pth", weights.load_clip)
+@pytest.mark.parametrize("kind, load, needed", [
+    ("clip", weights.load_hivg, "hivg"), ("hivg", weights.load_clip, "clip"), ("released", weights.load_clip, "clip"),
+    ("huggingface", weights.load_hivg, "hivg"), ("huggingface", weights.load_released, "released")])
+def test_kinds_are_not_confused(tmp_path, released, kind, load, needed):
+    path = tmp_path / "file"
+    if kind in ("clip", "hivg"):
+        weights.save(path, (make_hivg if kind == "hivg" else make_clip)(dtype=torch.float32))
+    else:
+        torch.save(released if kind == "released" else tensors_of(kind, released), path)
+    assert f"holds {weights.KINDS[kind]}; {weights.KINDS[needed]} is needed here" in message_of(path, load)

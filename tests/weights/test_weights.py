@@ -107,36 +107,6 @@ def test_half_the_bytes_load_as_float32(tmp_path, kind, dtype):
 # --- bad files ---
 
 
-def cut(path, size):
-    path.write_bytes(path.read_bytes()[:size])
-
-
-def damage_with_folder(path):
-    path.unlink()
-    path.mkdir()
-
-
-DAMAGED_FILES = {  # name: (a function of the path of a good file, part of the message)
-    "missing": (lambda path: path.unlink(), "no such"), "a folder": (damage_with_folder, "is a folder"),
-    "empty": (lambda path: cut(path, 0), "empty"), "cut in the header": (lambda path: cut(path, 100), "not a whole"),
-    "cut in the middle": (lambda path: cut(path, path.stat().st_size // 2), "not a whole"),
-    "last byte lost": (lambda path: cut(path, -1), "not a whole"),
-    "a web page": (lambda path: path.write_text("<!DOCTYPE html><html><body>Not\nfound</body>"), "a web page"),
-    "a pickle": (lambda path: torch.save({"a": torch.zeros(3)}, path), "tensors called a"),
-    "another program's": (lambda path: save_file({"weight": torch.zeros(3)}, path), "neither a CLIP nor a HiVG"),
-}
-
-
-@pytest.mark.parametrize("kind", LOADERS)
-@pytest.mark.parametrize("name", DAMAGED_FILES)
-def test_damaged_file_gets_one_line(tmp_path, kind, name):
-    path = tmp_path / "weights.safetensors"
-    weights.save(path, make(kind))
-    damage, expected = DAMAGED_FILES[name]
-    damage(path)
-    assert expected in message_of(path, LOADERS[kind])
-
-
 @pytest.mark.parametrize("kind", LOADERS)
 @pytest.mark.parametrize("changes, expected", [
     ({"kind": "lora"}, "which this project does not write"), ({"config": None}, "no 'config' in it"),
@@ -195,18 +165,6 @@ def test_values_that_float32_cannot_hold(tmp_path, value, expected):
     tensors, metadata = contents(path)
     save_file(tensors | {"logit_scale": value}, path, metadata)
     assert f"its tensor logit_scale {expected}" in message_of(path)
-
-
-@pytest.mark.parametrize("kind, other", [("clip", "hivg"), ("hivg", "clip")])
-def test_the_other_model_is_refused(tmp_path, kind, other):
-    path = tmp_path / "weights.safetensors"
-    weights.save(path, make(other))
-    message = message_of(path, LOADERS[kind])
-    assert f"holds {weights.KINDS[other]}" in message and f"{weights.KINDS[kind]} is needed" in message
-
-
-def test_impossible_path_gets_one_line(tmp_path):
-    message_of(tmp_path / ("x" * 300), weights.load_hivg)
 
 
 def test_weights_of_the_program_are_found_from_any_folder(tmp_path, monkeypatch):
