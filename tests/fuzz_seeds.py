@@ -6,19 +6,8 @@ import numpy as np
 import torch
 from makers import make_clip, make_hivg
 from makers_data import TURNED, make_scenes, python2, write_list, write_mdetr, write_program, write_refer, write_rows
-from makers_weights import (
-    TABLES,
-    half,
-    make_published_clip,
-    make_released,
-    save_legacy,
-    scripted,
-    to_huggingface,
-    to_openai,
-    to_released,
-)
+from makers_weights import TABLES, WRITERS, make_published_clip, make_released, to_released
 from PIL import Image
-from safetensors.torch import save_file
 
 from hivg import weights
 from hivg.data.published.catalogue import COCO
@@ -28,11 +17,8 @@ def write_weights(folder):
     weights.save(folder / "clip.safetensors", make_clip(dtype=torch.float32, vision_layers=2), {"accuracy": 0.5})
     weights.save(folder / "hivg.safetensors", make_hivg(dtype=torch.float32, stage=2), {"stage": "lora2"})
     published = make_published_clip(vision_layers=1, text_layers=1)
-    torch.save(half(to_openai(published)), folder / "openai.pt")
-    save_legacy(half(to_openai(published)), folder / "legacy.pt")
-    torch.jit.save(scripted(half(to_openai(published))), folder / "archive.pt")
-    save_file(to_huggingface(published), folder / "model.safetensors")
-    torch.save(to_huggingface(published), folder / "pytorch_model.bin")
+    for name in ("openai state dict", "openai legacy", "openai archive", "huggingface safetensors", "huggingface bin"):
+        WRITERS[name](published, folder / name)
     torch.save(to_released(make_released(), adapters=True), folder / "released.pth")
 
 

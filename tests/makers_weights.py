@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 from makers import assert_close, make_clip, make_tokenizer, randomise, refusal
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from hivg import weights
 from hivg.model import HiVG, HiVGConfig
@@ -113,6 +114,27 @@ def save_bare(data, path, protocol=None):
 def save_legacy(data, path):
     """As torch.save wrote before it wrote zip archives."""
     torch.save(data, path, _use_new_zipfile_serialization=False)
+
+
+WRITERS = {  # of a published CLIP; name: a function of the CLIP and the path
+    "openai archive": lambda clip, path: torch.jit.save(scripted(half(to_openai(clip))), path),
+    "openai state dict": lambda clip, path: torch.save(half(to_openai(clip)), path),
+    "openai float32": lambda clip, path: torch.save(to_openai(clip), path),  # q, k and v are parts of one tensor
+    "openai wrapped, on several GPUs": lambda clip, path: torch.save(
+        {"epoch": 3, "loss": torch.ones(1), "state_dict": prefixed("module.", half(to_openai(clip)))}, path),
+    "openai, compiled": lambda clip, path: torch.save(prefixed("_orig_mod.", to_openai(clip)), path),
+    "huggingface wrapped": lambda clip, path: torch.save(
+        {"model_state_dict": to_huggingface(clip), "optimizer_state_dict": {"state": {0: torch.ones(9)}}}, path),
+    "huggingface safetensors, both": lambda clip, path: save_file(
+        prefixed("module._orig_mod.", to_huggingface(clip)), path),
+    "openai legacy": lambda clip, path: save_legacy(half(to_openai(clip)), path),
+    "openai safetensors": lambda clip, path: save_file(half(to_openai(clip)), path),
+    "huggingface safetensors": lambda clip, path: save_file(to_huggingface(clip), path, {"format": "pt"}),
+    "huggingface safetensors, older": lambda clip, path: save_file(to_huggingface(clip, position_ids=True), path),
+    "huggingface bin": lambda clip, path: torch.save(to_huggingface(clip), path),
+    "huggingface bin, older": lambda clip, path: torch.save(to_huggingface(clip, position_ids=True), path),
+    "huggingface legacy": lambda clip, path: save_legacy(to_huggingface(clip, position_ids=True), path),
+}
 
 
 class Payload:

@@ -127,15 +127,26 @@ def test_the_likelier_place_comes_first(tmp_path):
 
 
 def test_other_files_are_no_splits(tmp_path):
-    """Results, a folder, or people's own .jsonl files in the data root, which are read only by their exact name."""
+    """Results, a folder, empty lists, as `trainval` is published, or people's own .jsonl files in the data root, which
+    are read only by their exact name."""
     scenes = make_scenes(tmp_path, 3)
+    write_list(tmp_path, {"train": scenes, "trainval": [], "mine": scenes})
+    write_list(tmp_path, {"old": []}, legacy=True)
     write_program(tmp_path, {"val": scenes})
-    (tmp_path / "refcoco/refcoco_results.json").write_text("{}")
-    (tmp_path / "refcoco/refcoco_val.pth").mkdir()
-    (tmp_path / "refcoco/val.jsonl").rename(tmp_path / "val.jsonl")
-    write_list(tmp_path, {"train": scenes})
-    assert splits_of("refcoco", tmp_path) == ["train"]
+    folder = tmp_path / "refcoco"
+    (folder / "val.jsonl").rename(tmp_path / "val.jsonl")
+    (folder / "refcoco_val.pth").mkdir()
+    for name in ("refcoco_results.json", "refcoco_results.jsonl", "predictions.jsonl"):
+        (folder / name).write_text("{}")
+    assert splits_of("refcoco", tmp_path) == ["train", "mine"]
     assert found(read_samples(tmp_path, "refcoco", "val")) == expected(tmp_path, scenes)
+    with pytest.raises(ValueError, match="no split 'test' of refcoco; there are mine, train, by file name$"):
+        read_samples(tmp_path, "refcoco", "test")
+    (folder / "refcoco_val.pth").rmdir()
+    for path in folder.glob("*_*"):
+        path.unlink()
+    with pytest.raises(ValueError, match="no annotations of refcoco"):
+        splits_of("refcoco", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["rows.pth", "train.pth", "val.jsonl", "unc_train.pth", "finetune_refcoco_val.json"])
@@ -215,21 +226,6 @@ def test_an_unknown_shape_is_refused_by_its_keys(tmp_path, dataset, suffix):
     message = refusal(read_samples, tmp_path, *(("unc", "val", path) if dataset == "unc" else (path, "val")))
     assert "its rows have id, image, conversations; they need image, expression and bbox" in message
     assert len(message) <= 290
-
-
-def test_empty_lists_and_other_files_are_no_splits(tmp_path):
-    """`trainval` is published empty; results lie among the lists."""
-    write_list(tmp_path, {"val": make_scenes(tmp_path, 2), "trainval": [], "mine": make_scenes(tmp_path, 1, 1)}, "unc")
-    write_list(tmp_path, {"old": []}, "unc", legacy=True)
-    for name in ("refcoco_results.jsonl", "predictions.jsonl"):
-        (tmp_path / "unc" / name).write_text("{}")
-    assert splits_of("unc", tmp_path) == ["val", "mine"]
-    with pytest.raises(ValueError, match="no split 'test' of refcoco; there are mine, val, by file name$"):
-        read_samples(tmp_path, "unc", "test")
-    for path in (tmp_path / "unc").glob("*_*"):
-        path.unlink()
-    with pytest.raises(ValueError, match="no annotations of refcoco"):
-        splits_of("unc", tmp_path)
 
 
 # --- names ---

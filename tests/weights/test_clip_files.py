@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from makers import GOLDEN, TEXTS, assert_close, make_tokenizer, needs_golden
 from makers_weights import (
     TABLES,
+    WRITERS,
     assert_same_weights,
     half,
     make_published_clip,
-    prefixed,
-    save_legacy,
     save_merges,
     save_table,
     scripted,
@@ -30,25 +29,6 @@ from hivg.weights import WeightsError, download
 # --- every kind loads exactly ---
 
 
-WRITERS = {
-    "openai archive": lambda clip, path: torch.jit.save(scripted(half(to_openai(clip))), path),
-    "openai state dict": lambda clip, path: torch.save(half(to_openai(clip)), path),
-    "openai float32": lambda clip, path: torch.save(to_openai(clip), path),  # q, k and v are parts of one tensor
-    "openai wrapped, on several GPUs": lambda clip, path: torch.save(
-        {"epoch": 3, "loss": torch.ones(1), "state_dict": prefixed("module.", half(to_openai(clip)))}, path),
-    "openai, compiled": lambda clip, path: torch.save(prefixed("_orig_mod.", to_openai(clip)), path),
-    "huggingface wrapped": lambda clip, path: torch.save(
-        {"model_state_dict": to_huggingface(clip), "optimizer_state_dict": {"state": {0: torch.ones(9)}}}, path),
-    "huggingface safetensors, both": lambda clip, path: save_file(
-        prefixed("module._orig_mod.", to_huggingface(clip)), path),
-    "openai legacy": lambda clip, path: save_legacy(half(to_openai(clip)), path),
-    "openai safetensors": lambda clip, path: save_file(half(to_openai(clip)), path),
-    "huggingface safetensors": lambda clip, path: save_file(to_huggingface(clip), path, {"format": "pt"}),
-    "huggingface safetensors, older": lambda clip, path: save_file(to_huggingface(clip, position_ids=True), path),
-    "huggingface bin": lambda clip, path: torch.save(to_huggingface(clip), path),
-    "huggingface bin, older": lambda clip, path: torch.save(to_huggingface(clip, position_ids=True), path),
-    "huggingface legacy": lambda clip, path: save_legacy(to_huggingface(clip, position_ids=True), path),
-}
 SIZES = {
     "patch 32": dict(image_size=96, patch_size=32, vision_layers=1),
     "wider": dict(vision_width=192, vision_heads=3, embed_dim=24),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from makers import make_clip, make_hivg
 from makers_weights import (
+    WRITERS,
     Payload,
     make_published_clip,
     make_released,
@@ -26,7 +27,6 @@ from makers_weights import (
 )
 from PIL import Image
 from safetensors.torch import save_file
-from test_clip_files import WRITERS
 
 from hivg import weights
 from hivg.utils import pickles
