@@ -65,7 +65,7 @@ SUPERLATIVES = spelled({
     "above": "topmost, top, highest, uppermost, at the top, at the very top",
     "below": "lowest, bottom, bottommost, at the bottom, at the very bottom",
     "largest": "largest, biggest", "smallest": "smallest, tiniest"})
-WIDE_SUPERLATIVES = spelled({
+SUPERLATIVES |= spelled({  # of the wider world
     "left": "left-most, far left, to the left, at the left, on the left side, on the left of the image",
     "right": "right-most, far right, to the right, at the right, on the right side, on the right of the image",
     "above": "upper, top-most, on top, up top, at the top of the image",
@@ -97,8 +97,7 @@ def any_of(words):
 ALL_ADJECTIVES = ADJECTIVES | WIDE_ADJECTIVES
 ALL_NOUNS = NOUNS | WIDE_NOUNS
 ALL_NOUNS |= {word + ("es" if word[-1] in "sx" else "s"): meaning for word, meaning in ALL_NOUNS.items()}
-ALL_SUPERLATIVES = SUPERLATIVES | WIDE_SUPERLATIVES
-SPECIAL = ALL_SUPERLATIVES | RANKS | CORNERS | {word: word for word in MIDDLES}
+SPECIAL = SUPERLATIVES | RANKS | CORNERS | {word: word for word in MIDDLES}
 ANY_ADJECTIVE = any_of(ALL_ADJECTIVES)
 
 
@@ -285,7 +284,7 @@ class Listener:
             assert not self.rest
             self.kind = "superlative"
             return self.in_corner(members, special)
-        location = ALL_SUPERLATIVES.get(self.rest)
+        location = SUPERLATIVES.get(self.rest)
         if special or location:
             assert not (special and self.rest), "words after a superlative"
             self.kind = "superlative"

@@ -40,16 +40,10 @@ def released_with(**args):
     return lambda path: torch.save(to_released(make_released(), **args), path)
 
 
-def write_views(path):
-    """Ten thousand tensors that are all the same 400 KB of the file."""
-    whole = torch.zeros(100_000)
-    torch.save({f"visual.conv1.{i}": whole for i in range(10_000)}, path)
-
-
-def write_small_views(path):
-    """Ten thousand tensors of one number each, all of the same 8 MB: read for each, 80 GB."""
-    whole = torch.zeros(2_000_000)
-    torch.save({f"visual.conv1.{i}": whole[i : i + 1] for i in range(10_000)}, path)
+def views(size, storage):
+    """-> a writer of ten thousand tensors of `size` numbers, all of the same `storage` numbers of the file."""
+    whole = torch.zeros(storage)
+    return lambda path: torch.save({f"visual.conv1.{i}": whole[i : i + size] for i in range(10_000)}, path)
 
 
 def write_many_stages(path):
@@ -90,7 +84,8 @@ BOMBS = {  # name: the writer
     "an image of 10^6 pixels in args": released_with(imsize=16 * 10**5),
     "a million encoder layers in args": released_with(vl_enc_layers=10**6),
     "a huge encoder in args": released_with(vl_hidden_dim=2**22, vl_dim_feedforward=2**22),
-    "many views of one storage": write_views, "small views of one storage": write_small_views,
+    "many views of one storage": views(90_000, 100_000),
+    "small views of one storage": views(1, 2_000_000),  # the storage read for each: 80 GB
     "a hundred stages of adapters": write_many_stages, "patches of no pixels in a released file": write_no_patch,
     "an adapter of no rank": write_empty_adapter,
     "an empty tensor of 10^15 columns": lambda path: write_safetensors(path, {"visual.conv1.weight": EMPTY}),

@@ -103,16 +103,9 @@ def test_table_beside_our_own_file_that_has_none(tmp_path):
     assert weights.load_clip(tmp_path / "ours.safetensors").tokenizer.merges == make_tokenizer().merges
 
 
-def test_table_in_the_weights_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("hivg.weights.reading.FOLDER", tmp_path / "weights")
-    (tmp_path / "weights").mkdir()
-    save_table(tmp_path / "weights" / download.TABLE)
-    save_file(to_huggingface(make_published_clip()), tmp_path / "model.safetensors")
-    assert weights.load_clip(tmp_path / "model.safetensors").tokenizer.merges == make_tokenizer().merges
-
-
 def test_table_of_another_kind_is_passed_over(tmp_path, monkeypatch):
-    """A folder of downloads holds other models' tokenizers too; one that cannot be read is told if no other fits."""
+    """A folder of downloads holds other models' tokenizers too; one that cannot be read is told if no other fits, and
+    weights/ holds none either."""
     monkeypatch.setattr("hivg.weights.reading.FOLDER", tmp_path / "weights")
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordPiece", "vocab": {}}}))
     save_file(to_huggingface(make_published_clip()), tmp_path / "model.safetensors")
