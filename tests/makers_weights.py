@@ -199,11 +199,8 @@ def to_released(model, /, adapters=False, prefix=BASE_MODEL, **changes):
         elif not name.startswith("clip."):
             out |= head_entry(name, value)
     for name in ("ml_text_feat_perceiver.weight", "ml_text_feat_perceiver.bias", "reg_pos_embed.weight",
-                 "condition_text_pos_embed.weight"):
-        out[name] = torch.zeros(3, 3)  # in every file, used by nothing
-    if "condition_text_proj.weight" not in out:
-        out["condition_text_proj.weight"] = torch.zeros(3, 3)
-        out["condition_text_proj.bias"] = torch.zeros(3)
+                 "condition_text_pos_embed.weight", "condition_text_proj.weight", "condition_text_proj.bias"):
+        out.setdefault(name, torch.zeros(3, 3))  # in every file; only mixed ones use the last two
     if adapters:
         add_adapters(out)
     c = model.config
@@ -233,18 +230,12 @@ def bridge_entry(name, value, prefix):
 
 
 def encoder_entry(name, value, model):
-    _, layer, *rest = name.split(".")
-    theirs = f"vl_transformer.encoder.layers.{layer}."
-    if rest[0] != "attn":
-        return {theirs + ".".join(rest): value}
-    _, part, last = rest
-    if part == "out_proj":
-        return {f"{theirs}self_attn.out_proj.{last}": value}
-    if part == "q_proj":
+    theirs = name.replace("encoder.", "vl_transformer.encoder.layers.").replace(".attn.", ".self_attn.")
+    if ".q_proj." in name:
         state = model.state_dict()
         parts = [state[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
-        return {f"{theirs}self_attn.in_proj_{last}": torch.cat(parts)}
-    return {}  # k and v are written with q
+        return {theirs.replace("q_proj.", "in_proj_"): torch.cat(parts)}
+    return {} if re.search("[kv]_proj", name) else {theirs: value}  # k and v are written with q
 
 
 HEAD_NAMES = {

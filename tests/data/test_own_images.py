@@ -59,9 +59,7 @@ def test_transparency_and_16_bits(tmp_path):
     Image.new("RGBA", (9, 9), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     Image.fromarray(np.full((9, 9), 65535 // 2, dtype=np.uint16)).save(tmp_path / "deep.png")
     for name, own, published in (("clear.png", 255, 0), ("deep.png", 127, 255)):
-        (tmp_path / name.split(".")[0]).mkdir()
-        path = write_lines(tmp_path / name.split(".")[0], f"../{name}", [1, 1, 8, 8])
-        data = open_dataset(path, "train", 32)
+        data = open_dataset(write_lines(tmp_path, name, [1, 1, 8, 8]), "train", 32)
         assert np.asarray(data.image(0))[0, 0, 1] == own, name
         assert np.asarray(open_published(tmp_path / name))[0, 0, 1] == published, name
 
@@ -119,14 +117,13 @@ def test_a_damaged_image_is_named_in_one_line(tmp_path, workers, folder):
 
 @pytest.mark.parametrize("own", [True, False])
 def test_too_large_an_image_is_not_damaged(tmp_path, own):
-    header = b"P5 30000 30000 255\n"  # 900 megapixels
     if own:
         path, dataset, split = tmp_path / "a.pgm", write_lines(tmp_path, "a.pgm", [1, 1, 8, 8]), "train"
     else:
         scenes = make_scenes(tmp_path, 1)[:1]
         write_list(tmp_path, {"val": scenes}, "unc", new=False)
         path, dataset, split = tmp_path / COCO / scenes[0].file, "unc", "val"
-    path.write_bytes(header)
+    path.write_bytes(b"P5 30000 30000 255\n")  # 900 megapixels
     report = Report()
     assert not read_samples(tmp_path, dataset, split, report=report)
     assert report.problems == {"image of more than 178 megapixels": 1}

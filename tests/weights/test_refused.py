@@ -97,15 +97,6 @@ def save_other_zip(path):
         archive.writestr("a.txt", "a")
 
 
-def save_number_for_a_matrix(path):
-    torch.save({"visual.conv1.weight": torch.zeros(64, 3, 8, 8),
-                "visual.transformer.resblocks.0.attn.in_proj_weight": torch.tensor(3.0)}, path)
-
-
-def save_resnet(path):
-    torch.save({"visual.conv1.weight": torch.zeros(2, 3, 3, 3), "visual.layer1.0.conv1.weight": torch.zeros(1)}, path)
-
-
 def save_data(data):
     return lambda path: torch.save(data, path)
 
@@ -137,8 +128,11 @@ OTHER_FILES = {  # name: (writer, part of the message)
     "our HiVG without its settings": (save_data({"model": make_hivg().state_dict()}), "hivg.weights.save(path, model)"),
     "the state of a run": (save_data({"trained": {"a": torch.ones(1)}, "frozen": {}, "optimizers": []}),
                            "for train.py --resume; give one of the .safetensors files"),
-    "a ResNet CLIP": (save_resnet, "ResNet"),
-    "a number for a matrix": (save_number_for_a_matrix, "positional_embedding, which is not in it"),
+    "a ResNet CLIP": (save_data({"visual.conv1.weight": torch.zeros(2, 3, 3, 3),
+                                 "visual.layer1.0.conv1.weight": torch.zeros(1)}), "ResNet"),
+    "a number for a matrix": (save_data({"visual.conv1.weight": torch.zeros(64, 3, 8, 8),
+                                         "visual.transformer.resblocks.0.attn.in_proj_weight": torch.tensor(3.0)}),
+                              "positional_embedding, which is not in it"),
 }
 
 
