@@ -10,7 +10,7 @@ from makers import ROOT, python
 @pytest.mark.slow
 def test_damaged_files(tmp_path):
     inputs = os.environ.get("HIVG_FUZZ")
-    args = ["--inputs", 400, "--seconds", 20]
+    args = ["--inputs", 400, "--seconds", 20, "--seed", 6]  # its first forty have good ones of each kind
     if inputs:
         args = ["--inputs", inputs, "--seed", datetime.date.today().toordinal()]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
