@@ -52,20 +52,13 @@ def run_exact(tensors, dy):
     return run(adaptive_fusion_reference, [v.detach().double().requires_grad_() for v in tensors], dy.double())
 
 
-def errors(found, exact):
-    """The largest error of each tensor, relative to its largest value."""
-    shares = {}
-    for name in exact:
-        largest = exact[name].abs().max().clamp(min=1e-30)
-        shares[name] = ((found[name].double() - exact[name]).abs().max() / largest).item()
-    return shares
-
-
 def assert_at_most_twice(ours, plain, exact, dtype):
-    ours = errors(ours, exact)
-    plain = errors(plain, exact)
-    for name in exact:  # plain PyTorch can be exact by luck on a few values: half a rounding unit is always allowed
-        assert ours[name] <= 2 * plain[name] + torch.finfo(dtype).eps / 2, (name, ours[name], plain[name])
+    """The largest error of each of our tensors against plain PyTorch's, both relative to the largest value."""
+    for name, right in exact.items():
+        largest = right.abs().max().clamp(min=1e-30)
+        error, allowed = ((found[name].double() - right).abs().max() / largest for found in (ours, plain))
+        # plain PyTorch can be exact by luck on a few values: half a rounding unit is always allowed
+        assert error <= 2 * allowed + torch.finfo(dtype).eps / 2, (name, error.item(), allowed.item())
 
 
 # ---- correctness
@@ -127,12 +120,6 @@ def test_every_tile(major, types, processors, overlap, monkeypatch):
         plain = adaptive_fusion(*tensors, backend="reference")
     exact = {"output": run_exact(tensors, dy)["output"]}
     assert_at_most_twice({"output": ours}, {"output": plain}, exact, torch.float16)
-
-
-@NORM
-def test_gradcheck_along_random_directions(norm):
-    tensors = make(2, 2, 3, 5, 4, norm=norm)
-    assert torch.autograd.gradcheck(lambda *t: adaptive_fusion(*t, backend="triton"), tensors, fast_mode=True)
 
 
 def test_large_means_lose_no_digits():
@@ -237,21 +224,17 @@ def test_tf32_allowed_under_its_newer_name():
 
 # ---- what is launched
 
-class Spy:
-    """Records a kernel's launches: (name, options)."""
+def launches_of(monkeypatch, name):
+    """The options of each launch of a kernel from now on."""
+    kernel = getattr(fusion_triton, name)
+    launched = []
 
-    def __init__(self, name, launched, monkeypatch):
-        self.kernel = getattr(fusion_triton, name)
-        self.name = name
-        self.launched = launched
-        monkeypatch.setattr(fusion_triton, name, self)
+    class Spy:
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.append(options) or kernel[grid](*args, **options)
 
-    def __getitem__(self, grid):
-        def launch(*args, **options):
-            self.launched.append((self.name, options))
-            self.kernel[grid](*args, **options)
-
-        return launch
+    monkeypatch.setattr(fusion_triton, name, Spy())
+    return launched
 
 
 @pytest.mark.parametrize("needed", range(6), ids=NAMES)
@@ -260,12 +243,11 @@ def test_only_needed_gradients_are_computed(needed, monkeypatch):
     tensors = make(*size)
     for i, v in enumerate(tensors):
         v.requires_grad_(i == needed)
-    launched = []
-    Spy("gradients_kernel", launched, monkeypatch)
+    launched = launches_of(monkeypatch, "gradients_kernel")
     ours = run(adaptive_fusion, tensors, make_dy(*size), backend="triton")
     exact = run(adaptive_fusion_reference, tensors, make_dy(*size))
     assert_close(NAMES[needed], ours[NAMES[needed]], exact[NAMES[needed]], 1e-12)
-    asked = [flag for _, options in launched for flag in options if flag.startswith("NEED") and options[flag]]
+    asked = [flag for options in launched for flag in options if flag.startswith("NEED") and options[flag]]
     assert asked == [["NEED_X"], ["NEED_W"], ["NEED_P"], [], ["NEED_G"], ["NEED_C"]][needed]
     assert len(launched) == (needed != 3)  # the gradient of p needs no kernel
 
@@ -279,8 +261,7 @@ def test_torch_compile_computes_the_statistics_of_two_bridges_once(monkeypatch):
 
     expected = bridges(x)
     gradient, = torch.autograd.grad(expected.sum(), x)
-    launched = []
-    Spy("statistics_kernel", launched, monkeypatch)
+    launched = launches_of(monkeypatch, "statistics_kernel")
     torch.compiler.reset()
     found = torch.compile(bridges, backend="aot_eager_decomp_partition", fullgraph=True)(x)
     assert torch.equal(found, expected)
@@ -293,8 +274,7 @@ def test_the_model_with_the_kernel_compiles_in_one_piece(monkeypatch):
     monkeypatch.setattr(fusion, "choose_backend", lambda _: "triton")
     model = make_hivg(stage=1, dtype=torch.float32).to(DEVICE)
     batch = [v.to(DEVICE) for v in make_batch(["man", "red cup"], dtype=torch.float32)]
-    launched = []
-    Spy("forward_kernel", launched, monkeypatch)
+    launched = launches_of(monkeypatch, "forward_kernel")
     torch.compiler.reset()
     with torch.autocast(DEVICE, torch.bfloat16):
         plain = model(*batch)
