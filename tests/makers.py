@@ -23,6 +23,7 @@ needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no folder ../shar
 BUNDLED = ROOT / "weights" / "hivg-tiny.safetensors"
 
 TEXTS = ["man", "the red cup on the left", "giraffe!", "second small blue box from the right, under the two green cups"]
+OUTPUTS = ("boxes", "token_similarity", "mask_logits", "logits_per_text", "text_features", "image_features")
 
 
 def assert_close(name, a, b, tol):
@@ -32,6 +33,12 @@ def assert_close(name, a, b, tol):
     largest = difference.max().item()
     mean = difference.mean().item()
     assert largest <= tol, f"{name}: largest difference {largest:.2e}, mean {mean:.2e}, tolerance {tol:.0e}"
+
+
+def assert_same_output(a, b, tol=1e-10, names=OUTPUTS):
+    """Two HiVGOutputs have the same in these fields."""
+    for name in names:
+        assert_close(name, getattr(a, name), getattr(b, name), tol)
 
 
 def tensor(*rows):
@@ -80,18 +87,14 @@ def make_tokenizer(context_length=77):
     return Tokenizer(learn_merges(TEXTS * 2, 20), context_length)
 
 
-def make_config(clip, **changes):
-    """`changes` are fields of HiVGConfig."""
-    sizes = dict(bridge_blocks=(0, 2), text_layers=(1, 2), visual_levels=(1, 3), width=32, encoder_layers=2,
-                 encoder_heads=4, encoder_ffn=56, rtcc_hidden=72, lora_rank=4)
-    return HiVGConfig(clip=clip.config, **(sizes | changes))
-
-
 def make_hivg(seed=0, dtype=torch.float64, fresh=False, **changes):
-    """A HiVG in evaluation mode on the tiny CLIP; all its weights are random unless it is to be `fresh`."""
+    """A HiVG in evaluation mode on the tiny CLIP; all its weights are random unless it is to be `fresh`. `changes` are
+    fields of HiVGConfig."""
     clip = make_clip(seed, torch.float32)
     torch.manual_seed(seed + 1)
-    model = HiVG.from_clip(clip, make_config(clip, **(changes | {"stage": 0})))
+    sizes = dict(bridge_blocks=(0, 2), text_layers=(1, 2), visual_levels=(1, 3), width=32, encoder_layers=2,
+                 encoder_heads=4, encoder_ffn=56, rtcc_hidden=72, lora_rank=4)
+    model = HiVG.from_clip(clip, HiVGConfig(clip=clip.config, **(sizes | changes | {"stage": 0})))
     for stage in range(1, changes.get("stage", 0) + 1):
         model.add_stage(stage)
     return (model if fresh else randomise(model, seed + 2)).to(dtype).eval()

@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 import torch.nn as nn
-from makers import assert_close, loss_of, make_hivg, randomise
+from makers import OUTPUTS, assert_close, assert_same_output, loss_of, make_hivg, randomise, trained
 
 from hivg.clip import Block
 from hivg.lora import MODES, ORDERS, TARGETS, LoRALinear, adapted_layers, add_stage, merge
@@ -63,7 +63,7 @@ def test_dropout_is_on_the_adapters_input_only():
 
 def test_new_pair_freezes_what_was_there():
     linear = make_linear(2)
-    assert {name for name, p in linear.named_parameters() if p.requires_grad} == {"A.1", "B.1"}
+    assert trained(linear) == {"A.1", "B.1"}
 
 
 def test_start():
@@ -156,15 +156,15 @@ def test_unknown_mode(mode):
 def test_gradients_reach_what_is_trained_and_nothing_else(mode, stage, bridge):
     model = make_hivg(dtype=torch.float32, lora=mode, stage=stage, bridge=bridge).train()
     loss_of(model).backward()
-    trained = set()
+    adapters = set()  # that are trained
     for tower, groups in ((model.clip.visual, 3), (model.clip.text, 1)):
         for layer, block in enumerate(tower.blocks, start=1):
             held, active = pairs_of(layer, len(tower.blocks), groups, stage, mode) if stage else ([], [])
             for linear in (getattr(block.attn, name) for name in TARGETS):
-                trained |= {p for i, k in enumerate(held) if k in active for p in (linear.A[i], linear.B[i])}
-    assert bool(trained) == (stage > 0 and mode != "none")
+                adapters |= {p for i, k in enumerate(held) if k in active for p in (linear.A[i], linear.B[i])}
+    assert bool(adapters) == (stage > 0 and mode != "none")
     for name, p in model.named_parameters():
-        if p in trained or not name.startswith("clip."):
+        if p in adapters or not name.startswith("clip."):
             assert p.requires_grad and p.grad is not None and p.grad.isfinite().all(), f"{name} has no gradient"
             if not name.endswith("k_proj.bias"):  # which moves all of a query's logits alike, so the softmax not
                 assert p.grad.any(), f"the gradient of {name} is zero"
@@ -187,8 +187,7 @@ def test_new_stage_changes_no_prediction(batch):
         before = model(*batch, with_patch_boxes=True, with_reg_attention=True)
         model.add_stage(stage)
         after = model(*batch, with_patch_boxes=True, with_reg_attention=True)
-        for name in ("boxes", "token_similarity", "mask_logits", "logits_per_text", "patch_boxes"):
-            assert_close(f"{name}, stage {stage}", getattr(after, name), getattr(before, name), 1e-10)
+        assert_same_output(after, before, names=(*OUTPUTS, "patch_boxes"))
         randomise(model, stage)
         assert not torch.allclose(model(*batch).boxes, before.boxes, atol=1e-4)
         assert model.config.stage == stage
@@ -232,7 +231,7 @@ def test_merged_linear(bias, dtype, tol):
 
 def test_merge_returns_a_new_module(batch):
     model = make_hivg(stage=3)
-    before, trained = copy.deepcopy(model.state_dict()), [p.requires_grad for p in model.parameters()]
+    before, names = copy.deepcopy(model.state_dict()), trained(model)
     merged = merge(model)
     assert not any(isinstance(module, LoRALinear) for module in merged.modules())
     assert sum(isinstance(module, LoRALinear) for module in model.modules()) == 4 * (3 + 2)
@@ -240,6 +239,5 @@ def test_merge_returns_a_new_module(batch):
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert trained == [p.requires_grad for p in model.parameters()]
-    assert [name for name, p in merged.named_parameters() if p.requires_grad and name.startswith("clip.")] == []
-    assert all(p.requires_grad for name, p in merged.named_parameters() if not name.startswith("clip."))
+    assert trained(model) == names
+    assert trained(merged) == {name for name, _ in merged.named_parameters() if not name.startswith("clip.")}
