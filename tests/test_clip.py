@@ -93,13 +93,9 @@ def test_positions_resized(grid):
     table = random(17, 6).float()
     resized = resize_positions(table, grid)
     assert torch.equal(resized[0], table[0])
-    patches = torch.empty(1, 6, 4, 4)
-    for row in range(4):
-        for column in range(4):
-            patches[0, :, row, column] = table[1 + row * 4 + column]
-    patches = F.interpolate(patches, grid, mode="bicubic", antialias=True, align_corners=False)
-    expected = [patches[0, :, row, column] for row in range(grid[0]) for column in range(grid[1])]
-    assert_close("positions", resized[1:], torch.stack(expected), 1e-6)
+    patches = table[1:].unflatten(0, (4, 4)).permute(2, 0, 1)  # row by row -> (6, 4, 4)
+    expected = F.interpolate(patches[None], grid, mode="bicubic", antialias=True)[0]  # (6, h, w)
+    assert_close("positions", resized[1:], expected.permute(1, 2, 0).flatten(0, 1), 1e-6)
 
 
 @pytest.mark.parametrize("side, width", [(4, 64), (7, 32)])

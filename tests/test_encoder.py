@@ -95,19 +95,14 @@ def test_encoder_layer_is_pytorchs():
 
 
 def test_encoder_starts_as_detrs():
-    """Xavier-uniform, as wide as sqrt(6 / (in + out)), and no biases; q, k and v as PyTorch's attention starts its one
-    matrix of all three. The tables of tokens are N(0, 1)."""
+    """Xavier-uniform, as wide as sqrt(6 / (in + out)), and no biases; q, k and v as the one matrix that they are
+    in PyTorch's attention. The tables of tokens are N(0, 1)."""
     model = make_hivg(fresh=True, width=64, encoder_ffn=256)
-    joint = nn.MultiheadAttention(64, 4).in_proj_weight
-    assert joint.shape == (3 * 64, 64)
     for layer in model.encoder:
-        for name, linear in layer.named_modules():
-            if not isinstance(linear, nn.Linear):
-                continue
-            bound = (6 / (linear.in_features + linear.out_features)) ** 0.5
-            if name in ("attn.q_proj", "attn.k_proj", "attn.v_proj"):
-                bound = joint.abs().max().item() * 1.001  # over so many numbers as good as sqrt(6 / (64 + 3 * 64))
-                assert abs(bound - (6 / 256) ** 0.5) < 1e-3
+        joined = layer.attn.q_proj, layer.attn.k_proj, layer.attn.v_proj
+        for linear in (*joined, layer.attn.out_proj, layer.linear1, layer.linear2):
+            outputs = 3 * 64 if linear in joined else linear.out_features
+            bound = (6 / (linear.in_features + outputs)) ** 0.5
             assert 0.98 * bound < linear.weight.abs().max() <= bound
             assert not linear.bias.any()
     assert 0.9 < model.position.std() < 1.1 and 0.7 < model.reg_token.std() < 1.3
