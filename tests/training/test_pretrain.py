@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from listener import ALL_ADJECTIVES, ALL_NOUNS, Listener
-from makers import calls_of
+from makers import assert_close, calls_of, random
 from makers_training import ON_CPU, Killed, assert_same_run, kill, log_of
 
 from hivg import weights
@@ -17,7 +18,7 @@ from hivg.data.drawn.phrases import COLOUR
 from hivg.data.drawn.scenes import COLOURS, DRAWN, HELD_OUT, MAX_OBJECTS, Shapes
 from hivg.tokenizer import Tokenizer, split_words
 from hivg.training import optimizers, pretrain
-from hivg.training.pretrain import Settings, phrase_truth
+from hivg.training.pretrain import Settings, patch_similarity, phrase_loss, phrase_truth
 
 SMALL = CLIPConfig(32, 16, 32, 6, 2, 32, 4, 2, 32)
 
@@ -197,6 +198,32 @@ def test_no_split_draws_from_the_random_numbers_of_the_pairs():
 
 
 # --- the contrasts ---
+
+
+def test_patch_similarity():
+    """Sharp, it is the cosine of the best patch; blunt, the mean over all; and the words are averaged."""
+    words = F.normalize(random(3, 2, 8), dim=-1)
+    patches = F.normalize(random(4, 5, 8, seed=1), dim=-1)
+    cosine = F.cosine_similarity(words[:, :, None, None], patches, dim=-1)  # (3, 2, 4, 5)
+    assert_close("sharp", patch_similarity(words, patches, 1e6), cosine.amax(-1).mean(1), 1e-10)
+    assert_close("blunt", patch_similarity(words, patches, 0.0), cosine.mean((1, 3)), 1e-10)
+
+
+def test_phrase_loss():
+    """Worked out in loops: what is true is no negative."""
+    logits = random(4, 3).requires_grad_()
+    is_true = torch.tensor([[1, 0, 1], [1, 0, 0], [0, 1, 0], [1, 1, 1]]).bool()  # the last is true of all images
+    own = torch.tensor([0, 0, 1, 2])
+    terms = []
+    for m, b in enumerate(own):
+        other_images = [logits[m, j] for j in range(3) if not is_true[m, j]]
+        other_phrases = [logits[k, b] for k in range(4) if not is_true[k, b]]
+        for negatives in (other_images, other_phrases):
+            terms.append(torch.stack([logits[m, b], *negatives]).logsumexp(0) - logits[m, b])
+    loss = phrase_loss(logits, is_true, own)
+    assert_close("phrases", loss, sum(terms) / 4, 1e-12)
+    loss.backward()
+    assert logits.grad.isfinite().all() and not logits.grad[0, 2]
 
 
 def test_contrast_of_bfloat16_features_is_in_float32(run, monkeypatch):
