@@ -5,13 +5,14 @@ from contextlib import nullcontext
 import pytest
 import torch
 from makers import ROOT, python
+from makers_data import write_shapes
 from makers_training import assert_same_log, log_of
 
 from hivg.training import distributed
 
-ON_CPU = ["--name", "run", "--device", "cpu", "--dtype", "float32", "--workers", "0"]
 # with AdamW: Muon's products, in bfloat16, would make 1e-5 of the last bit in which the sums of one and two differ
-COMMON = [*ON_CPU, "--optimizer", "adamw", "--warmup_steps", "2"]
+COMMON = ["--name", "run", "--device", "cpu", "--dtype", "float32", "--workers", "0", "--optimizer", "adamw",
+          "--warmup_steps", "2"]
 
 # `python MODULE FLAG…` with a small val, of a number that does not divide, and then a look at the threads that are left
 PROGRAM = """
@@ -60,28 +61,41 @@ def test_more_processes_than_gpus(monkeypatch):
         distributed.init(torch.device("cuda"))
 
 
+def log_of_one_and_two(tmp_path, *args, rel, abs):
+    """The log of one process, which is that of two."""
+    one, two = (run(tmp_path / str(processes), processes, *args) for processes in (1, 2))
+    assert_same_log(one, two, rel, abs)
+    return one
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path, clip_file):
     """Losses, gradient norms and validation of warm-up and a first LoRA stage, to 1e-5 of their size; the contrastive
     loss among them, which sees the features of both processes."""
-    command = ["train", *COMMON, "--clip", clip_file, "--epoch_samples", 48, "--batch_size", 16,
-               "--epochs", 1, 1, "--lr", 1e-3, 1e-3, "--lora", "vanilla", "--accumulate", 1, 3,
-               "--loss_weights", "clc=1"]  # the paper's CLC
-    one = run(tmp_path / "one", 1, *command)
-    two = run(tmp_path / "two", 2, *command)
-    assert len(one) == 4 and {"clc", "box", "mask_dice"} <= one[0].keys()
-    assert_same_log(one, two, rel=1e-5, abs=2e-5)
+    rows = log_of_one_and_two(
+        tmp_path, "train", *COMMON, "--clip", clip_file, "--epoch_samples", 48, "--batch_size", 16, "--epochs", 1, 1,
+        "--lr", 1e-3, 1e-3, "--lora", "vanilla", "--accumulate", 1, 3, "--loss_weights", "clc=1",  # the paper's CLC
+        rel=1e-5, abs=2e-5)
+    assert len(rows) == 4 and {"clc", "box", "mask_dice"} <= rows[0].keys()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_on_files(tmp_path, clip_file):
+    write_shapes(tmp_path, 4)
+    path = write_shapes(tmp_path, 3, split="val", to="val")
+    log_of_one_and_two(
+        tmp_path, "train", *COMMON, "--clip", clip_file, "--dataset", path, "--epoch_samples", 0, "--batch_size", 8,
+        "--lora", "none", "--epochs", 1, "--loss_weights", "clc=1", "patch_box=0", "reg_attention=0",
+        rel=1e-5, abs=2e-5)
 
 
 @pytest.mark.slow
 def test_two_processes_pretrain_as_one(tmp_path):
     """The contrasts see the images, captions and phrases of both processes."""
-    command = ["hivg.training.pretrain", *COMMON, "--dataset", "shapes", "--epoch_samples", 16,
-               "--val_images", 64, "--batch_size", 8, "--epochs", 1]
-    one = run(tmp_path / "one", 1, *command)
-    two = run(tmp_path / "two", 2, *command)
-    assert len(one) == 2 and {"clc", "phrases", "expressions"} <= one[0].keys()
-    assert_same_log(one, two, rel=1e-4, abs=1e-4)
+    rows = log_of_one_and_two(
+        tmp_path, "hivg.training.pretrain", *COMMON, "--dataset", "shapes", "--epoch_samples", 16,
+        "--val_images", 64, "--batch_size", 8, "--epochs", 1, rel=1e-4, abs=1e-4)
+    assert len(rows) == 2 and {"clc", "phrases", "expressions"} <= rows[0].keys()
 
 
 def test_each_rank_draws_numbers_of_its_own(monkeypatch):

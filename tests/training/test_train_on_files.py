@@ -8,10 +8,9 @@ import pytest
 import torch
 from makers import make_clip, make_hivg
 from makers_data import make_scenes, rows_of, write_list, write_mdetr, write_refer, write_shapes
-from makers_training import ON_CPU, assert_same_log, log_of, shrink
+from makers_training import ON_CPU, log_of, shrink
 from makers_use import call
 from PIL import Image
-from test_distributed import COMMON, run
 
 import train
 from hivg import Grounder, weights
@@ -80,17 +79,6 @@ def test_the_mask_head_learns_the_masks_asked_for(tmp_path):
         s = Settings(dataset=str(own), data_root=str(tmp_path), masks=masks)
         assert train.open_split(s, make_hivg(), "train")[0]["has_mask"].item() == (masks == "auto")
     assert all(Settings(**PRESETS[name]).masks == "auto" for name in PRESETS)
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one_on_files(tmp_path, clip_file):
-    write_shapes(tmp_path, 4)
-    path = write_shapes(tmp_path, 3, split="val", to="val")
-    command = ["train", *COMMON, "--clip", clip_file, "--dataset", path, "--epoch_samples", 0, "--batch_size",
-               8, "--lora", "none", "--epochs", 1, "--loss_weights", "clc=1", "patch_box=0", "reg_attention=0"]
-    one = run(tmp_path / "one", 1, *command)
-    two = run(tmp_path / "two", 2, *command)
-    assert_same_log(one, two, rel=1e-5, abs=2e-5)
 
 
 # --- every data set, in its own files and folders ---
