@@ -90,6 +90,13 @@ def kill(monkeypatch, module, name, call):
     monkeypatch.setattr(owner, last, wrapper)
 
 
+def train_until(monkeypatch, s, name, call):
+    """A training that is killed when train.NAME is called for the call-th time."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill(patch, train, name, call)
+        train.train(s)
+
+
 def flags(s, **changes):
     """The command line of these settings."""
     words = []

@@ -1,9 +1,10 @@
 """Runs that the tests of the training share."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
-from makers_training import ON_CPU, Killed, kill, shrink
+from makers_training import ON_CPU, shrink, train_until
 
 import train
 from train import Settings
@@ -35,15 +36,20 @@ def whole(tiny, tmp_path_factory):
     return (folder / path).parent
 
 
+@pytest.fixture
+def finetuning(tiny, whole):
+    """The settings of a run that trains the last weights of `whole` further, for an epoch of 3 steps."""
+    return replace(tiny, finetune=str(whole / "lora3.safetensors"), lora="none", epochs=(1,), lr=(1e-3,))
+
+
 @pytest.fixture(scope="session")
 def interrupted(tiny, tmp_path_factory):
     """A folder with runs/tiny, killed in the second epoch."""
     folder = tmp_path_factory.mktemp("interrupted")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+    with pytest.MonkeyPatch.context() as patch:
         shrink(patch)
         patch.chdir(folder)
-        kill(patch, train, "to_device", 5)
-        train.train(tiny)
+        train_until(patch, tiny, "to_device", 5)
     return folder
 
 

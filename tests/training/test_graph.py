@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from makers import assert_close, calls_of
-from makers_training import Killed, assert_one_line, assert_same_log, assert_same_run, kill, log_of, run_script, shrink
+from makers_training import assert_one_line, assert_same_log, assert_same_run, log_of, run_script, shrink, train_until
 
 import train
 from hivg.training.graph import WARM_UP, GraphedStep
@@ -74,10 +74,9 @@ def test_graphed_training_is_the_same(world, tiny, monkeypatch):
     train.train(replace(s, name="graphed", graph=True))
     assert len(recorded) > 1
     assert_same_log(log_of("runs/graphed"), log_of("runs/plain"), rel=2e-3, abs=1e-4)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill(patch, train, "to_device", 2 * WARM_UP + 4)
-        train.train(replace(s, name="killed", graph=True, save_minutes=0))
-    train.train(replace(s, name="killed", graph=True, save_minutes=0, resume=True))
+    s = replace(s, name="killed", graph=True, save_minutes=0)
+    train_until(monkeypatch, s, "to_device", 2 * WARM_UP + 4)
+    train.train(replace(s, resume=True))
     assert_same_run(Path("runs/killed"), Path("runs/graphed"))
 
 

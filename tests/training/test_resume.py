@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from makers import ROOT, raising, refusal
+from makers import ROOT, python, raising, refusal
 from makers_data import write_shapes
-from makers_training import Killed, assert_one_line, assert_same_run, contents, flags, ids, kill, log_of, run_script
+from makers_training import Killed, assert_one_line, assert_same_run, flags, ids, kill, log_of, run_script, train_until
+from makers_weights import contents
 
 import train
 from hivg.training import checkpoint, criterion
@@ -34,23 +35,19 @@ MORE_MOMENTS = [
 @pytest.mark.parametrize("save_minutes, name, call", MOMENTS + [
     pytest.param(*moment, marks=pytest.mark.slow) for moment in MORE_MOMENTS])
 def test_resumed_is_uninterrupted(whole, world, tiny, monkeypatch, save_minutes, name, call):
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill(patch, train, name, call)
-        train.train(replace(tiny, save_minutes=save_minutes))
+    train_until(monkeypatch, replace(tiny, save_minutes=save_minutes), name, call)
     assert (world / "runs/tiny/state.pt").exists()
     train.train(replace(tiny, resume=True))
     assert_same_run(world / "runs/tiny", whole)
 
 
-@pytest.mark.parametrize("name, call", [("validate", 1), ("weights.save", 1), ("to_device", 1)])
-def test_a_finetuning_resumed_at_its_start(whole, world, tiny, monkeypatch, name, call):
+@pytest.mark.parametrize("name, call", [("validate", 1), ("weights.save", 1), ("to_device", 1), ("to_device", 3)])
+def test_a_resumed_finetuning(whole, world, finetuning, monkeypatch, name, call):
     """The start's scores are those of the uninterrupted run, its mean IoU too, which decides ties."""
-    settings = replace(tiny, finetune=str(whole / "lora3.safetensors"), lora="none", epochs=(1,), lr=(1e-3,))
-    train.train(replace(settings, name="uninterrupted"))
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill(patch, train, name, call)
-        train.train(settings)
-    train.train(replace(settings, resume=True))
+    s = replace(finetuning, save_minutes=0)
+    train.train(replace(s, name="uninterrupted"))
+    train_until(monkeypatch, s, name, call)
+    train.train(replace(s, resume=True))
     assert_same_run(world / "runs/tiny", world / "runs/uninterrupted")
 
 
@@ -91,15 +88,15 @@ def test_resuming_a_finished_run_changes_nothing(whole, world, tiny):
 
 
 @pytest.mark.slow
-def test_killed_by_the_system(tmp_path, monkeypatch, tiny):
+def test_killed_by_the_system(tmp_path, tiny):
     """A process of its own, ended by SIGKILL at some moment after its first state, then resumed by command."""
     write_shapes(tmp_path, 4)
     path = write_shapes(tmp_path, 2, split="val", to="val")
     s = replace(tiny, dataset=str(path), lora="none", epochs=(1,), epoch_samples=20 * 8, workers=1)
-    command = [sys.executable, str(ROOT / "train.py"), *flags(s)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, "--save_minutes", "0"], cwd=tmp_path, env=environment,
-                               stderr=subprocess.DEVNULL, start_new_session=True)
+    command = [sys.executable, ROOT / "train.py", *flags(s), "--save_minutes", "0"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL,
+                               start_new_session=True)
     state = tmp_path / "runs/tiny/state.pt"
     deadline = time.monotonic() + 300
     while not state.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -108,17 +105,9 @@ def test_killed_by_the_system(tmp_path, monkeypatch, tiny):
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert torch.load(state, weights_only=True)["step"] < 20
-    again = subprocess.run([*command, "--resume"], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert again.stdout == "runs/tiny/warmup.safetensors\n"
-
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        train.train(replace(s, name="other"))
-    finally:
-        torch.set_num_threads(threads)
+    for name, words in (("tiny", [*flags(s), "--resume"]), ("other", flags(replace(s, name="other")))):
+        done = python(ROOT / "train.py", *words, cwd=tmp_path, env=environment)
+        assert (done.returncode, done.stdout) == (0, f"runs/{name}/warmup.safetensors\n"), done.stderr
     assert_same_run(tmp_path / "runs/tiny", tmp_path / "runs/other")
 
 
@@ -277,11 +266,8 @@ def test_other_data_or_another_start_are_no_damage(begun, monkeypatch, capfd):
 
 
 def test_hyperparameters_are_those_of_the_settings(begun, whole):
-    state = torch.load("runs/tiny/state.pt", weights_only=True)
-    for optimizer in state["optimizers"]:
-        for group in optimizer["param_groups"]:
-            group |= {"weight_decay": None, "betas": "x"}
-    torch.save(state, "runs/tiny/state.pt")
+    for number, name in ((0, "weight_decay"), (1, "weight_decay"), (1, "betas")):  # Muon's and AdamW's
+        edit("runs/tiny/state.pt", "optimizers", number, "param_groups", 0, name, value="x")
     train.train(replace(begun, resume=True))
     assert_same_run(Path("runs/tiny"), whole)
 

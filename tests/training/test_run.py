@@ -301,17 +301,14 @@ def test_compiled_training_is_the_same(world, tiny, monkeypatch):
 
 
 def test_an_epoch_is_the_whole_data_set_by_default():
+    class Rows(list):
+        rows = 1
+
     stage, = stages(Settings(lora="none"))
-    samples = [None] * 3200
-    assert train.count_steps_per_epoch(Settings(dataset="a.jsonl"), stage, Rows(samples)) == 100
-    assert train.count_steps_per_epoch(Settings(dataset="a.jsonl", epoch_samples=64), stage, Rows(samples)) == 2
-    assert train.count_steps_per_epoch(Settings(), stage, None) == train.SHAPES_EPOCH // 32
-    assert train.count_steps_per_epoch(Settings(dataset="a.jsonl"), stage, Rows([None])) == 1
-    assert train.count_steps_per_epoch(Settings(dataset="a.jsonl"), stage, Rows([None] * 63)) == 2  # not half of them
-
-
-class Rows(list):
-    rows = 1
+    own = Settings(dataset="a.jsonl")
+    for s, samples, steps in ((own, 3200, 100), (own, 63, 2), (own, 1, 1), (replace(own, epoch_samples=64), 3200, 2),
+                              (Settings(), 0, train.SHAPES_EPOCH // 32)):
+        assert train.count_steps_per_epoch(s, stage, Rows(range(samples))) == steps
 
 
 def test_seed_and_hard_mix_do_not_move_val():
@@ -336,59 +333,49 @@ def test_clip_rate_is_of_clips_own_weights(whole, tiny):
 # --- an existing HiVG trained further ---
 
 
-def test_the_state_is_the_first_file_of_a_run(whole, world, tiny, monkeypatch):
+def test_the_state_is_the_first_file_of_a_run(world, finetuning, monkeypatch):
     """Else, where the disk is full, weights without a state would stand in the way of starting again."""
-    s = replace(tiny, name="more", finetune=str(whole / "lora3.safetensors"), lora="none", epochs=(1,), lr=(1e-3,))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill(patch, train.Run, "save", 1)
-        train.train(s)
-    assert not list(Path("runs/more").glob("*.safetensors"))
-    train.train(s)
+        train.train(finetuning)
+    assert not list(Path("runs/tiny").glob("*.safetensors"))
+    train.train(finetuning)
 
 
 @pytest.mark.slow
-def test_finetune(whole, world, tiny, monkeypatch):
-    """One stage that trains the parameters the last one trained; and it can be resumed."""
-    s = replace(tiny, name="more", finetune=str(whole / "lora3.safetensors"), lora="none", epochs=(2,), lr=(1e-3,))
-    path = train.train(s)
-    assert path == Path("runs/more/finetune.safetensors")
-    before = weights.load_hivg(s.finetune)
-    state = torch.load("runs/more/state.pt", weights_only=True)
-    trained = {name: p for name, p in before.named_parameters() if p.requires_grad}
-    assert trained.keys() == state["trained"].keys()
-    changed = [name for name, p in trained.items() if not torch.equal(p, state["trained"][name])]
-    assert len(changed) > 0.9 * len(trained)
+def test_finetune(world, finetuning):
+    """One stage that trains the parameters the last one trained."""
+    path = train.train(replace(finetuning, epochs=(2,)))
+    assert path == Path("runs/tiny/finetune.safetensors")
+    before = weights.load_hivg(finetuning.finetune)
+    state = torch.load("runs/tiny/state.pt", weights_only=True)
+    assert trained(before) == state["trained"].keys()
+    changed = [name for name, p in state["trained"].items() if not torch.equal(p, before.get_parameter(name))]
+    assert len(changed) > 0.9 * len(state["trained"])
     assert any(".A.2" in name for name in changed)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill(patch, train, "to_device", 4)
-        train.train(replace(s, name="again"))
-    train.train(replace(s, name="again", resume=True))
-    assert_same_run(world / "runs/again", world / "runs/more")
 
-
-def test_finetune_keeps_its_start_if_it_gets_worse(whole, world, tiny, monkeypatch):
+def test_finetune_keeps_its_start_if_it_gets_worse(world, finetuning, monkeypatch):
     """Measured before the first step, for the accuracy in the file may be of another data set."""
     scores = iter([0.5, 0.4, 0.45])
     monkeypatch.setattr(train, "validate", lambda *args: {"accuracy": next(scores)})
-    path = train.train(replace(tiny, finetune=str(whole / "lora3.safetensors"), lora="none", epochs=(2,),
-                               lr=(1e-3,)))
+    path = train.train(replace(finetuning, epochs=(2,)))
     assert [(row["epoch"], row["accuracy"]) for row in log_of("runs/tiny") if "epoch" in row] == [
         (0, 0.5), (1, 0.4), (2, 0.45)]
     kept = weights.load_hivg(path)
-    before = weights.load_hivg(whole / "lora3.safetensors").state_dict()
+    before = weights.load_hivg(finetuning.finetune).state_dict()
     assert kept.info["accuracy"] == 0.5
     assert all(torch.equal(tensor, before[name]) for name, tensor in kept.state_dict().items())
 
 
-def test_finetune_adds_adapters_to_a_model_without(whole, world, tiny, capfd):
+def test_finetune_adds_adapters_to_a_model_without(whole, world, finetuning, capfd):
     """A released checkpoint has its adapters folded, that of a warm-up has none yet: the start says so, and --lora adds
     some to the first."""
-    train.train(replace(tiny, name="early", finetune=str(whole / "warmup.safetensors"), lora="none", epochs=(1,),
-                        lr=(1e-3,), epoch_samples=8))
+    s = replace(finetuning, epoch_samples=8)
+    train.train(replace(s, name="early", finetune=str(whole / "warmup.safetensors")))
     assert "no adapters to train; --lora" in capfd.readouterr().err
     weights.save("folded.safetensors", (folded := weights.load_hivg(whole / "lora3.safetensors").merged()), folded.info)
-    s = replace(tiny, finetune="folded.safetensors", lora="none", epochs=(1,), lr=(1e-3,), epoch_samples=8)
+    s = replace(s, finetune="folded.safetensors")
     train.train(s)
     assert "no adapters to train; --lora" in capfd.readouterr().err
     path = train.train(replace(s, name="adapted", lora="vanilla", lora_rank=3, lora_alpha=6.0))

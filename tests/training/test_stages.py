@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from makers import trained
 from makers_training import NAMES, assert_one_line, run_script
 
 import train
@@ -123,8 +124,8 @@ def test_plan_of_a_preset_needs_no_files(tmp_path, monkeypatch, capfd, name):
     last = [f"1-{depth * j // 3}" for j in (1, 2, 3)]
     assert rows["on vision layers, from 1"][-3:] == last
     assert rows["bridge"] == (["none"] if depth == 24 else []) + ["adaptive"] * 4
-    trained = [int(text.replace(",", "")) for text in rows["parameters trained"]]
-    assert trained == sorted(trained)
+    counts = [int(text.replace(",", "")) for text in rows["parameters trained"]]
+    assert counts == sorted(counts)
 
 
 def test_plan_says_what_is_trained(whole, tiny, clip_file, world, capfd):
@@ -134,10 +135,9 @@ def test_plan_says_what_is_trained(whole, tiny, clip_file, world, capfd):
     rows = numbers_of(capfd.readouterr().out)
     for i, name in enumerate(NAMES):
         model = weights.load_hivg(whole / f"{name}.safetensors")
-        for module in ("clip", "bridges", "encoder"):
-            trained = sum(p.numel() for p in getattr(model, module).parameters() if p.requires_grad)
-            assert rows[module][i] == f"{trained:,}"
-        assert rows["parameters trained"][i] == f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,}"
+        for row, module in (("clip", model.clip), ("bridges", model.bridges), ("encoder", model.encoder),
+                            ("parameters trained", model)):
+            assert rows[row][i] == f"{sum(p.numel() for p in module.parameters() if p.requires_grad):,}"
         assert rows["parameters in all"][i] == f"{sum(p.numel() for p in model.parameters()):,}"
         in_adapters = sum(p.numel() for name, p in model.named_parameters() if ".A." in name or ".B." in name)
         assert rows["in adapters, of all stages"][i] == f"{in_adapters:,}" and (in_adapters > 0) == (i > 0)
@@ -149,8 +149,8 @@ def test_plan_says_whether_clip_is_trained(tiny, clip_file, world, capfd, monkey
     model, _ = train.begin_stage(s, 0, None)
     monkeypatch.setattr(train, "settings_from_flags", lambda *_: replace(s, plan=True))
     train.main()
-    trained = sum(p.numel() for p in model.clip.parameters() if p.requires_grad)
-    assert numbers_of(capfd.readouterr().out)["clip"][0] == f"{trained:,}" and (trained > 0) == (share > 0)
+    count = sum(p.numel() for p in model.clip.parameters() if p.requires_grad)
+    assert numbers_of(capfd.readouterr().out)["clip"][0] == f"{count:,}" and (count > 0) == (share > 0)
 
 
 def test_stage_is_described_when_it_starts(world, tiny, capfd):
@@ -198,9 +198,9 @@ def test_what_has_a_gradient_is_what_changes(world, tiny, monkeypatch, mode):
 
     monkeypatch.setattr(train, "begin_stage", spy)
     train.train(s)
-    trained = {name for name, p in end["model"].named_parameters() if p.requires_grad}
+    names = trained(end["model"])
     changed = {name for name, p in end["model"].named_parameters() if not torch.equal(p, start[name])}
-    assert changed <= trained and len(changed) > 0.9 * len(trained), trained - changed
+    assert changed <= names and len(changed) > 0.9 * len(names), names - changed
     stage = len(stages(s)) - 1
     assert any(name.endswith(".A.0" if mode == "shared" else f".A.{stage - 1}") for name in changed)
 
