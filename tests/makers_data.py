@@ -75,6 +75,7 @@ def python2(data):
     out = pickle.dumps(data, protocol=2)
     for op, _, at in reversed(list(pickletools.genops(out))):
         if op.name == "BINUNICODE":  # its length takes four bytes, that of SHORT_BINSTRING one
+            assert not any(out[at + 2 : at + 5])
             out = out[:at] + b"U" + out[at + 1 : at + 2] + out[at + 5 :]
     return out
 

@@ -72,6 +72,7 @@ VANILLA_WIDE = {"lora": "vanilla", "lora_rank": 38, "lora_alpha": 38.0}
 NO_HINTS = loss_weights(patch_box=0.0, reg_attention=0.0)
 PAPER = {"optimizer": "adamw", "level_norm": False} | NO_NORM | NO_HINTS
 GAPS = {  # between the world that CLIP was pre-trained on and the one it grounds in
+    # its rows have the clip-tiny of their version of the code: another one needs rows of its own
     "small gap": {"dataset": "shapes", "clip": "weights/clip-tiny.safetensors"},
     "large gap": {"dataset": "shapes-wide", "clip": "weights/clip-shapes.safetensors"},
 }

@@ -38,14 +38,14 @@ class Log:
         return open(self.run / "log.jsonl", self.mode)
 
     def cut(self, n_bytes):
-        """Keep the first n_bytes of log.jsonl: the steps after the saved state will be run, and logged, again. Rows
-        that are lost are told; the training needs none."""
+        """Keep the rows of the first n_bytes of log.jsonl: the steps after the saved state will be run, and logged,
+        again. A row that is lost or damaged is told; the training needs none."""
         path = self.run / "log.jsonl"
-        rows = path.read_bytes()[:n_bytes] if path.exists() else b""
-        rows = rows[: rows.rfind(b"\n") + 1]  # whole ones
+        lines = path.read_bytes()[:n_bytes].split(b"\n") if path.exists() else []
+        rows = b"".join(line + b"\n" for line in lines if is_row(line))
         if len(rows) != n_bytes:
-            self.message(f"{path}: not as the saved state left it; {len(rows):,} of {n_bytes:,} bytes are there, and "
-                         "the training itself continues unchanged")
+            self.message(f"{path}: not as the saved state left it; what can be read is kept, {len(rows):,} of "
+                         f"{n_bytes:,} bytes, and the training itself continues unchanged")
         write_whole(path, lambda part: part.write_bytes(rows))
 
     def clear(self):
@@ -137,3 +137,13 @@ class Log:
         ]
         plot_panels([{"boundaries": boundaries, **panel} for panel in panels if panel["curves"]],
                     self.run / "curves.png")
+
+
+def is_row(line):
+    """Whether a line of log.jsonl, bytes, is a row that can be drawn: a stage, and numbers."""
+    try:
+        numbers = json.loads(line)
+        return isinstance(numbers.pop("stage"), str) and "step" in numbers and all(
+            isinstance(number, int | float) for number in numbers.values())
+    except (ValueError, TypeError, AttributeError, KeyError):
+        return False

@@ -50,7 +50,7 @@ class Settings(RunSettings):
     dataset: str = setting("shapes-wide", "the drawn world", choices=tuple(DRAWN), group="Data")
     reframe: float = setting(0.0, "share of the training's scenes that are seen in another frame, as with train.py's "
                              "--hard_mix", low=0, high=1, group="Data")
-    hard_mix: bool = setting(False, "draw more of the later ranks of rows, told by number (shapes-wide only)")
+    hard_mix: bool = setting(False, "draw more rows, and more of their later ranks by number (shapes-wide only)")
     clip: str = setting("", "weights file of a tiny CLIP to continue, with the words that it lacks", group="Model")
     epochs: int = setting(6, "number of epochs", low=1, high=10**6, group="Optimization")
     epoch_samples: int = setting(8192, "images in an epoch", low=1, high=10**9)

@@ -66,6 +66,8 @@ def run(main, interrupted="interrupted", lower="close other programs, or use a m
     """Call main() and exit with the code it returns. A ValueError or OSError is printed as one line, code 2, and where
     memory runs out one that ends with `lower`; Ctrl-C prints `interrupted`, code 130; a reader that closes the output
     early, such as `head`, ends it quietly, code 1."""
+    if sys.stdout is None:  # closed, as by >&-
+        sys.stdout = open(os.devnull, "w")
     sys.stdout.reconfigure(errors="backslashreplace")  # escapes what a terminal lacks, as stderr does
     failure = None
     try:

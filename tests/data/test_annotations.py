@@ -283,6 +283,9 @@ def test_usual_names_of_splits(tmp_path, train, val):
         read_samples(tmp_path, path, "test")
     path = write_own_splits(tmp_path, "Train", "train", "val")  # two spellings of one name are one
     assert len(read_samples(tmp_path, path, "train")) == 2 and splits_of(path) == ["train", "val"]
+    path = write_own_splits(tmp_path, "train", "dev", "val")  # two names of one split stay two
+    assert splits_of(path) == ["dev", "train", "val"]
+    assert [sample.expression for sample in read_samples(tmp_path, path, "val")] == ["the val cup"]
 
 
 def test_there_is_a_val_from_two_images_on():

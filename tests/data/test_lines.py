@@ -268,7 +268,7 @@ def test_an_image_in_several_spellings_is_one(tmp_path, on_disk):
     samples, _ = read(tmp_path, rows)
     assert len(samples) == len(SPELLINGS)  # all of them in train
     assert len(set(SampleTensors(samples, 32).image_ids)) == 1
-    for row, split in zip(rows, ["train", "val", "test", "more", "other"]):
+    for row, split in zip(rows, ["train", "val", "test", "dev", "other"]):
         row["split"] = split
     write_rows(tmp_path / "mine.jsonl", rows)
     text = check(tmp_path, tmp_path / "mine.jsonl")

@@ -105,7 +105,8 @@ def test_weight_decay_shrinks_every_trained_parameter(kind):
 
 
 def test_check_finite():
-    """A loss that is not a number ends test_stops_when_not_finite, of test_resume.py."""
+    """test_stops_when_not_finite of test_resume.py has a loss that is not a number."""
     values = {"loss": torch.tensor(1.0), "box": torch.tensor(0.5), "gradient_norm": torch.tensor(float("inf"))}
+    check_finite("step 2 of warmup", values | {"gradient_norm": torch.tensor(2.0)})
     with pytest.raises(ValueError, match=r"step 3 of warmup \(box 0.5\)"):
         check_finite("step 3 of warmup", values)

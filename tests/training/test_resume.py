@@ -276,8 +276,10 @@ ROWS = b'{"stage": "warmup", "step": 1, "loss": 2.5}\n{"stage": "warmup", "step"
 
 
 @pytest.mark.parametrize("data, kept", [
-    (None, 0), (b"", 0), (ROWS[:-5], 1), (ROWS[:-1], 1), (ROWS, 2), (ROWS + ROWS, 2)],
-    ids=["missing", "empty", "cut", "no end", "whole", "more"])
+    (None, 0), (b"", 0), (ROWS[:-5], 1), (ROWS[:-5] + bytes(5), 1), (ROWS[:44] + b"[" + ROWS[44:], 1),
+    (ROWS.replace(b"2.5", b"[2]"), 1), (ROWS.replace(b'"stage"', b'"Stage"', 1), 1), (b"[]\n" + ROWS[3:], 1),
+    (ROWS[:-1], 2), (ROWS, 2), (ROWS + ROWS, 2)],
+    ids=["missing", "empty", "cut", "zeros", "no JSON", "no number", "no stage", "a list", "no end", "whole", "more"])
 def test_rows_that_the_log_lost_are_told(tmp_path, capsys, data, kept):
     """As after a power cut; what is left can be drawn, and continued."""
     if data is not None:

@@ -158,7 +158,7 @@ def test_weights_are_not_drawn_over(run, weights_file):
 @pytest.mark.parametrize("output, image", [("im/a.png", "im/a.png"), ("linked.png", "im/a.png"),
                                            ("im/train.png", "im/train.png"), ("im/empty.png", "im/empty.png")])
 def test_images_are_not_drawn_over(run, output, image):
-    """Neither by their own names nor by others, nor those of other splits and of rows that are left out."""
+    """By none of their names; nor are those of other splits, or of rows that are left out."""
     os.link("im/a.png", "linked.png")
     rows = rows_of("mine.jsonl")
     for name, changes in (("train", {"split": "train"}), ("empty", {"expression": ""})):

@@ -79,6 +79,11 @@ def test_curves(curves, log):
     assert image.size == plot_curves(curves).size == (900, 360) and image.mode == "RGB"
 
 
+def test_a_curve_is_broken_where_a_number_is_missing():
+    _, columns = curve_pixels(plot_curves({"a": [(0, 0), (0.4, 0.4), (0.5, NAN), (0.6, 0.6), (1, 1)]}))
+    assert not ((470 < columns) & (columns < 490)).any()
+
+
 def curve_pixels(image):
     """(rows, columns) of the first curve, below the legend."""
     pixels = np.asarray(image)[26:].astype(int)

@@ -11,6 +11,7 @@ from makers_weights import save_legacy
 from PIL import Image
 from safetensors.torch import save_file
 
+from hivg.training.checkpoint import load_state
 from hivg.utils.cli import run
 from hivg.utils.files import write_whole
 
@@ -83,7 +84,11 @@ start()
     assert done.stderr.startswith(f"error: {tmp_path / 'large.png'}: not enough memory; make the image smaller")
 
 
-def test_the_disk_is_not_blamed(tmp_path):
+def test_nothing_else_is_blamed(tmp_path, monkeypatch):
     told = "[enforce fail at alloc_cpu.cpp:124] data. DefaultCPUAllocator: can't allocate memory: you tried to .."
     with pytest.raises(RuntimeError, match="allocate memory"):
-        write_whole(tmp_path / "a", raising(RuntimeError(told)))
+        write_whole(tmp_path / "a", raising(RuntimeError(told)))  # not a full disk
+    torch.save({"settings": {}}, tmp_path / "state.pt")
+    monkeypatch.setattr(torch, "load", raising(RuntimeError(told)))
+    with pytest.raises(ValueError, match="not enough memory to read it; nothing of it is lost"):  # not a damaged state
+        load_state(tmp_path)

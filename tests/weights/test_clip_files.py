@@ -104,8 +104,8 @@ def test_table_beside_our_own_file_that_has_none(tmp_path):
 
 
 def test_table_of_another_kind_is_passed_over(tmp_path, monkeypatch):
-    """A folder of downloads holds other models' tokenizers too; one that cannot be read is told if no other fits, and
-    weights/ holds none either."""
+    """A folder of downloads holds other models' tokenizers too. One that cannot be read is told only if none fits, here
+    or in weights/."""
     monkeypatch.setattr("hivg.weights.reading.FOLDER", tmp_path / "weights")
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordPiece", "vocab": {}}}))
     save_file(to_huggingface(make_published_clip()), tmp_path / "model.safetensors")

@@ -143,6 +143,10 @@ def test_each_wrong_file_has_its_line(tmp_path, name):
     assert expected in message_of(tmp_path / "file.pt")
 
 
+def test_a_name_too_long_for_any_file_has_its_line(tmp_path):
+    message_of(tmp_path / ("x" * 300))
+
+
 @pytest.mark.parametrize("args, expected", [
     (dict(model="RN50"), "model='RN50'"), (dict(imsize=65), "imsize=65"),
     (dict(imsize="64"), "imsize='64'; a released HiVG has a whole number there"), (dict(imsize=True), "imsize=True"),
@@ -169,7 +173,7 @@ WHOLE["ours"] = lambda clip, path: weights.save(path, clip)
 
 
 @pytest.mark.parametrize("kind", WHOLE)
-@pytest.mark.parametrize("keep", [0.02, 0.5, 0.98])
+@pytest.mark.parametrize("keep", [0.02, 0.5, 0.98, 0.9999])
 def test_a_file_cut_short(tmp_path, kind, keep):
     path = tmp_path / "file.pt"
     WHOLE[kind](make_published_clip(), path)

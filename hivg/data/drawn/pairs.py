@@ -27,7 +27,7 @@ MIX = {"attribute": 0.1, "superlative": 0.2, "ordinal": 0.3, "relation": 0.28, "
 WIDE_MIX = {"attribute": 0.1, "superlative": 0.3, "relation": 0.32, "conjunction": 0.12, "negation": 0.16}
 ROWS_SHARE = 0.5  # of the scenes, of which few have the objects that they need
 ROW_MIX = {"ordinal": 0.8, "superlative": 0.1, "relation": 0.1}  # where there is a row
-# With `hard_mix`, more of what is learned last: rows, in most of them at least four, and their later ranks
+# With `hard_mix`, more of what is learned last: rows, most of them of four or more, and their later ranks
 HARD_ROWS_SHARE = 0.6
 LATE_SHARE = 0.7  # of these rows
 LATE_MIX = {"late": 0.6, "ordinal": 0.2, "superlative": 0.1, "relation": 0.1}
@@ -61,7 +61,8 @@ class Pairs(Dataset):
 
     def __init__(self, size, seed=0, wide=False, reframe=0.0, hard_mix=False):
         """size: side of the square in pixels. reframe: share of the scenes that are seen in another frame. hard_mix:
-        whether the wider world's have more rows, and these more of the later ranks, told by number."""
+        whether more scenes of the wider world have rows, most of four or more things, and more expressions tell their
+        later ranks by number."""
         self.size = size
         self.reframe = reframe
         self.hard_mix = hard_mix

@@ -10,7 +10,7 @@ import posixpath
 import re
 import unicodedata
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from hivg.data.published.catalogue import COCO, DATASETS, IMAGE_FOLDERS
@@ -221,7 +221,8 @@ def value_of(record, keys):
 def name_splits(rows, folder):
     """Give the rows of people's own data our names of their splits; if none names a split, split them by image,
     which images that are moved together do not change. folder: where relative names of images begin."""
-    if not any(row.split for row in rows):
+    usual = usual_splits({row.split for row in rows if row.split})
+    if not usual:
         files = {row.file: os.path.abspath(folder / one_spelling(row.file)).split(os.sep)
                  for row in rows if isinstance(row.file, str)}
         shared = len(os.path.commonprefix([parts[:-1] for parts in files.values()]))  # folders of all images
@@ -232,9 +233,18 @@ def name_splits(rows, folder):
         return
     for row in rows:
         if row.split:
-            row.split = USUAL_SPLITS.get(row.split.strip().lower(), row.split)
+            row.split = usual[row.split]
         elif not row.problem:
             row.problem = f"no split, where other rows have one: {quoted(row.expression)}"
+
+
+def usual_splits(names):
+    """The splits that a file names, a set -> {name: our name}: "Validation" becomes "val". Names that would become the
+    same, such as "val" and "dev", stay as they are, but "Train" and "train" are one."""
+    usual = {name: USUAL_SPLITS.get(name.strip().lower(), name) for name in names}
+    words = {(name.strip().lower(), split) for name, split in usual.items()}
+    count = Counter(split for _, split in words)
+    return {name: split if count[split] == 1 else name for name, split in usual.items()}
 
 
 def one_spelling(file):
