@@ -78,6 +78,8 @@ SHORT = [
     (1, [("mixed, all", "mixed"), ("mixed, all, no norm", "mixed, all")]), (-1, [("CLIP trained", "lora none")]),
     (-1, [("CLIP trained slowly", "lora none")]),
     (-1, [("lora vanilla, small gap", "base, small gap")]), (-1, [("lora none, small gap", "base, small gap")]),
+    (-1, [("lora shared, small gap", "base, small gap")]),
+    (1, [("CLIP trained slowly, small gap", "base, small gap")]),
 ]
 LONG = [
     (-1, [("bridge none", "base")]), (-1, [("bridge constant", "base")]), (-1, [("lora vanilla", "base")]),
