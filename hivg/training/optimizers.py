@@ -47,8 +47,8 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's look ahead
         updates = orthogonalise(torch.stack(updates))  # (n, rows, columns); of tall matrices a transposed view
-        # contiguous, or _foreach_add_ adds them one by one
-        updates = updates.to(matrices[0].dtype, memory_format=torch.contiguous_format)
+        # contiguous, or _foreach_add_ adds them one by one; without `copy`, float32 would stay a transposed view
+        updates = updates.to(matrices[0].dtype, memory_format=torch.contiguous_format, copy=True)
         # an orthogonal update has a root mean square of 1 / sqrt(longer side); AdamW's is about 0.2
         scale = 0.2 * max(matrices[0].shape) ** 0.5
         torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])

@@ -48,8 +48,10 @@ def test_some_parameters_have_a_share_of_the_rate(kind):
         assert {p in of_clip for p in group["params"]} == {group["lr"] == pytest.approx(2e-4)}
 
 
-def test_muon_adds_the_updates_of_a_shape_in_one_call(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_muon_adds_the_updates_of_a_shape_in_one_call(monkeypatch, dtype):
     """torch._foreach_add_ is one call on a GPU only if what it adds has the strides of what it is added to."""
+    monkeypatch.setattr("hivg.training.optimizers.choose_dtype", lambda name, device: dtype)  # of `orthogonalise`
     calls = calls_of(monkeypatch, torch, "_foreach_add_")
     for rows, columns in ((7, 3), (3, 7)):
         matrices = [torch.nn.Parameter(torch.randn(rows, columns)) for _ in range(2)]
