@@ -77,7 +77,9 @@ SHORT = [
     (1, [("padding seen", "base")]), (1, [("mixed", "padding seen")]),
     (1, [("mixed, all", "mixed"), ("mixed, all, no norm", "mixed, all")]), (-1, [("CLIP trained", "lora none")]),
     (-1, [("CLIP trained slowly", "lora none")]),
-    (-1, [("lora vanilla, small gap", "base, small gap")]), (-1, [("lora none, small gap", "base, small gap")]),
+    (-1, [("lora vanilla, small gap", "base, small gap")]),
+    (-1, [("lora vanilla, wide, small gap", "base, small gap")]),
+    (-1, [("lora none, small gap", "base, small gap")]), (-1, [("lora deep first, small gap", "base, small gap")]),
     (-1, [("lora shared, small gap", "base, small gap")]),
     (1, [("CLIP trained slowly, small gap", "base, small gap")]),
 ]
