@@ -60,12 +60,33 @@ def test_images_of_one_name_in_two_folders_are_two(tmp_path):
         f"images of {path} train that are also in {path} val: 1, for instance {shown(tmp_path / 'b/000.png', 80)}"]
 
 
+def test_copies_of_an_image_are_one_where_images_are_read(tmp_path):
+    rows = []
+    for name, split in (("a.png", "train"), ("copy of a.png", "val"), ("b.png", "val")):
+        Image.new("RGB", (30, 20), "red" if "a.png" in name else "blue").save(tmp_path / name)
+        rows.append({"image": name, "expression": "cup", "bbox": [1, 2, 11, 12], "split": split})
+    path = write_rows(tmp_path / "mine.jsonl", rows)
+    in_both = f"images of {path} train that are also in {path} val: "
+    assert f"{in_both}0" in check("nowhere", path)
+    assert f"{in_both}1, for instance {shown(tmp_path / 'copy of a.png', 80)}" in check("nowhere", path, decode=True)
+
+
+def test_what_is_not_read_is_told(tmp_path):
+    """A split under another name would be drawn anew, and nobody would see it."""
+    path = write_own(tmp_path, 20, set="test", source="mine")
+    note = 'train: no row has a "split", so one image in ten is val; not read: set, source'
+    assert [note in line for line in check("nowhere", path).splitlines()] == [False, True, False, False]
+
+
 @pytest.mark.parametrize("n, fields, lacking", [(3, {}, None), (1, {}, "val"), (3, {"split": "train"}, "val"),
                                                 (3, {"split": "validation"}, "train"), (3, {"split": "val"}, "train")])
 def test_a_split_that_own_data_lack_is_told(tmp_path, n, fields, lacking):
     """Where there is one, no line on images that are in both."""
     path = write_own(tmp_path, n, **fields)
-    lines = check(tmp_path, path).splitlines()
+    notes, lines = [], []
+    for line in check(tmp_path, path).splitlines():
+        (notes if 'no row has a "split", so one image in ten is val' in line else lines).append(line)
+    assert len(notes) == (not fields)
     told = f"{path}: it has no {lacking}, which train.py needs; "
     assert [line.startswith(told) for line in lines] == ([False, True] if lacking else [False] * 3)
     assert lines[-1].endswith("add a second image") == (n == 1)

@@ -31,8 +31,9 @@ ROW = json.dumps(GOOD)
 
 @pytest.mark.parametrize("content", [
     "\ufeff" + ROW, "\n\n" + ROW, "\ufeff\r\n \r\n" + ROW + "\r\n", ROW + "\n" * 3, " " + ROW,
-    ROW.replace("cup", "cup\u2028dog\u2029\x85"), ROW + "\n" + ROW.replace("cup", "\x85")],
-    ids=["mark", "blank", "windows", "end", "space", "separators in a text", "separator alone"])
+    ROW.replace("cup", "cup\u2028dog\u2029\x85"), ROW + "\n" + ROW.replace("cup", "\x85"),
+    ROW + ",\n" + ROW + ",\n", '{"data": [' + ROW + "]}"],
+    ids=["mark", "blank", "windows", "end", "space", "separators in a text", "separator alone", "commas", "named list"])
 def test_files_as_they_come(tmp_path, content):
     samples, report = read(tmp_path, content)
     assert samples[0].expression in ("cup", "cup\u2028dog\u2029\x85") and "incomplete row" not in report.problems
@@ -139,6 +140,7 @@ def test_an_outline_that_is_none_is_told(tmp_path, outline, kept, told):
 
 CORNERS = [[16, 2, 28, 9], [1, 1, 29, 19], [2, 12, 9, 18], [20, 11, 27, 19]]
 WRONG = {  # form: the numbers that stand for these corners
+    "ymin xmin ymax xmax": lambda a, b, c, d: [b, a, d, c],
     "x y width height": lambda a, b, c, d: [a, b, c - a, d - b],
     "x and y of the centre, width, height": lambda a, b, c, d: [(a + c) / 2, (b + d) / 2, c - a, d - b],
     "shares of the sides, 0 to 1": lambda a, b, c, d: [a / 30, b / 20, c / 30, d / 20],
@@ -273,3 +275,13 @@ def test_an_image_in_several_spellings_is_one(tmp_path, on_disk):
     write_rows(tmp_path / "mine.jsonl", rows)
     text = check(tmp_path, tmp_path / "mine.jsonl")
     assert text.count(": 1, for instance ") == 4
+
+
+def test_what_is_no_json_file_says_what_to_write(tmp_path):
+    for name in ("mine.csv", "folder"):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match=f"{name}: your own data must be a .jsonl or .json file"):
+            read_samples(tmp_path, str(tmp_path / name), "train")
+    for box in ({"xmin": 1}, "1 1 9 9", [[1, 1], [9, 9]]):
+        assert read(tmp_path, [GOOD | {"bbox": box}])[1].first["box that is not four numbers"].endswith(
+            "; write [xmin, ymin, xmax, ymax], in pixels")

@@ -1,5 +1,6 @@
 """A report on the files of a data set, for `python -m hivg.data check`."""
 
+import hashlib
 import os
 
 from hivg.data.drawn.scenes import DRAWN
@@ -17,7 +18,8 @@ def check(data_root, dataset, annotations=None, decode=False):
     the training images that are in another split too (of the mixture: also in the splits of its parts), and whether
     people's own data lack a `val`.
 
-    decode: also read the pixels of every image and list the damaged ones, minutes for a hundred thousand.
+    decode: also read the pixels of every image and list the damaged ones, minutes for a hundred thousand; and take
+    files of the same bytes for one image, whatever they are called.
     """
     if dataset in DRAWN:
         raise ValueError(f"{dataset} is drawn as it is needed; there are no files to check")
@@ -27,7 +29,7 @@ def check(data_root, dataset, annotations=None, decode=False):
     lines = []
     problems = []  # the lines that say why rows are left out
     missing = []  # those on splits that there are not
-    images = {}  # (name, split): the ids of its images
+    images = {}  # (name, split): {what is the same for the same image: its id}
     for name in names:
         counts = dict.fromkeys(splits_of(name, data_root) or ["train"]) if is_own(name) else DATASETS[name].counts
         for split, count in counts.items():
@@ -41,7 +43,8 @@ def check(data_root, dataset, annotations=None, decode=False):
                     lines.append(str(error))
                     problems.append(str(error))
                 continue
-            images[name, split] = {sample.image_id for sample in samples}
+            ids = {sample.image: sample.image_id for sample in samples}
+            images[name, split] = {digest(path) if decode else image: image for path, image in ids.items()}
             title = f"{shown(name)} {shown(split, 40)}"
             published = f" ({count:,} published)" if count else ""
             read = f", boxes read as {report.forms}" if report.forms else ""
@@ -105,14 +108,20 @@ def decoded(name, samples, damaged):
     return [f"{name}: {len(problems):,} of {len(own):,} images cannot be read:", *(f"  {text}" for text in problems)]
 
 
+def digest(path):
+    """The sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
 def leakage(name, images):
-    """Lines on the training images that are in other splits too; none without training images. images: {(name, split):
-    image ids}."""
+    """Lines on the training images that are in other splits too; none without training images. images: as in
+    `check`."""
     train = images.get((name, "train"))
     lines = []
     for (other, split), ids in images.items():
         if train and split != "train":
-            both = train & ids
+            both = [ids[key] for key in train.keys() & ids.keys()]
             example = f", for instance {shown(min(both), 80)}" if both else ""
             lines.append(f"images of {shown(name)} train that are also in {shown(other)} {shown(split, 40)}: "
                          f"{len(both):,}{example}")

@@ -28,6 +28,7 @@ EXPRESSION_KEYS = ("expression", "expressions", "sent", "sents", "sentence", "se
                    "normal_caption")
 BOX_KEYS = ("bbox", "box", "solution")
 OUTLINE_KEYS = ("segmentation", "mask")
+KEYS = {*IMAGE_KEYS, *EXPRESSION_KEYS, *BOX_KEYS, *OUTLINE_KEYS, "split", "width", "height"}  # that are read
 
 MAX_SIDE = 10**6  # pixels of an image
 USUAL_SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
@@ -48,6 +49,7 @@ class Row:
     size: tuple | None = None  # (width, height) of the image, where the file says it
     problem: str | None = None  # why the row is incomplete
     place: str | None = None  # in a file of JSON: "line 3", or "row 3" of one list
+    note: str | None = None  # on the whole file, which is to be told
 
 
 def read_rows(path, dataset):
@@ -154,6 +156,9 @@ def json_rows(text, image_folder):
         data = None  # lines
     if isinstance(data, dict) and {"images", "annotations"} <= data.keys():
         data = mdetr_records(data, own=image_folder is None)
+    if isinstance(data, dict) and len(data) == 1 and not re.match("train|val|dev|test", *data, re.IGNORECASE):
+        part, = data.values()  # {"data": [..]}, which names no split
+        data = part if isinstance(part, list) else data
     if isinstance(data, dict) and data and all(isinstance(part, list) for part in data.values()):
         records = [(f"row {n}", split, record) for split, part in data.items() for n, record in enumerate(part, 1)]
     elif isinstance(data, list):
@@ -170,7 +175,10 @@ def json_rows(text, image_folder):
                          "and bbox, or other programs' names for these (hivg/data/README.md)")
     if records and not objects:
         raise ValueError(f"{records[0][0]}: not a JSON object: {quoted(records[0][2])}")
-    return [row for record in records for row in record_rows(*record, image_folder)]
+    rows = [row for record in records for row in record_rows(*record, image_folder)]
+    if not image_folder and (unread := sorted(set().union(*objects) - KEYS)):
+        rows[0].note = f"not read: {shown(', '.join(unread), 80)}"
+    return rows
 
 
 def mdetr_records(data, own):
@@ -220,7 +228,7 @@ def value_of(record, keys):
 
 def name_splits(rows, folder):
     """Give the rows of people's own data our names of their splits; if none names a split, split them by image,
-    which images that are moved together do not change. folder: where relative names of images begin."""
+    which images that are moved together do not change, and note it. folder: where relative names of images begin."""
     usual = usual_splits({row.split for row in rows if row.split})
     if not usual:
         files = {row.file: os.path.abspath(folder / one_spelling(row.file)).split(os.sep)
@@ -230,6 +238,8 @@ def name_splits(rows, folder):
         val = val_images(names.values())
         for row in rows:
             row.split = "val" if isinstance(row.file, str) and names[row.file] in val else "train"
+        for row in rows[:1]:
+            row.note = "; ".join(filter(None, ('no row has a "split", so one image in ten is val', row.note)))
         return
     for row in rows:
         if row.split:
@@ -263,9 +273,9 @@ def val_images(files):
 
 
 def json_object(line):
-    """What this line of JSON says, or the line itself if it is none."""
+    """What this line of JSON says, or the line itself if it is none. A comma may end it, as in a list."""
     try:
-        return json.loads(line)
+        return json.loads(line.strip().removesuffix(","))
     except (ValueError, RecursionError):
         return line
 

@@ -7,6 +7,7 @@ NEARLY_ALL = 0.9  # of a file's boxes
 FORMS = {  # the first two are read; {name: (the four numbers, to xmin, ymin, xmax, ymax)}
     "xyxy": ("xmin ymin xmax ymax", lambda a, b, c, d: (a, b, c, d)),
     "xywh": ("x y width height", lambda x, y, w, h: (x, y, x + w, y + h)),
+    "yxyx": ("ymin xmin ymax xmax", lambda a, b, c, d: (b, a, d, c)),  # TensorFlow's
     "centre": ("x and y of the centre, width, height", lambda x, y, w, h: (x - w / 2, y - h / 2, x + w / 2, y + h / 2)),
 }
 
@@ -24,7 +25,9 @@ def other_form(boxes):
     if 2 * len(shares) > len(boxes):
         return "shares of the sides, 0 to 1", shares[0]
     wrong = [(box, size) for box, form, size in boxes if not is_within(box, form, size)]
-    fits = Counter(name for box, _, size in boxes for name in FORMS if is_within(box, name, size))
+    # one box with its sides swapped may be any typo
+    forms = [name for name in FORMS if name != "yxyx" or len(wrong) > 1]
+    fits = Counter(name for box, _, size in boxes for name in forms if is_within(box, name, size))
     likely, most = max(fits.items(), key=lambda item: item[1], default=(None, 0))
     are_typos = len(wrong) <= (1 - NEARLY_ALL) * len(boxes)
     if most > len(boxes) - len(wrong) and most >= NEARLY_ALL * len(boxes) and not are_typos:

@@ -82,9 +82,9 @@ def read_samples(data_root, dataset, split, annotations=None, report=None):
     """All samples of a split, a list of Sample in the order of the file.
 
     data_root    the folder with the published layout (hivg/data/README.md)
-    dataset      a name (`refcoco`, `unc`, ...) or your own .jsonl or .json file, whose images are looked for below
-                 the data root and beside the file. "validation", "valid" and "dev" are `val`, in any case; if no row
-                 names a split, one image in ten is `val`, at least one of several, and the rest `train`
+    dataset      a name (`refcoco`, `unc`, ...) or your own .jsonl (.ndjson) or .json file, whose images are looked for
+                 below the data root and beside the file. "validation", "valid" and "dev" are `val`, in any case; if no
+                 row names a split, one image in ten is `val`, at least one of several, and the rest `train`
     annotations  a file or folder, if not at a published place; REFER's `refs(..).p` needs `instances.json` beside it
     report       a Report to fill; without one its lines are printed on stderr
 
@@ -123,7 +123,7 @@ def read_samples(data_root, dataset, split, annotations=None, report=None):
             report.add(problem.kind, row.place or f"row {index} of {split}", problem.detail)
     if {NO_AREA, OUTSIDE} & report.problems.keys() or any(is_odd(row.bbox, row.form) for row in rows if row.place):
         check.refuse_other_form(rows)
-    report.notes += check.notes()
+    report.notes += [row.note for row in rows if row.note and split == "train"] + check.notes()
     if own and (doubt := scale_doubt([(sample.box, check.sizes[sample.image]) for sample in samples])):
         report.notes.append(doubt)
     report.damaged = [image for image, size in check.sizes.items() if size == DAMAGED]
@@ -135,7 +135,7 @@ def read_samples(data_root, dataset, split, annotations=None, report=None):
 
 def is_own(dataset):
     """Whether a data set is people's own file, not a published one."""
-    return str(dataset).lower().endswith((".jsonl", ".json"))
+    return str(dataset).lower().endswith((".jsonl", ".json", ".ndjson"))
 
 
 def read_dataset(data_root, dataset, split, annotations=None):
@@ -313,7 +313,8 @@ def checked_box(bbox, form, width, height, file, own):
     try:
         numbers = four_numbers(bbox, own)
     except (TypeError, ValueError, OverflowError):
-        raise Problem("box that is not four numbers", file, quoted(bbox)) from None
+        hint = f"; write [{FORMS[form][0].replace(' ', ', ')}], in pixels" if own else ""
+        raise Problem("box that is not four numbers", file, f"{quoted(bbox, 40)}{hint}") from None
     box = xmin, ymin, xmax, ymax = FORMS[form][1](*numbers)
     if not (xmax > xmin and ymax > ymin):  # also for nan
         hint = f"; boxes are {FORMS[form][0]}" if own else ""
