@@ -6,10 +6,13 @@ keeps its name, so that `loading.compare` reports it as left over.
 """
 
 import re
+from dataclasses import replace
 
 from hivg.clip import CLIPConfig
+from hivg.utils.messages import quoted
 
 HEAD_WIDTH = 64  # of every CLIP that OpenAI published; no shape says it
+ACTIVATION = "quick_gelu"  # nor this
 
 # (pattern in their name, what it becomes in ours), applied in this order
 OPENAI = [
@@ -50,13 +53,26 @@ def openai_clip(tensors):
     return clip_config(tensors), tensors
 
 
-def huggingface_clip(tensors):
-    """The state dict of a Hugging Face CLIPModel -> (CLIPConfig, tensors with our names). Raises NotThisKind."""
+def huggingface_clip(tensors, settings):
+    """The state dict of a Hugging Face CLIPModel -> (CLIPConfig, tensors with our names). settings: its config.json, or
+    {}; what that leaves out is as in OpenAI's CLIP. Raises NotThisKind."""
     tensors = rename(tensors, HUGGING_FACE, HUGGING_FACE_UNUSED)
     for name in ("visual.proj", "text.text_projection"):
         if name in tensors and tensors[name].dim() == 2:
             tensors[name] = tensors[name].T  # theirs is the weight (E, C) of a linear layer, ours (C, E)
-    return clip_config(tensors), tensors
+    config = clip_config(tensors)
+    for tower, width in (("vision", config.vision_width), ("text", config.text_width)):
+        told = settings.get(f"{tower}_config")
+        told = told if isinstance(told, dict) else {}
+        if told.get("hidden_act", ACTIVATION) != ACTIVATION:
+            raise NotThisKind(f"its config.json says hidden_act={quoted(told['hidden_act'], 30)}; HiVG needs a CLIP "
+                              f"with {ACTIVATION}, such as OpenAI's")
+        heads = told.get("num_attention_heads", width // HEAD_WIDTH)
+        if type(heads) is not int or not 0 < heads <= width or width % heads:
+            raise NotThisKind(f"its config.json says num_attention_heads={quoted(heads, 30)}, which do not divide its "
+                              f"{tower} tower's width, {width}; use the config.json that was published with it")
+        config = replace(config, **{f"{tower}_heads": heads})
+    return config, tensors
 
 
 def rename(tensors, rules, unused):

@@ -7,6 +7,7 @@ table of the same repository.
 import hashlib
 import http.client
 import os
+import re
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
@@ -22,18 +23,30 @@ HASHES = {
     "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
     "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
 }
+
+
+def file_of(name):
+    """The name of a model's file: "ViT-B/16" -> "ViT-B-16.pt"."""
+    return re.sub("[/@]", "-", name) + ".pt"
+
+
 FILES = {}  # name -> (address, sha256)
 for name, sha256 in HASHES.items():
-    file = name.replace("/", "-").replace("@", "-")
-    FILES[name] = (f"https://openaipublic.azureedge.net/clip/models/{sha256}/{file}.pt", sha256)
+    FILES[name] = (f"https://openaipublic.azureedge.net/clip/models/{sha256}/{file_of(name)}", sha256)
 FILES["table"] = (f"https://github.com/openai/CLIP/raw/main/clip/{TABLE}",
                   "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")
 CHUNK = 1 << 20  # bytes read at once
 
 
+def spelled(name):
+    """A model's name as FILES has it, from that, or that of its file without .pt: "ViT-B-16" -> "ViT-B/16"."""
+    return {file_of(known): known for known in HASHES}.get(file_of(name), name)
+
+
 def fetch(name, folder):
     """Download a model of FILES and the merge table into `folder` -> their paths. A file that is complete is not
     downloaded again; a partial one is resumed. Raises ValueError."""
+    name = spelled(name)
     if name not in FILES:
         raise ValueError(f"no weights are called {quoted(name)}; there are {', '.join(FILES)}")
     return [download(*FILES[name], Path(folder)) for name in dict.fromkeys((name, "table"))]

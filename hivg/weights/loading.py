@@ -16,8 +16,8 @@ def load(path):
 
 
 def load_clip(path):
-    """-> CLIP from OpenAI's, Hugging Face's or our file. A file of others under the same names is taken for one with
-    QuickGELU and heads of 64. As `load`; raises WeightsError."""
+    """-> CLIP from OpenAI's, Hugging Face's or our file. Others' heads are taken to be 64 wide, and their activation to
+    be QuickGELU, where no config.json of Hugging Face is beside the file. As `load`; raises WeightsError."""
     return load_kind(path, "clip", "openai", "huggingface")
 
 

@@ -18,8 +18,8 @@ from hivg.utils import pickles
 from hivg.utils.memory import enough_memory, is_out_of_memory
 from hivg.utils.messages import quoted, shown
 from hivg.weights.check_config import check_config, check_types
-from hivg.weights.clip_names import NotThisKind, huggingface_clip, openai_clip
-from hivg.weights.download import TABLE
+from hivg.weights.clip_names import HEAD_WIDTH, NotThisKind, huggingface_clip, openai_clip
+from hivg.weights.download import HASHES, TABLE, file_of, spelled
 from hivg.weights.released import released_hivg
 from hivg.weights.saving import INSTALLED, REPOSITORY, bundled
 
@@ -70,8 +70,11 @@ def read(path):
     path = located(path)
     try:
         if not os.path.isfile(path):  # unlike path.is_file(), False for a name that no file can have
+            known = spelled(path.stem if path.suffix == ".pt" else str(path))
+            advice = (f"`python -m hivg.weights fetch {known}` gets it, as weights/{file_of(known)}" if known in HASHES
+                      else f"{shown(bundled('README.md'), 80)} says where to get some")
             raise NotThisKind("is a folder; name a weights file in it" if os.path.isdir(path) else
-                              f"no such weights file; {shown(bundled('README.md'), 80)} says where to get some")
+                              f"no such weights file; {advice}")
         with torch.device("cpu"), enough_memory(f"{shown(path)}: ", "close other programs, or use a smaller model"):
             file = read_any(path)  # on the CPU, whatever the caller's default is
             with valid_settings(path, file.kind):
@@ -165,9 +168,27 @@ def read_foreign(path, data):
                         if isinstance(name, str) and isinstance(value, str | int | float | bool | None)}
         clip = config.clip
     else:
-        config, tensors = openai_clip(tensors) if kind == "openai" else huggingface_clip(tensors)
+        if kind == "openai":
+            config, tensors = openai_clip(tensors)
+        else:
+            settings = settings_beside(path)
+            config, tensors = huggingface_clip(tensors, settings)
+            if not settings:
+                info["heads"] = f"taken to be {HEAD_WIDTH} wide; its config.json, beside it, would say"
         clip = config
     return File(kind, config, find_tokenizer(path.parent, clip), tensors, info)
+
+
+def settings_beside(path):
+    """The config.json that Hugging Face publishes beside a file -> dict; {} if there is none. Raises NotThisKind."""
+    beside = path.with_name("config.json")
+    if not beside.is_file():
+        return {}
+    try:
+        settings = json.loads(beside.read_bytes())
+    except (ValueError, RecursionError):
+        raise NotThisKind("the config.json beside it is no JSON; use the one that was published with it") from None
+    return settings if isinstance(settings, dict) else {}
 
 
 def state_dict_of(data):

@@ -79,7 +79,7 @@ def released_hivg(tensors, args):
     NotThisKind."""
     flags = read_flags(args)
     clip, others = split_parts(tensors, flags)
-    clip_config, clip = huggingface_clip(clip)
+    clip_config, clip = huggingface_clip(clip, {})
     clip_config = resize_image(flags.imsize, clip_config, clip, others)
     config = hivg_config(flags, clip_config, others)
     stack_adaptive_weights(flags, others)

@@ -3,6 +3,7 @@ merge table beside them."""
 
 import json
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,6 +81,33 @@ def test_a_mask_beside_the_weights_of_an_archive_is_left_out(tmp_path):
     tensors = half(to_openai(clip)) | {"transformer.resblocks.0.attn_mask": torch.zeros(77, 77)}
     torch.jit.save(scripted(tensors), tmp_path / "archive.pt")
     assert_same_weights(weights.load_clip(tmp_path / "archive.pt"), clip)
+
+
+@pytest.mark.parametrize("told, message", [
+    ({"vision_config": {"num_attention_heads": 4}, "text_config": {"hidden_act": "quick_gelu"}}, None),
+    ({"vision_config": {"num_attention_heads": 3}}, "num_attention_heads=3, which do not divide its vision tower's"),
+    ({"text_config": {"num_attention_heads": "8"}}, "num_attention_heads='8', which"),
+    ({"text_config": {"hidden_act": "gelu"}}, "hidden_act='gelu'; HiVG needs a CLIP with quick_gelu"),  # OpenCLIP's
+    ({"model_type": "another"}, None), ([], None), ("{", "the config.json beside it is no JSON"),
+], ids=str)
+def test_what_no_shape_says_is_in_the_config_beside_a_hugging_face_file(tmp_path, told, message):
+    clip = make_published_clip()
+    save_file(to_huggingface(clip), tmp_path / "model.safetensors")
+    assert "64 wide" in weights.load_clip(tmp_path / "model.safetensors").info["heads"]
+    (tmp_path / "config.json").write_text(told if isinstance(told, str) else json.dumps(told))
+    if message:
+        with pytest.raises(WeightsError, match=message):
+            weights.load_clip(tmp_path / "model.safetensors")
+        return
+    heads = 4 if "vision_config" in told else clip.config.vision_heads
+    assert weights.load_clip(tmp_path / "model.safetensors").config == replace(clip.config, vision_heads=heads)
+
+
+@pytest.mark.parametrize("name", ["ViT-B/16", "weights/ViT-B-16.pt", "ViT-B-16"])
+def test_a_clip_that_is_not_there_yet(name):
+    assert download.spelled("ViT-B-16") == download.spelled("ViT-B/16") == "ViT-B/16"
+    with pytest.raises(WeightsError, match="`python -m hivg.weights fetch ViT-B/16` gets it, as weights/ViT-B-16.pt"):
+        weights.load_clip(name)
 
 
 # --- the merge table beside the weights ---
