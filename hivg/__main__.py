@@ -121,8 +121,10 @@ def list_images(names):
     for name in names:
         if not os.path.isdir(name):  # unlike Path.is_dir, False for a name that no file can have
             if name and "." not in name and not os.path.exists(name):  # rather the second word of an expression
-                raise ImageError(f"{shown(name)}: there is no such file; check the path, and put an expression of "
-                                 "several words in quotes")
+                advice = "check the path, and put an expression of several words in quotes"
+                if name == "-":
+                    advice = "to read a program's output, name /dev/stdin"
+                raise ImageError(f"{shown(name)}: there is no such file; {advice}")
             paths.append(str(name))
             continue
         formats = Image.registered_extensions()  # {suffix: format}; the first call imports all of them
@@ -134,6 +136,9 @@ def list_images(names):
             raise ImageError(f"{shown(name)}: cannot be listed ({error.strerror}); check the folder") from None
         if not inside:
             raise ImageError(f"{shown(name)}: no image in this folder; name a folder with PNG or JPEG files")
+        if skipped := sorted(set(visible) - set(inside)):
+            print(f"warning: {shown(name)}: {len(skipped)} of {len(visible)} files and folders in it are no images by "
+                  f"their names, for instance {shown(skipped[0].name, 60)}", file=sys.stderr)
         paths += map(str, inside)
     return paths
 

@@ -210,9 +210,10 @@ class Grounder:
     """A HiVG model ready for use: adapters merged, in evaluation mode, on its device."""
 
     def __init__(self, model, device="auto", dtype="auto"):
-        """model: a HiVG with its tokenizer; it is copied, not changed. device: auto, cpu or cuda. dtype: of parameters
-        and matrix products, float32 or bfloat16, which moves boxes by some thousandths of the image's side; auto is
-        bfloat16 where the hardware is fast at it. Boxes and scores are float32. Raises ValueError."""
+        """model: a HiVG with its tokenizer; it is copied, not changed, and hooks within attentions and MLPs are lost
+        (fast.py; those on blocks are kept). device: auto, cpu or cuda. dtype: of parameters and matrix products,
+        float32 or bfloat16, which moves boxes by some thousandths of the image's side; auto is bfloat16 where the
+        hardware is fast at it. Boxes and scores are float32. Raises ValueError."""
         if not isinstance(model, HiVG):
             raise ValueError(f"model must be a HiVG, not {quoted(model)}; Grounder.from_pretrained(FILE) loads one")
         weights.need_tokenizer(model, "the model")

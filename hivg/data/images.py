@@ -22,6 +22,7 @@ PNG_MARKS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # of chun
 SIDEWAYS = [TURNS[orientation] for orientation in (5, 6, 7, 8)]
 # info by which Pillow would turn an image again, or make it transparent
 TOLD = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp", "transparency")
+ADDRESSES = ("http:/", "https:/")  # of one slash, as a Path has them
 ROWS = 256  # of an image that are converted at a time
 
 # Pillow logs, and libtiff, which it uses, prints lines of their own about damaged files; our error says it once
@@ -62,7 +63,10 @@ def open_image(image):
         raise ImageError('file object: is open for text; open it for reading bytes, mode "rb"')
     if isinstance(image, (str, os.PathLike)) or hasattr(image, "read"):
         return _using(image, _upright)
-    raise ImageError(f"{type(image).__name__}: give a path, a PIL image, an open file or an array")
+    ways = {"Tensor": "; of a tensor (3, H, W) in 0..1 give tensor.permute(1, 2, 0).numpy(force=True)",
+            "bytes": "; of an image file's bytes give io.BytesIO(data)"}
+    kind = type(image).__name__
+    raise ImageError(f"{kind}: give a path, a PIL image, an open file or an array{ways.get(kind, '')}")
 
 
 def open_published(path):
@@ -158,7 +162,8 @@ def _opened(file, name):
     """A Path or a file object -> PIL image, its pixels not read yet. Raises ImageError, and anything (_decoding)."""
     if isinstance(file, Path):
         if not os.path.exists(file):  # unlike file.exists(), False for a name that no file can have
-            raise ImageError(f"{name}: there is no such file; check the path")
+            advice = "download it first" if str(file).startswith(ADDRESSES) else "check the path"
+            raise ImageError(f"{name}: there is no such file; {advice}")
         if file.is_dir():
             raise ImageError(f"{name}: is a folder; name an image in it")
         if file.is_fifo():  # a program's output, `<(cat image.png)`: Pillow needs a file it can go back in
@@ -187,14 +192,17 @@ def _of_array(array):
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,), (4,)) or 0 in array.shape:
-        raise ImageError(f"array of shape {shown(array.shape, 60)}: give (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA")
+        way = "; of (3, H, W) give array.transpose(1, 2, 0)" if array.ndim == 3 and array.shape[0] in (1, 3, 4) else ""
+        raise ImageError(f"array of shape {shown(array.shape, 60)}: give (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA"
+                         f"{way}")
     if array.dtype.kind == "f":
         low, high = array.min(), array.max()
         if not 0 <= low <= high <= 1:  # nor with NaN
             raise ImageError(f"array of floats from {low:.4g} to {high:.4g}: give floats in 0..1, or uint8 in 0..255")
         array = (array * 255).round().astype(np.uint8)
     if array.dtype != np.uint8:
-        raise ImageError(f"array of type {shown(array.dtype, 60)}: give uint8, or floats in 0..1")
+        way = "; of booleans give array.astype(float)" if array.dtype == bool else ""
+        raise ImageError(f"array of type {shown(array.dtype, 60)}: give uint8, or floats in 0..1{way}")
     return Image.fromarray(array)
 
 
@@ -222,7 +230,7 @@ def _to_rgb(image):
 def _white(image):
     """What becomes 255 of a grey image of integers or floats: the smallest usual white that no pixel exceeds."""
     largest = max([0, *(_values(strip).max() for _, strip in _strips(image))])
-    whites = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
+    whites = (1, 255, 1023, 4095, 65535) if image.mode == "F" else (255, 1023, 4095, 65535)  # of 8, 10, 12, 16 bits
     return next((white for white in whites if largest <= white), largest)
 
 

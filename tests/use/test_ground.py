@@ -86,14 +86,16 @@ def test_json_of_several(run, grounder):
         assert_row(line, grounder, image, TEXTS[:1])
 
 
-def test_a_folder_of_other_files(run):
-    """What Pillow knows by name but cannot read is left out, as notes and a system's hidden files are."""
+def test_a_folder_of_other_files(run, capfd):
+    """What Pillow knows by name but cannot read is left out, as hidden files are, and told."""
     make_folder("more", "a.png")
     Path("more/._a.png").write_bytes(b"\0\x05\x16\x07\0\x02\0\0Mac OS X        ")
     for name in ("film.mpg", "numbers.h5", "weather.grib", "drawing.wmf", "figure.eps"):
         Path("more", name).write_bytes(b"no picture")
     Path("more/no.png").mkdir()
     assert ground.list_images(["more"]) == ["more/a.png"]
+    assert capfd.readouterr().err == ("warning: more: 6 of 7 files and folders in it are no images by their names, for "
+                                      "instance drawing.wmf\n")
     for kind, (read, _) in Image.OPEN.items():
         if isinstance(read, type) and issubclass(read, ImageFile.StubImageFile):
             assert kind in ground.UNREADABLE
@@ -272,6 +274,8 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     (["a.png", "-e", ""], {}, "expression"), (["a.png", "-e", "star", "-e", "  "], {}, "expression"),
     (["a.png"], {}, "no expression"), (["-e", "star"], {}, "no image"), (["", "-e", "star"], {}, "'': "),
     (["folder", "-e", "star"], {}, "folder"), ([*STAR, "--fast"], {}, "--fast"),
+    ([*STAR, "--wieghts", "x"], {}, "unrecognized arguments: --wieghts x; is it --weights? --help lists the flags"),
+    (["-", "-e", "star"], {}, "-: there is no such file; to read a program's output, name /dev/stdin"),
     (["a.png", "-e", "the", "red", "star"], {}, "red: there is no such file; check the path, and put an expression of"),
     ([*STAR, "--out", "x.png"], {}, "--out"),  # no abbreviations
     ([*STAR, "--dtype", "int8"], {}, "int8"), ([*STAR, "--heatmap=rtcc"], {}, "attention"),

@@ -26,6 +26,7 @@ def grey(dtype, factor):
     return Image.fromarray(np.asarray(GREY).astype(dtype) * dtype(factor))
 
 
+TWELVE = Image.fromarray(np.round(np.asarray(GREY) * (4095 / 255)).astype(np.uint16))
 FILES = {  # name: (the odd image, the image it must be opened as, options of save)
     "cmyk.tif": (RGB.convert("CMYK"), RGB, {}),
     "cmyk.jpg": (Image.new("CMYK", (40, 30), (0, 255, 255, 0)), Image.new("RGB", (40, 30), "red"), {}),
@@ -35,6 +36,7 @@ FILES = {  # name: (the odd image, the image it must be opened as, options of sa
     "la.png": (Image.merge("LA", [GREY, RGBA.getchannel("A")]), ON_WHITE.convert("L"), {}),
     "grey.png": (GREY, GREY, {}), "bit.png": (RGB.convert("1"), RGB.convert("1"), {}),
     "16 bit.png": (grey(np.uint16, 257), GREY, {}), "16 bit.tif": (grey(np.uint16, 257), GREY, {}),
+    "12 bit.png": (TWELVE, GREY, {}), "8 of 16 bit.tif": (grey(np.uint16, 1), GREY, {}),  # microscopes write such
     "32 bit.tif": (grey(np.int32, 257), GREY, {}), "float.tif": (grey(np.float32, 1 / 255), GREY, {}),
     "float 255.tif": (grey(np.float32, 1), GREY, {}), "animated.gif": (RGB, RGB, FRAMES),
     "animated.png": (RGB, RGB, FRAMES),
