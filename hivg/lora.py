@@ -49,8 +49,8 @@ class LoRALinear(nn.Module):
         h = W_0 x + b + (alpha/r) sum_k B_k A_k dropout(x)
 
     A_k (r, in) starts Kaiming-uniform and B_k (out, r) at zero, so a new pair changes nothing until it is trained.
-    The keys of W_0 stay `weight` and `bias`, so wrapping a layer does not rename it. A subclass that computes something
-    else needs its own `folded`, too.
+    The keys of W_0 stay `weight` and `bias`, so wrapping a layer does not rename it. A subclass with a `forward` of its
+    own is merged only if it has its own `folded`, too.
     """
 
     def __init__(self, linear, rank, alpha, dropout):
@@ -244,10 +244,12 @@ def add_stage(blocks, stage, groups, rank=32, alpha=16, dropout=0.1, mode="hiera
 
 
 def merge(module):
-    """A copy of `module` with every LoRALinear replaced by the plain linear it amounts to; `module` is unchanged."""
+    """A copy of `module` with every LoRALinear replaced by the plain linear it amounts to, but for those of somebody's
+    own of which that is not known; `module` is unchanged."""
     module = copy.deepcopy(module)
     for parent in list(module.modules()):  # lists, as the modules are replaced meanwhile
         for name, child in list(parent.named_children()):
             if isinstance(child, LoRALinear):
-                setattr(parent, name, child.merged())
+                is_known = type(child).forward is LoRALinear.forward or type(child).folded is not LoRALinear.folded
+                setattr(parent, name, child.merged() if is_known else child)
     return module

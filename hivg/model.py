@@ -1,7 +1,7 @@
 """HiVG: CLIP's two towers, the cross-modal bridge between them, a grounding encoder and its heads.
 
 Letters: B batch, T text positions, P patches, N = 1 + P visual tokens ([CLS] first), D_t and D_v widths of the towers,
-E width of CLIP's shared embedding, D width of the grounding encoder, M = 1 + N + T its tokens.
+E width of CLIP's shared embedding, D width of the grounding encoder, M = 1 + N + T its tokens ([REG] first).
 
     expression --> text tower --------------------> text tokens ----+
                        |  bridges: f*^ml                            +--> grounding encoder --> box, RTCC, mask
@@ -109,7 +109,7 @@ class HiVGConfig:
     lora_rank: int = 32
     lora_alpha: float = 16
     lora_dropout: float = 0.1
-    lora_groups: int = 3  # of the vision tower; the text tower is one group
+    lora_groups: int = 3  # G, of the vision tower; the text tower is one group. train.py has stages for 3
     lora_order: str = "shallow_first"  # or deep_first, at_once (lora.ORDERS)
     stage: int = 0  # Hi LoRA stages whose adapters are in place; 0 = warm-up
     normalization: str = "clip"  # mean and std of the images: clip, or imagenet (released checkpoints)
@@ -173,8 +173,8 @@ class HiVGConfig:
 class HiVG(nn.Module):
     """The grounding model. At first only CLIP's own weights are frozen; `add_stage` freezes the older adapters too.
 
-    Its towers' hidden states are what a forward hook on `clip.visual` or `clip.text` sees: called by themselves,
-    `clip.visual(images)` and `clip.encode_image` read no text.
+    To see the towers' hidden states in a forward, hook `clip.visual` or `clip.text`. Called by themselves, without the
+    bridges, `clip.visual(images)` and `clip.encode_image` read no text.
     """
 
     tokenizer = None  # the one that CLIP was trained with, if there is a merge table
@@ -402,14 +402,15 @@ class HiVG(nn.Module):
 
     def add_stage(self, stage):
         """Begin Hi LoRA stage `stage`, the next one (1, 2, ..): new adapters in place, the earlier ones frozen. Which
-        layers get them: `adapted_layers` in lora.py. Raises ValueError for another, as its file could not be read, and
-        for a stage that would train no adapter."""
+        layers get them: `adapted_layers` in lora.py. Raises ValueError for any other stage, whose file could not be
+        read back, and for one that the configuration does not have."""
         c = self.config
         if stage != c.stage + 1:
             raise ValueError(f"after stage {c.stage} comes stage {c.stage + 1}, not {stage}")
-        if not any(c.adapted_layers(stage)):
-            raise ValueError(f"lora {c.lora!r} has no stage {stage}; for a model without adapters, first "
-                             'model.config = model.config.with_lora("vanilla", rank, alpha)')
+        is_beyond = c.lora in ("hierarchical", "shared") and stage > c.lora_groups
+        if is_beyond or not any(c.adapted_layers(stage)):
+            advice = '; first model.config = model.config.with_lora("vanilla", rank, alpha)' if c.lora == "none" else ""
+            raise ValueError(f"lora {c.lora!r} has no stage {stage}{advice}")
         settings = (c.lora_rank, c.lora_alpha, c.lora_dropout, c.lora, c.lora_order)
         lora.add_stage(self.clip.visual.blocks, stage, c.lora_groups, *settings)
         lora.add_stage(self.clip.text.blocks, stage, lora.TEXT_GROUPS, *settings)

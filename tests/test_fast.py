@@ -244,9 +244,8 @@ def test_what_an_extension_trains_is_trained(extend):
     assert_close("training", found, expected, 1e-9)
     gradients = torch.autograd.grad(found.sum(), extended)
     assert extended and all(gradient.abs().sum() > 0 for gradient in gradients)
-    if extend is not adapt_otherwise:  # `merge` takes its own adapters for plain ones
-        predicting = model.for_prediction(torch.device("cpu"), torch.float32).double()
-        assert_close("prediction", predicting(*batch).boxes, expected, 1e-5)
+    predicting = model.for_prediction(torch.device("cpu"), torch.float32).double()
+    assert_close("prediction", predicting(*batch).boxes, expected, 1e-5)
 
 
 def test_a_model_for_prediction_is_not_saved(tmp_path):

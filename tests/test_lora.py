@@ -204,10 +204,13 @@ def test_stages_come_in_turn():
 
 def test_a_stage_without_adapters_is_refused():
     """It would count, and train nothing of CLIP: of a released checkpoint, whose adapters are folded, and of vanilla,
-    which has one."""
-    for model in (make_hivg(stage=1).merged(), make_hivg(lora="vanilla", stage=1)):
-        with pytest.raises(ValueError, match=f"lora '{model.config.lora}' has no stage {model.config.stage + 1}"):
-            model.add_stage(model.config.stage + 1)
+    which has one; one more than there are groups would adapt all layers anew."""
+    last = [make_hivg(lora=lora, stage=3) for lora in ("hierarchical", "shared")]
+    for model in (make_hivg(stage=1).merged(), make_hivg(lora="vanilla", stage=1), *last):
+        c = model.config
+        advice = "; first model.config" if c.lora == "none" else "$"
+        with pytest.raises(ValueError, match=f"lora '{c.lora}' has no stage {c.stage + 1}{advice}"):
+            model.add_stage(c.stage + 1)
     model = make_hivg(stage=1).merged()
     model.config = model.config.with_lora("vanilla", 3, 6)
     model.add_stage(1)

@@ -49,7 +49,7 @@ def views(size, storage):
 def write_many_stages(path):
     """Adapters of a hundred stages for as many layers as there are tensors for."""
     config = dataclasses.asdict(make_hivg().config)
-    config |= {"stage": 100, "lora_groups": 1}
+    config |= {"stage": 100, "lora_groups": 100}
     config["clip"] |= {"vision_layers": 1000, "text_layers": 1000}
     save_ours(path, "hivg", config, {f"a{i}": torch.zeros(0) for i in range(2100)})
 
