@@ -85,8 +85,8 @@ class Settings(RunSettings):
     clip: str = setting("weights/clip-tiny.safetensors", "the CLIP to start from", group="Model", of_model=True)
     finetune: str = setting("", "a HiVG to train further, instead of --clip")
     bridge: str = setting("adaptive", "what the bridge attends to", choices=BRIDGE_KINDS, of_model=True)
-    bridgeless: bool = setting(False, "begin with a stage without the bridge, as the paper does for its large models",
-                               of_model=True)
+    bridgeless: bool = setting(False, "begin with a stage without the bridge, as the paper does for its large models; "
+                               "give --epochs a value for it too", of_model=True)
     text_layers: tuple[int, ...] = setting((), "text layers to fuse, counted from 1; default: the last (tiny: 2 4)",
                                            low=1, high=99, of_model=True)
     text_norm: bool = setting(True, "a layer norm on each text layer before the fusion", of_model=True)
@@ -135,11 +135,11 @@ class Hooks:
     one_stream: bool = False  # all stages read one stream of data, so the order does not depend on the stages
 
 
-# Stages by --lora: the name, and j of Hi LoRA, which trains the adapters of vision layers 1 .. j L/3
+# Stages by --lora: the name, and j of Hi LoRA, which trains the adapters of vision layers 1 .. j L/3 (lora_groups = 3)
 STAGES = {
     "hierarchical": [("warmup", 0), ("lora1", 1), ("lora2", 2), ("lora3", 3)],
     "shared": [("warmup", 0), ("lora1", 1), ("lora2", 2), ("lora3", 3)],
-    "vanilla": [("warmup", 0), ("lora1", 1)],  # the first adds adapters to all layers
+    "vanilla": [("warmup", 0), ("lora1", 1)],  # all layers at once
     "none": [("warmup", 0)],
 }
 
@@ -233,20 +233,20 @@ def validate(s: Settings, dataset, model, device):
     return {"accuracy": accuracy(ious), "mean_iou": mean(ious)}
 
 
-def info_of(s: Settings, stage, scores):
+def info_of(s: Settings, stage, epoch, scores):
     """What a weights file says of its training."""
-    return {"stage": stage, "dataset": os.path.basename(s.dataset), **scores}
+    return {"stage": stage, "dataset": os.path.basename(s.dataset), "epoch": epoch, **scores}
 
 
-def keep_best(s: Settings, dataset, model, device, path, best):
-    """Validate, and write the model to `path` unless an earlier one was better, of equal accuracy by its mean IoU ->
-    (scores, best)."""
+def keep_best(s: Settings, dataset, model, device, path, epoch, best):
+    """Validate after an epoch, and write the model to `path` unless an earlier one was better, of equal accuracy by its
+    mean IoU -> (scores, best)."""
     scores = validate(s, dataset, model, device)
     is_better = scores["accuracy"] > best
     if scores["accuracy"] == best and distributed.rank() == 0:  # usual where `val` is small
         is_better = scores["mean_iou"] >= weights.read(path).info.get("mean_iou", 0)
     if is_better and distributed.rank() == 0:
-        weights.save(path, model, info_of(s, path.stem, scores))
+        weights.save(path, model, info_of(s, path.stem, epoch, scores))
     return scores, max(best, scores["accuracy"])
 
 
@@ -276,6 +276,9 @@ def train(s: Settings, hooks=Hooks()):
             dataset = open_split(s, model, "train")
             val = open_split(s, model, "val")  # here, so that a missing one is noticed before any work
             run.data = fingerprint(dataset, val)
+            in_step, in_train = stage.batch_size * stage.accumulate, len(dataset) * dataset.rows
+            if in_step > in_train:
+                log.message(f"a step takes {in_step:,} expressions and train has {in_train:,}, so some are in it twice")
             if n_cut := count_cut(dataset, model.tokenizer):
                 log.message("expressions that are too long for CLIP, cut to their first "
                             f"{model.tokenizer.room} tokens: {n_cut:,}")
@@ -299,7 +302,7 @@ def train(s: Settings, hooks=Hooks()):
         if stage.name == "finetune" and not model.config.stage and not s.clip_rate:
             log.message("CLIP is frozen and has no adapters to train; --lora hierarchical, shared or vanilla adds them")
         if number == 0 and first == 0:
-            # before other files, so that every run can be resumed; a start that is to be measured is not measured yet
+            # before any other file, so that every run can be resumed. -1: --finetune's start is measured below
             run.save(number, 0, steps, -1.0, model, optimizers)
         if first == 0 and scores is None:
             with run.autocast():
@@ -307,7 +310,9 @@ def train(s: Settings, hooks=Hooks()):
             best = scores["accuracy"]
             log.epoch(stage.name, 0, 0, scores, best)
         if first == 0 and best >= 0 and distributed.rank() == 0:  # kept if the stage never improves it
-            weights.save(path, model, info_of(s, stage.name, scores))
+            known = getattr(model, "info", {})  # such as its calibration, which holds on
+            start = {"stage": stage.name, "epoch": 0} | scores
+            weights.save(path, model, info_of(s, stage.name, 0, scores) | known | start)
         trained = training_copy(model, run.dtype, together=distributed.world_size() == 1)
         if s.compile:
             model.compile_blocks()  # to validate
@@ -345,12 +350,15 @@ def train(s: Settings, hooks=Hooks()):
             # validate, and keep the best
             if end_of_epoch:
                 with run.autocast():
-                    scores, best = keep_best(s, val, model, device, path, best)
-                log.epoch(stage.name, step + 1, (step + 1) // steps_per_epoch, scores, best)
+                    epoch = (step + 1) // steps_per_epoch
+                    scores, best = keep_best(s, val, model, device, path, epoch, best)
+                log.epoch(stage.name, step + 1, epoch, scores, best)
 
             # save the state
             if may_wait and run.save_is_due(end_of_epoch):
                 run.save(number, step + 1, steps, best, model, optimizers)
+        if steps and distributed.rank() == 0 and weights.read(path).info.get("epoch") == 0:
+            log.message(f"{stage.name}: no epoch was better than the start, so {path} is the model it began with")
         distributed.barrier()  # the next stage reads the file that the first rank wrote
     return path
 

@@ -73,12 +73,13 @@ def preset_of(name):
 
 def finetune_defaults(path, lora):
     """The defaults of --finetune PATH: one stage, or with --lora the stages that add adapters. The tiny model keeps
-    train.py's own, which suit the drawn world; any other model gets the paper's. Raises ValueError."""
+    train.py's own but for the rate, as they suit the drawn world; any other model gets the paper's. Raises
+    ValueError."""
     config = hivg_config(path)
     if lora != "none" and config.stage:
         raise ValueError(f"--lora {lora}: {path} has adapters ({config.lora}, stage {config.stage}); leave it out")
     n_stages = 3 if lora in ("hierarchical", "shared") else 1
-    defaults = {"lora": "none", "epochs": (1,) * n_stages, "lr": (3e-3,) * n_stages}
+    defaults = {"lora": "none", "epochs": (1,) * n_stages, "lr": (1e-3,) * n_stages}
     if config.clip.vision_layers != CLIP_SIZES["tiny"].vision_layers:
         defaults |= PAPER | {"lr": (2.5e-5,) * n_stages}  # the rate of the paper's last stage
     return defaults

@@ -114,7 +114,7 @@ def test_a_finetuning_of_another_model_takes_the_papers_losses(monkeypatch, tmp_
         ("lora1", 1, 1e-4), ("lora2", 1, 1e-4), ("lora3", 1, 5e-5)]
     assert [row.lr for row in train.stages(parsed(monkeypatch, "--finetune", str(path)))] == [2.5e-5]
     s = parsed(monkeypatch, "--finetune", str(BUNDLED))
-    assert (s.optimizer, s.loss_weights, s.lora, s.lr) == ("muon", DRAWN_WORLD, "none", (3e-3,))
+    assert (s.optimizer, s.loss_weights, s.lora, s.lr) == ("muon", DRAWN_WORLD, "none", (1e-3,))
     preset = parsed(monkeypatch, "--finetune", str(path), "--preset", "flickr-base")
     assert (preset.dataset, preset.epochs, preset.name) == ("flickr", (1,), "flickr-base")
 

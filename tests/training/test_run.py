@@ -355,8 +355,11 @@ def test_finetune(world, finetuning):
     assert any(".A.2" in name for name in changed)
 
 
-def test_finetune_keeps_its_start_if_it_gets_worse(world, finetuning, monkeypatch):
+def test_finetune_keeps_its_start_if_it_gets_worse(world, finetuning, monkeypatch, capfd):
     """Measured before the first step, for the accuracy in the file may be of another data set."""
+    calibrated = weights.load_hivg(finetuning.finetune)
+    weights.save("calibrated.safetensors", calibrated, calibrated.info | {"score_calibration": [1, 0]})
+    finetuning = replace(finetuning, finetune="calibrated.safetensors")
     scores = iter([0.5, 0.4, 0.45])
     monkeypatch.setattr(train, "validate", lambda *args: {"accuracy": next(scores)})
     path = train.train(replace(finetuning, epochs=(2,)))
@@ -364,7 +367,8 @@ def test_finetune_keeps_its_start_if_it_gets_worse(world, finetuning, monkeypatc
         (0, 0.5), (1, 0.4), (2, 0.45)]
     kept = weights.load_hivg(path)
     before = weights.load_hivg(finetuning.finetune).state_dict()
-    assert kept.info["accuracy"] == 0.5
+    assert kept.info["accuracy"] == 0.5 and kept.info["epoch"] == 0 and kept.info["score_calibration"] == [1, 0]
+    assert "finetune: no epoch was better than the start" in capfd.readouterr().err
     assert all(torch.equal(tensor, before[name]) for name, tensor in kept.state_dict().items())
 
 
