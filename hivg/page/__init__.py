@@ -178,9 +178,16 @@ class Handler(BaseHTTPRequestHandler):
 def parsed(body):
     """The body of POST /ground -> (the bytes of an image file or None, the expression). Raises ValueError."""
     with suppress(ValueError, RecursionError):  # the latter: brackets nested by the thousand
-        match json.loads(body):
-            case {"image": None | str() as image, "expression": str(expression)}:
-                return None if image is None else base64.b64decode(image, validate=True), expression
+        body = json.loads(body)
+    match body:
+        case {"image": None, "expression": str(expression)}:
+            return None, expression
+        case {"image": str(image), "expression": str(expression)}:
+            image = image.partition(",")[2] if image.startswith("data:") else image
+            try:
+                return base64.b64decode("".join(image.split()), validate=True), expression
+            except ValueError:
+                raise ValueError("the image is not in base64; encode the bytes of its file") from None
     raise ValueError('send {"image": an image file in base64, or null, "expression": text} as JSON')
 
 

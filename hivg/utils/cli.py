@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from contextlib import suppress
+from difflib import get_close_matches
 
 import torch
 
@@ -46,7 +47,9 @@ class Parser(argparse.ArgumentParser):
         print(self.format_help(), end="", file=file)  # argparse's own hides that it cannot be written
 
     def error(self, message):
-        fail(f"{message}; --help lists the flags")
+        unknown = re.match(r"unrecognized arguments: (--[^ =]+)", message)
+        similar = get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
+        fail(f"{message}; {f'is it {similar[0]}? ' if similar else ''}--help lists the flags")
 
 
 def program_name():
@@ -144,8 +147,9 @@ def check_compile(device, advice="leave --compile out"):
 
 def choose_dtype(name, device):
     """"float32", "bfloat16" or "auto" -> the torch.dtype of matrix products, and in prediction also of parameters.
-    auto: bfloat16 on a GPU or x86 CPU that multiplies it in hardware, where a step takes half the time. Raises
-    ValueError."""
+    auto: bfloat16 on a GPU or x86 CPU that multiplies it in hardware, where a step takes half the time. torch.float32
+    is taken as "float32". Raises ValueError."""
+    name = name_of(name)
     if name not in DTYPES:
         raise ValueError(f"dtype must be auto, float32 or bfloat16, not {name!r}")
     if name != "auto":

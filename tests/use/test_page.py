@@ -157,9 +157,18 @@ def test_only_the_page_itself_is_answered(server, host, origin, status):
         assert code == status and (code == 200 or f"{server.address}; a tunnel must keep the port" in body.decode())
 
 
+def test_base64_as_other_programs_write_it(server, image):
+    """With the kind before it, as a browser's data: address has it, and in lines."""
+    text = encoded(png_of(image))
+    lines = "\n".join(text[i : i + 76] for i in range(0, len(text), 76))
+    answers = [json.loads(ask(server, "POST", "/ground", text_of(image=i))[2])
+               for i in (text, "data:image/png;base64," + text, lines)]
+    assert answers[0]["box"] == answers[1]["box"] == answers[2]["box"]
+
+
 @pytest.mark.parametrize("body, word", [
     (b"", "JSON"), (b"{", "JSON"), (b"\xff", "JSON"), (b"[" * 100_000, "JSON"), (b"[]", "JSON"), (b"{}", "JSON"),
-    (text_of(expression=3), "JSON"), (text_of(image=[1]), "JSON"), (text_of(image="*"), "base64"),
+    (text_of(expression=3), "JSON"), (text_of(image=[1]), "JSON"), (text_of(image="*"), "encode the bytes"),
     (text_of(image=""), "not an image"), (text_of(image=encoded(b"only words")), "the image: not an image"),
     (text_of(image=encoded(huge_png())), "megapixels"), (text_of(expression=" "), "empty"),
 ])
