@@ -4,7 +4,7 @@
     x     = x + FFN(CrossAttention(LN(x), keys = values = f*^ml))     x (B, N, D_v), the ViT's visual tokens
 
 The FFN's last layer starts at zero, so a new bridge is the identity and training starts from CLIP itself.
-(A gate of zero around it would leave both without a gradient.)
+(A gate of zero around that would leave gate and layer without a gradient: each is a factor of the other's.)
 """
 
 import torch
@@ -47,7 +47,8 @@ class Bridge(nn.Module):
 
     def keys(self, text_states, projected=None):
         """The text that the visual tokens look at: text_states (K, B, T, D_t), projected (B, T, D_v), for its kind
-        -> (B, T, D_v). It does not depend on the image, so it is made once, before the ViT starts."""
+        -> (B, T, D_v), where T is the whole context length for "constant". It does not depend on the image, so it is
+        made once, before the ViT starts."""
         K, B, T, D_t = text_states.shape
         if self.kind == "projected":
             return projected

@@ -139,7 +139,7 @@ class Block(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
-        # pre-norm: what is added to the stream x is never normalised, so x can pass through all blocks unchanged
+        # pre-norm: each branch reads a normalised copy of the stream x; x itself is only added to, from block to block
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
@@ -333,8 +333,8 @@ def bounded_logit_scale(logit_scale):
 
 
 def init_module(module):
-    """OpenAI's initialisation of the text tower, here of both: 1 / sqrt(C) for the layers that read the stream; biases
-    zero (ours in the MLP)."""
+    """OpenAI's initialisation of the text tower, here of both: a standard deviation of 1 / sqrt(C) for q, k and v, 1 /
+    sqrt(2 C) for an MLP's first layer; biases zero (ours in the MLP)."""
     if isinstance(module, nn.Linear):
         # the first layer of an MLP has more outputs than inputs, so it starts smaller
         widens = module.out_features > module.in_features

@@ -4,7 +4,8 @@ A call costs a GPU some microseconds however small it is, and a training step ma
 
 - the weights of matrix products are in the products' dtype: the frozen ones converted when the copy is made, the
   trained ones in one call, at each forward. Autocast alone converts each where it is used;
-- self-attention makes q, k and v in one product, of frozen weights into which the earlier stages' adapters are folded;
+- self-attention in CLIP's towers makes q, k and v in one product, of frozen weights into which the earlier stages'
+  adapters are folded;
 - QuickGELU's two factors are part of the frozen weights around it.
 """
 

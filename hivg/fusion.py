@@ -23,7 +23,8 @@ HAS_TRITON = find_spec("triton") is not None  # looked up once: the model choose
 def adaptive_fusion_reference(text_states, adaptive_weights, proj_weight, proj_bias,
                               norm_weight=None, norm_bias=None, eps=1e-5):
     """Plain PyTorch: text_states (K, B, T, D_t), adaptive_weights (K, T, D_t), proj_weight (D_v, K D_t), proj_bias
-    (D_v), norm_weight and norm_bias (K, D_t) or None for no layer norm -> (B, T, D_v)."""
+    (D_v), norm_weight and norm_bias (K, D_t) or None for no layer norm -> (B, T, D_v). All of one dtype, except under
+    autocast."""
     K, B, T, D_t = text_states.shape
     f = text_states
     if norm_weight is not None:

@@ -1,6 +1,6 @@
 """The bridge's adaptive fusion as one Triton kernel, and its gradient.
 
-The mathematics (fusion.py), for a row m = (b, t) of the output and text layers i = 1..K:
+The mathematics (fusion.py), for a row m = (b, t) of the output and text layers i = 0..K-1:
 
     x_hat_i = (x_i - mean_i) rstd_i           rstd_i = 1 / sqrt(var_i + eps), over the D = D_t channels of the row
     n_i     = x_hat_i * g_i + c_i             g, c: norm_weight, norm_bias; without a norm n_i = x_i
@@ -14,12 +14,12 @@ Program 4 in the third of its four steps, for K = 2 layers of two blocks each:
 
                                           D_v                each step = (layer i, block of BD channels):
                                     +-----+-----+-----+        x (BM, BD), mean, rstd (BM,)  -> x_hat
-        P^T (K D, D_v)     layer 1  |     |  .  |     |        g, c (BD,)                    -> n
+        P^T (K D, D_v)     layer 0  |     |  .  |     |        g, c (BD,)                    -> n
         in memory                   |     |  .  |     |        w (BM, BD)                    -> a (BM, BD)
                                     +-----+-----+-----+        y += a @ block of P_i^T (BD, BN)
-                           layer 2  |     |#####|     | BD   after the last one:
+                           layer 1  |     |#####|     | BD   after the last one:
                                     |     |  .  |     |        y + p -> memory
-          layer 1   layer 2         +-----+-----+-----+
+          layer 0   layer 1         +-----+-----+-----+
         +----+----+----+----+       +-----+-----+-----+
     B T |    |    |    |    |       |  0  |  1  |  2  |      y (B T, D_v), in the order of its programs
         +----+----+----+----+       +-----+-----+-----+

@@ -1,7 +1,7 @@
 """The losses of HiVG: box (with GIoU), CLC, RTCC, mask. Each is a scalar without its weight; `grounding_losses`
 weights them.
 
-Letters: B batch, P = h w patches of the grid, n numbers of a sample.
+Letters: B batch, P = h w patches of the grid, n numbers of a sample, R the samples of all ranks.
 """
 
 from dataclasses import dataclass
@@ -37,8 +37,8 @@ def contrastive_loss(logits_per_text, image_ids=None, present=None):
         L = (CE(S) + CE(S^T)) / 2,   S_ij = min(exp(logit_scale), 100) cos(t_i, v_j)
 
     logits_per_text (B, B) is S: t_i is the text feature at the end token of expression i, v_j the feature of [CLS] of
-    image j, both in CLIP's shared space. logit_scale is CLIP's own, learned in its pre-training and left as it is
-    (`similarity` in clip.py). CE is the cross entropy of each row with its own column as the right one. Under data
+    image j, both in CLIP's shared space. logit_scale is CLIP's own (`similarity` in clip.py), frozen with the rest of
+    CLIP. CE is the cross entropy of each row with its own column as the right one. Under data
     parallelism B is the batch of all GPUs together.
 
     Where the bridge shows image j its own expression j, copying satisfies this loss: [CLS] repeats the text it was
@@ -134,8 +134,8 @@ DRAWN_WORLD = LossWeights(clc=0.1, patch_box=2.0, reg_attention=0.5)
 def grounding_losses(output, batch, logits_per_text, image_ids, weights: LossWeights, box_kind="smooth_l1",
                      all_present=None):
     """All terms, weighted: output an HiVGOutput, batch a dict with images (B, 3, S, S), boxes (B, 4) cxcywh in 0..1,
-    masks (B, M, M) bool, to whose size the mask logits are resized; logits_per_text (n, n), image_ids and all_present
-    (n,) are those of all ranks -> {name: scalar tensor}; their sum is the loss.
+    masks (B, M, M) bool, to whose size the mask logits are resized; logits_per_text (R, R), image_ids and all_present
+    (R,) are those of all ranks -> {name: scalar tensor}; their sum is the loss.
 
     The drawn world may also have present (B,) bool, false for an expression that is true of nothing in its image, whose
     mask is empty. The paper's task has no such thing.

@@ -25,7 +25,8 @@ def init(device):
         torch.cuda.set_device(device)  # whose random numbers a checkpoint keeps
     if is_alone:
         return device
-    # DDP imports this, and its functions' defaults are the group there is: imported later it keeps it beyond `destroy`
+    # DDP imports this module, whose functions keep the process group that exists at that moment as a default, also
+    # beyond `destroy`. Imported here, before there is one, they keep none
     from torch.distributed.nn import functional  # noqa: F401
     if not dist.is_initialized():
         is_gpu = device.type == "cuda"

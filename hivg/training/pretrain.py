@@ -87,8 +87,8 @@ def phrase_truth(named, attributes):
 def patch_similarity(words, patches, sharpness=SHARPNESS):
     """How well each text fits each image by its best patches, as in FILIP with a soft maximum.
 
-    words (M, W, E) and patches (B, P, E), of unit length -> (M, B): the cosine of a word with the patches, averaged
-    with the weights softmax(sharpness * cosine), then averaged over the words.
+    words (M, W, E) of M texts and patches (B, P, E) of B images, of unit length -> (M, B): the cosine of a word with
+    the patches, averaged with the weights softmax(sharpness * cosine), then averaged over the words.
     """
     cosine = torch.einsum("mwe,bpe->mwbp", words, patches)
     attention = (sharpness * cosine).softmax(-1)  # (M, W, B, P)
@@ -171,7 +171,8 @@ class ContrastiveCriterion(torch.nn.Module):
         return phrase_loss(bounded_logit_scale(self.model.logit_scale) * fit, is_true, own)
 
     def scores(self, words, patches, expressions, batch):
-        """How well each expression fits each object of its image: logits (M, 8), -inf where there is no object."""
+        """How well each expression fits each object of its image: words (8 B, 2, E) of the objects' phrases, patches
+        (B, P, E), expressions (M, E) -> logits (M, 8), -inf where there is no object."""
         is_phrase = batch["named"][..., 0] != NO_PHRASE  # (B, 8)
         words = words.unflatten(0, is_phrase.shape)  # (B, 8, 2, E)
         cosine = torch.einsum("bowe,bpe->bowp", words, patches)
