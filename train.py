@@ -108,7 +108,8 @@ class Settings(RunSettings):
     box_loss: str = setting("l1", "l1 (released program) or smooth_l1 (paper)", choices=("l1", "smooth_l1"))
     loss_weights: LossWeights = setting(DRAWN_WORLD, "weights of the loss terms; 0 leaves a term out", low=0, high=1e6)
 
-    graph: bool = setting(False, "record the step as a CUDA graph, launched as one; one GPU (hivg/training/graph.py)",
+    graph: bool = setting(False, "record the step as a CUDA graph, launched as one; one GPU, up to twice the memory "
+                          "(hivg/training/graph.py)",
                           group="Machine", resumable=True)
 
     def __post_init__(self):
@@ -391,4 +392,4 @@ def main():
 
 if __name__ == "__main__":
     run(main, "interrupted; the same command with --resume continues from the last saved state",
-        "lower --batch_size and raise --accumulate as much, set --recompute, or lower --workers")
+        "lower --batch_size and raise --accumulate as much, give --no_graph --recompute, or lower --workers")

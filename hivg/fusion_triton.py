@@ -243,7 +243,8 @@ def choose_tile(M, DV, x, w, P, major, processors):
         large = dict(BM=128, BN=256, num_warps=8) | depth
         wanted = 0.6 * processors
     else:
-        # two programs per processor: one computes its operand during the other's product
+        # two programs per processor, where its shared memory holds both (the 100 KiB of consumer GPUs do not): one
+        # computes its operand during the other's product
         large = dict(BM=64, BN=256, BD=32, num_warps=4, num_stages=3)
         wanted = 1.2 * processors
     if triton.cdiv(M, large["BM"]) * triton.cdiv(DV, large["BN"]) >= wanted:

@@ -12,6 +12,9 @@ from collections import Counter
 
 import torch
 
+from hivg.utils.memory import is_out_of_memory
+from hivg.utils.messages import shown
+
 RECORDED = {"images", "padding_mask", "boxes", "masks", "image_ids", "present"}  # of a batch, beside token_ids
 WARM_UP = 3  # steps of a length before it is recorded, launch by launch: kernels are chosen and compiled in them
 
@@ -78,8 +81,16 @@ class GraphedStep:
             group["capturable"] = True  # PyTorch's optimizers must be told, and warn of steps outside of a recording
         graph = torch.cuda.CUDAGraph()
         # thread_local: the thread that pins the next batches' memory may go on meanwhile
-        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
-            results = self.step(batches)
+        try:
+            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+                results = self.step(batches)
+        except RuntimeError as error:
+            cause = error.__context__ or error  # leaving a recording that failed raises once more
+            if is_out_of_memory(cause):
+                raise cause from None
+            reason = shown(str(cause).strip().partition("\n")[0], 120)
+            raise ValueError(f"--graph: this step cannot be recorded ({reason}); the same command with --resume "
+                             "--no_graph goes on") from None
         for group in self.groups:
             group["capturable"] = False
         self.pool = graph.pool()

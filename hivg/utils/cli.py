@@ -152,6 +152,8 @@ def choose_dtype(name, device):
     name = name_of(name)
     if name not in DTYPES:
         raise ValueError(f"dtype must be auto, float32 or bfloat16, not {name!r}")
+    if name == "float32" and device.type == "cuda":
+        torch.backends.cudnn.conv.fp32_precision = "ieee"  # convolutions alone are TF32 by PyTorch's default
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":

@@ -1,5 +1,6 @@
 """--graph without a GPU: a call takes the place of the recording, on the same memory and in the same order."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,6 +79,29 @@ def test_graphed_training_is_the_same(world, tiny, monkeypatch):
     train_until(monkeypatch, s, "to_device", 2 * WARM_UP + 4)
     train.train(replace(s, resume=True))
     assert_same_run(Path("runs/killed"), Path("runs/graphed"))
+
+
+@pytest.mark.parametrize("cause, expected, message", [
+    ("not permitted in a recording\nmore", ValueError, "--graph: this step cannot be recorded .not permitted"),
+    ("CUDA out of memory. Tried to allocate 2 GiB", RuntimeError, "out of memory")])
+def test_a_recording_that_fails_says_how_to_go_on(monkeypatch, cause, expected, message):
+    """As torch.cuda.graph does, its stand-in raises another error when it is left."""
+    @contextmanager
+    def recording(*args, **options):
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def step(batches):
+        raise RuntimeError(cause)
+
+    graphed = GraphedStep(step, [], 8, CPU)
+    graphed.stream = "a stream"
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    with pytest.raises(expected, match=message):
+        graphed.record([])
 
 
 def test_graph_is_refused_where_it_cannot_be(world, tiny, monkeypatch, capfd):

@@ -113,6 +113,18 @@ def test_a_gpu_that_does_not_multiply_bfloat16_gets_float32(monkeypatch, capabil
     assert choose_dtype("bfloat16", torch.device("cuda")) == torch.bfloat16
 
 
+def test_float32_is_exact_on_a_gpu_in_convolutions_too():
+    """By PyTorch's default they round their inputs to TF32, alone of all products."""
+    convolutions = torch.backends.cudnn.conv
+    before = convolutions.fp32_precision
+    try:
+        convolutions.fp32_precision = "tf32"
+        assert choose_dtype(torch.float32, torch.device("cuda")) == torch.float32
+        assert convolutions.fp32_precision == "ieee"
+    finally:
+        convolutions.fp32_precision = before
+
+
 @pytest.mark.parametrize("command", ["hivg --json --device cpu", "hivg.ablate list"])
 def test_a_reader_that_leaves(command):
     """As `python -m ... | head -0`, found while it works or at its end: no traceback, no message."""
