@@ -207,7 +207,7 @@ def test_of_two_alike_by_accuracy_the_better_boxes_are_kept(mean_iou, is_kept, m
     monkeypatch.setattr(train, "validate", lambda *args: {"accuracy": 0.75, "mean_iou": mean_iou})
     model = make_hivg(dtype=torch.float32)
     model.info = {"score_calibration": [1.0, 0.0]}
-    scores, best = train.keep_best(train.Settings(), None, model, torch.device("cpu"), path, 0.75)
+    scores, best = train.keep_best(train.Settings(), None, model, torch.device("cpu"), path, 1, 0.75)
     assert (scores["mean_iou"], best) == (mean_iou, 0.75)
     info = weights.load_hivg(path).info
     assert info["mean_iou"] == max(mean_iou, 0.5) and is_kept == ("stage" in info)
