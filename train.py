@@ -277,7 +277,7 @@ def train(s: Settings, hooks=Hooks()):
             dataset = open_split(s, model, "train")
             val = open_split(s, model, "val")  # here, so that a missing one is noticed before any work
             run.data = fingerprint(dataset, val)
-            in_step, in_train = stage.batch_size * stage.accumulate, len(dataset) * dataset.rows
+            in_step, in_train = max(row.batch_size * row.accumulate for row in table), len(dataset) * dataset.rows
             if in_step > in_train:
                 log.message(f"a step takes {in_step:,} expressions and train has {in_train:,}, so some are in it twice")
             if n_cut := count_cut(dataset, model.tokenizer):
@@ -311,7 +311,7 @@ def train(s: Settings, hooks=Hooks()):
             best = scores["accuracy"]
             log.epoch(stage.name, 0, 0, scores, best)
         if first == 0 and best >= 0 and distributed.rank() == 0:  # kept if the stage never improves it
-            known = getattr(model, "info", {})  # such as its calibration, which holds on
+            known = getattr(model, "info", {})  # its calibration and data set, by which it is warned of photographs
             start = {"stage": stage.name, "epoch": 0} | scores
             weights.save(path, model, info_of(s, stage.name, 0, scores) | known | start)
         trained = training_copy(model, run.dtype, together=distributed.world_size() == 1)

@@ -250,6 +250,8 @@ def merge(module):
     for parent in list(module.modules()):  # lists, as the modules are replaced meanwhile
         for name, child in list(parent.named_children()):
             if isinstance(child, LoRALinear):
-                is_known = type(child).forward is LoRALinear.forward or type(child).folded is not LoRALinear.folded
+                kind = type(child)
+                is_known = (kind.forward is LoRALinear.forward or kind.folded is not LoRALinear.folded
+                            or kind.merged is not LoRALinear.merged)
                 setattr(parent, name, child.merged() if is_known else child)
     return module

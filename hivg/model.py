@@ -442,7 +442,8 @@ class HiVG(nn.Module):
         return model
 
     def merged(self):
-        """A new model with the adapters folded into CLIP's weights and the same output; this one is unchanged."""
+        """A new model with the adapters folded into CLIP's weights, but for somebody's own (lora.merge), and the same
+        output; this one is unchanged."""
         model = lora.merge(self)
         model.config = replace(self.config, lora="none", stage=0)
         return model

@@ -248,6 +248,13 @@ def test_what_an_extension_trains_is_trained(extend):
     assert_close("prediction", predicting(*batch).boxes, expected, 1e-5)
 
 
+def test_a_merged_model_that_keeps_an_adapter_is_not_saved(tmp_path):
+    model = make_hivg(stage=0)
+    adapt_otherwise(model.clip.visual.blocks[0])
+    with pytest.raises(ValueError, match="has adapters, of which its configuration says nothing"):
+        weights.save(tmp_path / "x.safetensors", model.merged())
+
+
 def test_a_model_for_prediction_is_not_saved(tmp_path):
     """It would be read as damaged."""
     model = make_hivg().for_prediction(torch.device("cpu"), torch.float32)

@@ -63,7 +63,7 @@ def open_image(image):
         raise ImageError('file object: is open for text; open it for reading bytes, mode "rb"')
     if isinstance(image, (str, os.PathLike)) or hasattr(image, "read"):
         return _using(image, _upright)
-    ways = {"Tensor": "; of a tensor (3, H, W) in 0..1 give tensor.permute(1, 2, 0).numpy(force=True)",
+    ways = {"Tensor": "; of a tensor (3, H, W) in 0..1 give tensor.permute(1, 2, 0).float().numpy(force=True)",
             "bytes": "; of an image file's bytes give io.BytesIO(data)"}
     kind = type(image).__name__
     raise ImageError(f"{kind}: give a path, a PIL image, an open file or an array{ways.get(kind, '')}")
@@ -162,7 +162,7 @@ def _opened(file, name):
     """A Path or a file object -> PIL image, its pixels not read yet. Raises ImageError, and anything (_decoding)."""
     if isinstance(file, Path):
         if not os.path.exists(file):  # unlike file.exists(), False for a name that no file can have
-            advice = "download it first" if str(file).startswith(ADDRESSES) else "check the path"
+            advice = "download it first" if file.as_posix().lower().startswith(ADDRESSES) else "check the path"
             raise ImageError(f"{name}: there is no such file; {advice}")
         if file.is_dir():
             raise ImageError(f"{name}: is a folder; name an image in it")
@@ -192,7 +192,8 @@ def _of_array(array):
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,), (4,)) or 0 in array.shape:
-        way = "; of (3, H, W) give array.transpose(1, 2, 0)" if array.ndim == 3 and array.shape[0] in (1, 3, 4) else ""
+        is_turned = array.ndim == 3 and array.shape[0] in (1, 3, 4)
+        way = "; if channels come first, array.transpose(1, 2, 0)" if is_turned else ""
         raise ImageError(f"array of shape {shown(array.shape, 60)}: give (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA"
                          f"{way}")
     if array.dtype.kind == "f":
@@ -230,7 +231,9 @@ def _to_rgb(image):
 def _white(image):
     """What becomes 255 of a grey image of integers or floats: the smallest usual white that no pixel exceeds."""
     largest = max([0, *(_values(strip).max() for _, strip in _strips(image))])
-    whites = (1, 255, 1023, 4095, 65535) if image.mode == "F" else (255, 1023, 4095, 65535)  # of 8, 10, 12, 16 bits
+    whites = (255, 1023, 4095, 16383, 65535)  # of 8, 10, 12, 14, 16 bits
+    if image.mode == "F":
+        whites = (1, *whites)
     return next((white for white in whites if largest <= white), largest)
 
 

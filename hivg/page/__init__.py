@@ -180,9 +180,9 @@ def parsed(body):
     with suppress(ValueError, RecursionError):  # the latter: brackets nested by the thousand
         body = json.loads(body)
     match body:
-        case {"image": None, "expression": str(expression)}:
-            return None, expression
-        case {"image": str(image), "expression": str(expression)}:
+        case {"image": None | str() as image, "expression": str(expression)}:
+            if image is None:
+                return None, expression
             image = image.partition(",")[2] if image.startswith("data:") else image
             try:
                 return base64.b64decode("".join(image.split()), validate=True), expression

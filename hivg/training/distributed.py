@@ -25,8 +25,7 @@ def init(device):
         torch.cuda.set_device(device)  # whose random numbers a checkpoint keeps
     if is_alone:
         return device
-    # DDP imports this module, whose functions keep the process group that exists at that moment as a default, also
-    # beyond `destroy`. Imported here, before there is one, they keep none
+    # imported before there is a process group, as its functions keep the one they find, also beyond `destroy`
     from torch.distributed.nn import functional  # noqa: F401
     if not dist.is_initialized():
         is_gpu = device.type == "cuda"

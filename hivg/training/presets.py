@@ -73,7 +73,7 @@ def preset_of(name):
 
 def finetune_defaults(path, lora):
     """The defaults of --finetune PATH: one stage, or with --lora the stages that add adapters. The tiny model keeps
-    train.py's own but for the rate, as they suit the drawn world; any other model gets the paper's. Raises
+    train.py's settings, which suit the drawn world, except for the rate; any other model gets the paper's. Raises
     ValueError."""
     config = hivg_config(path)
     if lora != "none" and config.stage:

@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (--[^ =]+)", message)
         similar = get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
-        fail(f"{message}; {f'is it {similar[0]}? ' if similar else ''}--help lists the flags")
+        fail(f"{message}; {f'did you mean {similar[0]}? ' if similar else ''}--help lists the flags")
 
 
 def program_name():

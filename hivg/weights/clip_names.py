@@ -13,6 +13,7 @@ from hivg.utils.messages import quoted
 
 HEAD_WIDTH = 64  # of every CLIP that OpenAI published; no shape says it
 ACTIVATION = "quick_gelu"  # nor this
+HEADS = {"vision": 12, "text": 8}  # of a config.json of Hugging Face that leaves them out
 
 # (pattern in their name, what it becomes in ours), applied in this order
 OPENAI = [
@@ -55,7 +56,7 @@ def openai_clip(tensors):
 
 def huggingface_clip(tensors, settings):
     """The state dict of a Hugging Face CLIPModel -> (CLIPConfig, tensors with our names). settings: its config.json, or
-    {}; what that leaves out is as in OpenAI's CLIP. Raises NotThisKind."""
+    {}. Raises NotThisKind."""
     tensors = rename(tensors, HUGGING_FACE, HUGGING_FACE_UNUSED)
     for name in ("visual.proj", "text.text_projection"):
         if name in tensors and tensors[name].dim() == 2:
@@ -67,7 +68,8 @@ def huggingface_clip(tensors, settings):
         if told.get("hidden_act", ACTIVATION) != ACTIVATION:
             raise NotThisKind(f"its config.json says hidden_act={quoted(told['hidden_act'], 30)}; HiVG needs a CLIP "
                               f"with {ACTIVATION}, such as OpenAI's")
-        heads = told.get("num_attention_heads", width // HEAD_WIDTH)
+        usual = HEADS[tower] if told else width // HEAD_WIDTH
+        heads = told.get("num_attention_heads", usual)
         if type(heads) is not int or not 0 < heads <= width or width % heads:
             raise NotThisKind(f"its config.json says num_attention_heads={quoted(heads, 30)}, which do not divide its "
                               f"{tower} tower's width, {width}; use the config.json that was published with it")

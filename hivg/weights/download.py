@@ -39,8 +39,8 @@ CHUNK = 1 << 20  # bytes read at once
 
 
 def spelled(name):
-    """A model's name as FILES has it, from that, or that of its file without .pt: "ViT-B-16" -> "ViT-B/16"."""
-    return {file_of(known): known for known in HASHES}.get(file_of(name), name)
+    """A model's name as FILES has it, from that or from its file's: "ViT-B-16.pt" -> "ViT-B/16"."""
+    return {file_of(known): known for known in HASHES}.get(file_of(name.removesuffix(".pt")), name)
 
 
 def fetch(name, folder):

@@ -70,7 +70,7 @@ def read(path):
     path = located(path)
     try:
         if not os.path.isfile(path):  # unlike path.is_file(), False for a name that no file can have
-            known = spelled(path.stem if path.suffix == ".pt" else str(path))
+            known = spelled(path.name if path.suffix == ".pt" else path.as_posix())
             advice = (f"`python -m hivg.weights fetch {known}` gets it, as weights/{file_of(known)}" if known in HASHES
                       else f"{shown(bundled('README.md'), 80)} says where to get some")
             raise NotThisKind("is a folder; name a weights file in it" if os.path.isdir(path) else
@@ -173,7 +173,7 @@ def read_foreign(path, data):
         else:
             settings = settings_beside(path)
             config, tensors = huggingface_clip(tensors, settings)
-            if not settings:
+            if not {"vision_config", "text_config"} & settings.keys():
                 info["heads"] = f"taken to be {HEAD_WIDTH} wide; its config.json, beside it, would say"
         clip = config
     return File(kind, config, find_tokenizer(path.parent, clip), tensors, info)

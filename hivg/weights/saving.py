@@ -7,6 +7,7 @@ from pathlib import Path
 from safetensors.torch import save as save_bytes
 
 from hivg.fast import JoinedAttention
+from hivg.lora import LoRALinear
 from hivg.model import HiVG
 from hivg.utils.files import write_whole
 from hivg.utils.messages import shown
@@ -27,11 +28,14 @@ def save(path, model, info=None, dtype=None):
     info: plain data kept beside the weights, e.g. the accuracy; by default the model's own (`model.info`). Of a model
     that was trained further, leave out the old `score_calibration`. dtype: the dtype to store the tensors in (they load
     as float32); by default the model's own. Raises OSError, one line with the file, if it cannot be written, and
-    ValueError for a model of `HiVG.for_prediction`, whose products are joined, and for one whose configuration could
-    not be read again (check_config.py).
+    ValueError for a model of `HiVG.for_prediction`, whose products are joined, for one with adapters that its
+    configuration does not have, and for one whose configuration could not be read again (check_config.py).
     """
     if any(isinstance(module, JoinedAttention) for module in model.modules()):
         raise ValueError(f"{shown(path)}: the model was made for prediction; save the one that it was made from")
+    if isinstance(model, HiVG) and not model.config.stage and any(isinstance(m, LoRALinear) for m in model.modules()):
+        raise ValueError(f"{shown(path)}: the model has adapters, of which its configuration says nothing (merged() "
+                         "keeps those of your own), so the file could not be read; save the one before merged()")
     tensors = {name: t.to("cpu", dtype or t.dtype).contiguous() for name, t in model.state_dict().items()}
     check_config(model.config, len(tensors))
     if info is None:

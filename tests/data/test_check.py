@@ -74,7 +74,7 @@ def test_copies_of_an_image_are_one_where_images_are_read(tmp_path):
 def test_what_is_not_read_is_told(tmp_path):
     """A split under another name would be drawn anew, and nobody would see it."""
     path = write_own(tmp_path, 20, set="test", source="mine")
-    note = 'train: no row has a "split", so one image in ten is val; not read: set, source'
+    note = ': no row has a "split", so 1 of 20 images are val; not read: set, source'
     assert [note in line for line in check("nowhere", path).splitlines()] == [False, True, False, False]
 
 
@@ -85,7 +85,7 @@ def test_a_split_that_own_data_lack_is_told(tmp_path, n, fields, lacking):
     path = write_own(tmp_path, n, **fields)
     notes, lines = [], []
     for line in check(tmp_path, path).splitlines():
-        (notes if 'no row has a "split", so one image in ten is val' in line else lines).append(line)
+        (notes if 'no row has a "split", so ' in line else lines).append(line)
     assert len(notes) == (not fields)
     told = f"{path}: it has no {lacking}, which train.py needs; "
     assert [line.startswith(told) for line in lines] == ([False, True] if lacking else [False] * 3)

@@ -94,8 +94,8 @@ def test_a_folder_of_other_files(run, capfd):
         Path("more", name).write_bytes(b"no picture")
     Path("more/no.png").mkdir()
     assert ground.list_images(["more"]) == ["more/a.png"]
-    assert capfd.readouterr().err == ("warning: more: 6 of 7 files and folders in it are no images by their names, for "
-                                      "instance drawing.wmf\n")
+    assert capfd.readouterr().err == ("warning: more: left out 6 of 7, which are no images that can be read by their "
+                                      "names, for instance drawing.wmf\n")
     for kind, (read, _) in Image.OPEN.items():
         if isinstance(read, type) and issubclass(read, ImageFile.StubImageFile):
             assert kind in ground.UNREADABLE
@@ -274,7 +274,7 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     (["a.png", "-e", ""], {}, "expression"), (["a.png", "-e", "star", "-e", "  "], {}, "expression"),
     (["a.png"], {}, "no expression"), (["-e", "star"], {}, "no image"), (["", "-e", "star"], {}, "'': "),
     (["folder", "-e", "star"], {}, "folder"), ([*STAR, "--fast"], {}, "--fast"),
-    ([*STAR, "--wieghts", "x"], {}, "unrecognized arguments: --wieghts x; is it --weights? --help lists the flags"),
+    ([*STAR, "--wieghts", "x"], {}, "arguments: --wieghts x; did you mean --weights? --help lists the flags"),
     (["-", "-e", "star"], {}, "-: there is no such file; to read a program's output, name /dev/stdin"),
     (["a.png", "-e", "the", "red", "star"], {}, "red: there is no such file; check the path, and put an expression of"),
     ([*STAR, "--out", "x.png"], {}, "--out"),  # no abbreviations

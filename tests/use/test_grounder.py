@@ -236,10 +236,10 @@ def test_open_files(grounder, image, tmp_path):
     (np.full((4, 4), np.nan), "array of floats from nan to nan: give floats in 0..1"),
     (np.zeros((4, 4), np.int64), "array of type int64: give uint8, or floats in 0..1"),
     (np.zeros((4, 4), bool), "array of type bool: give uint8, or floats in 0..1; of booleans give array.astype(float)"),
-    (np.zeros((3, 4, 5), np.uint8), "array of shape (3, 4, 5): give (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA; of "
-     "(3, H, W) give array.transpose(1, 2, 0)"),
+    (np.zeros((3, 4, 5), np.uint8), "array of shape (3, 4, 5): give (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA; if "
+     "channels come first, array.transpose(1, 2, 0)"),
     (torch.zeros(3, 4, 5), "Tensor: give a path, a PIL image, an open file or an array; of a tensor (3, H, W) in 0..1"),
-    ("https://example.org/a.jpg", "https://example.org/a.jpg: there is no such file; download it first"),
+    ("HTTPS://example.org/a.jpg", "HTTPS://example.org/a.jpg: there is no such file; download it first"),
     (np.zeros((4, 4, 2), np.uint8), "array of shape (4, 4, 2): give"),
     (np.zeros((4,), np.uint8), "array of shape (4,): give"),
     (np.zeros((0, 4, 3), np.uint8), "array of shape (0, 4, 3): give"),

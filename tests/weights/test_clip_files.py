@@ -84,7 +84,7 @@ def test_a_mask_beside_the_weights_of_an_archive_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("told, message", [
-    ({"vision_config": {"num_attention_heads": 4}, "text_config": {"hidden_act": "quick_gelu"}}, None),
+    ({"vision_config": {"num_attention_heads": 4}, "text_config": {"hidden_act": "quick_gelu"}}, None),  # heads: 8
     ({"vision_config": {"num_attention_heads": 3}}, "num_attention_heads=3, which do not divide its vision tower's"),
     ({"text_config": {"num_attention_heads": "8"}}, "num_attention_heads='8', which"),
     ({"text_config": {"hidden_act": "gelu"}}, "hidden_act='gelu'; HiVG needs a CLIP with quick_gelu"),  # OpenCLIP's
@@ -99,13 +99,13 @@ def test_what_no_shape_says_is_in_the_config_beside_a_hugging_face_file(tmp_path
         with pytest.raises(WeightsError, match=message):
             weights.load_clip(tmp_path / "model.safetensors")
         return
-    heads = 4 if "vision_config" in told else clip.config.vision_heads
-    assert weights.load_clip(tmp_path / "model.safetensors").config == replace(clip.config, vision_heads=heads)
+    config = replace(clip.config, vision_heads=4, text_heads=8) if "vision_config" in told else clip.config
+    assert weights.load_clip(tmp_path / "model.safetensors").config == config
 
 
 @pytest.mark.parametrize("name", ["ViT-B/16", "weights/ViT-B-16.pt", "ViT-B-16"])
 def test_a_clip_that_is_not_there_yet(name):
-    assert download.spelled("ViT-B-16") == download.spelled("ViT-B/16") == "ViT-B/16"
+    assert download.spelled("ViT-B-16.pt") == download.spelled("ViT-B-16") == download.spelled("ViT-B/16") == "ViT-B/16"
     with pytest.raises(WeightsError, match="`python -m hivg.weights fetch ViT-B/16` gets it, as weights/ViT-B-16.pt"):
         weights.load_clip(name)
 

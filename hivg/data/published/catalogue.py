@@ -53,7 +53,7 @@ def canonical(dataset):
         if dataset in published.names:
             return name
         others += published.names[1:]
-    if os.path.splitext(dataset)[1] or os.path.basename(dataset) != dataset:
+    if os.path.splitext(dataset)[1] or os.path.dirname(dataset.rstrip("/")):
         raise ValueError(f"{shown(dataset)}: your own data must be a .jsonl or .json file, with a line of JSON for "
                          "each expression (hivg/data/README.md)")
     raise ValueError(f"no data set {quoted(dataset, 40)}; there are shapes, {', '.join(DATASETS)} (also as "

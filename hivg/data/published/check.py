@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from functools import cache
 
 from hivg.data.drawn.scenes import DRAWN
 from hivg.data.images import ImageError, open_image, open_published
@@ -29,7 +30,7 @@ def check(data_root, dataset, annotations=None, decode=False):
     lines = []
     problems = []  # the lines that say why rows are left out
     missing = []  # those on splits that there are not
-    images = {}  # (name, split): {what is the same for the same image: its id}
+    images = {}  # (name, split): {the id of an image, with decode its digest: its id}
     for name in names:
         counts = dict.fromkeys(splits_of(name, data_root) or ["train"]) if is_own(name) else DATASETS[name].counts
         for split, count in counts.items():
@@ -44,7 +45,7 @@ def check(data_root, dataset, annotations=None, decode=False):
                     problems.append(str(error))
                 continue
             ids = {sample.image: sample.image_id for sample in samples}
-            images[name, split] = {digest(path) if decode else image: image for path, image in ids.items()}
+            images[name, split] = {digest(path) if decode else name: name for path, name in ids.items()}
             title = f"{shown(name)} {shown(split, 40)}"
             published = f" ({count:,} published)" if count else ""
             read = f", boxes read as {report.forms}" if report.forms else ""
@@ -108,10 +109,14 @@ def decoded(name, samples, damaged):
     return [f"{name}: {len(problems):,} of {len(own):,} images cannot be read:", *(f"  {text}" for text in problems)]
 
 
+@cache
 def digest(path):
-    """The sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+    """The sha256 of a file; of one that cannot be read, which `decoded` tells, its path."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError:
+        return path
 
 
 def leakage(name, images):

@@ -28,6 +28,7 @@ EXPRESSION_KEYS = ("expression", "expressions", "sent", "sents", "sentence", "se
                    "normal_caption")
 BOX_KEYS = ("bbox", "box", "solution")
 OUTLINE_KEYS = ("segmentation", "mask")
+WHOLE = {"data", "annotations", "rows", "samples", "items", "examples"}  # the name of a list that is all of a file
 KEYS = {*IMAGE_KEYS, *EXPRESSION_KEYS, *BOX_KEYS, *OUTLINE_KEYS, "split", "width", "height"}  # that are read
 
 MAX_SIDE = 10**6  # pixels of an image
@@ -49,7 +50,7 @@ class Row:
     size: tuple | None = None  # (width, height) of the image, where the file says it
     problem: str | None = None  # why the row is incomplete
     place: str | None = None  # in a file of JSON: "line 3", or "row 3" of one list
-    note: str | None = None  # on the whole file, which is to be told
+    note: str | None = None  # of the first row, on the whole file
 
 
 def read_rows(path, dataset):
@@ -156,9 +157,8 @@ def json_rows(text, image_folder):
         data = None  # lines
     if isinstance(data, dict) and {"images", "annotations"} <= data.keys():
         data = mdetr_records(data, own=image_folder is None)
-    if isinstance(data, dict) and len(data) == 1 and not re.match("train|val|dev|test", *data, re.IGNORECASE):
-        part, = data.values()  # {"data": [..]}, which names no split
-        data = part if isinstance(part, list) else data
+    if isinstance(data, dict) and len(data) == 1 and data.keys() <= WHOLE:
+        data, = data.values()
     if isinstance(data, dict) and data and all(isinstance(part, list) for part in data.values()):
         records = [(f"row {n}", split, record) for split, part in data.items() for n, record in enumerate(part, 1)]
     elif isinstance(data, list):
@@ -239,7 +239,8 @@ def name_splits(rows, folder):
         for row in rows:
             row.split = "val" if isinstance(row.file, str) and names[row.file] in val else "train"
         for row in rows[:1]:
-            row.note = "; ".join(filter(None, ('no row has a "split", so one image in ten is val', row.note)))
+            drawn = f'no row has a "split", so {len(val):,} of {len(set(names.values())):,} images are val'
+            row.note = "; ".join(filter(None, (drawn, row.note)))
         return
     for row in rows:
         if row.split:

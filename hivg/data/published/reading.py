@@ -123,7 +123,7 @@ def read_samples(data_root, dataset, split, annotations=None, report=None):
             report.add(problem.kind, row.place or f"row {index} of {split}", problem.detail)
     if {NO_AREA, OUTSIDE} & report.problems.keys() or any(is_odd(row.bbox, row.form) for row in rows if row.place):
         check.refuse_other_form(rows)
-    report.notes += [row.note for row in rows if row.note and split == "train"] + check.notes()
+    report.notes += [row.note for row in rows[:1] if row.note and row.split == split] + check.notes()
     if own and (doubt := scale_doubt([(sample.box, check.sizes[sample.image]) for sample in samples])):
         report.notes.append(doubt)
     report.damaged = [image for image, size in check.sizes.items() if size == DAMAGED]
@@ -262,6 +262,8 @@ class RowCheck:
             # the key that names the image says which form it is
             key = {FORMS["xyxy"][0]: "image", FORMS["xywh"][0]: "file_name"}.get(form)
             hint = f', or name the image as "{key}"' if key else ""
+            if form == FORMS["yxyx"][0]:
+                form += " (or of images that EXIF turns)"
             raise ValueError(f"{shown(self.source, 80)}: its boxes look like {form}, for instance {quoted(first, 50)}; "
                              f"write {FORMS[boxes[0][1]][0]}, in pixels{hint}")
 
