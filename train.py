@@ -311,9 +311,9 @@ def train(s: Settings, hooks=Hooks()):
             best = scores["accuracy"]
             log.epoch(stage.name, 0, 0, scores, best)
         if first == 0 and best >= 0 and distributed.rank() == 0:  # kept if the stage never improves it
-            known = getattr(model, "info", {})  # its calibration and data set, by which it is warned of photographs
-            start = {"stage": stage.name, "epoch": 0} | scores
-            weights.save(path, model, info_of(s, stage.name, 0, scores) | known | start)
+            known, info = getattr(model, "info", {}), info_of(s, stage.name, 0, scores)
+            # its calibration still holds, and it knows no other data set yet
+            weights.save(path, model, known | info | {"dataset": known.get("dataset", info["dataset"])})
         trained = training_copy(model, run.dtype, together=distributed.world_size() == 1)
         if s.compile:
             model.compile_blocks()  # to validate

@@ -137,8 +137,8 @@ def list_images(names):
         if not inside:
             raise ImageError(f"{shown(name)}: no image in this folder; name a folder with PNG or JPEG files")
         if skipped := sorted(set(visible) - set(inside)):
-            print(f"warning: {shown(name)}: left out {len(skipped)} of {len(visible)}, which are no images that can be "
-                  f"read by their names, for instance {shown(skipped[0].name, 60)}", file=sys.stderr)
+            print(f"warning: {shown(name)}: left out {len(skipped)} of {len(visible)}, which by their names are no "
+                  f"images that can be read, for instance {shown(skipped[0].name, 60)}", file=sys.stderr)
         paths += map(str, inside)
     return paths
 

@@ -50,7 +50,7 @@ class LoRALinear(nn.Module):
 
     A_k (r, in) starts Kaiming-uniform and B_k (out, r) at zero, so a new pair changes nothing until it is trained.
     The keys of W_0 stay `weight` and `bias`, so wrapping a layer does not rename it. A subclass with a `forward` of its
-    own is merged only if it has its own `folded`, too.
+    own is merged only if it has its own `folded` or `merged`, too.
     """
 
     def __init__(self, linear, rank, alpha, dropout):

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all."""
 
+import hashlib
 import os
 import secrets
 from contextlib import contextmanager, suppress
@@ -63,6 +64,12 @@ def file_id(path):
     except (OSError, ValueError):  # ValueError: a name that no file can have
         return None
     return found.st_dev, found.st_ino
+
+
+def hash_of(path):
+    """The sha256 of a file, in hexadecimal. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def refuse_to_replace(inputs, outputs, advice, what="image"):

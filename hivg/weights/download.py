@@ -4,7 +4,6 @@ Sources: the addresses in `clip/clip.py` of the openai/CLIP repository, which co
 table of the same repository.
 """
 
-import hashlib
 import http.client
 import os
 import re
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hivg.utils.cli import Progress
+from hivg.utils.files import hash_of
 from hivg.utils.messages import quoted, shown
 
 TABLE = "bpe_simple_vocab_16e6.txt.gz"
@@ -119,8 +119,3 @@ def writing(path):
     except OSError as error:
         raise ValueError(f"{shown(path)}: cannot be written ({error.strerror}); make room, or run the command where "
                          "you may write") from None
-
-
-def hash_of(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

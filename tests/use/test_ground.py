@@ -94,8 +94,8 @@ def test_a_folder_of_other_files(run, capfd):
         Path("more", name).write_bytes(b"no picture")
     Path("more/no.png").mkdir()
     assert ground.list_images(["more"]) == ["more/a.png"]
-    assert capfd.readouterr().err == ("warning: more: left out 6 of 7, which are no images that can be read by their "
-                                      "names, for instance drawing.wmf\n")
+    assert capfd.readouterr().err == ("warning: more: left out 6 of 7, which by their names are no images that can be "
+                                      "read, for instance drawing.wmf\n")
     for kind, (read, _) in Image.OPEN.items():
         if isinstance(read, type) and issubclass(read, ImageFile.StubImageFile):
             assert kind in ground.UNREADABLE

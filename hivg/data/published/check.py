@@ -1,6 +1,5 @@
 """A report on the files of a data set, for `python -m hivg.data check`."""
 
-import hashlib
 import os
 from functools import cache
 
@@ -9,6 +8,7 @@ from hivg.data.images import ImageError, open_image, open_published
 from hivg.data.published.catalogue import DATA_ROOT, DATASETS, NoSplit, annotation_files, canonical, split_names
 from hivg.data.published.reading import Report, is_own, read_dataset, read_samples, refuse_annotations
 from hivg.utils.cli import Progress
+from hivg.utils.files import hash_of
 from hivg.utils.messages import shown
 
 
@@ -27,6 +27,7 @@ def check(data_root, dataset, annotations=None, decode=False):
     names = [dataset] if is_own(dataset) else [canonical(dataset)]
     if names == ["mixup"] and not (annotations and os.path.isfile(annotations)):  # a single file is the mixture's alone
         names = ["mixup", *(name for name in DATASETS if name != "mixup")]
+    digest_once = cache(digest)  # the parts of the mixture share images
     lines = []
     problems = []  # the lines that say why rows are left out
     missing = []  # those on splits that there are not
@@ -45,7 +46,7 @@ def check(data_root, dataset, annotations=None, decode=False):
                     problems.append(str(error))
                 continue
             ids = {sample.image: sample.image_id for sample in samples}
-            images[name, split] = {digest(path) if decode else name: name for path, name in ids.items()}
+            images[name, split] = {digest_once(path) if decode else name: name for path, name in ids.items()}
             title = f"{shown(name)} {shown(split, 40)}"
             published = f" ({count:,} published)" if count else ""
             read = f", boxes read as {report.forms}" if report.forms else ""
@@ -109,12 +110,10 @@ def decoded(name, samples, damaged):
     return [f"{name}: {len(problems):,} of {len(own):,} images cannot be read:", *(f"  {text}" for text in problems)]
 
 
-@cache
 def digest(path):
     """The sha256 of a file; of one that cannot be read, which `decoded` tells, its path."""
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
+        return hash_of(path)
     except OSError:
         return path
 

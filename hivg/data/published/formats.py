@@ -238,9 +238,9 @@ def name_splits(rows, folder):
         val = val_images(names.values())
         for row in rows:
             row.split = "val" if isinstance(row.file, str) and names[row.file] in val else "train"
-        for row in rows[:1]:
+        if rows:
             drawn = f'no row has a "split", so {len(val):,} of {len(set(names.values())):,} images are val'
-            row.note = "; ".join(filter(None, (drawn, row.note)))
+            rows[0].note = "; ".join(filter(None, (drawn, rows[0].note)))
         return
     for row in rows:
         if row.split:

@@ -123,7 +123,9 @@ def read_samples(data_root, dataset, split, annotations=None, report=None):
             report.add(problem.kind, row.place or f"row {index} of {split}", problem.detail)
     if {NO_AREA, OUTSIDE} & report.problems.keys() or any(is_odd(row.bbox, row.form) for row in rows if row.place):
         check.refuse_other_form(rows)
-    report.notes += [row.note for row in rows[:1] if row.note and row.split == split] + check.notes()
+    if rows[0].note and rows[0].split == split:  # once, not for each split
+        report.notes.append(rows[0].note)
+    report.notes += check.notes()
     if own and (doubt := scale_doubt([(sample.box, check.sizes[sample.image]) for sample in samples])):
         report.notes.append(doubt)
     report.damaged = [image for image, size in check.sizes.items() if size == DAMAGED]
